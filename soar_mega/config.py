@@ -1,0 +1,156 @@
+"""Recipes: typed groups of settings, read from YAML with trailing ``group.key=value`` overrides.
+
+A recipe is the whole description of a run. Unknown keys, wrong types and impossible values are errors that name
+the key and say what would be right. Names are Megatron's where Megatron has one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which transformer is trained, and how it computes."""
+
+    pipeline: str = ""  # diffusers pipeline folder: transformer/, vae/, text encoders, scheduler/
+    preset: str = ""  # sd35_medium | sd35_large: sizes without a pipeline folder
+    init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
+    dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32
+    attention_backend: str = "sdpa"  # sdpa | transformer_engine
+    recompute_granularity: str = "none"  # none | full
+    recompute_every: int = 1  # with full: recompute every k-th layer
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """The training method and its numbers (defaults: the published SOAR recipe)."""
+
+    name: str = "soar"  # soar | sft | sft_multi
+    num_auxiliary_points: int = 6  # N, per rollout path
+    num_rollout_paths: int = 1  # path 0 is the ODE; further ones are stochastic
+    rollout_variant: str = "flow_sde"  # of the further paths: simple | sde | flow_sde | cps
+    eta: float = 0.5  # noise of the stochastic paths
+    fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
+    auxiliary_weight: float = 1.0  # lambda
+    guidance_scale: float = 4.5  # CFG scale of the rollout
+    sampling_steps: int = 40  # K: the rollout is one step of a K-step sampler
+    sigma_upper_ratio: float = 1.0  # s' ~ U[s1, s1 + ratio (1 - s1)]
+    condition_dropout: float = 0.0  # share of samples trained on the empty prompt
+    timesteps: str = "continuous"  # continuous | grid (the published table)
+    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
+    shift: float | None = None  # None: the shift of the pipeline's scheduler
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the work is spread over processes; data parallelism takes what is left of the world."""
+
+    engine: str = "megatron"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The length and the pace of a run."""
+
+    seed: int = 42
+    train_iters: int = 5000
+    global_batch_size: int = 32  # samples per optimizer step, over all ranks
+    micro_batch_size: int = 1  # samples per forward of the answer pass
+    points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
+    ema_decay: float = 0.0  # 0: no EMA
+    exit_duration_in_mins: float | None = None  # save and exit 75 after this time
+    max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    lr_decay_style: str = "constant"  # constant | cosine | linear
+    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None  # None: train_iters
+    lr_decay_start: int | None = None  # constant until here, then the decay; None: right after warm-up
+    weight_decay: float = 1e-2
+    decay_all: bool = True  # decay biases and norms too, as the published recipes do
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    frozen: list[str] = field(default_factory=list)  # parameter name patterns (fnmatch) that are not trained
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # pattern -> factor on lr
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where samples come from."""
+
+    path: str = ""  # shard folder written by `soar-mega prepare`, or with encode: online an image folder
+    validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
+    encode: str = "shards"  # shards | online
+    num_workers: int = 0  # reader processes per data-parallel rank
+    max_failed_share: float = 0.01  # unreadable share of the samples read so far that stops the run
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """The run folder: checkpoints, logs and the completion marker live in it."""
+
+    save: str = ""  # the run folder; resumed from when it holds a checkpoint
+    load: str = ""  # another run folder to start from
+    finetune: bool = False  # with load: take the weights alone, start at iteration 0
+    load_ema: bool = False  # with finetune: start from the EMA weights
+    save_interval: int = 500
+    keep_last: int = 3  # newest checkpoints kept; 0 keeps all
+    export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is measured while training, and how often (0: never)."""
+
+    log_interval: int = 10
+    tensorboard: bool = True  # events go to <save>/tensorboard
+    eval_interval: int = 0  # validation loss by sigma quartile
+    eval_samples: int = 64
+    drift_interval: int = 0
+    drift_samples: int = 32
+    drift_spans: list[list[float]] = field(default_factory=lambda: [[0.9, 0.65], [0.75, 0.5], [0.5, 0.25]])
+    drift_steps: int = 5  # guided Euler steps of a span
+    sample_interval: int = 0  # sample grids
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_steps: int = 20
+    sample_guidance_scale: float = 4.5
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """All groups of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,116 @@
+"""What a stage hands to an engine: queries to answer and points to train on, as rows over the six sources.
+
+A state and a target are rows of six float64 coefficients over z0, z1, v_uncond, v_cond, eps and z1_aux
+(`soar_mega.flow.rows`). Rows cost nothing, so a stage makes them for its rank's whole batch; tensors of latent size exist
+only for the micro-batch that an engine is working on. Rows and positions stay on the CPU; sources are where latents are.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from soar_mega.data.batch import Batch
+from soar_mega.flow import combine, normal
+
+Sources = tuple[Tensor | None, ...]  # the six sources, each [M, C, H, W] or None where no row of the batch reads it
+
+
+@dataclass(kw_only=True)
+class Queries:
+    """States whose guided velocity must be known before the points can be built: one per sample of the batch."""
+
+    sigma: Tensor  # [B] float64
+    timestep: Tensor  # [B] float64, what the model is told
+    rows: Tensor  # [B, 6] float64; only z0 and z1 may have coefficients
+    dropped: Tensor  # [B] bool: the conditional branch sees the empty prompt
+    unconditional: bool  # whether v_uncond is wanted (a guidance scale of 1 does not need it)
+
+
+@dataclass(kw_only=True)
+class Points:
+    """Training points of a batch: `count` says how much each adds to the normaliser, `weight` to the loss."""
+
+    sample: Tensor  # [P] int64, index into the batch
+    path: Tensor  # [P] int64, rollout path: keys eps and z1_aux
+    sigma: Tensor  # [P] float64
+    timestep: Tensor  # [P] float64, what the model is told
+    state_rows: Tensor  # [P, 6] float64
+    target_rows: Tensor  # [P, 6] float64
+    dropped: Tensor  # [P] bool: trained on the empty prompt
+    weight: Tensor  # [P] float64: w(s) at base points, lambda w(s') at auxiliary ones, 0 where absent
+    count: Tensor  # [P] float64: 1 at base points, lambda at auxiliary ones, 0 where absent
+    auxiliary: Tensor  # [P] bool
+    strength: Tensor  # [P] float64: k of the correction, 0 at base points
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [P, ...] tensors that only the loss reads
+    sources: Sources | None = None  # filled by the engine for one micro-batch
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def take(self, index: Tensor) -> "Points":
+        """The points at `index` [M] int64; sources are not carried over."""
+        taken = {name: getattr(self, name)[index] for name in PER_POINT}
+        return replace(self, **taken, extra={k: v[index] for k, v in self.extra.items()}, sources=None)
+
+    def states(self) -> Tensor:
+        """States [M, C, H, W] float32, from the sources of this micro-batch."""
+        assert self.sources is not None
+        return combine(self.state_rows, self.sources)
+
+    def targets(self) -> Tensor:
+        """Target velocities [M, C, H, W] float32, from the sources of this micro-batch."""
+        assert self.sources is not None
+        return combine(self.target_rows, self.sources)
+
+
+PER_POINT = [f.name for f in fields(Points) if f.name not in ("extra", "sources")]
+
+
+class Stage(Protocol):
+    """One training method: three pure functions that know nothing of parallelism, devices or optimizers."""
+
+    answer_weights: str  # which weights answer the queries: current | ema | reference | old
+
+    def queries(self, batch: Batch) -> Queries | None: ...
+
+    def points(self, batch: Batch) -> Points: ...
+
+    def loss(self, points: Points, velocity: Tensor) -> Tensor: ...
+
+
+def gather_sources(
+    batch: Batch, points: Points, v_uncond: Tensor | None, v_cond: Tensor | None, rows: Tensor
+) -> Sources:
+    """The sources of a micro-batch of M points; a source whose column of `rows` is all zero is left out.
+
+    Args:
+        v_uncond: [M, C, H, W] answer of each point's sample, or None. v_cond: the same.
+        rows: [M, 6] the rows about to be combined: state rows on the first stage, target rows on the last.
+    """
+    assert batch.latents is not None
+    used = rows.ne(0).any(dim=0).tolist()
+    position = batch.position[points.sample]
+
+    def noise(stream: str, path: Tensor | int) -> Tensor:
+        return normal(batch.seed, stream, position, path, batch.latent_shape, batch.latents.device)
+
+    return (
+        batch.latents[points.sample] if used[0] else None,
+        noise("noise", 0) if used[1] else None,
+        v_uncond if used[2] else None,
+        v_cond if used[3] else None,
+        noise("rollout", points.path) if used[4] else None,
+        noise("endpoint", points.path) if used[5] else None,
+    )
+
+
+def squared_error(points: Points, velocity: Tensor) -> Tensor:
+    """Mean squared error of the velocity [M, C, H, W] against the targets, per point: [M] float32."""
+    return (velocity.float() - points.targets()).square().flatten(1).mean(dim=1)
+
+
+def concatenate(parts: list[Points]) -> Points:
+    """Points of several kinds as one list."""
+    return Points(**{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT})

@@ -1,0 +1,189 @@
+"""CPU stand-ins for the CUDA calls that megatron-core makes unconditionally, so that every path runs on gloo.
+
+`install()` does nothing on a machine with CUDA. It is called by the soar-mega process and by the test runner, never by
+importing the library. All stand-ins of the project are in this file; tests/test_platform.py switches each one off and
+expects the failure that makes it necessary.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Replacement = tuple[Any, str, Any]  # owner, attribute, stand-in
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "empty_like", "zeros_like")
+_CUDA_TYPES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+}
+
+
+class CpuFusedAdam(torch.optim.Optimizer):
+    """AdamW as in apex and Transformer Engine: the step counter lives in the parameter group, not in a tensor's state.
+
+    megatron's distributed optimizer loads its checkpoints only into an optimizer of this shape. The update is
+    torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("only decoupled weight decay (AdamW) is supported on the CPU")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            correction1 = 1.0 - beta1 ** group["step"]
+            correction2 = 1.0 - beta2 ** group["step"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].lerp_(p.grad, 1.0 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
+                denominator = (state["exp_avg_sq"].sqrt() / correction2**0.5).add_(group["eps"])
+                p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+
+
+def _current_device() -> list[Replacement]:
+    # buffers of sequence parallelism, of pipeline receives and of DDP are made on torch.cuda.current_device()
+    return [(torch.cuda, "current_device", lambda: _CPU)]
+
+
+def _synchronize() -> list[Replacement]:
+    # default pipeline p2p and checkpoint saves synchronise the device
+    return [(torch.cuda, "synchronize", lambda device=None: None)]
+
+
+def _factories() -> list[Replacement]:
+    # schedules and gradient norms write the literal device="cuda"
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    return [(torch, name, on_cpu(getattr(torch, name))) for name in _FACTORIES]
+
+
+def _tensor_type() -> list[Replacement]:
+    # the distributed optimizer and clip_grads sort parameters by the name of their CUDA type
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, dtype, *args, **kwargs) if dtype is not None else original(self)
+        return _CUDA_TYPES.get(result, result) if dtype is None else result
+
+    return [(torch.Tensor, "type", type_name)]
+
+
+def _tensor_cuda() -> list[Replacement]:
+    # a fully reshardable save moves gathered optimizer state back with .cuda()
+    return [(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)]
+
+
+def _random_state() -> list[Replacement]:
+    # megatron's random state tracker works on the CUDA generator: here it is the CPU's
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    return [
+        (torch.cuda, "get_rng_state", get_state),
+        (torch.cuda, "set_rng_state", set_state),
+        (torch.cuda, "manual_seed", manual_seed),
+        (megatron_random, "_get_cuda_rng_state", get_state),
+        (megatron_random, "_set_cuda_rng_state", set_state),
+    ]
+
+
+def _fused_adam() -> list[Replacement]:
+    # with torch's AdamW the distributed optimizer saves checkpoints that it cannot load
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return []
+    return [
+        (optimizer, "Adam", CpuFusedAdam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distributed_optimizer, "Adam", CpuFusedAdam),
+        (distributed_optimizer, "HAVE_APEX_OR_TE", True),
+        (distributed_optimizer, "USING_APEX_OPTIMIZER", True),
+    ]
+
+
+STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
+    "current_device": _current_device,
+    "synchronize": _synchronize,
+    "factories": _factories,
+    "tensor_type": _tensor_type,
+    "tensor_cuda": _tensor_cuda,
+    "random_state": _random_state,
+    "fused_adam": _fused_adam,
+}
+_installed: dict[str, list[tuple[Replacement, Any]]] = {}  # name -> (replacement, original)
+
+
+def install() -> None:
+    """Put the stand-ins in place. Does nothing when CUDA is available or when they are in place already."""
+    if torch.cuda.is_available() or _installed:
+        return
+    with warnings.catch_warnings():
+        # "Transformer Engine and Apex are not installed": known and handled here
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
+        for name, replacements in STAND_INS.items():
+            _put(name, replacements())
+    # with one generator for both, every fork of the tracker looks like a mistake to megatron
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _put(name: str, replacements: list[Replacement]) -> None:
+    _installed[name] = [(r, getattr(r[0], r[1])) for r in replacements]
+    for owner, attribute, stand_in in replacements:
+        setattr(owner, attribute, stand_in)
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Take one stand-in away, to see what fails without it."""
+    taken = _installed.pop(name)
+    for (owner, attribute, _), original in taken:
+        setattr(owner, attribute, original)
+    try:
+        yield
+    finally:
+        _put(name, [replacement for replacement, _ in taken])

@@ -1,0 +1,216 @@
+"""Each CPU stand-in is needed: without it, the named failure occurs. A test that stops failing says the stand-in can go."""
+
+import tempfile
+
+import pytest
+import torch
+from multirank import run_ranks
+
+from soar_mega import platform
+from soar_mega.config import ParallelConfig
+from soar_mega.distributed import start_world
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without CUDA")
+
+
+def small_engine():
+    """A column-parallel layer under DDP and the distributed optimizer: (config, ddp, optimizer)."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.enums import ModelType
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import MegatronModule, TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        perform_initialization=True,
+    )
+
+    class Net(MegatronModule):
+        def __init__(self):
+            super().__init__(config)
+            self.model_type = ModelType.encoder_or_decoder
+            self.linear = ColumnParallelLinear(
+                8, 8, config=config, init_method=torch.nn.init.ones_, bias=True, skip_bias_add=False, gather_output=True
+            )
+
+        def forward(self, x):
+            return self.linear(x)
+
+        def set_input_tensor(self, tensor):
+            pass
+
+        def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+            return self.linear.sharded_state_dict(f"{prefix}linear.", sharded_offsets, metadata)
+
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallel(config, ddp_config, Net())
+    optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0)
+    return config, ddp, get_megatron_optimizer(optimizer_config, [ddp])
+
+
+def one_step(ddp, optimizer):
+    ddp.zero_grad_buffer()
+    ddp(torch.ones(2, 1, 8))[0].sum().backward()
+    ddp.finish_grad_sync()
+    return optimizer.step()
+
+
+def optimizer_state(ddp, optimizer, loading=False):
+    from megatron.core import parallel_state
+
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model_state = ddp.module.sharded_state_dict(prefix="", metadata=metadata)
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
+
+def without_current_device():
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    start_world(ParallelConfig(tensor_model_parallel_size=2))
+    with platform.without("current_device"):
+        gather_from_sequence_parallel_region(torch.ones(2, 3))
+
+
+def without_synchronize():
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    start_world(ParallelConfig(pipeline_model_parallel_size=2))
+    from megatron.core import ModelParallelConfig, parallel_state
+
+    config = ModelParallelConfig(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["pp"])
+    communicator = P2PCommunicator(pp_group=groups.pp, config=config)
+    with platform.without("synchronize"):
+        first = parallel_state.is_pipeline_first_stage()
+        if first:
+            communicator.send_forward(torch.ones(2), is_last_stage=False)
+        else:
+            communicator.recv_forward((2,), is_first_stage=False)
+
+
+def without_factories():
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    start_world(ParallelConfig())
+    _, ddp, _ = small_engine()
+    with platform.without("factories"):
+        get_forward_backward_func()(
+            forward_step_func=lambda data, model: (model(torch.ones(2, 1, 8))[0], lambda y: (y.sum(), {})),
+            data_iterator=None,
+            model=ddp,
+            num_microbatches=1,
+            seq_length=2,
+            micro_batch_size=1,
+        )
+
+
+def without_tensor_type():
+    start_world(ParallelConfig())
+    with platform.without("tensor_type"):
+        small_engine()
+
+
+def without_tensor_cuda():
+    start_world(ParallelConfig())
+    _, ddp, optimizer = small_engine()
+    one_step(ddp, optimizer)
+    with platform.without("tensor_cuda"):
+        optimizer_state(ddp, optimizer)
+
+
+def without_random_state():
+    with platform.without("random_state"):
+        start_world(ParallelConfig())
+
+
+def without_fused_adam():
+    from megatron.core import dist_checkpointing
+
+    start_world(ParallelConfig())
+    with platform.without("fused_adam"), tempfile.TemporaryDirectory() as folder:
+        _, ddp, optimizer = small_engine()
+        one_step(ddp, optimizer)
+        dist_checkpointing.save({"optimizer": optimizer_state(ddp, optimizer)}, folder)
+        _, ddp, optimizer = small_engine()
+        request = {"optimizer": optimizer_state(ddp, optimizer, loading=True)}
+        loaded = dist_checkpointing.load(request, folder)
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
+
+
+NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver"
+FAILURES = {
+    "current_device": (without_current_device, 2, NO_CUDA),
+    "synchronize": (without_synchronize, 2, NO_CUDA),
+    "factories": (without_factories, 1, NO_CUDA),
+    "tensor_type": (without_tensor_type, 1, "torch.cuda.FloatTensor"),
+    "tensor_cuda": (without_tensor_cuda, 1, NO_CUDA),
+    "random_state": (without_random_state, 1, NO_CUDA),
+    "fused_adam": (without_fused_adam, 1, "step"),
+}
+
+
+@pytest.mark.parametrize("name", platform.STAND_INS)
+def test_stand_in_is_needed(name):
+    function, world_size, failure = FAILURES[name]
+    with pytest.raises(AssertionError, match=f"rank . failed:(.|\n)*({failure})"):
+        run_ranks(function, world_size, timeout=60)
+
+
+def save_and_load():
+    """All stand-ins together: steps, a save, and a load into a fresh optimizer."""
+    from megatron.core import dist_checkpointing
+
+    start_world(ParallelConfig())
+    _, ddp, optimizer = small_engine()
+    ok, norm, _ = one_step(ddp, optimizer)
+    saved = optimizer_state(ddp, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save({"optimizer": saved}, folder)
+        _, fresh_ddp, fresh = small_engine()
+        loaded = dist_checkpointing.load({"optimizer": optimizer_state(fresh_ddp, fresh, loading=True)}, folder)
+        with torch.no_grad():
+            fresh.load_state_dict(loaded["optimizer"])
+    one_step(ddp, optimizer)
+    one_step(fresh_ddp, fresh)
+    weights = [next(iter(m.parameters())).detach() for m in (ddp, fresh_ddp)]
+    return ok, norm, weights
+
+
+def test_all_stand_ins_together():
+    [(ok, norm, (weight, resumed))] = run_ranks(save_and_load, 1, timeout=60)
+    assert ok and norm > 0
+    torch.testing.assert_close(weight, resumed, rtol=0, atol=0)
+
+
+def test_cpu_adam_equals_torch():
+    torch.manual_seed(0)
+    ours = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    a, b = platform.CpuFusedAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        for p, optimizer in ((ours, a), (theirs, b)):
+            p.grad = p.detach().sin() + 0.1
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert a.param_groups[0]["step"] == 5 and set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_install_is_idempotent_and_reversible():
+    stand_in = torch.cuda.current_device
+    platform.install()
+    assert torch.cuda.current_device is stand_in
+    with platform.without("current_device"):
+        assert torch.cuda.current_device is not stand_in
+    assert torch.cuda.current_device is stand_in

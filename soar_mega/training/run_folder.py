@@ -1,0 +1,145 @@
+"""The run folder: its lock, its checkpoints' names, the tracker file and the completion marker.
+
+    run_config.yaml                        the recipe with all values resolved
+    latest_checkpointed_iteration.txt      the iteration to resume from
+    iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash
+    tensorboard/ samples/ train.log        what was measured
+    export/ export_ema/                    diffusers pipelines of the finished run
+    complete.json                          written last: the run reached train_iters and was exported
+
+Everything here is done by rank 0 alone, on plain files.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MARKER = "complete.json"
+LOCK = "run.lock"
+TEMPORARY, DELETED = ".tmp", ".deleted"
+
+
+class RunFolder:
+    """Names and states of one run folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def checkpoint(self, iteration: int) -> Path:
+        """The folder of a checkpoint."""
+        return self.path / f"iter_{iteration:07d}"
+
+    def iterations(self) -> list[int]:
+        """Iterations whose checkpoint folders are complete, oldest first."""
+        names = (re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in self.path.iterdir() if entry.is_dir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def latest(self) -> int | None:
+        """The iteration to resume from, None in a fresh folder.
+
+        Raises:
+            ValueError: the tracker file is unreadable, or names a checkpoint that is not there.
+        """
+        tracker = self.path / TRACKER
+        if not tracker.exists():
+            return None
+        text = tracker.read_text().strip()
+        if not text.isdigit():
+            raise ValueError(f"{tracker}: holds {text!r} instead of an iteration number; write one of "
+                             f"{self.iterations()} into it, or remove it to start from the beginning")  # fmt: skip
+        if not self.checkpoint(int(text)).is_dir():
+            raise ValueError(f"{tracker}: names iteration {text}, but {self.checkpoint(int(text))} is missing; "
+                             f"complete checkpoints here: {self.iterations()}")  # fmt: skip
+        return int(text)
+
+    def set_latest(self, iteration: int) -> None:
+        """Points the tracker at a checkpoint, atomically and durably."""
+        write_durably(self.path / TRACKER, str(iteration))
+
+    def complete(self) -> dict[str, int] | None:
+        """What the completion marker says, None for an unfinished run."""
+        marker = self.path / MARKER
+        return json.loads(marker.read_text()) if marker.exists() else None
+
+    def mark_complete(self, iteration: int, consumed_samples: int) -> None:
+        """Writes the completion marker: the very last act of a run."""
+        said = {"iteration": iteration, "consumed_samples": consumed_samples}
+        write_durably(self.path / MARKER, json.dumps(said) + "\n")
+
+    def reopen(self) -> None:
+        """Takes the completion marker away: the run goes on."""
+        (self.path / MARKER).unlink()
+
+    def clean(self) -> None:
+        """Removes what a crash in the middle of a save or of a removal left."""
+        for entry in self.path.glob("iter_*"):
+            if entry.suffix in (TEMPORARY, DELETED):
+                shutil.rmtree(entry)
+
+    def prune(self, keep_last: int) -> None:
+        """Removes all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names.
+
+        A checkpoint is renamed before it is taken apart, so that no half-removed folder looks like a whole one.
+        """
+        latest = self.latest()
+        kept = self.iterations()[-keep_last:]
+        for iteration in self.iterations():
+            if iteration not in kept and iteration != latest:
+                folder = self.checkpoint(iteration)
+                doomed = folder.with_name(folder.name + DELETED)
+                os.rename(folder, doomed)
+                shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process; the lock goes away with the process, however it ends.
+
+        Raises:
+            ValueError: another run writes this folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"{self.path}: another run is writing this folder ({file.read().strip() or 'unknown process'}); "
+                    "wait for it, or give this run its own folder with checkpoint.save=..."
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                logger.warning("%s cannot be locked (%s): make sure that no other run writes it", self.path, error)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a file by `text` so that a crash at any moment leaves the old text or the new one on the disk."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,51 @@
+"""TensorBoard events of a run: <run folder>/tensorboard, written by rank 0."""
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Events:
+    """Writes scalars and images; does nothing where there is no folder (other ranks, logging.tensorboard: false).
+
+    Args:
+        folder: the run folder, or None.
+        iteration: finished steps; events beyond them are of a run that was killed after its last checkpoint, and are hidden.
+    """
+
+    def __init__(self, folder: Path | None, iteration: int) -> None:
+        self._writer = None if folder is None else SummaryWriter(folder / "tensorboard", purge_step=iteration + 1)
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        """One point on each of the named curves."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
+
+    def image(self, name: str, image: Tensor, iteration: int) -> None:
+        """An image [3, H, W] in [0, 1]."""
+        if self._writer is not None:
+            self._writer.add_image(name, image, iteration)
+
+    def flush(self) -> None:
+        """Hands everything to the file, for instance with each checkpoint."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: of the GPU's allocator, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

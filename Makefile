@@ -1,0 +1,58 @@
+# Every target sets up what it needs, and is quick the second time.
+#   make test                      lint and tests, in a virtual environment in .venv
+#   make demo                      the whole road in one command: runs/demo/report.html
+#   SOAR_PYTHON=python make demo   the same in the active environment, with the torch (CUDA) it already has
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+ifeq ($(strip $(SOAR_PYTHON)),)
+PYTHON := .venv/bin/python
+READY := .venv/ready
+else
+PYTHON := $(SOAR_PYTHON)
+READY := .ready-$(shell $(SOAR_PYTHON) -c "import hashlib, sys; print(hashlib.sha256(sys.prefix.encode()).hexdigest()[:12])")
+endif
+
+# The tests are many small processes: one thread each.
+TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+.PHONY: setup lint test test-slow demo base study clean
+
+setup: $(READY)
+
+# torch comes first: what is built later must see the torch it will run with.
+.venv/ready: setup.py constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "soar_mega needs Python 3.11 or newer as python3" >&2; exit 1; }
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# In an environment of the user's own, what touches torch keeps its version (tools/keep_torch.py).
+.ready-%: setup.py tools/keep_torch.py
+	$(PYTHON) tools/keep_torch.py > $@.constraints
+	$(PYTHON) -m pip install --disable-pip-version-check -c $@.constraints -e '.[dev]'
+	@touch $@
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test: lint
+	$(TEST)
+
+test-slow: $(READY)
+	$(TEST) -m slow --timeout 1800
+
+demo: $(READY)
+	$(PYTHON) tools/demo.py
+
+base: $(READY)
+	$(PYTHON) tools/make_base.py
+
+study: $(READY)
+	$(PYTHON) tools/study.py
+
+clean:
+	rm -rf .venv .ready-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,53 @@
+"""soar_mega: SOAR post-training of rectified-flow transformers on megatron-core."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "soar_mega/__init__.py").read_text(), re.MULTILINE)
+assert version, "soar_mega/__init__.py states no __version__"
+
+setup(
+    name="soar_mega",
+    version=version.group(1),
+    description="SOAR post-training of rectified-flow transformers on megatron-core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ stands at the top level of the repository and is imported as soar_mega.kernels.
+    package_dir={"soar_mega.kernels": "kernels"},
+    packages=[*find_packages(include=["soar_mega", "soar_mega.*"]), "soar_mega.kernels"],
+    install_requires=[
+        "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
+        "megatron-core==0.16.1",
+        "psutil",  # megatron-core needs it to save a checkpoint and does not say so
+        "diffusers>=0.36",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "sentencepiece",
+        "safetensors>=0.5",
+        "webdataset>=1.0",
+        "numpy>=2.0",
+        "pillow>=11",
+        "pyyaml>=6.0",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        # Compiled against the torch at hand: see the Dockerfile. CUDA builds of torch bring triton along.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.13", "flash-attn>=2.7"],
+        "deepspeed": ["deepspeed==0.19.8"],
+    },
+    entry_points={"console_scripts": ["soar-mega=soar_mega.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

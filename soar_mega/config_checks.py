@@ -1,0 +1,201 @@
+"""What a recipe may say: the range of each setting, and the settings that must fit each other."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soar_mega.config import Recipe
+
+Rule = tuple[Callable[[Any], bool], str]  # what holds, and how to say so
+
+
+def one_of(*names: str) -> Rule:
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+def at_least(low: float) -> Rule:
+    return (lambda value: value >= low), f"at least {low}"
+
+
+def above(low: float) -> Rule:
+    return (lambda value: value > low), f"above {low}"
+
+
+def within(low: float, high: float) -> Rule:
+    return (lambda value: low <= value <= high), f"between {low} and {high}"
+
+
+def from_below(low: float, high: float) -> Rule:
+    return (lambda value: low <= value < high), f"at least {low} and below {high}"
+
+
+RULES: dict[str, Rule] = {
+    "model.init": one_of("pretrained", "random"),
+    "model.dtype": one_of("fp32", "bf16"),
+    "model.attention_backend": one_of("sdpa", "transformer_engine"),
+    "model.recompute_granularity": one_of("none", "full"),
+    "model.recompute_every": at_least(1),
+    "stage.name": one_of("soar", "sft", "sft_multi"),
+    "stage.num_auxiliary_points": at_least(0),
+    "stage.num_rollout_paths": at_least(1),
+    "stage.rollout_variant": one_of("simple", "sde", "flow_sde", "cps"),
+    "stage.eta": at_least(0),
+    "stage.auxiliary_weight": at_least(0),
+    "stage.guidance_scale": at_least(0),
+    "stage.sampling_steps": at_least(1),
+    "stage.sigma_upper_ratio": within(0, 1),
+    "stage.condition_dropout": within(0, 1),
+    "stage.timesteps": one_of("continuous", "grid"),
+    "stage.timestep_density": one_of("logit_normal", "uniform", "mode"),
+    "stage.logit_std": above(0),
+    "stage.loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
+    "stage.shift": above(0),
+    "parallel.engine": one_of("megatron"),
+    "parallel.tensor_model_parallel_size": at_least(1),
+    "parallel.pipeline_model_parallel_size": at_least(1),
+    "parallel.distributed_timeout_minutes": above(0),
+    "train.seed": at_least(0),
+    "train.train_iters": at_least(1),
+    "train.global_batch_size": at_least(1),
+    "train.micro_batch_size": at_least(1),
+    "train.points_per_micro_batch": at_least(1),
+    "train.ema_decay": from_below(0, 1),
+    "train.exit_duration_in_mins": above(0),
+    "train.max_skipped_steps": at_least(1),
+    "optimizer.lr": at_least(0),
+    "optimizer.min_lr": at_least(0),
+    "optimizer.lr_decay_style": one_of("constant", "cosine", "linear"),
+    "optimizer.lr_warmup_iters": at_least(0),
+    "optimizer.lr_decay_iters": at_least(1),
+    "optimizer.lr_decay_start": at_least(0),
+    "optimizer.weight_decay": at_least(0),
+    "optimizer.adam_beta1": from_below(0, 1),
+    "optimizer.adam_beta2": from_below(0, 1),
+    "optimizer.adam_eps": above(0),
+    "optimizer.clip_grad": at_least(0),
+    "data.encode": one_of("shards", "online"),
+    "data.num_workers": at_least(0),
+    "data.max_failed_share": within(0, 1),
+    "checkpoint.save_interval": at_least(1),
+    "checkpoint.keep_last": at_least(0),
+    "logging.log_interval": at_least(1),
+    "logging.eval_interval": at_least(0),
+    "logging.eval_samples": at_least(1),
+    "logging.drift_interval": at_least(0),
+    "logging.drift_samples": at_least(1),
+    "logging.drift_steps": at_least(1),
+    "logging.sample_interval": at_least(0),
+    "logging.sample_steps": at_least(1),
+    "logging.sample_guidance_scale": at_least(0),
+}
+
+
+def check_recipe(recipe: "Recipe") -> None:
+    """Raise a ValueError that names the setting and what would be right, unless the recipe can be run.
+
+    What depends on the number of processes or on files is checked where these are known.
+    """
+    for name, (holds, words) in RULES.items():
+        group, _, key = name.partition(".")
+        value = getattr(getattr(recipe, group), key)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} is {value!r}: it must be {words}")
+    for check in (_check_model, _check_batch, _check_parallel, _check_optimizer, _check_checkpoint, _check_logging):
+        check(recipe)
+
+
+def _require(holds: object, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_model(recipe: "Recipe") -> None:
+    model = recipe.model
+    _require(
+        bool(model.pipeline) != bool(model.preset),
+        "model.pipeline (a diffusers pipeline folder) or model.preset (sizes only): give one of the two",
+    )
+    _require(
+        model.pipeline or model.init == "random",
+        "model.preset has sizes but no weights: set model.init=random, or give model.pipeline",
+    )
+    _require(
+        model.pipeline or recipe.stage.shift is not None,
+        "stage.shift is taken from the pipeline's scheduler: with model.preset it must be given (SD3.5: 3.0)",
+    )
+    _require(
+        model.pipeline or recipe.data.encode == "shards",
+        "data.encode=online needs the encoders of a pipeline: give model.pipeline, or use data.encode=shards",
+    )
+    _require(recipe.data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
+
+
+def _check_batch(recipe: "Recipe") -> None:
+    train = recipe.train
+    _require(
+        train.global_batch_size % train.micro_batch_size == 0,
+        f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
+        f"({train.micro_batch_size}) times the number of data-parallel replicas",
+    )
+
+
+def _check_parallel(recipe: "Recipe") -> None:
+    parallel = recipe.parallel
+    _require(
+        not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
+        "parallel.overlap_grad_reduce=true",
+    )
+
+
+def _check_optimizer(recipe: "Recipe") -> None:
+    optimizer = recipe.optimizer
+    _require(
+        optimizer.min_lr <= optimizer.lr,
+        f"optimizer.min_lr ({optimizer.min_lr}) must not be above optimizer.lr ({optimizer.lr})",
+    )
+    end = optimizer.lr_decay_iters or recipe.train.train_iters
+    start = optimizer.lr_warmup_iters if optimizer.lr_decay_start is None else optimizer.lr_decay_start
+    _require(
+        optimizer.lr_warmup_iters <= start,
+        f"optimizer.lr_decay_start ({start}) must not be before the end of the warm-up "
+        f"(optimizer.lr_warmup_iters={optimizer.lr_warmup_iters})",
+    )
+    _require(
+        optimizer.lr_decay_style == "constant" or start <= end,
+        f"the learning rate cannot decay from iteration {start} to {end}: optimizer.lr_warmup_iters and "
+        "optimizer.lr_decay_start must not be above optimizer.lr_decay_iters (or train.train_iters)",
+    )
+    for pattern, factor in optimizer.lr_multipliers.items():
+        _require(factor >= 0, f"optimizer.lr_multipliers.{pattern} is {factor}: it must be at least 0")
+
+
+def _check_checkpoint(recipe: "Recipe") -> None:
+    checkpoint = recipe.checkpoint
+    _require(checkpoint.save, "checkpoint.save is empty: name the run folder, for example checkpoint.save=runs/first")
+    _require(
+        checkpoint.load or not checkpoint.finetune,
+        "checkpoint.finetune starts from the weights of another run: name its folder in checkpoint.load",
+    )
+    _require(
+        checkpoint.finetune or not checkpoint.load_ema,
+        "checkpoint.load_ema takes the EMA weights as a start: it needs checkpoint.finetune=true",
+    )
+
+
+def _check_logging(recipe: "Recipe") -> None:
+    logging = recipe.logging
+    for key in ("eval_interval", "drift_interval"):
+        _require(
+            recipe.data.validation_path or not getattr(logging, key),
+            f"logging.{key} needs held-out samples: name their shard folder in data.validation_path",
+        )
+    for span in logging.drift_spans:
+        _require(
+            len(span) == 2 and 1.0 >= span[0] > span[1] > 0.0,
+            f"logging.drift_spans holds {span}: a span is [sigma from, sigma to] with 1 >= from > to > 0",
+        )
+    _require(
+        not logging.sample_interval or (logging.sample_prompts and recipe.model.pipeline),
+        "logging.sample_interval needs prompts (logging.sample_prompts) and encoders (model.pipeline)",
+    )

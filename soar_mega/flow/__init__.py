@@ -1,0 +1,38 @@
+"""Rectified-flow mathematics on plain tensors.
+
+A clean latent z0 and a noise endpoint z1 span the ray z_s = (1 - s) z0 + s z1; a velocity is dz/ds, which is
+z1 - z0 on the ray. Sigma s is 1 at pure noise and 0 at clean latents; u is the same time before the shift of
+the schedule. Sigmas and coefficients are float64, latents and noise float32.
+"""
+
+from soar_mega.flow.auxiliary import auxiliary_latents
+from soar_mega.flow.noise import normal, philox, stream_key, uniform
+from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
+from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength
+from soar_mega.flow.samplers import SOLVERS, guided, sample
+from soar_mega.flow.schedule import Schedule
+from soar_mega.flow.timesteps import DENSITIES, sample_time
+from soar_mega.flow.weighting import WEIGHTINGS, loss_weight
+
+__all__ = [
+    "DENSITIES",
+    "ROLLOUT_VARIANTS",
+    "SOLVERS",
+    "SOURCES",
+    "WEIGHTINGS",
+    "Schedule",
+    "auxiliary_latents",
+    "auxiliary_rows",
+    "base_rows",
+    "combine",
+    "correction_strength",
+    "guided",
+    "loss_weight",
+    "normal",
+    "philox",
+    "rollout_coefficients",
+    "sample",
+    "sample_time",
+    "stream_key",
+    "uniform",
+]

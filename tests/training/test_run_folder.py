@@ -1,0 +1,61 @@
+"""The run folder: its lock and its marker."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soar_mega.training.run_folder import RunFolder
+
+HOLDER = """
+import sys
+from soar_mega.training.run_folder import RunFolder
+with RunFolder(sys.argv[1]).lock():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=rf"{tmp_path}: another run is writing .*process {holder.pid} on"):
+            with RunFolder(tmp_path).lock():
+                pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunFolder(tmp_path).lock():  # a killed run does not leave its lock behind
+        pass
+
+
+def test_marker(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.complete() is None
+    run.mark_complete(10, 80)
+    assert run.complete() == {"iteration": 10, "consumed_samples": 80}
+    run.reopen()
+    assert run.complete() is None
+
+
+def test_leftovers_of_a_crash_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
+    for name in ("iter_0000001", "iter_0000002.tmp", "iter_0000003.deleted", "samples"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    run = RunFolder(tmp_path)
+    assert run.iterations() == [1]
+    run.clean()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "samples"]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [2, 4]), (3, [2, 3, 4])])
+def test_pruning_never_removes_the_one_to_resume_from(tmp_path: Path, keep: int, left: list[int]) -> None:
+    run = RunFolder(tmp_path)
+    for iteration in (1, 2, 3, 4):
+        run.checkpoint(iteration).mkdir()
+    run.set_latest(2)
+    run.prune(keep)
+    assert run.iterations() == left

@@ -64,7 +64,7 @@ def rollout_coefficients(
 def _check(variant: str, sigma0: Tensor, sigma1: Tensor, eta: float, sigma_max: float | None) -> None:
     if variant not in ROLLOUT_VARIANTS:
         raise ValueError(f"unknown rollout variant {variant!r}; choose one of {', '.join(ROLLOUT_VARIANTS)}")
-    if not bool(((0 <= sigma1) & (sigma1 <= sigma0) & (sigma0 <= 1)).all()):
+    if not bool(((sigma1 >= 0) & (sigma1 <= sigma0) & (sigma0 <= 1)).all()):
         raise ValueError(
             "a rollout goes from noise to data: 0 <= sigma1 <= sigma0 <= 1 must hold for every sample"
         )

@@ -90,11 +90,13 @@ def marginal_error(steps: int, eta: float) -> tuple[float, float]:
     return abs(mean - 0.7 * mean0), abs(var - (0.49 * var0 + 0.09))
 
 
-@pytest.mark.parametrize("eta", [0.5, 0.8])
+@pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_flow_sde_keeps_the_marginals_of_the_flow(eta):
     coarse, fine = marginal_error(100, eta), marginal_error(200, eta)
-    for big, small in zip(coarse, fine, strict=True):
-        assert big < 0.02 and 1.8 < big / small < 2.2  # first order in the step, so zero in the limit
+    assert max(coarse[0], fine[0]) < 1e-12
+    assert (
+        coarse[1] < 2e-3 and 1.8 < coarse[1] / fine[1] < 2.2
+    )  # first order in the step, so zero in the limit
 
 
 def test_bad_values_are_named():

@@ -82,7 +82,9 @@ def test_the_correction_is_minus_k_times_the_error_of_the_model():
     k = column(correction_strength(s0, s1, s))
     torch.testing.assert_close(combine(target, x) - truth, -k * (guided - truth), rtol=0, atol=1e-10)
     by_hand = (1 - 0.8) / (1 - 0.4) * (0.5 - 0.4) / 0.8
-    assert math.isclose(float(correction_strength(*torch.tensor([0.5, 0.4, 0.8]).double())), by_hand)
+    assert math.isclose(
+        float(correction_strength(*torch.tensor([0.5, 0.4, 0.8], dtype=torch.float64))), by_hand
+    )
 
 
 def test_a_perfect_model_gives_points_on_the_ray():

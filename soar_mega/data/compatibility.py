@@ -1,0 +1,45 @@
+"""Whether a data set fits a model: latent channels, text widths, and the very encoders that made it."""
+
+from pathlib import Path
+from typing import Protocol
+
+from soar_mega.data.encoder_facts import fingerprints, read_config
+from soar_mega.data.info import DatasetInfo
+
+
+class ModelSizes(Protocol):
+    """The transformer's sizes that a data set has to match, named as in diffusers."""
+
+    in_channels: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+
+
+def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSizes | None) -> None:
+    """ValueError naming what differs between the data set at `path` and the model or the encoders of `pipeline`."""
+    found = {
+        "in_channels": info.latent_channels,
+        "joint_attention_dim": info.text_shape[1],
+        "pooled_projection_dim": info.pooled_size,
+    }
+    if sizes is not None:
+        wanted = {name: getattr(sizes, name) for name in found}
+    elif pipeline and (Path(pipeline) / "transformer" / "config.json").is_file():
+        config = read_config(Path(pipeline) / "transformer" / "config.json")
+        wanted = {name: config[name] for name in found if name in config}
+    else:
+        wanted = {}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(
+                f"{path} was encoded for a transformer with {name} {found[name]}, this one has {value}: prepare the "
+                "images with this model's pipeline"
+            )
+    if not pipeline or not Path(pipeline).is_dir():
+        return
+    for part, fingerprint in fingerprints(Path(pipeline)).items():
+        if part in info.encoders and info.encoders[part] != fingerprint:
+            raise ValueError(
+                f"{path} was encoded by another {part} than {Path(pipeline) / part}: prepare the images with this "
+                "pipeline"
+            )

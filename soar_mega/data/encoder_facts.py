@@ -1,0 +1,115 @@
+"""What a pipeline folder says about its encoders without loading them: sizes, lengths, fingerprints."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+DEFAULT_T5_LENGTH = 256  # of diffusers' StableDiffusion3Pipeline
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, for its fingerprint
+VERSION_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """Shapes of what the encoders of a pipeline make."""
+
+    latent_channels: int
+    vae_scale_factor: int  # pixels per latent element
+    size_multiple: int  # width and height of an image must divide by this: VAE factor x patch size
+    default_resolution: int  # pixels along an edge of the transformer's own sample size
+    largest_side: int  # pixels; the transformer has no positions beyond
+    text_shape: tuple[int, int]  # (tokens, width)
+    pooled_size: int
+    max_sequence_length: int  # T5 tokens among the text tokens
+
+
+def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> EncoderFacts:
+    """Read the configs of a diffusers SD3 pipeline folder.
+
+    Args:
+        max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
+
+    Raises:
+        ValueError: a config is missing or damaged, with its path.
+    """
+    vae = read_config(pipeline / "vae" / "config.json")
+    transformer = read_config(pipeline / "transformer" / "config.json")
+    clips = [read_config(pipeline / part / "config.json") for part in ("text_encoder", "text_encoder_2")]
+    clip_length = read_config(pipeline / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+    width = transformer["joint_attention_dim"]
+    if (pipeline / "text_encoder_3" / "config.json").is_file():
+        width = read_config(pipeline / "text_encoder_3" / "config.json")["d_model"]
+    t5_length = max_sequence_length or _default_t5_length(pipeline)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    multiple = factor * transformer["patch_size"]
+    return EncoderFacts(
+        latent_channels=vae["latent_channels"],
+        vae_scale_factor=factor,
+        size_multiple=multiple,
+        default_resolution=transformer["sample_size"] * factor,
+        largest_side=transformer["pos_embed_max_size"] * multiple,
+        text_shape=(clip_length + t5_length, width),
+        pooled_size=sum(clip["projection_dim"] for clip in clips),
+        max_sequence_length=t5_length,
+    )
+
+
+def fingerprints(pipeline: Path) -> dict[str, str]:
+    """SHA-256 of the config and of samples of the weights of each encoder in the folder.
+
+    Reading all of a 10 GB encoder at every start would take longer than the start: of each weight file the size, the
+    first bytes (the header) and blocks spread over the rest are taken, which any training of the encoder changes.
+    """
+    result = {}
+    for part in ENCODERS:
+        folder = pipeline / part
+        if not (folder / "config.json").is_file():
+            continue
+        digest = hashlib.sha256()
+        config = {k: v for k, v in read_config(folder / "config.json").items() if k not in VERSION_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for path in _weight_files(folder):
+            digest.update(path.name.encode())
+            digest.update(_sampled_bytes(path))
+        result[part] = digest.hexdigest()
+    return result
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON config of a pipeline folder; ValueError naming it when it is missing or damaged."""
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a diffusers SD3 pipeline folder") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    assert isinstance(config, dict)
+    return config
+
+
+def _default_t5_length(pipeline: Path) -> int:
+    path = pipeline / "tokenizer_3" / "tokenizer_config.json"
+    allowed = read_config(path).get("model_max_length") if path.is_file() else None
+    return int(min(DEFAULT_T5_LENGTH, allowed or DEFAULT_T5_LENGTH))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights that loading takes: safetensors before .bin, and no fp16 or other variants."""
+    for pattern in ("*.safetensors", "*.bin"):
+        plain = [path for path in sorted(folder.glob(pattern)) if path.name.count(".") == 1]
+        if plain:
+            return plain
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _sampled_bytes(path: Path) -> bytes:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        blocks = [str(size).encode()]
+        for i in range(SAMPLES):
+            file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+            blocks.append(file.read(SAMPLE_BYTES))
+    return b"".join(blocks)

@@ -1,0 +1,234 @@
+"""The loader: an endless iterator of batches, the same samples at every layout and after every resume."""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soar_mega import distributed
+from soar_mega.config import DataConfig
+from soar_mega.data.batch import Batch
+from soar_mega.data.compatibility import ModelSizes, check_compatible
+from soar_mega.data.info import DataError, DatasetInfo
+from soar_mega.data.order import Order, Place, Stretch
+from soar_mega.data.ranks import Ranks, agree, this_rank
+from soar_mega.data.shards import Read, ShardSet
+from soar_mega.data.workers import WorkerPool
+
+log = logging.getLogger(__name__)
+
+NAMED = 5  # failed samples named in an error message
+
+
+class Source(Protocol):
+    """Where samples come from: shards, or images that are encoded while training."""
+
+    info: DatasetInfo
+
+    def open(self) -> None:
+        """Make ready for reading; called on ranks that read."""
+
+    def members(self, bucket: str) -> NDArray[Any]:
+        """Indices of a bucket's samples."""
+
+    def read(self, bucket: str, indices: Any, positions: Tensor, seed: int, text: bool) -> Read:
+        """The samples as they are on disk; may run in another process."""
+
+    def finish(self, read: Read, indices: Any, positions: Tensor, seed: int, text: bool) -> Read:
+        """What `read` left to do, in this process: latents, and text and pooled where `text`."""
+
+    def empty_prompt(self) -> tuple[Tensor, Tensor]:
+        """text [S, D] and pooled [P] of the empty prompt."""
+
+
+class Loader:
+    """Yields this rank's share of each global batch, on this process's device.
+
+    Building it, each `next` and nothing else are collective over the world. What stops one rank stops all of them, with
+    the same DataError. Samples that any rank failed to read are not valid on all ranks.
+
+    Args:
+        data: where the samples come from.
+        seed: train.seed; keys the order and the draws of the latents.
+        global_batch_size: samples per step over all ranks.
+        pipeline: the diffusers folder that the run trains; its encoders must be those of the shards. "" skips that.
+        sizes: the transformer's sizes; None reads them from `pipeline`.
+
+    Raises:
+        DataError: the data set is missing, damaged, of another format or from other encoders.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        seed: int,
+        global_batch_size: int,
+        *,
+        pipeline: str = "",
+        sizes: ModelSizes | None = None,
+    ) -> None:
+        self.ranks: Ranks = this_rank()
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self._max_failed_share = data.max_failed_share
+        failure = None
+        try:
+            if global_batch_size % self.ranks.data_size:
+                raise ValueError(
+                    f"train.global_batch_size ({global_batch_size}) must be a multiple of the {self.ranks.data_size} "
+                    "data-parallel replicas"
+                )
+            self._source = _open_source(data, pipeline, self.ranks)
+            check_compatible(self._source.info, data.path, pipeline, sizes)
+            self._order = Order(seed, self._source.info.buckets)
+            empty = self._source.empty_prompt() if self.ranks.leader and self.ranks.first_stage else None
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        agree({}, 0, failure)
+        self.info = self._source.info
+        self._empty = self._share_empty(empty) if self.ranks.first_stage else None
+        self._place, self._ahead = Place(), Place()
+        self._failed = 0
+        self._planned: deque[tuple[Stretch, Place]] = deque()
+        self._workers = data.num_workers if self.ranks.reads else 0
+        self._pool = WorkerPool(self._read, self._workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._planned) < self._pool.depth:
+            stretch, self._ahead = self._order.step(self._ahead, self.global_batch_size)
+            self._planned.append((stretch, self._ahead))
+            if self.ranks.reads:
+                self._pool.submit(stretch)
+        stretch, place = self._planned.popleft()
+        part = stretch.part(self.ranks.data_rank, self.ranks.data_size)
+        read, fatal = self._take(part)
+        first = part.position - stretch.position
+        mine = {first + row: f"{read.names[row]}: {why}" for row, why in read.failures.items()}
+        failed, reasons = agree(mine, self.global_batch_size, fatal)
+        self._place = place
+        if reasons:
+            self._count_failures(reasons)
+        return self._batch(part, read, ~failed[first : first + part.count])
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of the whole run so far, over all ranks."""
+        return self._place.consumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on behind the last batch; plain numbers, equal on all ranks."""
+        return {
+            "consumed_samples": self._place.consumed,
+            "buckets": dict(self._place.streams),
+            "bucket_sizes": dict(self._order.sizes),
+            "seed": self.seed,
+            "failed_samples": self._failed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, at any layout and batch size; ValueError for another data set or seed."""
+        sizes = dict(state["bucket_sizes"])
+        if sizes != self._order.sizes:
+            raise ValueError(
+                f"the run was reading a data set with buckets {sizes}, this one has {self._order.sizes}: give the same "
+                "data.path, or start a new run from the weights (checkpoint.load and checkpoint.finetune=true)"
+            )
+        if state["seed"] != self.seed:
+            raise ValueError(f"the run was started with train.seed={state['seed']}, not {self.seed}: keep it to resume")
+        self._place = Place(consumed=int(state["consumed_samples"]), streams=dict(state["buckets"]))
+        self._failed = int(state["failed_samples"])
+        self._ahead = self._place
+        self._planned.clear()
+        self._pool.close()
+        self._pool = WorkerPool(self._read, self._workers)
+
+    def close(self) -> None:
+        """End the reader processes."""
+        self._pool.close()
+
+    def _indices(self, part: Stretch) -> NDArray[Any]:
+        return self._source.members(part.bucket)[self._order.members(part)]
+
+    def _read(self, stretch: Stretch) -> Read:
+        """Runs in a reader process."""
+        part = stretch.part(self.ranks.data_rank, self.ranks.data_size)
+        return self._source.read(
+            part.bucket, self._indices(part), part.positions(), self.seed, text=self.ranks.first_stage
+        )
+
+    def _take(self, part: Stretch) -> tuple[Read, str | None]:
+        """This rank's samples, or why it cannot go on."""
+        nothing = Read(tensors={}, names=[])
+        if not self.ranks.reads:
+            return nothing, None
+        try:
+            read = self._pool.next()
+            positions, text = part.positions(), self.ranks.first_stage
+            return self._source.finish(read, self._indices(part), positions, self.seed, text), None
+        except (ValueError, OSError, RuntimeError) as error:
+            return nothing, str(error)
+
+    def _count_failures(self, reasons: list[str]) -> None:
+        if distributed.is_rank_zero():
+            for reason in reasons:
+                log.warning("sample left out: %s", reason)
+        self._failed += len(reasons)
+        # Early in a run one bad sample would be a large share: never divide by less than one epoch.
+        share = self._failed / max(self._place.consumed, self.info.samples)
+        if share > self._max_failed_share:
+            more = f" and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+            raise DataError(
+                f"{self._failed} samples could not be read, {share:.2%} of the data (data.max_failed_share="
+                f"{self._max_failed_share}). Last ones: {'; '.join(reasons[:NAMED])}{more}"
+            )
+
+    def _batch(self, part: Stretch, read: Read, valid: Tensor) -> Batch:
+        device = distributed.device()
+        info, ranks = self.info, self.ranks
+        batch = Batch(
+            seed=self.seed,
+            position=part.positions().to(device),
+            valid=valid.to(device),
+            latent_shape=info.latent_shape(part.bucket),
+            text_length=info.text_shape[0],
+            names=read.names,
+        )
+        if ranks.first_stage or ranks.last_stage:
+            shape = (part.count, *batch.latent_shape)
+            batch.latents = ranks.share(read.tensors.get("latents"), shape, torch.float32)
+        if ranks.first_stage:
+            dtype = info.torch_text_dtype()
+            batch.text = ranks.share(read.tensors.get("text"), (part.count, *info.text_shape), dtype)
+            batch.pooled = ranks.share(read.tensors.get("pooled"), (part.count, info.pooled_size), dtype)
+            assert self._empty is not None
+            batch.empty_text, batch.empty_pooled = self._empty
+        return batch
+
+    def _share_empty(self, empty: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        text, pooled = empty if empty is not None else (None, None)
+        dtype = self.info.torch_text_dtype()
+        return (
+            self.ranks.share(text, self.info.text_shape, dtype),
+            self.ranks.share(pooled, (self.info.pooled_size,), dtype),
+        )
+
+
+def _open_source(data: DataConfig, pipeline: str, ranks: Ranks) -> Source:
+    source: Source
+    if data.encode == "online":
+        # The encoders' libraries are heavy and only needed here.
+        from soar_mega.data.online import OnlineImages
+
+        source = OnlineImages(data.path, pipeline, text=ranks.first_stage)
+    else:
+        source = ShardSet(data.path)
+    if ranks.reads:
+        source.open()
+    return source

@@ -1,0 +1,105 @@
+"""Shards: tar files that the webdataset library reads too, with an index each for random access.
+
+A folder of shards holds
+
+    shard-000000.tar     per sample KEY.latents.safetensors (mean, std), KEY.text.safetensors (text, pooled), KEY.txt
+                         (the caption) and KEY.json (name in the source, bucket)
+    shard-000000.json    the index: offset, size and CRC-32 of each part, written when the tar is complete
+    empty.safetensors    text and pooled of the empty prompt
+    dataset.json         format version, shapes, buckets, encoders, shards; a folder without it is unfinished
+"""
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from soar_mega.data.info import DatasetInfo
+
+FORMAT_VERSION = 1
+DATASET_FILE = "dataset.json"
+EMPTY_FILE = "empty.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample:
+    """One image and its caption after the encoders."""
+
+    name: str  # in the source
+    caption: str
+    bucket: str
+    latent_mean: Tensor  # [C, H, W] float32, scaled as the transformer expects
+    latent_std: Tensor  # [C, H, W] float32
+    text: Tensor  # [S, D]
+    pooled: Tensor  # [P]
+
+
+class ShardWriter:
+    """Writes one shard: the tar under a temporary name, then its final name, then the index."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.name = shard_name(number)
+        self._path = folder / f"{self.name}.tar"
+        self._temporary = folder / f"{self.name}.tar.tmp"
+        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by close
+        self._samples: list[dict[str, Any]] = []
+
+    def add(self, key: str, sample: EncodedSample) -> None:
+        """Append a sample. `key` is unique in the data set and holds no dot."""
+        latents = save({"mean": sample.latent_mean.contiguous(), "std": sample.latent_std.contiguous()})
+        text = save({"text": sample.text.contiguous(), "pooled": sample.pooled.contiguous()})
+        entry = {"key": key, "name": sample.name, "bucket": sample.bucket}
+        description = json.dumps({"name": sample.name, "bucket": sample.bucket}, sort_keys=True)
+        entry["latents"] = self._append(f"{key}.latents.safetensors", latents)
+        entry["text"] = self._append(f"{key}.text.safetensors", text)
+        self._append(f"{key}.txt", sample.caption.encode())
+        self._append(f"{key}.json", description.encode())
+        self._samples.append(entry)
+
+    def close(self, **extra: Any) -> None:
+        """Complete the shard; `extra` goes into its index."""
+        self._tar.close()
+        size = self._temporary.stat().st_size
+        os.replace(self._temporary, self._path)
+        index = {"format_version": FORMAT_VERSION, "bytes": size, "samples": self._samples, **extra}
+        write_json(self._path.with_suffix(".json"), index)
+
+    def _append(self, name: str, content: bytes) -> list[int]:
+        # Short ASCII names: the header is one block, and nothing in it depends on when or by whom it was written.
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._tar.addfile(member, BytesIO(content))
+        return [offset, len(content), zlib.crc32(content)]
+
+
+def write_dataset_file(folder: Path, info: DatasetInfo, shards: int, **extra: Any) -> None:
+    """dataset.json over the first `shards` complete shards of the folder: the data set is finished by this."""
+    listed = []
+    for number in range(shards):
+        index = json.loads((folder / f"{shard_name(number)}.json").read_text())
+        listed.append({"name": shard_name(number), "samples": len(index["samples"]), "bytes": index["bytes"]})
+    values = {"format_version": FORMAT_VERSION, **info.to_json(), "shards": listed, **extra}
+    write_json(folder / DATASET_FILE, values)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object so that a crash leaves either the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(values, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

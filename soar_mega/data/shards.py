@@ -1,0 +1,251 @@
+"""Random access to shards: which samples there are, and their tensors by number."""
+
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
+from torch import Tensor
+
+from soar_mega.data.batch import Batch
+from soar_mega.data.info import DatasetInfo
+from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
+from soar_mega.flow import normal
+
+OPEN_FILES = 32  # shards kept open for reading
+
+
+@dataclass(kw_only=True)
+class Read:
+    """Samples as they came from disk; rows of failed ones are zero."""
+
+    tensors: dict[str, Tensor]  # latents or images, text, pooled: [B, ...]
+    names: list[str]
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why it could not be read
+
+
+class ShardSet:
+    """Random access to the samples of a folder of shards. The indices are read at the first use of a sample."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._dataset = read_dataset_file(self.path)
+        self.info = DatasetInfo.from_json(self._dataset)
+        self._parts: dict[str, NDArray[np.int64]] | None = None
+        self._names: list[str] = []
+        self._buckets: list[str] = []
+        self._members: dict[str, NDArray[np.int64]] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def open(self) -> None:
+        """Read all indices and check that every shard is there and whole. ValueError naming the file otherwise."""
+        if self._parts is not None:
+            return
+        rows: dict[str, list[list[int]]] = {"latents": [], "text": []}
+        for number, shard in enumerate(self._dataset["shards"]):
+            for sample in self._read_index(shard):
+                self._names.append(f"{sample['name']} ({shard['name']}.tar, {sample['key']})")
+                self._buckets.append(sample["bucket"])
+                for part in rows:
+                    rows[part].append([number, *sample[part]])
+        self._parts = {part: np.array(values, dtype=np.int64).reshape(-1, 4) for part, values in rows.items()}
+        self._members = {b: np.flatnonzero(np.array(self._buckets) == b) for b in self.info.buckets}
+        counted = {bucket: len(members) for bucket, members in self._members.items()}
+        if counted != self.info.buckets:
+            raise ValueError(
+                f"{self.path / DATASET_FILE} counts {self.info.buckets}, the shards hold {counted}: prepare again"
+            )
+
+    def bucket_of(self, index: int) -> str:
+        """The bucket of sample `index`."""
+        self.open()
+        return self._buckets[index]
+
+    def members(self, bucket: str) -> NDArray[np.int64]:
+        """Indices of the samples of a bucket, in source order."""
+        self.open()
+        return self._members[bucket]
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Source name and place of samples, for messages."""
+        self.open()
+        return [self._names[i] for i in indices]
+
+    def read(self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True) -> Read:
+        """Samples `indices` of one bucket; latents are drawn anew for each of `positions` [B] int64.
+
+        A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
+        """
+        self.open()
+        count = len(indices)
+        tensors = {"latents": torch.zeros(count, *self.info.latent_shape(bucket))}
+        if text:
+            dtype = self.info.torch_text_dtype()
+            tensors["text"] = torch.zeros(count, *self.info.text_shape, dtype=dtype)
+            tensors["pooled"] = torch.zeros(count, self.info.pooled_size, dtype=dtype)
+        result = Read(tensors=tensors, names=self.names(indices))
+        for row, index in enumerate(indices):
+            try:
+                sample = self._decode(int(index), positions[row : row + 1], seed, text)
+                _check_sample(sample, {name: values.shape[1:] for name, values in tensors.items()})
+            except SampleError as error:
+                result.failures[row] = str(error)
+                continue
+            for name, values in tensors.items():
+                values[row] = sample[name]
+        return result
+
+    def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
+        """Nothing is left to do after `read`."""
+        return read
+
+    def empty_prompt(self) -> tuple[Tensor, Tensor]:
+        """text [S, D] and pooled [P] of the empty prompt."""
+        path = self.path / EMPTY_FILE
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: prepare the shards again")
+        tensors = load_file(path)
+        return tensors["text"], tensors["pooled"]
+
+    def batch(self, indices: Sequence[int], seed: int) -> Batch:
+        """Samples of one bucket as a batch on the CPU; a sample's position is its index.
+
+        ValueError when a sample is unreadable or of another bucket than the first.
+        """
+        bucket = self.bucket_of(int(indices[0]))
+        others = [i for i in indices if self.bucket_of(int(i)) != bucket]
+        if others:
+            raise ValueError(f"samples {indices[0]} and {others[0]} are of different buckets: take one bucket at a time")
+        positions = torch.tensor([int(i) for i in indices])
+        read = self.read(bucket, indices, positions, seed)
+        if read.failures:
+            row, why = next(iter(read.failures.items()))
+            raise ValueError(f"cannot read {read.names[row]}: {why}")
+        empty_text, empty_pooled = self.empty_prompt()
+        return Batch(
+            seed=seed,
+            position=positions,
+            valid=torch.ones(len(indices), dtype=torch.bool),
+            latent_shape=self.info.latent_shape(bucket),
+            text_length=self.info.text_shape[0],
+            empty_text=empty_text,
+            empty_pooled=empty_pooled,
+            names=read.names,
+            **read.tensors,
+        )
+
+    def one_bucket_groups(self, count: int, size: int) -> list[list[int]]:
+        """The first `count` samples as lists of at most `size` indices, each list of one bucket (for `batch`)."""
+        self.open()
+        first = range(min(count, len(self)))
+        groups = []
+        for bucket in self.info.buckets:
+            members = [i for i in first if self.bucket_of(i) == bucket]
+            groups += [members[i : i + size] for i in range(0, len(members), size)]
+        return groups
+
+    def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
+        latents = self._tensors("latents", index)
+        mean, std = latents["mean"], latents["std"]
+        sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
+        return {**sample, **self._tensors("text", index)} if text else sample
+
+    def _tensors(self, part: str, index: int) -> dict[str, Tensor]:
+        assert self._parts is not None
+        shard, offset, size, checksum = self._parts[part][index].tolist()
+        content = os.pread(self._file(shard), size, offset)
+        if len(content) < size:
+            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
+        if zlib.crc32(content) != checksum:
+            raise SampleError(f"the checksum of its {part} is wrong: the shard was damaged after it was written")
+        return load_tensors(content)
+
+    def _file(self, shard: int) -> int:
+        """File descriptor of a shard; the least recently used one is closed when too many are open."""
+        if shard not in self._files:
+            if len(self._files) == OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            try:
+                self._files[shard] = os.open(self._shard_path(shard), os.O_RDONLY)
+            except OSError as error:
+                raise ValueError(f"cannot open shard {self._shard_path(shard)}: {error.strerror}") from error
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.path / f"{self._dataset['shards'][shard]['name']}.tar"
+
+    def _read_index(self, shard: Mapping[str, Any]) -> list[dict[str, Any]]:
+        path = self.path / f"{shard['name']}.tar"
+        index = read_json(path.with_suffix(".json"))
+        if index.get("format_version") != FORMAT_VERSION or len(index["samples"]) != shard["samples"]:
+            raise ValueError(f"{path.with_suffix('.json')} does not belong to this {DATASET_FILE}: prepare again")
+        if not path.is_file():
+            raise ValueError(f"shard {path} is missing: copy it again or prepare again")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise ValueError(f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again")
+        samples: list[dict[str, Any]] = index["samples"]
+        return samples
+
+
+class SampleError(Exception):
+    """One sample cannot be read; the others can."""
+
+
+def open_shards(path: str | Path) -> ShardSet:
+    """The shards in `path`, checked to be complete.
+
+    ValueError naming the file that is missing, truncated or of another format version.
+    """
+    shards = ShardSet(path)
+    shards.open()
+    return shards
+
+
+def read_dataset_file(folder: Path) -> dict[str, Any]:
+    """dataset.json of a folder of shards. ValueError when it is not there or of another format version."""
+    path = folder / DATASET_FILE
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: give the folder that `soar-mega prepare` wrote")
+    if not path.is_file():
+        if any(folder.glob("shard-*")):
+            raise ValueError(f"{folder} is unfinished (no {DATASET_FILE}): run `soar-mega prepare` into it again")
+        raise ValueError(f"{folder} holds no shards: give a folder that `soar-mega prepare` wrote")
+    values = read_json(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: prepare again")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError naming the file when it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): prepare again") from error
+    assert isinstance(values, dict)
+    return values
+
+
+def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    for name, shape in shapes.items():
+        if sample[name].shape != shape:
+            raise SampleError(f"its {name} have shape {tuple(sample[name].shape)} instead of {tuple(shape)}")
+        if not sample[name].isfinite().all():
+            raise SampleError(f"its {name} hold NaN or infinite numbers")

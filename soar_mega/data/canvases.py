@@ -2,11 +2,11 @@
 
 A canvas has four 8 x 8 cells in reading order, each empty or holding one scan of scikit-learn's load_digits in one of
 five colours, on black. Every canvas is a pure function of (seed, index), so a data set needs no files to be repeated.
-The 1797 scans are split once: the generator's canvases, the verifier's training scans and the held-out scans share none.
+The 1797 scans are split once, so that generator, verifier and held-out canvases share none.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,8 @@ Cell = tuple[str, int] | None
 class Caption:
     """What a caption asks for. `colours` is empty where the caption leaves the colour open.
 
-    `digits` are the different objects in caption order; for "ocr" they are the characters to be read, and for "counting"
-    the one digit that must appear `count` times.
+    `digits` are the different objects in caption order; for "ocr" they are the characters to be read, for
+    "counting" the one digit that must appear `count` times.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Canvas:
     cells: tuple[Cell, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def scans(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The scans of one split: images [N, 8, 8] in [0, 1] and their digits [N]. ValueError for an unknown split."""
     if split not in SPLITS:
@@ -160,8 +160,8 @@ def render(rng: np.random.Generator, cells: tuple[Cell, ...], split: str = "gene
 def make_canvas(seed: int, index: int, *, split: str = "generator", noisy: bool = False) -> Canvas:
     """Canvas `index` of the endless data set `seed`.
 
-    `noisy` is the variant for pretraining, a stand-in for web data: 15 % of the captions belong to another canvas of their
-    kind, 10 % of the canvases are shuffled (half of those with one more digit), all have Gaussian pixel noise of .04.
+    `noisy` is the variant for pretraining, a stand-in for web data: 15 % of the captions belong to another canvas of
+    their kind, 10 % of the canvases are shuffled (half of those with one more digit), all have pixel noise of .04 RMS.
     """
     rng = np.random.default_rng([seed, index])
     weights = np.array(list(KINDS.values()))

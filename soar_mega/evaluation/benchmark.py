@@ -2,7 +2,8 @@
 
 GenEval (Ghosh et al. 2023): an image is right if a detector finds what the prompt asks for; the score is the mean over
 the six tasks of the share of right images. As there, objects that the prompt does not mention do no harm except when
-counting. OCR as in Flow-GRPO: 1 - min(d, len)/len with d the edit distance, 0 where the wanted text is within the read one.
+counting. OCR as in Flow-GRPO: 1 - min(d, len)/len with d the edit distance, 0 where the wanted text is within what
+was read.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Result:
 def benchmark_prompts(per_category: int = 60, seed: int = 0) -> list[Caption]:
     """The prompts, category by category with OCR last: 7 x per_category, a function of the arguments alone."""
     if per_category < 2:
-        raise ValueError(f"the benchmark needs at least 2 prompts per category for a standard error, got {per_category}")
+        raise ValueError(f"the benchmark needs at least 2 prompts per category, got {per_category}")
     prompts = []
     for index, kind in enumerate((*CATEGORIES, OCR)):
         rng = np.random.default_rng([seed, index])
@@ -46,17 +47,22 @@ def benchmark_prompts(per_category: int = 60, seed: int = 0) -> list[Caption]:
 
 
 def real_canvases(prompts: Sequence[Caption], seed: int = 0, split: str = "held_out") -> NDArray[np.float32]:
-    """One true canvas per prompt, drawn with scans that neither generator nor verifier knows: [N, 3, 16, 16] in [0, 1]."""
+    """One true canvas per prompt, drawn with scans that neither generator nor verifier knows: [N, 3, 16, 16]."""
     rng = np.random.default_rng([seed, len(prompts)])
     return np.stack([render(rng, place(rng, prompt), split) for prompt in prompts])
 
 
 def score(images: ArrayLike, prompts: Sequence[Caption], verifier: Verifier | None = None) -> Result:
-    """Scores images [N, 3, 16, 16] in [0, 1], one per prompt. ValueError where the numbers differ or a category lacks."""
+    """Scores images [N, 3, 16, 16] in [0, 1], one per prompt.
+
+    ValueError where there is not one image per prompt, or a category has fewer than 2 prompts.
+    """
     verifier = verifier or Verifier.fit()
     readings = verifier.read_all(images)
     if len(readings) != len(prompts):
-        raise ValueError(f"the benchmark needs one image per prompt: got {len(readings)} images, {len(prompts)} prompts")
+        raise ValueError(
+            f"the benchmark needs one image per prompt: got {len(readings)} images, {len(prompts)} prompts"
+        )
     points: dict[str, list[float]] = {kind: [] for kind in (*CATEGORIES, OCR)}
     for cells, prompt in zip(readings, prompts, strict=True):
         if prompt.kind not in points:

@@ -2,8 +2,8 @@
 
     E = 2 E|X - Y| - E|X - X'| - E|Y - Y'|        (Szekely and Rizzo 2013), Euclidean norms, independent copies X', Y'
 
-The estimate is the unbiased one (no pair of a sample with itself), so it may be slightly negative; its standard error is
-the delete-one jackknife over both sets.
+The estimate is the unbiased one (no pair of a sample with itself), so it may be slightly negative; its standard error
+is the delete-one jackknife over both sets.
 """
 
 from dataclasses import dataclass

@@ -71,10 +71,9 @@ def test_render_puts_a_scan_of_the_split_in_its_colour_into_its_cell():
 
 
 def test_noise_of_the_pretraining_variant_comes_in_the_stated_shares():
-    count = 3000
-    clean = [c for c in (make_canvas(0, i) for i in range(200))]
+    clean = [make_canvas(0, i) for i in range(200)]
     assert all(c.caption.kind == "ocr" or fulfils(c.caption, c.cells) for c in clean)
-    noisy = [make_canvas(0, i, noisy=True) for i in range(count)]
+    noisy = [make_canvas(0, i, noisy=True) for i in range(3000)]
     # A wrong caption of a colour kind practically never fits by chance; a shuffled canvas still shows its colours.
     wrong = [not fulfils(c.caption, c.cells) for c in noisy if c.caption.kind == "color_attr"]
     assert np.mean(wrong) == pytest.approx(0.15, abs=0.05)

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import torch
+from base.vocabulary import TEXT_LENGTH
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -14,7 +15,6 @@ from transformers import (
     T5Tokenizer,
 )
 
-from base.vocabulary import TEXT_LENGTH
 from soar_mega.data.canvases import COLOURS, KINDS, RELATIONS, Caption, draw_caption
 
 log = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def train_vae(seed: int = 0) -> AutoencoderKL:
-    """MSE + KL_WEIGHT x KL per latent element, one-cycle AdamW; then shift and scale are set to make latents standard."""
+    """MSE + KL_WEIGHT x KL per latent element, one-cycle AdamW; then shift and scale make latents standard."""
     torch.manual_seed(seed)
     vae = build_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)

@@ -1,0 +1,83 @@
+"""From a diffusers folder into any layout: each rank reads its own rows and columns."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.convert.mapping import Entry, entries, fuse
+from soar_mega.convert.safetensors_file import Reader
+from soar_mega.distributed import start_world
+from soar_mega.models.config import MMDiTConfig, config_file
+from soar_mega.models.gather import partition_dim
+from soar_mega.models.groups import tensor_parallel_group
+from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.names import named_tensors
+
+MAX_LISTED = 10
+
+
+def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
+    """A pipeline's transformer as a single-process module: `model(latents, timesteps, text, pooled) -> velocity`.
+
+    Starts a process world of one where there is none.
+
+    Args:
+        folder: a diffusers pipeline folder or its transformer folder.
+        dtype: fp32 or bf16.
+
+    Raises:
+        ValueError: not an SD3 transformer, or its weights do not fit its configuration.
+    """
+    config = MMDiTConfig.from_diffusers(folder)
+    parallel = ParallelConfig()
+    start_world(parallel)
+    model = build_model(config, ModelConfig(dtype=dtype), parallel)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: MMDiT, folder: str | Path) -> None:
+    """Fill this rank's part of a model from a diffusers folder, without ever holding more than one whole tensor.
+
+    Raises:
+        ValueError: keys that are missing, unknown or of another shape, each with its file; the same on every rank.
+    """
+    path = config_file(Path(folder)).parent
+    table = entries(model.sizes)
+    local = named_tensors(model)
+    with Reader(path) as reader:
+        _check(table, reader)
+        for entry in table:
+            if entry.name in local:
+                target = local[entry.name]
+                target.copy_(_read_shard(entry, reader, target, model.sizes))
+    assert not set(local) - {entry.name for entry in table}
+
+
+def _read_shard(entry: Entry, reader: Reader, target: Tensor, config: MMDiTConfig) -> Tensor:
+    dim, group = partition_dim(target), tensor_parallel_group()
+    heads = config.num_attention_heads
+    if dim is None or group is None or group.size() == 1:
+        return fuse([reader.read(key) for key in entry.keys], heads)
+    width = entry.shape[dim] // group.size()
+    start = width * group.rank()
+    parts = [reader.read(key, dim, start, start + width) for key in entry.keys]
+    return fuse(parts, heads // group.size())
+
+
+def _check(table: list[Entry], reader: Reader) -> None:
+    wanted = {key: entry.shape for entry in table for key in entry.keys}
+    problems = [f"missing: {key} {shape}" for key, shape in wanted.items() if key not in reader.files]
+    problems += [f"unknown: {key} in {file.name}" for key, file in reader.files.items() if key not in wanted]
+    for key, shape in wanted.items():
+        if key in reader.files and (found := reader.shape(key)) != shape:
+            problems.append(
+                f"shape of {key} in {reader.files[key].name} is {found}, config.json implies {shape}"
+            )
+    if problems:
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        listed = "\n  ".join(problems[:MAX_LISTED])
+        raise ValueError(f"the weights in {reader.folder} do not fit its config.json:\n  {listed}{more}")

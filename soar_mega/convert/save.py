@@ -1,0 +1,137 @@
+"""From any layout into a diffusers transformer folder, one tensor at a time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from soar_mega.convert.mapping import Entry, entries, split
+from soar_mega.convert.safetensors_file import Writer
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.gather import full_tensor
+from soar_mega.models.layout import stage_layers
+from soar_mega.models.mmdit import MMDiT
+from soar_mega.models.names import named_tensors
+
+MAX_SHARD_SIZE = 5 * 10**9
+
+
+def save_transformer(
+    model: MMDiT,
+    folder: str | Path,
+    tensors: dict[str, Tensor] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
+
+    Args:
+        folder: the transformer folder; made by rank 0, which does all the writing.
+        tensors: this rank's shards under global parameter names, to be written in place of the parameters (an EMA).
+        max_shard_size: bytes of tensors in one file.
+
+    Raises:
+        OSError: rank 0 could not write; raised on every rank.
+    """
+    table = entries(model.sizes)
+    local = named_tensors(model)
+    replaced = tensors or {}
+    unknown = sorted(set(replaced) - {entry.name for entry in table})
+    assert not unknown, f"no parameters of these names: {unknown}"
+    failure: OSError | None = None
+    writer: Writer | None = None
+    if dist.get_rank() == 0:
+        try:
+            writer = _start_folder(model, table, Path(folder), max_shard_size)
+        except OSError as error:
+            failure = error
+    for entry in table:
+        full = _collect(entry, model, local, replaced)
+        if full is None or writer is None or failure is not None:
+            continue
+        try:
+            parts = split(full, len(entry.keys), model.sizes.num_attention_heads)
+            for key, part in zip(entry.keys, parts):
+                writer.write(key, part)
+        except OSError as error:
+            failure = error  # the peers still send: take part until the end
+    _finish(writer, failure, folder)
+
+
+def _start_folder(model: MMDiT, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
+    plan = [(key, entry.shape) for entry in table for key in entry.keys]
+    return Writer(folder, plan, model.config.params_dtype, max_shard_size)
+
+
+def _collect(
+    entry: Entry, model: MMDiT, local: dict[str, Tensor], replaced: dict[str, Tensor]
+) -> Tensor | None:
+    """The whole tensor on rank 0, None elsewhere."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return None
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    owner = _owner(entry.name, model.sizes, pipeline.size())
+    full: Tensor | None = None
+    if pipeline.rank() == owner:
+        parameter = local[entry.name]
+        full = full_tensor(replaced.get(entry.name, parameter), like=parameter).to(model.config.params_dtype)
+    if owner == 0 or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return full if dist.get_rank() == 0 else None
+    if pipeline.rank() == owner:
+        assert full is not None
+        dist.send(full.contiguous(), group=pipeline, group_dst=0)
+        return None
+    if pipeline.rank() != 0:
+        return None
+    rows = entry.shape[0] * len(entry.keys)
+    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=_any_device(model))
+    dist.recv(full, group=pipeline, group_src=owner)
+    return full
+
+
+def _owner(name: str, config: MMDiTConfig, stages: int) -> int:
+    if name.startswith(("norm_out", "proj_out")):
+        return stages - 1
+    if not name.startswith("layers."):
+        return 0
+    number = int(name.split(".")[1])
+    return next(s for s in range(stages) if number in stage_layers(config.num_layers, stages, s))
+
+
+def _any_device(model: MMDiT) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _finish(writer: Writer | None, failure: OSError | None, folder: str | Path) -> None:
+    def finish() -> None:
+        if failure is not None:
+            raise failure
+        assert writer is not None
+        writer.close()
+
+    try:
+        on_rank_zero(finish, folder)
+    finally:
+        if writer is not None:
+            writer.abandon()
+
+
+def on_rank_zero(action: Callable[[], None], path: str | Path) -> None:
+    """Let rank 0 do `action`; its OSError is raised on every rank. Waits for it everywhere."""
+    failure: OSError | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = error
+    message = [str(failure) if failure is not None else None]
+    dist.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if message[0] is not None:
+        raise OSError(f"rank 0 could not write {path}: {message[0]}")

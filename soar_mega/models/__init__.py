@@ -1,0 +1,1 @@
+"""MMDiT transformers as megatron-core modules."""

@@ -1,0 +1,102 @@
+"""The sizes of an SD3-family transformer, under diffusers' names."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CLASS_NAME = "SD3Transformer2DModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Sizes of a transformer; names and defaults are those of diffusers' SD3Transformer2DModel.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    sample_size: int = 128  # latent side that the position table was made for
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 18
+    num_attention_heads: int = 18
+    attention_head_dim: int = 64
+    joint_attention_dim: int = 4096  # width of the text embeddings
+    caption_projection_dim: int = 1152  # their width inside: the hidden size
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 96  # side of the position table, in patches
+    dual_attention_layers: tuple[int, ...] = ()  # layers with a second, image-only attention
+    qk_norm: str | None = None  # rms_norm or None
+
+    def __post_init__(self) -> None:
+        if self.caption_projection_dim != self.hidden_size:
+            raise ValueError(
+                f"caption_projection_dim is {self.caption_projection_dim}, but text and image meet in one attention: "
+                f"it must be num_attention_heads x attention_head_dim = {self.hidden_size}"
+            )
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm is {self.qk_norm!r}: it can be 'rms_norm' or null")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"the hidden size {self.hidden_size} must be a multiple of 4 for sine-cosine positions"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_diffusers(cls, source: dict[str, Any] | str | Path) -> "MMDiTConfig":
+        """Read a config.json, its content, or the transformer or pipeline folder that holds it.
+
+        Raises:
+            ValueError: not the configuration of an SD3 transformer, or one with settings unknown here.
+        """
+        if isinstance(source, dict):
+            return cls._from_dict(source, "the configuration")
+        path = config_file(Path(source))
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        return cls._from_dict(content, str(path))
+
+    @classmethod
+    def _from_dict(cls, content: dict[str, Any], name: str) -> "MMDiTConfig":
+        kind = content.get("_class_name", CLASS_NAME)
+        if kind != CLASS_NAME:
+            raise ValueError(f"{name} describes a {kind}; supported is {CLASS_NAME} (SD3, SD3.5)")
+        known = {field.name for field in dataclasses.fields(cls)}
+        settings = {key: value for key, value in content.items() if not key.startswith("_")}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
+        settings["dual_attention_layers"] = tuple(settings.get("dual_attention_layers") or ())
+        if settings.get("out_channels", 0) is None:
+            settings["out_channels"] = settings.get("in_channels", cls.in_channels)
+        try:
+            return cls(**settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of diffusers' config.json."""
+        content = dataclasses.asdict(self)
+        content["dual_attention_layers"] = list(self.dual_attention_layers)
+        return {"_class_name": CLASS_NAME, **content}
+
+
+def config_file(path: Path) -> Path:
+    """The config.json meant by a file, a transformer folder or a pipeline folder."""
+    candidates = [path] if path.is_file() else [path / "transformer" / "config.json", path / "config.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise ValueError(
+        f"{path} holds no transformer: expected a diffusers pipeline folder (with transformer/config.json) or its "
+        "transformer folder (with config.json)"
+    )

@@ -1,0 +1,91 @@
+"""Latents, timesteps and pooled text on their way in. Formulas as in diffusers' SD3 embeddings."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soar_mega.models.config import MMDiTConfig
+
+TIMESTEP_CHANNELS = 256
+
+
+class PatchEmbedding(torch.nn.Module):
+    """Patches of the latents, plus a centre crop of a sine-cosine position table.
+
+    The table is kept as a buffer because pipelines ship it in their weights, rounded to their type.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: MMDiTConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.max_size = config.pos_embed_max_size
+        self.proj = torch.nn.Conv2d(
+            config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, dtype=dtype
+        )
+        self.register_buffer("pos_embed", torch.empty(1, self.max_size**2, config.hidden_size, dtype=dtype))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> tokens [H W / patch^2, B, hidden], row by row."""
+        patches = self.proj(latents).flatten(2).permute(2, 0, 1)
+        height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
+        return patches + self._crop(height, width)
+
+    def _crop(self, height: int, width: int) -> Tensor:
+        top, left = (self.max_size - height) // 2, (self.max_size - width) // 2
+        table = self.pos_embed.view(self.max_size, self.max_size, -1)
+        return table[top : top + height, left : left + width].reshape(height * width, 1, -1)
+
+
+class TwoLayers(torch.nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, in_features: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear_1 = torch.nn.Linear(in_features, hidden_size, dtype=dtype)
+        self.linear_2 = torch.nn.Linear(hidden_size, hidden_size, dtype=dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, in_features] -> [B, hidden]."""
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class ConditioningEmbedding(torch.nn.Module):
+    """The vector that modulates every layer: timestep plus pooled text."""
+
+    def __init__(self, config: MMDiTConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.timestep_embedder = TwoLayers(TIMESTEP_CHANNELS, config.hidden_size, dtype)
+        self.text_embedder = TwoLayers(config.pooled_projection_dim, config.hidden_size, dtype)
+
+    def forward(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """Timesteps [B] in 0..1000 and pooled text [B, P] -> [B, hidden], after the SiLU of adaLN."""
+        waves = timestep_waves(timesteps).to(pooled.dtype)
+        return F.silu(self.timestep_embedder(waves) + self.text_embedder(pooled))
+
+
+def timestep_waves(timesteps: Tensor) -> Tensor:
+    """Timesteps [B] -> cosines, then sines, of geometric frequencies [B, 256] float32."""
+    half = TIMESTEP_CHANNELS // 2
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_table(config: MMDiTConfig, device: torch.device) -> Tensor:
+    """The sine-cosine table [1, max_size^2, hidden] float32: columns, then rows."""
+    side, quarter = config.pos_embed_max_size, config.hidden_size // 4
+    base_size = config.sample_size // config.patch_size
+    # float32 positions and float64 angles: the roundings of diffusers, so that tables are equal to the bit
+    positions = torch.arange(side, dtype=torch.float32, device=device) / (side / base_size)
+    frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    angles = torch.outer(positions.double(), frequencies)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [side, hidden / 2]
+    columns = waves[None].expand(side, -1, -1)
+    rows = waves[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, -1)

@@ -1,0 +1,69 @@
+"""adaLN: shifts, scales and gates from the conditioning vector, once per sample."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from soar_mega.models.groups import tensor_parallel_group
+
+EPSILON = 1e-6
+
+
+class Modulation(torch.nn.Module):
+    """A column-parallel linear whose output, `parts` vectors of the hidden size, is complete on every rank.
+
+    adaLN linears hold a third of all parameters, so they are sharded; they work on one vector per sample, so gathering
+    their output is cheap.
+    """
+
+    def __init__(self, config: TransformerConfig, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.sequence_parallel = config.sequence_parallel
+        self.tp_group = tensor_parallel_group()
+        self.linear = ColumnParallelLinear(
+            config.hidden_size,
+            parts * config.hidden_size,
+            # with sequence parallelism on, the linear would gather the conditioning along its batch dimension
+            config=without_sequence_parallel(config),
+            init_method=config.init_method,
+            bias=True,
+            skip_bias_add=True,  # a frozen weight would otherwise take its bias's gradient along
+            tp_group=self.tp_group,
+        )
+
+    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
+        """Conditioning [B, H], already through SiLU -> `parts` tensors [B, H]."""
+        output, bias = self.linear(conditioning)
+        output = output + bias
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            if self.sequence_parallel:
+                # each rank modulates its own tokens: the gradients are partial sums and must be added up
+                output = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(
+                    output, self.tp_group
+                )
+            else:
+                output = tensor_parallel.gather_from_tensor_model_parallel_region(output, self.tp_group)
+        return output.chunk(self.parts, dim=-1)
+
+
+def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    """A copy for modules that see whole sequences, or no sequence."""
+    config = copy.copy(config)
+    config.sequence_parallel = False
+    return config
+
+
+def layer_norm(hidden: Tensor) -> Tensor:
+    """Normalise [S, B, H] over H, without weights: modulation follows."""
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed [S, B, H] times (1 + scale) plus shift, both [B, H]."""
+    return torch.addcmul(shift, normed, 1 + scale)

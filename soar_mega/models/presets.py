@@ -1,0 +1,30 @@
+"""Published sizes, for runs and summaries without a pipeline folder."""
+
+from soar_mega.models.config import MMDiTConfig
+
+PRESETS: dict[str, MMDiTConfig] = {
+    "sd35_medium": MMDiTConfig(
+        num_layers=24,
+        num_attention_heads=24,
+        attention_head_dim=64,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    ),
+    "sd35_large": MMDiTConfig(
+        num_layers=38,
+        num_attention_heads=38,
+        attention_head_dim=64,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    ),
+}
+
+
+def get_preset(name: str) -> MMDiTConfig:
+    """The sizes called `name`; a ValueError lists what there is."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,83 @@
+"""The layer spec of an MMDiT over megatron's backends."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """torch's fused attention behind the interface of megatron's core attention modules."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,  # [S, B, heads, D]
+        key: Tensor,  # [S, B, heads, D]
+        value: Tensor,  # [S, B, heads, D]
+        attention_mask: None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.no_mask,
+    ) -> Tensor:
+        """Attention without a mask -> [S, B, heads x D]."""
+        assert attention_mask is None and attn_mask_type == AttnMaskType.no_mask
+        # [S, B, heads, D] -> [B, heads, S, D]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(query, key, value)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class SdpaSpecProvider(LocalSpecProvider):
+    """megatron's own layers with torch's fused attention (the local one keeps every score)."""
+
+    def core_attention(self) -> type:
+        """Which module to use for attention."""
+        return ScaledDotProductAttention
+
+
+def get_provider(attention_backend: str) -> BackendSpecProvider:
+    """The provider behind model.attention_backend.
+
+    Raises:
+        ValueError: an unknown name, or Transformer Engine is asked for and not installed.
+    """
+    if attention_backend == "sdpa":
+        return SdpaSpecProvider()
+    if attention_backend != "transformer_engine":
+        raise ValueError(
+            f"model.attention_backend={attention_backend!r} is unknown: choose sdpa or transformer_engine"
+        )
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    # megatron puts mocks in place of missing classes, which fail later and elsewhere
+    if not HAVE_TE:
+        raise ValueError(
+            "model.attention_backend=transformer_engine needs Transformer Engine, which is not installed here: install "
+            "the extra `gpu`, or set model.attention_backend=sdpa"
+        )
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def get_mmdit_layer_spec(provider: BackendSpecProvider) -> ModuleSpec:
+    """One joint layer of text and image, made of the provider's modules."""
+    column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
+    norm = provider.layer_norm(rms_norm=True, for_qk=True)
+    return ModuleSpec(
+        module=MMDiTLayer,
+        submodules=MMDiTLayerSubmodules(
+            linear_qkv=column,
+            linear_proj=row,
+            q_layernorm=norm,
+            k_layernorm=norm,
+            core_attention=provider.core_attention(),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+        ),
+    )

@@ -1,0 +1,92 @@
+"""diffusers' transformer as the peer that our model must equal."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soar_mega.convert.mapping import entries, split
+from soar_mega.models.config import MMDiTConfig
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 6,
+    "dual_attention_layers": (0, 2),
+    "qk_norm": "rms_norm",
+}
+
+
+def make_peer(seed: int = 0, **changes: Any) -> Any:
+    """A diffusers transformer with no weight at a special value."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = SD3Transformer2DModel(**{**SMALL, **changes})
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return peer
+
+
+def save_peer(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **changes: Any) -> Any:
+    """Write such a transformer as a pipeline's transformer folder and return it."""
+    peer = make_peer(seed, **changes)
+    peer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
+    return peer
+
+
+def make_inputs(config: MMDiTConfig, size: tuple[int, int] = (8, 6), batch: int = 2, text: int = 5) -> tuple[Tensor, ...]:
+    """Latents, timesteps, text, pooled."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    timesteps = torch.tensor([3.0, 712.375, 999.5])[:batch]
+    return (
+        normal(batch, config.in_channels, *size),
+        timesteps,
+        normal(batch, text, config.joint_attention_dim),
+        normal(batch, config.pooled_projection_dim),
+    )
+
+
+def run_peer(peer: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The peer's velocity."""
+    latents, timesteps, text, pooled = inputs
+    return peer(latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timesteps).sample
+
+
+def to_peer_names(config: MMDiTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our full tensors (parameters or gradients) under the peer's names."""
+    result = {}
+    for entry in entries(config):
+        if entry.name in tensors:
+            parts = split(tensors[entry.name], len(entry.keys), config.num_attention_heads)
+            result.update(zip(entry.keys, parts))
+    return result
+
+
+def relative_error(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
+    """max|a - b| / max|b|; the divisor is at least `floor`."""
+    return ((ours - theirs).abs().max() / max(theirs.abs().max().item(), floor)).item()
+
+
+def gradient_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors by name; the divisor is at least 1e-3 of the model's largest entry, as some true ones are zero."""
+    assert set(ours) == set(theirs)
+    floor = 1e-3 * max(gradient.abs().max().item() for gradient in theirs.values())
+    return {name: relative_error(ours[name], theirs[name], floor) for name in theirs}

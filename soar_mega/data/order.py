@@ -2,7 +2,7 @@
 
 Each aspect bucket is an endless stream of epochs, every epoch a permutation of the bucket keyed by (seed, bucket,
 epoch); so within a bucket use counts never differ by more than one. The bucket of a step is drawn by size, keyed by the
-number of samples consumed so far. Nothing here knows of ranks: global batch k holds the same samples at every world size.
+number of samples consumed so far. Nothing here knows of ranks: global batch k has the same samples at any world size.
 """
 
 from collections.abc import Mapping

@@ -53,10 +53,10 @@ class ShardWriter:
         self._samples: list[dict[str, Any]] = []
 
     def add(self, key: str, sample: EncodedSample) -> None:
-        """Append a sample. `key` is unique in the data set and holds no dot."""
+        """Append a sample. `key` is unique in the data set, holds no dot and sorts as the source does."""
         latents = save({"mean": sample.latent_mean.contiguous(), "std": sample.latent_std.contiguous()})
         text = save({"text": sample.text.contiguous(), "pooled": sample.pooled.contiguous()})
-        entry = {"key": key, "name": sample.name, "bucket": sample.bucket}
+        entry: dict[str, Any] = {"key": key, "name": sample.name, "bucket": sample.bucket}
         description = json.dumps({"name": sample.name, "bucket": sample.bucket}, sort_keys=True)
         entry["latents"] = self._append(f"{key}.latents.safetensors", latents)
         entry["text"] = self._append(f"{key}.text.safetensors", text)
@@ -67,6 +67,7 @@ class ShardWriter:
     def close(self, **extra: Any) -> None:
         """Complete the shard; `extra` goes into its index."""
         self._tar.close()
+        self._samples.sort(key=lambda sample: sample["key"])
         size = self._temporary.stat().st_size
         os.replace(self._temporary, self._path)
         index = {"format_version": FORMAT_VERSION, "bytes": size, "samples": self._samples, **extra}

@@ -127,7 +127,7 @@ class ShardSet:
         bucket = self.bucket_of(int(indices[0]))
         others = [i for i in indices if self.bucket_of(int(i)) != bucket]
         if others:
-            raise ValueError(f"samples {indices[0]} and {others[0]} are of different buckets: take one bucket at a time")
+            raise ValueError(f"samples {indices[0]} and {others[0]} are not of one bucket: use one_bucket_groups")
         positions = torch.tensor([int(i) for i in indices])
         read = self.read(bucket, indices, positions, seed)
         if read.failures:

@@ -1,0 +1,110 @@
+"""Images that are encoded while training: the same samples, order and draws as shards of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soar_mega import distributed
+from soar_mega.data.buckets import generate_buckets, nearest_bucket
+from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoders import Encoders
+from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
+from soar_mega.data.info import DatasetInfo, bucket_size
+from soar_mega.data.shards import Read
+from soar_mega.data.sources import list_items
+from soar_mega.flow import normal
+
+NAMED = 5
+
+
+class OnlineImages:
+    """A source of samples over a folder of captioned images.
+
+    Reader processes open the images; the training process runs the encoders. All images must be usable: leaving some
+    out is decided when shards are prepared, not while training.
+
+    Args:
+        text: whether captions are encoded here too (first pipeline stage) or images only (last).
+    """
+
+    def __init__(self, path: str, pipeline: str, text: bool) -> None:
+        if not Path(path).is_dir():
+            raise ValueError(f"data.path {path!r} is not a folder of images, which data.encode=online needs")
+        if not pipeline:
+            raise ValueError("data.encode=online needs model.pipeline, the folder with the encoders")
+        self._pipeline = Path(pipeline)
+        facts = encoder_facts(self._pipeline)
+        self._items, rejects = list_items(Path(path))
+        choice = generate_buckets(facts.default_resolution, facts.size_multiple, facts.largest_side)
+        self._buckets: list[str] = []
+        problems = [f"{reject.name}: {reject.reason}" for reject in rejects]
+        for item in self._items:
+            try:
+                self._buckets.append(item.bucket or nearest_bucket(*image_size(item.image), choice))
+            except ImageError as error:
+                problems.append(f"{item.name}: {error}")
+        if problems:
+            raise ValueError(
+                f"{len(problems)} samples of {path} cannot be used: {'; '.join(problems[:NAMED])}. Repair or remove "
+                "them, or write shards with `soar-mega prepare --skip-invalid`"
+            )
+        self._text = text
+        self._encoders: Encoders | None = None
+        self.info = DatasetInfo(
+            buckets={bucket: self._buckets.count(bucket) for bucket in dict.fromkeys(self._buckets)},
+            latent_channels=facts.latent_channels,
+            vae_scale_factor=facts.vae_scale_factor,
+            text_shape=facts.text_shape,
+            pooled_size=facts.pooled_size,
+            max_sequence_length=facts.max_sequence_length,
+            text_dtype="float32",
+            encoders=fingerprints(self._pipeline),
+        )
+
+    def open(self) -> None:
+        """Load the encoders, on this process's device."""
+        self._encoders = Encoders.from_pipeline(
+            self._pipeline,
+            distributed.device(),
+            torch.float32,
+            self.info.max_sequence_length,
+            text=self._text,
+        )
+
+    def members(self, bucket: str) -> NDArray[np.int64]:
+        """Indices of the images of a bucket, in source order."""
+        return np.flatnonzero(np.array(self._buckets) == bucket)
+
+    def read(self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
+        """Images [B, 3, H, W] uint8 in the bucket's size."""
+        width, height = bucket_size(bucket)
+        images = torch.zeros(len(indices), 3, height, width, dtype=torch.uint8)
+        result = Read(tensors={"images": images}, names=[self._items[i].name for i in indices])
+        for row, index in enumerate(indices):
+            try:
+                images[row] = fit(read_image(self._items[index].image), width, height)
+            except ImageError as error:
+                result.failures[row] = str(error)
+        return result
+
+    def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
+        """Encode: images to latents drawn at `positions`, and the captions where `text`."""
+        assert self._encoders is not None
+        mean, std = self._encoders.encode_images(to_model_range(read.tensors["images"]))
+        noise = normal(seed, "vae", positions, 0, mean.shape[1:], device=mean.device)
+        tensors = {"latents": mean + std * noise}
+        if text:
+            captions = [self._items[i].caption for i in indices]
+            tensors["text"], tensors["pooled"] = self._encoders.encode_prompts(captions)
+        # A failed image is black; its latents must not be learnt from, and are not.
+        return Read(tensors=tensors, names=read.names, failures=read.failures)
+
+    def empty_prompt(self) -> tuple[Tensor, Tensor]:
+        """text [S, D] and pooled [P] of the empty prompt."""
+        assert self._encoders is not None
+        text, pooled = self._encoders.encode_prompts([""])
+        return text[0], pooled[0]

@@ -1,0 +1,249 @@
+"""One forward-only pass for the answers, one forward and backward pass for the points, over megatron's schedules.
+
+Every rank of a pipeline walks the same micro-batches. The first stage makes the states, the last one the targets;
+nothing of latent size exists for more points than those of one micro-batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from soar_mega.data.batch import Batch
+from soar_mega.distributed import device, is_first_stage, is_last_stage
+from soar_mega.engines.channel import Answers, RolloutChannel
+from soar_mega.flow import combine, normal
+from soar_mega.stages.points import Points, Queries, gather_sources
+
+Loss = Callable[[Points, Tensor], Tensor]
+ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
+
+
+class Pipeline:
+    """This rank's part of the model, and the schedule that drives it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model  # megatron's DistributedDataParallel around the MMDiT of this stage
+        self.dtype = next(model.module.parameters()).dtype
+
+    def run(
+        self,
+        forward_step: Callable[[Iterator[Any], Any], tuple[Tensor, Callable[..., Any]]],
+        steps: list[Any],
+        rows: int,
+        latent_size: tuple[int, int],
+        text_length: int,
+        forward_only: bool = False,
+    ) -> None:
+        """Call `forward_step` for each of `steps`; `rows` is the batch dimension of one forward."""
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(steps),
+            model=self.model,
+            num_microbatches=len(steps),
+            seq_length=self.model.module.pipeline_sequence_length(latent_size, text_length),
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    @torch.no_grad()  # forward_only alone would still record a graph
+    def predict(
+        self,
+        inputs: Callable[[Any], tuple[Tensor, Tensor, Tensor, Tensor]],
+        outputs: Callable[[Any, Tensor], None],
+        steps: list[Any],
+        rows: int,
+        latent_size: tuple[int, int],
+        text_length: int,
+    ) -> None:
+        """Forward only: `inputs(step)` is called on the first stage, `outputs(step, velocity)` on the last."""
+
+        def forward_step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., None]]:
+            step = next(iterator)
+            velocity = self.forward(
+                model, inputs(step) if is_first_stage() else None, latent_size, text_length
+            )
+            return velocity, lambda output, non_loss_data: outputs(step, output)
+
+        self.run(forward_step, steps, rows, latent_size, text_length, forward_only=True)
+
+    def forward(
+        self,
+        model: Any,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+        latent_size: tuple[int, int],
+        text_length: int,
+    ) -> Tensor:
+        """One forward of this stage; `inputs` (latents, timesteps, text, pooled) on the first stage only."""
+        if inputs is None:
+            return model(None, None, None, None, latent_size=latent_size, text_length=text_length)
+        latents, timesteps, text, pooled = inputs
+        return model(
+            latents.to(device(), self.dtype),  # the only place where a state is cast
+            timesteps.to(device(), torch.float32),
+            text.to(device(), self.dtype),
+            pooled.to(device(), self.dtype),
+            latent_size=latent_size,
+            text_length=text_length,
+        )
+
+
+def answer_pass(
+    pipeline: Pipeline, channel: RolloutChannel | None, batch: Batch, queries: Queries, micro_batch_size: int
+) -> Answers:
+    """Answer all queries of a batch: the conditional and the unconditional branch in one forward of both."""
+    answers = Answers(micro_batch_size, queries.unconditional, channel)
+    index = torch.arange(-(-len(batch) // micro_batch_size) * micro_batch_size).clamp(max=len(batch) - 1)
+    steps = list(enumerate(index.split(micro_batch_size)))
+    rows = micro_batch_size * (2 if queries.unconditional else 1)
+    if channel is not None:
+        channel.open(len(steps), (rows, *batch.latent_shape))
+
+    def inputs(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, sample = step
+        states, timestep, dropped = (
+            query_states(batch, queries, sample),
+            queries.timestep[sample],
+            queries.dropped[sample],
+        )
+        if queries.unconditional:
+            states, timestep = torch.cat([states, states]), torch.cat([timestep, timestep])
+            sample, dropped = torch.cat([sample, sample]), torch.cat([dropped, torch.ones_like(dropped)])
+        return states, timestep, *conditions(batch, sample, dropped)
+
+    def outputs(step: tuple[int, Tensor], velocity: Tensor) -> None:
+        answers.put(step[0], velocity.float().contiguous())
+
+    pipeline.predict(inputs, outputs, steps, rows, latent_size(batch), batch.text_length)
+    return answers
+
+
+def learn_pass(
+    pipeline: Pipeline,
+    batch: Batch,
+    answers: Answers | None,
+    points: Points,
+    loss: Loss,
+    normaliser: float,
+    size: int,
+) -> Tensor | None:
+    """Forward and backward over `points`, `size` of them at a time: gradients of sum(weight loss) / normaliser.
+
+    Returns the loss of each point, [P] float64 on the last stage, None elsewhere.
+    """
+    pieces = list(cut(points, size))
+    last_use = last_uses(pieces, answers)
+    # megatron divides the loss by the number of micro-batches and DDP the gradient by the number of replicas
+    scale = len(pieces) * parallel_state.get_data_parallel_world_size() / normaliser
+    losses: list[Tensor] = []
+
+    def weighted(piece: Points, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        per_point = loss(piece, velocity)
+        losses.append(per_point.detach().double())
+        return (per_point * (piece.weight * scale).to(per_point)).sum(), {}
+
+    def forward_step(iterator: Iterator[tuple[int, Points]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        j, piece = next(iterator)
+        if is_first_stage() or is_last_stage():
+            piece = with_sources(batch, piece, answers)
+        inputs = None
+        if is_first_stage():
+            inputs = (piece.states(), piece.timestep, *conditions(batch, piece.sample, piece.dropped))
+        velocity = pipeline.forward(model, inputs, latent_size(batch), batch.text_length)
+        for i in last_use.get(j, ()):
+            assert answers is not None
+            answers.drop(i)
+        return velocity, partial(weighted, piece)
+
+    pipeline.run(forward_step, list(enumerate(pieces)), size, latent_size(batch), batch.text_length)
+    return torch.cat(losses)[: len(points)] if losses else None
+
+
+def predict_velocity(
+    pipeline: Pipeline, latents: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, size: int
+) -> Tensor:
+    """Velocity [B, C, H, W] float32 of given states, `size` of them per forward, on every rank of the pipeline."""
+    index = torch.arange(-(-len(latents) // size) * size).clamp(max=len(latents) - 1)
+    found: list[Tensor] = []
+
+    def inputs(sample: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return latents[sample], timestep[sample], text[sample], pooled[sample]
+
+    def outputs(_: Tensor, velocity: Tensor) -> None:
+        found.append(velocity.float())
+
+    height, width = latents.shape[-2:]
+    pipeline.predict(inputs, outputs, list(index.split(size)), size, (height, width), text.shape[1])
+    result = torch.cat(found)[: len(latents)] if found else torch.empty(latents.shape, device=device())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(result, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return result
+
+
+def in_order(points: Points) -> Points:
+    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
+    key = torch.where(points.auxiliary, points.sample + 1, 0)
+    return points.take(key.argsort(stable=True))
+
+
+def cut(points: Points, size: int) -> Iterator[Points]:
+    """Micro-batches of exactly `size` points; the tail is filled with points of weight and count zero."""
+    total = len(points)
+    for index in torch.arange(-(-total // size) * size).split(size):
+        piece, real = points.take(index.clamp(max=total - 1)), index < total
+        yield replace(piece, weight=piece.weight * real, count=piece.count * real)
+
+
+def needs_answer(points: Points) -> Tensor:
+    """[P] bool: whether a point's rows have a velocity coefficient that is not zero."""
+    rows = torch.stack([points.state_rows, points.target_rows])[..., ANSWER_COLUMNS]
+    return rows.ne(0).any(dim=-1).any(dim=0)
+
+
+def last_uses(pieces: list[Points], answers: Answers | None) -> dict[int, list[int]]:
+    """By micro-batch of points: the answers that no later one needs."""
+    last: dict[int, int] = {}
+    if answers is not None:
+        for j, piece in enumerate(pieces):
+            last.update({int(i): j for i in piece.sample[needs_answer(piece)] // answers.micro_batch_size})
+    return {j: [i for i in last if last[i] == j] for j in set(last.values())}
+
+
+def with_sources(batch: Batch, piece: Points, answers: Answers | None) -> Points:
+    """The micro-batch with the sources that this stage combines: states on the first stage, targets on the last."""
+    rows = [piece.state_rows] * is_first_stage() + [piece.target_rows] * is_last_stage()
+    v_uncond, v_cond = None, None
+    if answers is not None:
+        v_uncond, v_cond = answers.velocities(piece.sample, needs_answer(piece))
+    return replace(piece, sources=gather_sources(batch, piece, v_uncond, v_cond, torch.cat(rows)))
+
+
+def query_states(batch: Batch, queries: Queries, sample: Tensor) -> Tensor:
+    """States [M, C, H, W] float32 of the queries at `sample` [M]: rows over z0 and z1."""
+    assert batch.latents is not None
+    z1 = normal(batch.seed, "noise", batch.position[sample], 0, batch.latent_shape, batch.latents.device)
+    return combine(queries.rows[sample], (batch.latents[sample], z1, None, None, None, None))
+
+
+def conditions(batch: Batch, sample: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """(text [M, S, D], pooled [M, P]) of the samples at `sample` [M], the empty prompt where `dropped` [M]."""
+    assert batch.text is not None and batch.pooled is not None
+    text, pooled = batch.text[sample], batch.pooled[sample]
+    if bool(dropped.any()):
+        assert batch.empty_text is not None and batch.empty_pooled is not None
+        text[dropped] = batch.empty_text.to(text)
+        pooled[dropped] = batch.empty_pooled.to(pooled)
+    return text, pooled
+
+
+def latent_size(batch: Batch) -> tuple[int, int]:
+    """(height, width) of a batch's latents, known on every stage."""
+    return batch.latent_shape[1], batch.latent_shape[2]

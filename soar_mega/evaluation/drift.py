@@ -1,10 +1,10 @@
 """Drift, the exposure-bias meter: how wrong the model is at states that its own sampler reaches.
 
-From a held-out state on the ray at sigma a, n guided Euler steps lead to z_b at sigma b. There the velocity that would lead
-back to the clean latent is (z_b - z0)/b; drift is the per-element mean of |v_cond(z_b) - (z_b - z0)/b|^2. The same error
-at the state on the ray at b (same z0, z1 and condition) is what the model would show without exposure bias: the ratio of
-the two is the relative drift. SOAR trains on something close to drift, so read it only beside a metric that no method
-trains on.
+From a held-out state on the ray at sigma a, n guided Euler steps lead to z_b at sigma b. There the velocity that would
+lead back to the clean latent is (z_b - z0)/b; drift is the per-element mean of |v_cond(z_b) - (z_b - z0)/b|^2. The same
+error at the state on the ray at b (same z0, z1 and condition) is what the model would show without exposure bias: the
+ratio of the two is the relative drift. SOAR trains on something close to drift, so read it only beside a metric that no
+method trains on.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,9 @@ from soar_mega.data.batch import Batch
 from soar_mega.flow import guided, normal, sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, H, W], sigma [B]) -> [B, C, H, W]
-ModelVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (latents, sigma, text, pooled) -> [B, C, H, W]
+ModelVelocity = Callable[
+    [Tensor, Tensor, Tensor, Tensor], Tensor
+]  # (latents, sigma, text, pooled) -> [B, C, H, W]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,12 @@ def held_out_drift(
         cond, uncond = branches(velocity, batch)
         for part, (sigma_a, sigma_b) in zip(parts, spans, strict=True):
             part.append(drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale))
+    none = torch.zeros(0, dtype=torch.float64)  # a data-parallel rank may have no held-out batch
     return [
-        DriftResult(error=torch.cat([p.error for p in part]), on_ray=torch.cat([p.on_ray for p in part]))
+        DriftResult(
+            error=torch.cat([p.error.cpu() for p in part] or [none]),
+            on_ray=torch.cat([p.on_ray.cpu() for p in part] or [none]),
+        )
         for part in parts
     ]
 

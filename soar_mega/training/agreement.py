@@ -1,46 +1,62 @@
-"""Ranks that fail or go on together: what rank 0 does for all, and what each rank does for itself."""
+"""Ranks that fail or go on together: what rank 0 does for all, and how one rank's failure ends the others."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from soar_mega.distributed import device, is_rank_zero
+from soar_mega.data.info import DataError
+from soar_mega.distributed import is_rank_zero
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
+class PeerFailure(RuntimeError):
+    """This rank stops because another one failed, and that one says why."""
+
+
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """The result of `action` run on rank 0, on every rank; what it raises is raised on every rank. Collective."""
+    """The result of `action` run on rank 0, on every rank. Collective.
+
+    Raises:
+        PeerFailure: on the other ranks, when the action raised on rank 0.
+    """
     outcome: list[object] = [None, None]
+    failure: Exception | None = None
     if is_rank_zero():
         try:
             outcome[0] = action()
         except (ValueError, OSError, RuntimeError) as error:
-            outcome[1] = error
+            failure = error
+            outcome[1] = str(error)
     dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
     if outcome[1] is not None:
-        assert isinstance(outcome[1], BaseException)
-        raise outcome[1]
+        raise PeerFailure(f"rank 0 failed: {outcome[1]}")
     return outcome[0]  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Runs a block that each rank does for itself; when it fails on any of them, all ranks raise. Collective at its end.
+def end_process(error: BaseException) -> NoReturn:
+    """Says what happened and leaves at once, so that no peer waits for this rank.
 
-    Only for blocks without collectives: a rank that fails inside one leaves its peers waiting in it.
+    A rank that raises cannot tell its peers, which may be inside any collective. Its death does: gloo connections
+    break at once, torchrun ends all processes of a run within seconds of the first failure (and kills after 30 s those
+    that do not follow its SIGTERM), srun does so with --kill-on-bad-exit. Python's own exit would first wait for
+    communicators that will never finish. parallel.distributed_timeout_minutes bounds what is left.
     """
-    failure: Exception | None = None
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        failure = error
-    failed = torch.tensor([int(failure is not None)], dtype=torch.int32, device=device())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failure is not None:
-        raise failure
-    if failed.item():
-        raise RuntimeError(f"{what} failed on another rank; its message says why")
+    agreed = isinstance(error, PeerFailure | DataError)  # all ranks raise these, and one message is enough
+    if is_rank_zero() or not agreed:
+        expected = isinstance(error, ValueError | OSError | PeerFailure) and not os.environ.get(
+            "SOAR_MEGA_TRACEBACK"
+        )
+        logger.error("rank %d stops: %s", dist.get_rank(), error, exc_info=None if expected else error)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from soar_mega.config import CheckpointConfig
-from soar_mega.training.agreement import on_rank_zero
+from soar_mega.distributed import is_rank_zero
+from soar_mega.training.agreement import PeerFailure, on_rank_zero
 from soar_mega.training.run_folder import DELETED, TEMPORARY, RunFolder, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,15 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "checkpoint.json"
 FORMAT = 1
 # CheckpointException is a BaseException: torch wants a failed checkpoint to be noticed
-_FAILURES = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointingException, CheckpointException)
+_FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    CheckpointingException,
+    CheckpointException,
+)
 
 Json = dict[str, Any]
 
@@ -48,6 +58,9 @@ class Progress:
 
 class Stateful(Protocol):
     """The part of an engine that a checkpoint needs."""
+
+    @property
+    def weights(self) -> Mapping[str, Any]: ...  # kept weights by name, ema among them
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
 
@@ -70,12 +83,19 @@ def save(run: RunFolder, engine: Stateful, progress: Progress, model: Json, keep
     """
     final = run.checkpoint(progress.iteration)
     temporary = final.with_name(final.name + TEMPORARY)
-    description = {"format": FORMAT, **dataclasses.asdict(progress), "model": model}
+    description = {
+        "format": FORMAT,
+        **dataclasses.asdict(progress),
+        "model": model,
+        "kept_weights": sorted(engine.weights),
+    }
     try:
         on_rank_zero(lambda: _fresh(temporary))
         dist_checkpointing.save(engine.sharded_state_dict(), str(temporary))
         on_rank_zero(lambda: _publish(run, temporary, final, description))
     except _FAILURES as error:
+        if isinstance(error, PeerFailure) or (isinstance(error, CheckpointException) and not is_rank_zero()):
+            raise PeerFailure(f"{final}: this checkpoint could not be written; rank 0 says why") from error
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(_save_advice(run, final, error)) from error
     on_rank_zero(lambda: run.prune(keep_last))
@@ -96,7 +116,9 @@ def _publish(run: RunFolder, temporary: Path, final: Path, description: Json) ->
             sync_file(file)
     sync_folder(temporary)
     replaced = final.with_name(final.name + DELETED)
-    if final.exists():  # complete, but a crash kept the tracker from naming it, or it is of a run that was set back
+    if (
+        final.exists()
+    ):  # complete, but a crash kept the tracker from naming it, or it is of a run that was set back
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
@@ -115,10 +137,12 @@ def _save_advice(run: RunFolder, final: Path, error: BaseException) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     free = shutil.disk_usage(run.path).free / 2**20
     latest = run.latest()
-    previous = "No earlier checkpoint exists." if latest is None else f"{run.checkpoint(latest)} is untouched: resume from it."
+    previous = "No earlier checkpoint exists."
+    if latest is not None:
+        previous = f"{run.checkpoint(latest)} is untouched: the run resumes from it."
     return (
-        f"{final}: this checkpoint could not be written ({reason[:500]}). {free:.0f} MiB are free on that disk; make room "
-        f"or lower checkpoint.keep_last, then start the run again. {previous}"
+        f"{final}: this checkpoint could not be written ({reason[:500]}). {free:.0f} MiB are free on that disk; make "
+        f"room or lower checkpoint.keep_last, then start the run again. {previous}"
     )
 
 
@@ -138,8 +162,10 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
     folder = on_rank_zero(lambda: find_checkpoint(config.load))
     if not config.finetune:
         return _load(folder, engine, model)
-    on_rank_zero(lambda: read_description(folder, model))
+    description = on_rank_zero(lambda: read_description(folder, model))
     name = "ema" if config.load_ema else "current"
+    if config.load_ema and "ema" not in description["kept_weights"]:
+        raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
     with torch.no_grad():
         engine.load_weights(_read(folder, engine.weights_state_dict(name)))
     logger.info("started from the %s weights of %s", name, folder)
@@ -148,6 +174,12 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
 
 def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
     description = on_rank_zero(lambda: read_description(folder, model))
+    missing = sorted(set(engine.weights) - set(description["kept_weights"]))
+    if missing:
+        raise ValueError(
+            f"{folder}: holds no {', '.join(missing)} weights, which this recipe keeps (train.ema_decay): resume it "
+            "without, or start from its weights with checkpoint.load and checkpoint.finetune=true"
+        )
     with torch.no_grad():
         engine.load_state_dict(_read(folder, engine.sharded_state_dict(is_loading=True)))
     logger.info("resumed from %s", folder)
@@ -160,8 +192,8 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))
     except _FAILURES as error:
         raise ValueError(
-            f"{folder}: this checkpoint cannot be read ({' '.join(str(error).split())[:500]}). To go on from an earlier one, "
-            f"write its iteration number into {folder.parent}/latest_checkpointed_iteration.txt"
+            f"{folder}: this checkpoint cannot be read ({' '.join(str(error).split())[:500]}). To go on from an "
+            f"earlier one, write its iteration number into {folder.parent}/latest_checkpointed_iteration.txt"
         ) from error
 
 
@@ -176,7 +208,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return folder
     latest = RunFolder(folder).latest() if folder.is_dir() else None
     if latest is None:
-        raise ValueError(f"checkpoint.load: {folder} is neither a run folder with a checkpoint nor an iter_ folder")
+        raise ValueError(
+            f"checkpoint.load: {folder} is neither a run folder with a checkpoint nor an iter_ folder"
+        )
     return RunFolder(folder).checkpoint(latest)
 
 
@@ -191,10 +225,14 @@ def read_description(folder: Path, model: Json | None = None) -> Json:
         raise ValueError(f"{path} is missing: {folder} is not a complete checkpoint of this program")
     description: Json = json.loads(path.read_text())
     if description.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {description.get('format')!r}, but this program reads format {FORMAT}")
+        raise ValueError(
+            f"{path}: format {description.get('format')!r}, but this program reads format {FORMAT}"
+        )
     saved = description["model"]
     if model is not None and saved != (wanted := json.loads(json.dumps(model))):
         differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
-        told = ", ".join(f"{key} is {saved.get(key)!r} there and {wanted.get(key)!r} here" for key in differing)
+        told = ", ".join(
+            f"{key} is {saved.get(key)!r} there and {wanted.get(key)!r} here" for key in differing
+        )
         raise ValueError(f"{folder}: checkpoint of another model: {told}")
     return description

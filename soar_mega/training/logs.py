@@ -1,7 +1,6 @@
 """The log line of a run, in Megatron's format, averaged over the steps since the last one."""
 
 import math
-import time
 from dataclasses import dataclass, field
 
 
@@ -9,15 +8,15 @@ from dataclasses import dataclass, field
 class Interval:
     """Sums over the steps since the last log line."""
 
-    started: float = field(default_factory=time.perf_counter)
     steps: int = 0
+    seconds: float = 0.0  # of the steps alone: measurements and checkpoints are not counted
     samples: int = 0
     skipped: int = 0
     nan: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, statistics: dict[str, float], samples: int, ok: bool) -> None:
+    def add(self, statistics: dict[str, float], samples: int, ok: bool, seconds: float) -> None:
         """Counts one step; the statistics of skipped steps are left out of the averages, as in Megatron.
 
         Args:
@@ -26,6 +25,7 @@ class Interval:
         """
         self.steps += 1
         self.samples += samples
+        self.seconds += seconds
         if not ok:
             self.skipped += 1
             self.nan += not math.isfinite(statistics["loss"])
@@ -37,10 +37,6 @@ class Interval:
     def averages(self) -> dict[str, float]:
         """Mean of each statistic over the steps that had it."""
         return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-    def seconds(self) -> float:
-        """Wall time since the interval began."""
-        return time.perf_counter() - self.started
 
 
 def log_line(
@@ -61,7 +57,7 @@ def log_line(
     parts = [
         f" iteration {iteration:8d}/{train_iters:8d} |",
         f" consumed samples: {consumed_samples:12d} |",
-        f" elapsed time per iteration (ms): {1000.0 * interval.seconds() / max(interval.steps, 1):.1f} |",
+        f" elapsed time per iteration (ms): {1000.0 * interval.seconds / max(interval.steps, 1):.1f} |",
         f" learning rate: {learning_rate:.6E} |",
         f" global batch size: {global_batch_size:5d} |",
     ]

@@ -41,7 +41,9 @@ class RunFolder:
 
     def iterations(self) -> list[int]:
         """Iterations whose checkpoint folders are complete, oldest first."""
-        names = (re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in self.path.iterdir() if entry.is_dir())
+        names = (
+            re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in self.path.iterdir() if entry.is_dir()
+        )
         return sorted(int(name[1]) for name in names if name)
 
     def latest(self) -> int | None:
@@ -118,7 +120,9 @@ class RunFolder:
                     "wait for it, or give this run its own folder with checkpoint.save=..."
                 ) from None
             except OSError as error:  # some network file systems have no locks
-                logger.warning("%s cannot be locked (%s): make sure that no other run writes it", self.path, error)
+                logger.warning(
+                    "%s cannot be locked (%s): make sure that no other run writes it", self.path, error
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

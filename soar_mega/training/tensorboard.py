@@ -15,11 +15,13 @@ class Events:
 
     Args:
         folder: the run folder, or None.
-        iteration: finished steps; events beyond them are of a run that was killed after its last checkpoint, and are hidden.
+        iteration: finished steps; events beyond them, of a run that was killed after its last checkpoint, are hidden.
     """
 
     def __init__(self, folder: Path | None, iteration: int) -> None:
-        self._writer = None if folder is None else SummaryWriter(folder / "tensorboard", purge_step=iteration + 1)
+        self._writer = (
+            None if folder is None else SummaryWriter(folder / "tensorboard", purge_step=iteration + 1)
+        )
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """One point on each of the named curves."""

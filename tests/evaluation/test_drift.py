@@ -75,7 +75,9 @@ def test_a_perfect_sampler_on_one_point_has_no_drift() -> None:
     assert result.absolute < 1e-10 and result.on_ray.max() < 1e-10
 
 
-@pytest.mark.parametrize(("a", "b", "steps"), [(0.4, 0.8, 5), (0.5, 0.5, 5), (1.2, 0.5, 5), (0.5, 0.0, 5), (0.9, 0.5, 0)])
+@pytest.mark.parametrize(
+    ("a", "b", "steps"), [(0.4, 0.8, 5), (0.5, 0.5, 5), (1.2, 0.5, 5), (0.5, 0.0, 5), (0.9, 0.5, 0)]
+)
 def test_impossible_spans_are_refused(a: float, b: float, steps: int) -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="drift"):
@@ -84,13 +86,14 @@ def test_impossible_spans_are_refused(a: float, b: float, steps: int) -> None:
 
 def make_batch(positions: list[int]) -> Batch:
     position = torch.tensor(positions)
+    draws = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(p)) for p in positions]
     return Batch(
         seed=3,
         position=position,
         valid=torch.ones(len(positions), dtype=torch.bool),
         latent_shape=(4, 8, 8),
         text_length=2,
-        latents=MEAN + STD * torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(p)) for p in positions]),
+        latents=MEAN + STD * torch.stack(draws),
         text=torch.ones(len(positions), 2, 3),
         pooled=torch.ones(len(positions), 3),
         empty_text=torch.zeros(2, 3),

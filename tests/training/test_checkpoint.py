@@ -34,6 +34,7 @@ class Weights:
     def __init__(self, value: float = 0.0, size: int = 4) -> None:
         self.current = torch.full((size,), value)
         self.ema = torch.full((size,), value + 100.0)
+        self.weights = {"ema": self.ema}
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         return {name: self._sharded(name) for name in ("current", "ema")}
@@ -53,7 +54,9 @@ class Weights:
 
 
 def save(run: RunFolder, iteration: int, keep_last: int = 0, size: int = 4) -> None:
-    progress = Progress(iteration=iteration, consumed_samples=8 * iteration, loader={"consumed": 8 * iteration})
+    progress = Progress(
+        iteration=iteration, consumed_samples=8 * iteration, loader={"consumed": 8 * iteration}
+    )
     checkpoint.save(run, Weights(float(iteration), size), progress, MODEL, keep_last)
 
 
@@ -104,7 +107,8 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
         return wrapper
 
     for owner, name in [
-        (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "mkdir"), (dist_checkpointing, "save"),
+        (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "mkdir"),
+        (dist_checkpointing, "save"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, doomed(getattr(owner, name)))
 
@@ -113,7 +117,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 def test_a_crash_at_any_moment_leaves_a_usable_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_back: bool
 ) -> None:
-    """Iteration 1 is there and 2 is being saved; with `set_back`, a complete 2 that the tracker does not name is there too."""
+    """Iteration 1 is there and 2 is being saved; with `set_back`, also a complete 2 that the tracker does not name."""
     start = RunFolder(tmp_path / "start")
     start.path.mkdir()
     save(start, 1)
@@ -153,7 +157,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     assert "iter_0000002: this checkpoint could not be written" in message and "MiB are free" in message
     assert f"{tmp_path}/iter_0000001 is untouched" in message
     check_usable(run, {1})
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "iter_0000001",
+        "latest_checkpointed_iteration.txt",
+    ]
 
 
 def save_with_small_files(folder: Path) -> str:
@@ -169,7 +176,7 @@ def save_with_small_files(folder: Path) -> str:
 def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     save(RunFolder(tmp_path), 1)
     other = MODEL | {"num_layers": 8}
-    with pytest.raises(ValueError, match=r"iter_0000001: checkpoint of another model: num_layers is 4 there and 8 here"):
+    with pytest.raises(ValueError, match=r"iter_0000001: checkpoint of another model: num_layers is 4 there"):
         checkpoint.resume(RunFolder(tmp_path), CheckpointConfig(), Weights(), other)
 
 
@@ -200,9 +207,22 @@ def test_finetune_takes_weights_alone(tmp_path: Path, load_ema: bool, value: flo
     settings = {"load": str(source.path), "finetune": True, "load_ema": load_ema}
     progress, engine = load(own, **settings)
     assert progress == Progress() and engine.current.tolist() == [value] * 4
-    assert engine.ema.tolist() == [100.0] * 4  # untouched here: what follows from new weights is the engine's to decide
+    assert (
+        engine.ema.tolist() == [100.0] * 4
+    )  # untouched here: what follows from new weights is the engine's to decide
     save(own, 7)
     assert load(own, **settings)[0].iteration == 7  # a requeued job continues itself
+
+
+def test_kept_weights_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
+    plain = Weights(1.0)
+    plain.weights = {}
+    checkpoint.save(RunFolder(tmp_path), plain, Progress(iteration=1), MODEL, 0)
+    with pytest.raises(ValueError, match=r"iter_0000001: holds no ema weights, which this recipe keeps"):
+        load(RunFolder(tmp_path))
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint.load_ema: .*iter_0000001 holds no EMA weights"):
+        load(RunFolder(tmp_path / "own"), load=str(tmp_path), finetune=True, load_ema=True)
 
 
 def test_load_continues_another_run(tmp_path: Path) -> None:

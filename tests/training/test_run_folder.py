@@ -19,13 +19,16 @@ with RunFolder(sys.argv[1]).lock():
 
 def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match=rf"{tmp_path}: another run is writing .*process {holder.pid} on"):
-            with RunFolder(tmp_path).lock():
-                pass
+        expected = rf"{tmp_path}: another run is writing .*process {holder.pid} on"
+        with pytest.raises(ValueError, match=expected), RunFolder(tmp_path).lock():
+            pass
     finally:
         holder.kill()
         holder.wait()

@@ -24,7 +24,9 @@ def torch_rates(steps: int, make) -> list[float]:  # noqa: ANN001
 
 def test_constant_after_a_linear_warm_up() -> None:
     config = OptimizerConfig(lr=1.0, lr_warmup_iters=4)
-    expected = torch_rates(10, lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.25, total_iters=3))
+    expected = torch_rates(
+        10, lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.25, total_iters=3)
+    )
     assert rates(config, 10) == pytest.approx(expected)
 
 
@@ -45,5 +47,7 @@ def test_decay_begins_after_warm_up() -> None:
 
 
 def test_unknown_style() -> None:
-    with pytest.raises(ValueError, match=r"optimizer.lr_decay_style: 'cosin' is unknown; choose constant, cosine or linear"):
+    with pytest.raises(
+        ValueError, match=r"optimizer.lr_decay_style: 'cosin' is unknown; choose constant, cosine"
+    ):
         learning_rate(OptimizerConfig(lr_decay_style="cosin"), 0, 1)

@@ -1,0 +1,263 @@
+"""A run from its recipe to its completion marker: steps, measurements, checkpoints, export."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from soar_mega import distributed
+from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.convert import read_pipeline_config, save_pipeline, save_transformer, scheduler_shift
+from soar_mega.data.loader import Loader
+from soar_mega.engines import make_engine
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.presets import PRESETS
+from soar_mega.stages import make_stage
+from soar_mega.training import checkpoint
+from soar_mega.training.agreement import end_process, on_rank_zero
+from soar_mega.training.logs import Interval, log_line
+from soar_mega.training.measurements import Measurements
+from soar_mega.training.progress import progress_bar
+from soar_mega.training.run_folder import RunFolder, write_durably
+from soar_mega.training.schedule import learning_rate
+from soar_mega.training.signals import StopRequest
+from soar_mega.training.tensorboard import Events, peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+COMPLETE, UNFINISHED = 0, 75  # exit codes; 75 is EX_TEMPFAIL: start the same command again
+
+
+def train(recipe: Recipe) -> int:
+    """Runs a recipe, on all processes of its world; starts and stops the world.
+
+    Returns:
+        0 when train_iters was reached and the marker file is written, 75 when the run was asked to stop before: it is
+        saved and goes on when started again.
+
+    Raises:
+        ValueError, OSError: what a user can set right; the run folder is as good as before.
+        RuntimeError: the run cannot go on, too many steps without a finite loss for instance.
+        With more than one process nothing is raised: the process says what happened and ends with exit code 1, so that
+        no peer waits for it.
+    """
+    with StopRequest(recipe.train.exit_duration_in_mins) as stop:
+        try:
+            distributed.start_world(recipe.parallel, recipe.train.seed)
+            code = _run(recipe, stop)
+        except Exception as error:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                end_process(error)
+            distributed.stop_world()
+            raise
+        distributed.stop_world()
+        return code
+
+
+def _run(recipe: Recipe, stop: StopRequest) -> int:
+    run = RunFolder(recipe.checkpoint.save)
+    with contextlib.ExitStack() as stack:
+        on_rank_zero(lambda: stack.enter_context(run.lock()))
+        stack.enter_context(_log_file(run.path))
+        if on_rank_zero(lambda: _is_complete(run, recipe)):
+            return COMPLETE
+        on_rank_zero(lambda: _prepare_folder(run, recipe))
+        trainer = Trainer(recipe, run)
+        stack.callback(trainer.close)
+        return trainer.run_steps(stop)
+
+
+@contextlib.contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    """Rank 0 logs into train.log too; the other ranks only warn."""
+    package = logging.getLogger("soar_mega")
+    if not distributed.is_rank_zero():
+        package.setLevel(logging.WARNING)
+        yield
+        return
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s"))
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
+    said = run.complete()
+    if said is None:
+        return False
+    if said["iteration"] >= recipe.train.train_iters:
+        logger.info("%s is complete (%d iterations): nothing to do", run.path, said["iteration"])
+        return True
+    logger.info("%s was complete at iteration %d and goes on", run.path, said["iteration"])
+    run.reopen()
+    return False
+
+
+def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
+    run.clean()
+    write_durably(run.path / "run_config.yaml", recipe_to_yaml(recipe))
+
+
+class Trainer:
+    """Engine, data and progress of a run. Everything is collective over the world."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self.recipe, self.run = recipe, run
+        model, train = recipe.model, recipe.train
+        sizes = read_pipeline_config(model.pipeline) if model.pipeline else preset(model.preset)
+        self.sizes = sizes.to_diffusers()
+        self.loader = Loader(
+            recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes
+        )
+        shift = scheduler_shift(model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
+        self.stage = make_stage(recipe.stage, shift)
+        self.engine = make_engine(recipe, sizes)
+        self.keep_average()
+        self.progress = checkpoint.resume(run, recipe.checkpoint, self.engine, self.sizes)
+        if self.progress.loader is not None:
+            self.loader.load_state_dict(self.progress.loader)
+        else:
+            self.keep_average()  # from weights that checkpoint.finetune may have put in
+        self.saved = self.progress.iteration  # of the newest checkpoint
+        self.skipped_in_a_row = 0
+        on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
+        self.events = Events(on_disk, self.progress.iteration)
+        schedule, info = self.stage.schedule, self.loader.info
+        self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, self.events)
+        self.interval = Interval()
+
+    def keep_average(self) -> None:
+        """Starts the EMA from the weights of now, where the recipe wants one."""
+        if self.recipe.train.ema_decay > 0:
+            self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+
+    def close(self) -> None:
+        """Ends reader processes and files."""
+        self.loader.close()
+        self.events.close()
+
+    def run_steps(self, stop: StopRequest) -> int:
+        """All remaining steps, then the export and the marker. Returns the exit code."""
+        progress, train_iters = self.progress, self.recipe.train.train_iters
+        if progress.iteration == 0:
+            self.measurements.take(0)
+        with progress_bar(progress.iteration, train_iters, shown=distributed.is_rank_zero()) as bar:
+            while progress.iteration < train_iters:
+                reason = stop.reason()
+                if reason is not None:
+                    self.save()
+                    logger.info(
+                        "stopped by %s at iteration %d: saved, not finished", reason, progress.iteration
+                    )
+                    return UNFINISHED
+                loss = self.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                self.measurements.take(progress.iteration)
+                if progress.iteration % self.recipe.checkpoint.save_interval == 0:
+                    self.save()
+        self.save()
+        self.export()
+        on_rank_zero(lambda: self.run.mark_complete(progress.iteration, progress.consumed_samples))
+        logger.info("complete: %d iterations", progress.iteration)
+        return COMPLETE
+
+    def step(self) -> float:
+        """One optimizer step; its loss."""
+        started = time.perf_counter()
+        recipe, progress = self.recipe, self.progress
+        batch = next(self.loader)
+        answers = self.engine.answer(self.stage.queries, batch, weights=self.stage.answer_weights)
+        statistics = self.engine.learn(self.stage.points, self.stage.loss, batch, answers)
+        rate = learning_rate(recipe.optimizer, progress.iteration, recipe.train.train_iters)
+        result = self.engine.step(rate)
+        progress.iteration += 1
+        progress.consumed_samples = self.loader.consumed_samples
+        progress.skipped_steps += not result.ok
+        self.skipped_in_a_row = 0 if result.ok else self.skipped_in_a_row + 1
+        self.interval.add(
+            statistics, recipe.train.global_batch_size, result.ok, time.perf_counter() - started
+        )
+        if (
+            progress.iteration % recipe.logging.log_interval == 0
+            or progress.iteration == recipe.train.train_iters
+        ):
+            self.report(rate, result.grad_norm)
+        if self.skipped_in_a_row >= recipe.train.max_skipped_steps:
+            self.give_up(statistics["loss"], result.grad_norm)
+        return statistics["loss"]
+
+    def report(self, rate: float, grad_norm: float) -> None:
+        """The log line and the curves of the steps since the last one."""
+        interval, progress, train = self.interval, self.progress, self.recipe.train
+        line = log_line(
+            interval,
+            iteration=progress.iteration,
+            train_iters=train.train_iters,
+            consumed_samples=progress.consumed_samples,
+            learning_rate=rate,
+            global_batch_size=train.global_batch_size,
+            grad_norm=grad_norm,
+        )
+        logger.info("%s", line)
+        values = {
+            **interval.averages(),
+            "grad-norm": grad_norm,
+            "learning-rate": rate,
+            "skipped-steps": progress.skipped_steps,
+            "iteration-time": interval.seconds / interval.steps,
+            "throughput/samples-per-second": interval.samples / interval.seconds,
+            "memory/peak-gib": peak_memory_gib(),
+        }
+        self.events.scalars(values, progress.iteration)
+        self.interval = Interval()
+
+    def give_up(self, loss: float, grad_norm: float) -> None:
+        """Saves and raises: too many steps in a row had no finite loss and gradient."""
+        self.save()
+        raise RuntimeError(
+            f"{self.skipped_in_a_row} steps in a row were skipped (train.max_skipped_steps), the last one with loss "
+            f"{loss} and gradient norm {grad_norm}. The state at iteration {self.progress.iteration} is saved in "
+            f"{self.run.path}; no skipped step changed the weights. Look at the data, or lower optimizer.lr and start "
+            "from an earlier checkpoint"
+        )
+
+    def save(self) -> None:
+        """A checkpoint of this iteration, unless it has one."""
+        progress = self.progress
+        if progress.iteration == self.saved:
+            return
+        progress.loader = self.loader.state_dict()
+        checkpoint.save(self.run, self.engine, progress, self.sizes, self.recipe.checkpoint.keep_last)
+        self.saved = progress.iteration
+        self.events.flush()
+
+    def export(self) -> None:
+        """Writes export/ and, where an EMA is kept, export_ema/: diffusers pipeline folders."""
+        if not self.recipe.checkpoint.export:
+            return
+        source = self.recipe.model.pipeline
+        exported = {"export": "current"} | ({"export_ema": "ema"} if "ema" in self.engine.weights else {})
+        for name, weights in exported.items():
+            tensors = None if weights == "current" else self.engine.weights[weights].full()
+            if source:
+                save_pipeline(self.engine.model, source, self.run.path / name, tensors)
+            else:
+                save_transformer(self.engine.model, self.run.path / name / "transformer", tensors)
+            logger.info("wrote %s", self.run.path / name)
+
+
+def preset(name: str) -> MMDiTConfig:
+    """The sizes of a published model by name."""
+    if name not in PRESETS:
+        raise ValueError(f"model.preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

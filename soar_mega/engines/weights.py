@@ -69,7 +69,7 @@ class MainWeights:
         """Set a parameter and its main copy from a whole tensor."""
         self.parameters[name].copy_(whole)
         if name in self.pieces:
-            self.pieces[name].flat.copy_(self.pieces[name].of(whole))
+            self.pieces[name].flat.copy_(self.pieces[name].of(whole.contiguous()))
 
 
 class KeptWeights:
@@ -101,7 +101,7 @@ class KeptWeights:
     def assign(self, name: str, whole: Tensor) -> None:
         """Set this rank's piece from a whole tensor."""
         if name in self.pieces:
-            self.pieces[name].copy_(self._main.pieces[name].of(whole))
+            self.pieces[name].copy_(self._main.pieces[name].of(whole.contiguous()))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -1,0 +1,148 @@
+"""A small model, in-memory batches and whole training cases for the engine's tests; all importable by other processes."""
+
+import zlib
+from dataclasses import replace
+
+import torch
+
+from soar_mega.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StageConfig,
+    TrainConfig,
+)
+from soar_mega.data.batch import Batch
+from soar_mega.distributed import data_rank, data_size, start_world, stop_world
+from soar_mega.engines import make_engine
+from soar_mega.flow import normal
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.gather import full_shape, local_shard
+from soar_mega.stages import make_stage
+
+SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
+SIZES = MMDiTConfig(
+    num_layers=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=4,
+    patch_size=2,
+    sample_size=8,
+    joint_attention_dim=TEXT_DIM,
+    pooled_projection_dim=POOLED,
+    caption_projection_dim=16,
+    pos_embed_max_size=8,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
+# every source is read: two paths (eps), fresh endpoints (z1_aux), guidance, dropped conditions, uneven weights
+SOAR = StageConfig(
+    name="soar",
+    num_auxiliary_points=2,
+    num_rollout_paths=2,
+    fresh_endpoint=True,
+    guidance_scale=3.0,
+    sampling_steps=5,
+    condition_dropout=0.3,
+    auxiliary_weight=0.7,
+    loss_weighting="cosmap",
+    shift=3.0,
+)
+
+
+def make_recipe(
+    layout=(1, 1), sequence_parallel=False, stage=SOAR, train=None, optimizer=None, model=None, **parallel
+) -> Recipe:
+    settings = {"seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "points_per_micro_batch": 3}
+    return Recipe(
+        model=ModelConfig(**{"init": "random", "dtype": "fp32", **(model or {})}),
+        stage=stage,
+        train=TrainConfig(**(settings | (train or {}))),
+        optimizer=OptimizerConfig(**({"lr": 1e-3, "clip_grad": 0.5} | (optimizer or {}))),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=layout[0],
+            pipeline_model_parallel_size=layout[1],
+            sequence_parallel=sequence_parallel,
+            **parallel,
+        ),
+    )
+
+
+def make_batch(iteration: int, size: int = 8, invalid: int | None = 3) -> Batch:
+    """This rank's share of a global batch of `size`; the sample at place `invalid` could not be read."""
+    share = size // data_size()
+    place = torch.arange(share) + share * data_rank()
+    position = place + size * iteration
+
+    def draw(stream: str, *shape: int):
+        return normal(11, stream, position, 0, shape)
+
+    latents = draw("latents", *SHAPE)
+    valid = torch.ones(share, dtype=torch.bool)
+    if invalid is not None:
+        valid = place != invalid
+        latents[~valid] = torch.nan
+    empty = normal(11, "empty", torch.zeros(1, dtype=torch.int64), 0, (TEXT + 1, TEXT_DIM))[0]
+    return Batch(
+        seed=5,
+        position=position,
+        valid=valid,
+        latent_shape=SHAPE,
+        text_length=TEXT,
+        latents=latents,
+        text=draw("text", TEXT, TEXT_DIM),
+        pooled=draw("pooled", POOLED),
+        empty_text=empty[:TEXT],
+        empty_pooled=empty[TEXT, :POOLED],
+    )
+
+
+def start_engine(recipe: Recipe):
+    """An engine with random weights that no layer of the model ignores."""
+    start_world(recipe.parallel)
+    engine = make_engine(recipe, SIZES)
+    engine.load_weights({"model": {name: random_tensor(name, p) for name, p in engine.parameters.items()}})
+    return engine
+
+
+def random_tensor(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    full = torch.randn(full_shape(parameter), generator=generator) * 0.2
+    return local_shard(full + 1.0 if "layernorm" in name else full, parameter)
+
+
+def iterate(engine, stage, batch, lr=1e-3):
+    answers = engine.answer(stage.queries, batch, weights=stage.answer_weights)
+    statistics = engine.learn(stage.points, stage.loss, batch, answers)
+    return statistics, engine.step(lr)
+
+
+def train_case(recipe: Recipe, iterations: int = 5) -> dict:
+    """Losses and gradient norms of some iterations, and the gradients of the first one."""
+    engine = start_engine(recipe)
+    stage = make_stage(recipe.stage, shift=1.0)
+    found: dict = {"statistics": [], "norms": [], "gradients": {}}
+    for iteration in range(iterations):
+        batch = make_batch(iteration, recipe.train.global_batch_size)
+        answers = engine.answer(stage.queries, batch)
+        found["statistics"].append(engine.learn(stage.points, stage.loss, batch, answers))
+        if iteration == 0:
+            found["gradients"] = engine.gradients()
+        result = engine.step(recipe.optimizer.lr)
+        assert result.ok
+        found["norms"].append(result.grad_norm)
+    return found
+
+
+def without_world(function, *args):
+    """For tests in the runner's own process."""
+    try:
+        return function(*args)
+    finally:
+        stop_world()
+
+
+def with_stage(recipe: Recipe, **changes) -> Recipe:
+    return replace(recipe, stage=replace(recipe.stage, **changes))

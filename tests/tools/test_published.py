@@ -71,7 +71,9 @@ def ours(model: SD3Transformer2DModel, batch: Batch, timesteps: str) -> tuple[to
     queries, points = stage.queries(batch), stage.points(batch)
     assert queries is not None
 
-    def velocity(states: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        states: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
         return model(states, text, pooled, timestep.float(), return_dict=False)[0]
 
     z1 = normal(batch.seed, "noise", batch.position, 0, batch.latent_shape)
@@ -131,7 +133,9 @@ def test_draws_lie_on_the_published_table() -> None:
     draws = draw(PROCEDURE, latents, torch.Generator().manual_seed(0))
     table = sigma_table(SHIFT)
     schedule = Schedule(SHIFT, grid=True)
-    assert torch.allclose(table.double(), schedule.sigma(1 - torch.arange(1000.0, dtype=torch.float64) / 1000), atol=1e-7)
+    assert torch.allclose(
+        table.double(), schedule.sigma(1 - torch.arange(1000.0, dtype=torch.float64) / 1000), atol=1e-7
+    )
     assert torch.isin(draws.sigma0, table).all() and torch.isin(draws.sigma1, table).all()
     assert (draws.sigma1 <= draws.sigma0).all()
     assert (draws.sigma_auxiliary >= draws.sigma1[:, None]).all() and (draws.sigma_auxiliary <= 1).all()
@@ -165,8 +169,8 @@ def test_every_habit_changes_how_the_model_is_called(model: SD3Transformer2DMode
         return events
 
     published = trace(PROCEDURE)
-    assert published == [f"forward {COUNT} graph", f"forward {2 * COUNT} graph", *[f"forward {COUNT} graph"] * POINTS,
-                         "backward"]  # fmt: skip
+    one = f"forward {COUNT} graph"
+    assert published == [one, f"forward {2 * COUNT} graph", *[one] * POINTS, "backward"]
     repaired = trace(replace(PROCEDURE, **{habit: False}))
     if habit == "rollout_graph":
         assert repaired[1] == f"forward {2 * COUNT}"

@@ -1,11 +1,12 @@
 """The published SOAR training procedure on diffusers' SD3 transformer, written from its description.
 
-Per micro-batch: a base forward on the ray, two guided forwards for one step of the rollout, one forward for each of the N
-auxiliary points, and one backward over everything. Where the published procedure spends time or memory that the mathematics
-does not ask for, a field of `Procedure` says so, and its other value repairs it.
+Per micro-batch: a base forward on the ray, two guided forwards for one step of the rollout, one forward for
+each of the N auxiliary points, and one backward over everything. Where the published procedure spends time
+or memory that the mathematics does not ask for, a field of `Procedure` says so, and its other value repairs
+it.
 
-Not taken over from the published code: targets formed in bf16 (wrong, and no cheaper) and the silent replacement of broken
-images.
+Not taken over from the published code: targets formed in bf16 (wrong, and no cheaper) and the silent
+replacement of broken images.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ class Procedure:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Samples of one micro-batch. Text is the prompt embeddings of both encoder families, as diffusers concatenates them."""
+    """Samples of one micro-batch. Text is the prompt embeddings of both encoder families, as diffusers
+    concatenates them.
+    """
 
     latents: Tensor  # [B, C, H, W]
     text: Tensor  # [B, S, D]
@@ -42,7 +45,9 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The random numbers of one micro-batch. Timesteps are what the model is told, sigmas are where the states lie."""
+    """The random numbers of one micro-batch. Timesteps are what the model is told, sigmas are where the
+    states lie.
+    """
 
     noise: Tensor  # [B, C, H, W]
     sigma0: Tensor  # [B]
@@ -53,7 +58,9 @@ class Draws:
 
 
 def draw(procedure: Procedure, latents: Tensor, generator: torch.Generator) -> Draws:
-    """Time from a logit-normal(0, 1) on the published table of 1000 sigmas, auxiliary sigmas uniform in [sigma1, 1]."""
+    """Time from a logit-normal(0, 1) on the published table of 1000 sigmas, auxiliary sigmas uniform in
+    [sigma1, 1].
+    """
     count, device = len(latents), latents.device
     table = sigma_table(procedure.shift).to(device)
     u0 = torch.sigmoid(torch.randn(count, generator=generator, device=device))
@@ -87,9 +94,11 @@ def table_entry(u: Tensor) -> Tensor:
 def soar_backward(
     model: SD3Transformer2DModel, batch: MicroBatch, draws: Draws, procedure: Procedure, scale: float = 1.0
 ) -> Tensor:
-    """Forward and backward of one micro-batch: adds the gradient of scale x loss to the model, returns the loss.
+    """Forward and backward of one micro-batch: adds the gradient of scale x loss to the model, returns the
+    loss.
 
-    loss = (sum of base errors + lambda x sum of auxiliary errors) / (B + lambda N B), errors being means over a latent.
+    loss = (sum of base errors + lambda x sum of auxiliary errors) / (B + lambda N B), errors being means
+    over a latent.
     """
     latents, noise = batch.latents, draws.noise
     count = len(latents) * (1 + procedure.auxiliary_weight * procedure.num_auxiliary_points)
@@ -140,9 +149,13 @@ def roll_out(
 def auxiliary_points(
     rolled: Tensor, batch: MicroBatch, draws: Draws, procedure: Procedure
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(states, timesteps, targets) of each forward: noised again towards the same noise, with the target (z' - z0) / s'."""
+    """(states, timesteps, targets) of each forward: noised again towards the same noise, with the target (z'
+    - z0) / s'.
+    """
     points = []
-    for sigma, timestep in zip(draws.sigma_auxiliary.unbind(1), draws.timestep_auxiliary.unbind(1), strict=True):
+    for sigma, timestep in zip(
+        draws.sigma_auxiliary.unbind(1), draws.timestep_auxiliary.unbind(1), strict=True
+    ):
         amount = _column((sigma - draws.sigma1) / (1 - draws.sigma1).clamp(min=1e-12))
         states = torch.lerp(rolled, draws.noise, amount)
         points.append((states, timestep, (states - batch.latents) / _column(sigma)))

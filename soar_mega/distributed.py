@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from soar_mega import platform
 from soar_mega.config import ParallelConfig
 
 
@@ -47,7 +48,9 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
         pipeline_model_parallel_size=pipeline,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    model_parallel_cuda_manual_seed(seed)
+    # a plain Python process on the CPU has no stand-ins; its model draws nothing from megatron's generators
+    if torch.cuda.is_available() or platform.is_installed():
+        model_parallel_cuda_manual_seed(seed)
 
 
 def stop_world() -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 Replacement = tuple[Any, str, Any]  # owner, attribute, stand-in
 
@@ -87,6 +88,9 @@ def _factories() -> list[Replacement]:
 
         return make
 
+    # `with torch.device("meta")` knows the factories by identity and makes its list once: it must hold the real ones,
+    # or transformers' loading, which works under it, leaves buffers without values
+    _device_constructors()
     return [(torch, name, on_cpu(getattr(torch, name))) for name in _FACTORIES]
 
 
@@ -169,6 +173,11 @@ def install() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def is_installed() -> bool:
+    """Whether the stand-ins are in place."""
+    return bool(_installed)
 
 
 def _put(name: str, replacements: list[Replacement]) -> None:

@@ -251,6 +251,7 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        cuda_graph_scope=[],
     )
 
 

@@ -1,12 +1,18 @@
 """The layer spec of an MMDiT over megatron's backends."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+
+with warnings.catch_warnings():
+    # "Apex is not installed": its norms are not used here
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
 

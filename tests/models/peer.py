@@ -48,7 +48,9 @@ def save_peer(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **change
     return peer
 
 
-def make_inputs(config: MMDiTConfig, size: tuple[int, int] = (8, 6), batch: int = 2, text: int = 5) -> tuple[Tensor, ...]:
+def make_inputs(
+    config: MMDiTConfig, size: tuple[int, int] = (8, 6), batch: int = 2, text: int = 5
+) -> tuple[Tensor, ...]:
     """Latents, timesteps, text, pooled."""
     generator = torch.Generator().manual_seed(1)
 
@@ -86,7 +88,7 @@ def relative_error(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
 
 
 def gradient_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors by name; the divisor is at least 1e-3 of the model's largest entry, as some true ones are zero."""
+    """Relative errors by name; the divisor is at least 1e-3 of the model's largest entry: some true ones are zero."""
     assert set(ours) == set(theirs)
     floor = 1e-3 * max(gradient.abs().max().item() for gradient in theirs.values())
     return {name: relative_error(ours[name], theirs[name], floor) for name in theirs}

@@ -10,8 +10,8 @@ class Batch:
     """Samples of one step on one data-parallel rank. All of them are from one aspect bucket.
 
     `position` is a sample's place in the training sequence (not its index in the data set): all its random numbers are
-    functions of (seed, position). Pipeline stages that do not need a tensor hold None: the first stage has latents, text
-    and pooled, the last one latents, middle ones positions only.
+    functions of (seed, position). Pipeline stages that do not need a tensor hold None: the first stage has latents,
+    text and pooled, the last one latents, middle ones positions only.
     """
 
     seed: int

@@ -22,7 +22,7 @@ def generate_buckets(resolution: int, multiple: int, largest_side: int) -> list[
     for width in range(step, largest_side + 1, step):
         height = step * round(resolution**2 / width / step)
         if 0 < height <= largest_side and 1 / WIDEST <= width / height <= WIDEST:
-            sizes.add((width, height))
+            sizes |= {(width, height), (height, width)}
     return check_buckets([bucket_name(*size) for size in sorted(sizes)], multiple, largest_side)
 
 

@@ -1,5 +1,7 @@
 """The frozen encoders of a diffusers SD3 pipeline: images to latents, prompts to embeddings, latents to images."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,18 @@ from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts, read_confi
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per encoder, even where nobody looks."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 @dataclass(kw_only=True)
@@ -48,6 +62,13 @@ class Encoders:
         folder = Path(folder)
         device = torch.device(device)
         facts = encoder_facts(folder, max_sequence_length)
+        with _no_progress_bars():
+            return Encoders._load(folder, facts, device, dtype, text)
+
+    @staticmethod
+    def _load(
+        folder: Path, facts: EncoderFacts, device: torch.device, dtype: torch.dtype, text: bool
+    ) -> "Encoders":
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         encoders: dict[str, Any] = {}
         tokenizers: dict[str, Any] = {}

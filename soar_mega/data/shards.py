@@ -6,6 +6,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class ShardSet:
         self._names: list[str] = []
         self._buckets: list[str] = []
         self._members: dict[str, NDArray[np.int64]] = {}
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def __len__(self) -> int:
         return self.info.samples
@@ -151,7 +152,7 @@ class ShardSet:
         self.open()
         first = range(min(count, len(self)))
         groups = []
-        for bucket in self.info.buckets:
+        for bucket in sorted(self.info.buckets):
             members = [i for i in first if self.bucket_of(i) == bucket]
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
@@ -165,20 +166,20 @@ class ShardSet:
     def _tensors(self, part: str, index: int) -> dict[str, Tensor]:
         assert self._parts is not None
         shard, offset, size, checksum = self._parts[part][index].tolist()
-        content = os.pread(self._file(shard), size, offset)
+        content = os.pread(self._file(shard).fileno(), size, offset)
         if len(content) < size:
             raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
         if zlib.crc32(content) != checksum:
             raise SampleError(f"the checksum of its {part} is wrong: the shard was damaged after it was written")
         return load_tensors(content)
 
-    def _file(self, shard: int) -> int:
-        """File descriptor of a shard; the least recently used one is closed when too many are open."""
+    def _file(self, shard: int) -> FileIO:
+        """A shard's open file; the least recently used one is closed when too many are open."""
         if shard not in self._files:
             if len(self._files) == OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._files.popitem(last=False)[1].close()
             try:
-                self._files[shard] = os.open(self._shard_path(shard), os.O_RDONLY)
+                self._files[shard] = FileIO(self._shard_path(shard))
             except OSError as error:
                 raise ValueError(f"cannot open shard {self._shard_path(shard)}: {error.strerror}") from error
         self._files.move_to_end(shard)

@@ -1,0 +1,91 @@
+"""Images and buckets: upright, covering the bucket, cut in the middle."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from soar_mega.data.buckets import check_buckets, generate_buckets, nearest_bucket
+from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
+from soar_mega.data.info import bucket_size
+
+
+def test_generated_buckets_keep_area_ratio_and_multiple():
+    buckets = [bucket_size(bucket) for bucket in generate_buckets(512, 16, 1536)]
+    assert (512, 512) in buckets and len(buckets) > 8
+    assert all((height, width) in buckets for width, height in buckets)
+    for width, height in buckets:
+        assert width % 32 == height % 32 == 0 and 0.5 <= width / height <= 2
+        assert width * height == pytest.approx(512**2, rel=0.07)
+
+
+def test_generated_buckets_stay_within_the_transformers_positions():
+    assert all(max(bucket_size(bucket)) <= 20 for bucket in generate_buckets(16, 4, 20))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "message"),
+    [("30x32", "multiples of 16 pixels, for example 32x32"), ("32x128", "64 pixels a side at most"), ("axb", "WIDTHxHEIGHT")],
+)
+def test_a_bucket_that_the_model_cannot_take_is_refused(bucket, message):
+    with pytest.raises(ValueError, match=message):
+        check_buckets(["16x16", bucket], 16, 64)
+
+
+def test_the_bucket_of_nearest_aspect_is_chosen():
+    buckets = ["12x20", "16x16", "20x12"]
+    assert nearest_bucket(1000, 990, buckets) == "16x16"
+    assert nearest_bucket(300, 500, buckets) == "12x20"
+    assert nearest_bucket(5, 1, buckets) == "20x12"
+
+
+def test_an_exact_fit_is_not_resampled():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert torch.equal(fit(image, 20, 12), torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(fit(image, 20, 12, mirrored=True), torch.from_numpy(pixels[:, ::-1].copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 12), (12, 20)])
+@pytest.mark.parametrize("shape", [(37, 21), (7, 31), (15, 15), (400, 301)])
+def test_the_middle_is_cut_out(shape, size):
+    """An image whose left and right (or top and bottom) halves differ stays centred whatever is cut away."""
+    width, height = shape
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[: height // 2, :, 0] = 255
+    pixels[:, : width // 2, 1] = 255
+    result = fit(Image.fromarray(pixels), *size).float() / 255
+    assert result.shape == (3, size[1], size[0])
+    assert result[0].mean() == pytest.approx(0.5, abs=0.12)
+    assert result[1].mean() == pytest.approx(0.5, abs=0.12)
+    assert result[0, 0].mean() > 0.9 and result[1, :, 0].mean() > 0.9
+
+
+def test_transparent_parts_become_white_and_grey_becomes_rgb(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 100).save(tmp_path / "grey.png")
+    assert np.all(np.array(read_image(tmp_path / "clear.png")) == 255)
+    assert np.all(np.array(read_image(tmp_path / "grey.png")) == 100)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == image_size(tmp_path / "turned.jpg") == (4, 8)
+
+
+def test_a_damaged_file_says_so(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("this is no image")
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(tmp_path / "cut.jpg")
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="cannot identify"):
+            read(tmp_path / "text.png")
+
+
+def test_the_range_is_the_vaes():
+    assert to_model_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]

@@ -1,0 +1,98 @@
+"""Sources: every kind of list is read in a fixed order, and what is wrong is said by name."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from soar_mega.data.sources import list_items
+
+
+def write_images(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+
+
+def write_lines(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_an_image_folder_with_captions(tmp_path):
+    write_images(tmp_path, "b.png", "a.JPG", "sub/c.jpeg")
+    for name, caption in [("b", "two\n"), ("a", "one"), ("sub/c", "dr\u00fcei")]:
+        (tmp_path / f"{name}.txt").write_text(caption)
+    items, rejects = list_items(tmp_path)
+    assert [(item.name, item.caption) for item in items] == [
+        ("a.JPG", "one"),
+        ("b.png", "two"),
+        ("sub/c.jpeg", "dr\u00fcei"),
+    ]
+    assert not rejects and all(item.bucket is None for item in items)
+
+
+def test_what_is_wrong_in_a_folder_is_said_by_name(tmp_path):
+    write_images(tmp_path, "good.png", "bare.png", "empty.png", "binary.png")
+    (tmp_path / "good.txt").write_text("fine")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "orphan.txt").write_text("nobody")
+    items, rejects = list_items(tmp_path)
+    assert [item.name for item in items] == ["good.png"]
+    reasons = {reject.name: reject.reason for reject in rejects}
+    assert "bare.txt is missing" in reasons["bare.png"]
+    assert "empty.txt is empty" in reasons["empty.png"]
+    assert "binary.txt cannot be read" in reasons["binary.png"]
+    assert "without an image" in reasons["orphan.txt"]
+    assert len(rejects) == 4
+
+
+def test_hugging_face_metadata(tmp_path):
+    write_images(tmp_path, "x.png", "d/y.png")
+    (tmp_path / "x.txt").write_text("not this one")
+    write_lines(tmp_path / "metadata.jsonl", {"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"})
+    items, rejects = list_items(tmp_path)
+    assert [(item.name, item.caption) for item in items] == [("x.png", "an x"), ("d/y.png", "a y")] and not rejects
+
+
+def test_the_published_list(tmp_path):
+    images = tmp_path / "images"
+    write_images(images, "aa.jpg", "bb.jpg")
+    rows = [{"md5": name, "caption_en": f"a {name}", "bw": 512, "bh": 768} for name in ("bb", "aa")]
+    items, rejects = list_items(write_lines(tmp_path / "captions.jsonl", *rows), images)
+    assert [(item.name, item.caption, item.bucket) for item in items] == [
+        ("bb.jpg", "a bb", "512x768"),
+        ("aa.jpg", "a aa", "512x768"),
+    ]
+    assert not rejects
+
+
+def test_what_is_wrong_in_a_list_is_said_by_line(tmp_path):
+    write_images(tmp_path, "aa.jpg")
+    good = {"md5": "aa", "caption_en": "fine", "bw": 16, "bh": 16}
+    lines = write_lines(
+        tmp_path / "list.jsonl",
+        good,
+        {**good, "md5": "gone"},
+        {**good, "caption_en": ""},
+        {**good, "bw": "wide"},
+        {"file_name": "aa.jpg"},
+        {"text": "no image"},
+        "{broken",
+        "[1]",
+    )
+    items, rejects = list_items(lines)
+    assert len(items) == 1
+    words = ["gone.jpg is missing", "aa.jpg has no caption (caption_en", "aa: bw is 'wide'", "aa.jpg has no caption (text",
+             "neither md5 nor file_name", "not valid JSON", "not a JSON object"]  # fmt: skip
+    for line, (reject, word) in enumerate(zip(rejects, words, strict=True), start=2):
+        assert reject.name == f"list.jsonl:{line}" and word in reject.reason
+
+
+def test_a_source_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="holds no images"):
+        list_items(tmp_path)
+    with pytest.raises(ValueError, match="neither an image folder nor a .jsonl file"):
+        list_items(tmp_path / "nothing")

@@ -1,5 +1,7 @@
 """Each CPU stand-in is needed: without it, the named failure occurs. A test that stops failing says the stand-in can go."""
 
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -35,7 +37,13 @@ def small_engine():
             super().__init__(config)
             self.model_type = ModelType.encoder_or_decoder
             self.linear = ColumnParallelLinear(
-                8, 8, config=config, init_method=torch.nn.init.ones_, bias=True, skip_bias_add=False, gather_output=True
+                8,
+                8,
+                config=config,
+                init_method=torch.nn.init.ones_,
+                bias=True,
+                skip_bias_add=False,
+                gather_output=True,
             )
 
         def forward(self, x):
@@ -49,7 +57,9 @@ def small_engine():
 
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     ddp = DistributedDataParallel(config, ddp_config, Net())
-    optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0)
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0
+    )
     return config, ddp, get_megatron_optimizer(optimizer_config, [ddp])
 
 
@@ -178,7 +188,9 @@ def save_and_load():
     with tempfile.TemporaryDirectory() as folder:
         dist_checkpointing.save({"optimizer": saved}, folder)
         _, fresh_ddp, fresh = small_engine()
-        loaded = dist_checkpointing.load({"optimizer": optimizer_state(fresh_ddp, fresh, loading=True)}, folder)
+        loaded = dist_checkpointing.load(
+            {"optimizer": optimizer_state(fresh_ddp, fresh, loading=True)}, folder
+        )
         with torch.no_grad():
             fresh.load_state_dict(loaded["optimizer"])
     one_step(ddp, optimizer)
@@ -214,3 +226,14 @@ def test_install_is_idempotent_and_reversible():
     with platform.without("current_device"):
         assert torch.cuda.current_device is not stand_in
     assert torch.cuda.current_device is stand_in
+
+
+def test_device_contexts_still_reach_the_factories() -> None:
+    """In a process of its own, because torch makes its list of factories once."""
+    code = (
+        "import torch; from soar_mega import platform; platform.install()\n"
+        "with torch.device('meta'):\n"
+        "    assert torch.empty(2).device.type == torch.zeros(2).device.type == 'meta'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -35,7 +35,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RankFailure: the first rank that failed, with its traceback, or the ranks still running after `timeout` seconds.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
     processes, receivers = [], []
     for rank in range(world_size):
         receiver, sender = _SERVER.Pipe(duplex=False)
@@ -74,7 +76,13 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
 
 
 def _run_rank(
-    sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, port: int, limit: float
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    size: int,
+    port: int,
+    limit: float,
 ) -> None:
     os.environ.update(
         RANK=str(rank),

@@ -63,7 +63,7 @@ def _all_names(parameters: dict[str, Parameter]) -> list[str]:
 
 
 def _near(pattern: str, names: list[str]) -> str:
-    stem = pattern.strip("*?")
-    near = [name for name in names if stem and stem.lower() in name.lower()][:5]
-    near = near or difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-    return f"Names look like: {', '.join(near)}"
+    depth = pattern.count(".") + 1
+    heads = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in names))
+    near = difflib.get_close_matches(pattern, heads, n=5, cutoff=0.4) or heads[:5]
+    return f"Names begin like: {', '.join(near)}"

@@ -1,7 +1,6 @@
 """A small model, in-memory batches and whole training cases for the engine's tests; all importable by other processes."""
 
 import zlib
-from dataclasses import replace
 
 import torch
 
@@ -14,7 +13,7 @@ from soar_mega.config import (
     TrainConfig,
 )
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import data_rank, data_size, start_world, stop_world
+from soar_mega.distributed import data_rank, data_size, start_world
 from soar_mega.engines import make_engine
 from soar_mega.flow import normal
 from soar_mega.models.config import MMDiTConfig
@@ -134,15 +133,3 @@ def train_case(recipe: Recipe, iterations: int = 5) -> dict:
         assert result.ok
         found["norms"].append(result.grad_norm)
     return found
-
-
-def without_world(function, *args):
-    """For tests in the runner's own process."""
-    try:
-        return function(*args)
-    finally:
-        stop_world()
-
-
-def with_stage(recipe: Recipe, **changes) -> Recipe:
-    return replace(recipe, stage=replace(recipe.stage, **changes))

@@ -1,0 +1,177 @@
+"""One step of the engine in one process: its gradients, how it cuts the points, and what it never holds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_cases import SOAR, iterate, make_batch, make_recipe, start_engine
+from test_layouts import assert_gradients_agree
+
+from soar_mega.config import StageConfig
+from soar_mega.engines.pipeline import cut, in_order, needs_answer
+from soar_mega.flow import normal
+from soar_mega.stages import make_stage
+from soar_mega.stages.points import Points, gather_sources
+
+
+def learned(recipe, batch=None):
+    engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
+    batch = batch or make_batch(0)
+    statistics = engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))
+    return engine, statistics
+
+
+def plain_loss(model, stage, batch):
+    """The objective by plain autograd: one forward per branch, one over all points."""
+    valid = batch.valid[:, None, None, None]
+    batch = replace(batch, latents=torch.where(valid, batch.latents, 0.0))
+    z0, z1 = batch.latents, normal(batch.seed, "noise", batch.position, 0, batch.latent_shape)
+    asked, points = stage.queries(batch), stage.points(batch)
+    sigma = asked.sigma.float()[:, None, None, None]
+
+    def predict(states, timestep, sample, dropped):
+        text = torch.where(dropped[:, None, None], batch.empty_text, batch.text[sample])
+        pooled = torch.where(dropped[:, None], batch.empty_pooled, batch.pooled[sample])
+        return model(states, timestep.float(), text, pooled)
+
+    everyone = torch.arange(len(batch))
+    with torch.no_grad():
+        state = (1 - sigma) * z0 + sigma * z1
+        v_cond = predict(state, asked.timestep, everyone, asked.dropped)
+        v_uncond = predict(state, asked.timestep, everyone, torch.ones_like(asked.dropped))
+    v_cond, v_uncond = v_cond[points.sample], v_uncond[points.sample]
+    points.sources = gather_sources(batch, points, v_uncond, v_cond, torch.ones_like(points.state_rows))
+    velocity = predict(points.states(), points.timestep, points.sample, points.dropped)
+    errors = (velocity - points.targets()).square().mean(dim=(1, 2, 3))
+    return (errors.double() * points.weight).sum() / points.count.sum()
+
+
+def test_gradients_are_those_of_plain_autograd():
+    recipe = make_recipe()
+    engine, statistics = learned(recipe)
+    loss = plain_loss(engine.model, make_stage(recipe.stage, shift=1.0), make_batch(0))
+    gradients = torch.autograd.grad(loss, list(engine.parameters.values()))
+    assert statistics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_gradients_agree(engine.gradients(), dict(zip(engine.parameters, gradients, strict=True)))
+
+
+@pytest.mark.parametrize("answers, points", [(1, 1), (3, 5), (8, 40)])
+def test_gradients_do_not_depend_on_the_cutting(answers, points):
+    expected, before = learned(make_recipe())
+    found, after = learned(make_recipe(train={"micro_batch_size": answers, "points_per_micro_batch": points}))
+    assert after == pytest.approx(before, rel=1e-6)
+    assert_gradients_agree(found.gradients(), expected.gradients())
+
+
+def test_soar_without_auxiliary_points_is_bitwise_sft():
+    weights = []
+    for stage_config in (
+        StageConfig(name="soar", num_auxiliary_points=0),
+        StageConfig(name="sft", num_auxiliary_points=6),
+    ):
+        engine = start_engine(make_recipe(stage=stage_config))
+        stage = make_stage(stage_config, shift=1.0)
+        losses = [iterate(engine, stage, make_batch(i))[0]["loss"] for i in range(2)]
+        weights.append((losses, [p.detach().clone() for p in engine.parameters.values()]))
+    (soar_losses, soar), (sft_losses, sft) = weights
+    assert soar_losses == sft_losses
+    assert all(torch.equal(a, b) for a, b in zip(soar, sft, strict=True))
+
+
+def test_control_arm_trains_without_asking():
+    engine = start_engine(make_recipe(stage=replace(SOAR, name="sft_multi")))
+    stage = make_stage(replace(SOAR, name="sft_multi"), shift=1.0)
+    batch = make_batch(0)
+    assert engine.answer(stage.queries, batch) is None
+    statistics = engine.learn(stage.points, stage.loss, batch, None)
+    assert statistics["points"] == learned(make_recipe())[1]["points"]
+
+
+def test_rollout_builds_no_graph_and_keeps_no_answer_too_long():
+    recipe = make_recipe()
+    engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
+    answers = engine.answer(stage.queries, batch)
+    held = [answers.get(i) for i in range(4)]
+    assert all(v.grad_fn is None and not v.requires_grad for v in held)
+    assert held[0].shape == (4, *batch.latent_shape)  # both branches of two samples
+
+    seen = []
+
+    def loss(points, velocity):
+        needed = points.sample[needs_answer(points)] // 2
+        seen.append((points.auxiliary.any().item(), len(answers._kept), needed.min().item() if len(needed) else 0))
+        return stage.loss(points, velocity)
+
+    engine.learn(stage.points, loss, batch, answers)
+    assert len(seen) == 14  # 40 points by three
+    assert [kept for auxiliary, kept, _ in seen if not auxiliary] == [4, 4]
+    # what an earlier sample needed is gone; the micro-batch's own answers may be gone too, its sources hold them
+    assert all(kept <= 4 - needed for auxiliary, kept, needed in seen if auxiliary)
+    assert not answers._kept
+
+
+def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
+    made, original = [], Points.targets
+
+    def targets(self):
+        made.append(len(self))
+        return original(self)
+
+    monkeypatch.setattr(Points, "targets", targets)
+    learned(make_recipe())
+    assert made == [3] * 14
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
+    recipe = make_recipe(model={"dtype": dtype})
+    engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
+    worst = []
+
+    def loss(points, velocity):
+        assert velocity.dtype == torch.float32
+        for rows, made in ((points.state_rows, points.states()), (points.target_rows, points.targets())):
+            terms = [
+                row[:, None, None, None] * source.double()
+                for row, source in zip(rows.unbind(-1), points.sources, strict=True)
+                if source is not None
+            ]
+            exact, largest = sum(terms), sum(term.abs() for term in terms).max()
+            worst.append(((made.double() - exact).abs().max() / largest).item())
+        return stage.loss(points, velocity)
+
+    engine.learn(stage.points, loss, batch, engine.answer(stage.queries, batch))
+    assert max(worst) < 1e-6
+
+
+def test_order_and_cut():
+    recipe = make_recipe()
+    stage, batch = make_stage(recipe.stage, shift=1.0), make_batch(0)
+    whole = stage.points(batch)
+    shuffled = whole.take(torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)))
+    ordered = in_order(shuffled)
+    assert ordered.auxiliary.tolist() == [False] * 8 + [True] * 32
+    assert ordered.sample[8:].tolist() == sorted(ordered.sample[8:].tolist())
+    pieces = list(cut(ordered, 7))
+    assert [len(piece) for piece in pieces] == [7] * 6
+    assert torch.cat([p.weight for p in pieces])[:40].equal(ordered.weight)
+    assert not torch.cat([p.weight for p in pieces])[40:].any() and not pieces[-1].count[-2:].any()
+
+
+def test_losses_can_read_extra_tensors():
+    recipe = make_recipe(stage=replace(SOAR, name="sft"))
+    engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
+    advantage = torch.linspace(-1.0, 2.0, len(batch))
+
+    def points(batch):
+        return replace(stage.points(batch), extra={"advantage": advantage})
+
+    def loss(points, velocity):
+        return points.extra["advantage"] * stage.loss(points, velocity)
+
+    plain = []
+    engine.learn(stage.points, lambda p, v: plain.append(stage.loss(p, v)) or plain[-1], batch, None)
+    errors = torch.cat(plain).detach()[:8].double()
+    statistics = engine.learn(points, loss, batch, None)
+    weight = stage.points(batch).weight
+    assert statistics["loss"] == pytest.approx(((advantage * errors) * weight).sum().item() / 7, rel=1e-6)

@@ -7,7 +7,7 @@ the bare name this is a library too old to be used, with nothing in it.
 
 if __name__ != "soar_mega.kernels":
     __version__ = "0"
-    __path__: list[str] = []  # no submodules either
+    __path__ = []  # no submodules either
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):

@@ -172,7 +172,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     recipe = Recipe()
-    for group, settings in _mapping(_read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)).items():
+    for group, settings in _mapping(
+        _read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)
+    ).items():
         for key, value in _mapping(settings, f"{path}: {group}").items():
             _set(recipe, f"{group}.{key}", value, str(path))
     for override in overrides:
@@ -194,7 +196,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -210,7 +214,9 @@ def _read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ValueError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -224,7 +230,9 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 def _override(recipe: Recipe, text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r} is not an override: write group.key=value, for example train.train_iters=100")
+        raise ValueError(
+            f"{text!r} is not an override: write group.key=value, for example train.train_iters=100"
+        )
     # text is taken as it stands: a path may hold any character that YAML gives a meaning
     is_text = _kinds(recipe).get(name) is str
     _set(recipe, name, value if is_text else _read_yaml(value, name), "command line")

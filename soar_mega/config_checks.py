@@ -100,7 +100,14 @@ def check_recipe(recipe: "Recipe") -> None:
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value!r}: it must be {words}")
-    for check in (_check_model, _check_batch, _check_parallel, _check_optimizer, _check_checkpoint, _check_logging):
+    for check in (
+        _check_model,
+        _check_batch,
+        _check_parallel,
+        _check_optimizer,
+        _check_checkpoint,
+        _check_logging,
+    ):
         check(recipe)
 
 
@@ -142,7 +149,8 @@ def _check_batch(recipe: "Recipe") -> None:
 def _check_parallel(recipe: "Recipe") -> None:
     parallel = recipe.parallel
     _require(
-        not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        not parallel.overlap_param_gather
+        or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true",
     )
@@ -172,7 +180,10 @@ def _check_optimizer(recipe: "Recipe") -> None:
 
 def _check_checkpoint(recipe: "Recipe") -> None:
     checkpoint = recipe.checkpoint
-    _require(checkpoint.save, "checkpoint.save is empty: name the run folder, for example checkpoint.save=runs/first")
+    _require(
+        checkpoint.save,
+        "checkpoint.save is empty: name the run folder, for example checkpoint.save=runs/first",
+    )
     _require(
         checkpoint.load or not checkpoint.finetune,
         "checkpoint.finetune starts from the weights of another run: name its folder in checkpoint.load",

@@ -12,13 +12,16 @@ KEEP_PREFIXES = ("nvidia-", "transformer-engine")
 
 
 def main() -> int:
-    found = {}
+    found: dict[str, str] = {}
     for distribution in distributions():
         name = distribution.metadata["Name"].lower().replace("_", "-")
         if name in KEEP or name.startswith(KEEP_PREFIXES):
             found.setdefault(name, distribution.version)
     if "torch" not in found:
-        print(f"{sys.executable} has no torch: install one first, or use `make` without SOAR_PYTHON", file=sys.stderr)
+        print(
+            f"{sys.executable} has no torch: install one first, or use `make` without SOAR_PYTHON",
+            file=sys.stderr,
+        )
         return 1
     print("\n".join(f"{name}=={version}" for name, version in sorted(found.items())))
     return 0

@@ -1,0 +1,138 @@
+"""soar-mega doctor"""
+
+import argparse
+import importlib
+import os
+import platform as system
+from collections.abc import Iterator
+from importlib import metadata
+
+HELP = """\
+Say what this machine can do: versions, devices, and which optional libraries are usable and why not.
+
+  soar-mega doctor
+  soar-mega doctor --model sd35_large --tensor 2 --pipeline 4     counts, and the split over tensor and pipeline ranks
+  soar-mega doctor --model recipes/tiny/base
+
+Exits with 1 when something that every run needs is missing.
+"""
+
+REQUIRED = (
+    "torch",
+    "megatron-core",
+    "psutil",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "webdataset",
+    "tensorboard",
+)
+# library: module, what it is for, whether it is useless without a GPU
+OPTIONAL = {
+    "transformer-engine": (
+        "transformer_engine.pytorch",
+        "model.attention_backend=transformer_engine, FP8",
+        True,
+    ),
+    "flash-attn": ("flash_attn", "attention inside Transformer Engine", True),
+    "triton": ("triton", "fused kernels (without it their eager twins run)", True),
+    "deepspeed": ("deepspeed", "the ZeRO engine", False),
+}
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="say what this machine, or a model on it, needs",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="a preset (sd35_medium, sd35_large) or a pipeline folder"
+    )
+    parser.add_argument("--tensor", type=int, default=1, help="tensor parallel size (default: %(default)s)")
+    parser.add_argument(
+        "--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.model:
+        from soar_mega.cli.process import start_process
+
+        start_process()
+
+        from soar_mega.models.summary import summarize
+
+        print(summarize(arguments.model, arguments.tensor, arguments.pipeline))
+        return 0
+    healthy = True
+    print(f"Python {system.python_version()} on {system.platform()}")
+    print("\nrequired")
+    for name in REQUIRED:
+        version = installed(name)
+        healthy = healthy and version is not None
+        print(f"  {name:<20} {version or 'MISSING: install soar_mega again, or this package alone'}")
+    if not healthy:
+        return 1
+    print("\ndevices")
+    for line in devices():
+        print(f"  {line}")
+    print("\noptional")
+    for name in OPTIONAL:
+        usable, words = examine(name)
+        print(f"  {name:<20} {'usable' if usable else 'not usable'}: {words}")
+    return 0
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed distribution, None where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> Iterator[str]:
+    """What torch can compute on, and what communicates between processes."""
+    import torch
+    import torch.distributed
+
+    if not torch.cuda.is_available():
+        reason = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else "torch sees no GPU: look at nvidia-smi"
+        )
+        yield f"no GPU ({reason}): runs use the CPU and gloo"
+        yield f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        features = (
+            "bf16, FP8" if (gpu.major, gpu.minor) >= (8, 9) else "bf16" if gpu.major >= 8 else "no bf16"
+        )
+        yield f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor} ({features})"
+    nccl = (
+        ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "MISSING"
+    )
+    yield f"CUDA {torch.version.cuda}, NCCL {nccl}"
+
+
+def examine(name: str) -> tuple[bool, str]:
+    """Whether an optional library is usable, and its version and use, or the reason."""
+    import torch
+
+    module, purpose, needs_gpu = OPTIONAL[name]
+    version = installed(name)
+    if version is None:
+        return False, f"not installed; for {purpose}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a library built for another torch fails in any way it likes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return False, f"{version} is installed but does not load ({reason})"
+    if needs_gpu and not torch.cuda.is_available():
+        return False, f"{version} is installed, but there is no GPU"
+    return True, f"{version}; for {purpose}"

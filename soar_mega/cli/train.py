@@ -1,0 +1,49 @@
+"""soar-mega train"""
+
+import argparse
+
+HELP = """\
+Post-train a model as a recipe says, in one process or under torchrun:
+
+  soar-mega train recipes/tiny/soar.yaml
+  soar-mega train recipes/tiny/soar.yaml stage.num_auxiliary_points=4 train.train_iters=100
+  torchrun --nproc-per-node 4 -m soar_mega train recipes/tiny/soar.yaml \\
+      parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
+
+Overrides are group.key=value, read as YAML: optimizer.frozen=[context_embedder*] stage.shift=null. The groups are
+model, stage, parallel, train, optimizer, data, checkpoint and logging; soar_mega/config.py lists their keys.
+
+The run folder is checkpoint.save. It receives run_config.yaml (every value that was used), iter_0000500/ checkpoints,
+tensorboard/, and at the end export/, a diffusers pipeline folder. The same command resumes an interrupted run.
+
+Exit codes: 0 the run is complete; 75 it was saved and stopped early (a signal, or train.exit_duration_in_mins): start
+it again; 1 an error, which the message explains (SOAR_MEGA_TRACEBACK=1 shows where).
+"""
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = verbs.add_parser(
+        "train",
+        help="post-train a model as a recipe says",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a YAML recipe, for example recipes/tiny/soar.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="group.key=value", help="settings that differ from the recipe"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from soar_mega.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+
+    from soar_mega.cli.process import start_process
+
+    start_process()
+
+    from soar_mega.training.loop import train
+
+    return train(recipe)

@@ -1,0 +1,116 @@
+"""What can be measured of a finished pipeline: benchmark and energy distance of its images, drift of its transformer.
+
+Drift is what SOAR trains on, more or less, so it is never reported alone where another metric exists.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soar_mega.data.canvases import CANVAS
+from soar_mega.data.shards import open_shards
+from soar_mega.evaluation.benchmark import Result, benchmark_prompts, real_canvases, score
+from soar_mega.evaluation.drift import held_out_drift
+from soar_mega.evaluation.energy import energy_to_real
+from soar_mega.evaluation.generate import Generator
+from soar_mega.evaluation.verifier import Verifier
+
+DRIFT_BATCH = 32  # samples whose velocities are predicted together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How pipelines are measured, the same for all that are compared."""
+
+    guidance_scales: Sequence[float] = (1.0, 4.5)
+    steps: int = 20
+    prompts_per_category: int = 60
+    seed: int = 0
+    held_out: str = ""  # shard folder for drift; empty: no drift
+    drift_spans: Sequence[Sequence[float]] = ((0.9, 0.65), (0.75, 0.5), (0.5, 0.25))
+    drift_samples: int = 128
+    drift_steps: int = 5
+    dtype: str = "fp32"
+
+
+def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
+    """All measurements of one pipeline folder, as plain values for JSON.
+
+    The benchmark and the energy distance know canvases only; for another image size they are left out.
+
+    Raises:
+        ValueError: nothing can be measured: no canvases, and no held-out shards for drift.
+    """
+    generator = Generator.load(folder, plan.dtype)
+    resolution = generator.encoders.facts.default_resolution
+    draws_canvases = resolution == CANVAS
+    if not draws_canvases and not plan.held_out:
+        raise ValueError(
+            f"{folder} draws {resolution} pixels and the benchmark reads {CANVAS}: "
+            "name held-out shards (--held-out) to measure drift"
+        )
+    measured: dict[str, Any] = {"folder": str(folder)}
+    if draws_canvases:
+        measured["guidance"] = {
+            f"{scale:g}": _images(generator, plan, scale) for scale in plan.guidance_scales
+        }
+    if plan.held_out:
+        measured["drift"] = _drift(generator, plan)
+    return measured
+
+
+def evaluate_real(plan: Plan) -> dict[str, Any]:
+    """What the verifier makes of real canvases: the ceiling of the benchmark, and the verifier's own accuracy."""
+    verifier = Verifier.fit()
+    prompts = benchmark_prompts(plan.prompts_per_category)
+    result = score(real_canvases(prompts), prompts, verifier)
+    return {"verifier_accuracy": verifier.accuracy(), "benchmark": result_to_json(result)}
+
+
+def result_to_json(result: Result) -> dict[str, Any]:
+    """{"overall" | "ocr" | category: {"mean", "count", "standard_error"}}."""
+    named = {"overall": result.overall, **result.categories, "ocr": result.ocr}
+    return {name: dataclasses.asdict(value) for name, value in named.items()}
+
+
+def _images(generator: Generator, plan: Plan, guidance_scale: float) -> dict[str, Any]:
+    prompts = benchmark_prompts(plan.prompts_per_category)
+    images = generator.images(
+        [prompt.text for prompt in prompts],
+        steps=plan.steps,
+        guidance_scale=guidance_scale,
+        seed=plan.seed,
+        batch_size=128,
+    )
+    energy = energy_to_real(images, per_category=plan.prompts_per_category)
+    return {
+        "benchmark": result_to_json(score(images, prompts)),
+        "energy_distance": {"value": energy.value, "standard_error": energy.standard_error},
+    }
+
+
+def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
+    shards = open_shards(plan.held_out)
+    indices = list(range(min(plan.drift_samples, len(shards))))
+    groups = [indices[i : i + DRIFT_BATCH] for i in range(0, len(indices), DRIFT_BATCH)]
+    scale = max(plan.guidance_scales)
+    results = held_out_drift(
+        generator.velocity,
+        [shards.batch(group, plan.seed) for group in groups],
+        plan.drift_spans,
+        plan.drift_steps,
+        scale,
+    )
+    spans = [
+        {
+            "from": span[0],
+            "to": span[1],
+            "absolute": result.absolute,
+            "standard_error": result.standard_error,
+            "relative": result.relative,
+        }
+        for span, result in zip(plan.drift_spans, results)
+    ]
+    return {"guidance_scale": scale, "steps": plan.drift_steps, "samples": len(indices), "spans": spans}

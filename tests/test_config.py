@@ -1,0 +1,189 @@
+"""Recipes: reading, overriding, refusing."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from soar_mega.config import Recipe, load_recipe, recipe_to_yaml
+from soar_mega.config_checks import RULES
+
+SMALLEST = """
+model: {pipeline: some/pipeline}
+data: {path: some/shards}
+checkpoint: {save: runs/x}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_defaults_and_file_values(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.model.pipeline == "some/pipeline"
+    assert recipe.stage == Recipe().stage
+
+
+def test_overrides_take_the_type_of_their_setting(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "train.train_iters=7",
+            "train.train_iters=1e3",  # the last one wins; a whole float is a whole number
+            "optimizer.lr=2e-5",
+            "optimizer.weight_decay=0",
+            "parallel.sequence_parallel=true",
+            "stage.shift=null",
+            "train.exit_duration_in_mins=2.5",
+            "optimizer.frozen=[pos_embed*, 'context_embedder*']",
+            "optimizer.lr_multipliers={'*norm*': 0.5}",
+            "logging.drift_spans=[[0.9, 0.5]]",
+            "data.path=runs/#1: {odd}",
+            "checkpoint.save=2024",
+        ],
+    )
+    assert recipe.train.train_iters == 1000 and type(recipe.train.train_iters) is int
+    assert recipe.optimizer.lr == 2e-5
+    assert recipe.optimizer.weight_decay == 0.0 and type(recipe.optimizer.weight_decay) is float
+    assert recipe.parallel.sequence_parallel is True
+    assert recipe.stage.shift is None
+    assert recipe.train.exit_duration_in_mins == 2.5
+    assert recipe.optimizer.frozen == ["pos_embed*", "context_embedder*"]
+    assert recipe.optimizer.lr_multipliers == {"*norm*": 0.5}
+    assert recipe.logging.drift_spans == [[0.9, 0.5]]
+    assert recipe.data.path == "runs/#1: {odd}"
+    assert recipe.checkpoint.save == "2024"
+
+
+def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ["optimizer.lr=3e-7", "optimizer.lr_multipliers={a: 2}", "model.dtype=fp32"]
+    )
+    text = recipe_to_yaml(recipe)
+    assert load_text(tmp_path, text) == recipe
+    assert set(yaml.safe_load(text)) == {group.name for group in dataclasses.fields(Recipe)}
+
+
+def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
+    recipe = Recipe()
+    for name, (holds, words) in RULES.items():
+        group, key = name.split(".")
+        value = getattr(getattr(recipe, group), key)  # AttributeError: the setting was renamed
+        assert value is None or holds(value), f"{name}={value!r} is not {words}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "stage.num_auxillary_points=2",
+            ["'stage.num_auxillary_points'", "did you mean stage.num_auxiliary_points?"],
+        ),
+        ("model.lr=1", ["'model.lr'", "did you mean optimizer.lr?"]),
+        ("seed=1", ["'seed'", "did you mean train.seed?"]),
+        ("trian.seed=1", ["did you mean train.seed?"]),
+        ("parallel.zzz=1", ["the keys of parallel are", "tensor_model_parallel_size"]),
+        ("zzz.yyy=1", ["the groups are model, stage"]),
+        ("train.seed", ["write group.key=value"]),
+        ("train.train_iters=1.5", ["train.train_iters", "a whole number", "1.5"]),
+        ("train.train_iters=true", ["a whole number"]),
+        ("train.train_iters=", ["a whole number", "None"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "a number", "'fast'"]),
+        ("optimizer.lr=.nan", ["optimizer.lr", "a number"]),
+        ("parallel.sequence_parallel=1", ["true or false"]),
+        ("optimizer.frozen=a", ["optimizer.frozen", "a list"]),
+        ("optimizer.lr_multipliers=[1]", ["a mapping"]),
+        ("logging.drift_spans=[[0.9, x]]", ["logging.drift_spans[0][1]", "a number"]),
+        ("train.seed=[1", ["train.seed", "not valid YAML"]),
+        ("stage.name=raft", ["stage.name is 'raft'", "one of soar, sft, sft_multi"]),
+        ("train.ema_decay=1", ["train.ema_decay", "below 1"]),
+        ("train.micro_batch_size=0", ["train.micro_batch_size is 0", "at least 1"]),
+        (
+            "train.micro_batch_size=3",
+            ["train.global_batch_size (32)", "multiple of train.micro_batch_size (3)"],
+        ),
+        ("parallel.overlap_param_gather=true", ["parallel.overlap_grad_reduce=true"]),
+        ("model.preset=sd35_medium", ["model.pipeline", "one of the two"]),
+        ("model.pipeline=", ["model.pipeline", "model.preset"]),
+        ("data.path=", ["data.path is empty"]),
+        ("checkpoint.save=", ["checkpoint.save is empty"]),
+        ("checkpoint.finetune=true", ["checkpoint.load"]),
+        ("checkpoint.load_ema=true", ["checkpoint.finetune=true"]),
+        ("optimizer.min_lr=1", ["optimizer.min_lr", "optimizer.lr"]),
+        ("optimizer.lr_multipliers={'a*': -1}", ["optimizer.lr_multipliers.a*", "at least 0"]),
+        ("logging.eval_interval=5", ["logging.eval_interval", "data.validation_path"]),
+        ("logging.drift_interval=5", ["logging.drift_interval", "data.validation_path"]),
+        ("logging.drift_spans=[[0.2, 0.5]]", ["[0.2, 0.5]", "from > to"]),
+        ("logging.sample_interval=5", ["logging.sample_prompts"]),
+    ],
+)
+def test_wrong_overrides_name_the_key_and_what_is_right(
+    recipe_file: Path, override: str, words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        load_recipe(recipe_file, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.pipeline=", "model.preset=sd35_medium"], ["model.init=random"]),
+        (["model.pipeline=", "model.preset=sd35_medium", "model.init=random"], ["stage.shift"]),
+        (
+            ["model.pipeline=", "model.preset=x", "model.init=random", "stage.shift=3", "data.encode=online"],
+            ["data.encode=shards"],
+        ),
+        (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_start=5"], ["lr_decay_start (5)", "warm-up"]),
+        (
+            ["optimizer.lr_decay_style=cosine", "train.train_iters=10", "optimizer.lr_warmup_iters=11"],
+            ["from iteration 11"],
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(
+    recipe_file: Path, overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        load_recipe(recipe_file, overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  seed: 1\n  seed: 2\n", ["line 3", "'seed' is given twice"]),
+        ("train: [1, 2]\n", ["train", "key: value"]),
+        ("- train\n", ["key: value"]),
+        ("train:\n\tseed: 1\n", ["line 2", "not valid YAML"]),
+        ("model:\n  pipeline: 3\n", ["model.pipeline", "text (quote it)"]),
+        ("trainn:\n  seed: 3\n", ["'trainn.seed'", "did you mean train.seed?"]),
+    ],
+)
+def test_wrong_files_name_the_file_and_the_place(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_text(tmp_path, text)
+    for word in ["other.yaml", *words]:
+        assert word in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"soar\.yml: no such recipe file"):
+        load_recipe(tmp_path / "soar.yml")
+
+
+def test_empty_groups_keep_their_defaults(tmp_path: Path) -> None:
+    assert load_text(tmp_path, SMALLEST + "train:\n").train == Recipe().train

@@ -54,7 +54,8 @@ def guided(velocity_cond: Velocity, velocity_uncond: Velocity | None, guidance_s
     uncond = velocity_uncond
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        v_uncond = uncond(latents, sigma)
-        return v_uncond + guidance_scale * (velocity_cond(latents, sigma) - v_uncond)
+        # In the latents' dtype: guidance amplifies the rounding of a bf16 difference.
+        v_uncond = uncond(latents, sigma).to(latents.dtype)
+        return v_uncond + guidance_scale * (velocity_cond(latents, sigma).to(latents.dtype) - v_uncond)
 
     return velocity

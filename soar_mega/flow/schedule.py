@@ -55,7 +55,7 @@ class Schedule:
     def unshift(self, sigma: Tensor | float) -> Tensor:
         """Unshifted time of a sigma: the inverse of the continuous schedule, same shape, float64."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
-        return sigma / (self.shift - (self.shift - 1) * sigma)
+        return sigma / (sigma + self.shift * (1 - sigma))
 
     def timestep(self, sigma: Tensor | float) -> Tensor:
         """What the model is told about a sigma: num_train_timesteps sigma, same shape, float64."""
@@ -96,4 +96,5 @@ class Schedule:
         return torch.cat([steps, steps.new_zeros(1)])
 
     def _shifted(self, u: Tensor) -> Tensor:
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        # shift u / (1 + (shift - 1) u) in a form that no rounding takes above 1.
+        return self.shift * u / (self.shift * u + (1 - u))

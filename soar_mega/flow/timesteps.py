@@ -34,5 +34,6 @@ def sample_time(
             raise ValueError(
                 f"mode_scale must lie in [-1, 2 / (pi - 2) = 1.75] for u to stay in [0, 1], not {mode_scale}"
             )
-        return 1 - x - mode_scale * (torch.cos(math.pi * x / 2) ** 2 - 1 + x)
+        u = 1 - x - mode_scale * (torch.cos(math.pi * x / 2) ** 2 - 1 + x)
+        return u.clamp(0, 1)  # rounding may leave the interval at its ends
     raise ValueError(f"unknown timestep density {density!r}; choose one of {', '.join(DENSITIES)}")

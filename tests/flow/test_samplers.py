@@ -76,6 +76,15 @@ def test_guidance_extrapolates_and_scale_one_asks_only_once():
     assert torch.equal(guided(three, never, 1)(z, sigma), 3 * z)
 
 
+def test_guidance_of_bf16_velocities_is_combined_in_the_dtype_of_the_latents():
+    z, sigma = torch.linspace(-1, 1, 12).view(4, 3), torch.ones(4, dtype=torch.float64)
+    cond, uncond = (lambda z, s: (3 * z).bfloat16()), (lambda z, s: (2.5 * z).bfloat16())
+    v_cond, v_uncond = cond(z, sigma).float(), uncond(z, sigma).float()
+    ours = guided(cond, uncond, 4.5)(z, sigma)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, 4.5 * v_cond - 3.5 * v_uncond, rtol=1e-6, atol=1e-6)
+
+
 def test_bad_values_are_named():
     z = torch.ones(1, 1)
     with pytest.raises(ValueError, match="euler, heun"):

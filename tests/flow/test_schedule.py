@@ -4,7 +4,7 @@ from decimal import ROUND_FLOOR, Decimal
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soar_mega.flow import Schedule
@@ -19,6 +19,7 @@ def published_index(u: float) -> int:
 
 
 @given(UNIT, SHIFT)
+@settings(deadline=None)
 def test_continuous_sigma_is_the_shift_formula_and_has_an_inverse(u, shift):
     schedule = Schedule(shift)
     sigma = schedule.sigma(u)
@@ -26,6 +27,13 @@ def test_continuous_sigma_is_the_shift_formula_and_has_an_inverse(u, shift):
     assert math.isclose(float(sigma), shift * u / (1 + (shift - 1) * u), rel_tol=1e-14)
     assert math.isclose(float(schedule.unshift(sigma)), u, rel_tol=1e-12, abs_tol=1e-15)
     assert float(schedule.timestep(sigma)) == 1000 * float(sigma)
+
+
+@given(SHIFT)
+@settings(deadline=None)
+def test_the_ends_are_exact(shift):
+    assert Schedule(shift).sigma(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    assert Schedule(shift).unshift(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -69,6 +77,7 @@ def test_rollout_end_goes_one_step_down_and_never_below_the_floor(grid, shift, s
 
 
 @given(UNIT, SHIFT, st.integers(1, 100), st.booleans())
+@settings(deadline=None)
 def test_a_rollout_never_goes_up(u0, shift, steps, grid):
     schedule = Schedule(shift, grid=grid)
     start = max(float(schedule.sigma(u0)), schedule.sigma_min)

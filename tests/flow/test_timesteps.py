@@ -52,7 +52,7 @@ def test_densities_agree_with_diffusers(density):
 def test_times_stay_in_the_unit_interval(density):
     ends = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
     for mode_scale in (-1.0, 2 / (math.pi - 2)):
-        u = sample_time(density, torch.cat([ends, GRID]), 5.0, 3.0, mode_scale)
+        u = sample_time(density, torch.cat([ends, 1 - 1e-9 * GRID]), 5.0, 3.0, mode_scale)
         assert float(u.min()) >= 0 and float(u.max()) <= 1
 
 
@@ -63,3 +63,5 @@ def test_bad_values_are_named():
         sample_time("logit_normal", GRID, logit_std=0.0)
     with pytest.raises(ValueError, match="mode_scale"):
         sample_time("mode", GRID, mode_scale=2.0)
+    with pytest.raises(ValueError, match="mode_scale"):
+        sample_time("mode", GRID, mode_scale=-1.5)

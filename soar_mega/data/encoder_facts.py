@@ -40,7 +40,7 @@ def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> Enc
     clips = [read_config(pipeline / part / "config.json") for part in ("text_encoder", "text_encoder_2")]
     clip_length = read_config(pipeline / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     width = transformer["joint_attention_dim"]
-    if (pipeline / "text_encoder_3" / "config.json").is_file():
+    if has_t5(pipeline):
         width = read_config(pipeline / "text_encoder_3" / "config.json")["d_model"]
     t5_length = max_sequence_length or _default_t5_length(pipeline)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -55,6 +55,12 @@ def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> Enc
         pooled_size=sum(clip["projection_dim"] for clip in clips),
         max_sequence_length=t5_length,
     )
+
+
+def has_t5(pipeline: Path) -> bool:
+    """Whether the pipeline has a T5; model_index.json with [null, null] for text_encoder_3 means that it has none."""
+    entry = read_config(pipeline / "model_index.json").get("text_encoder_3")
+    return bool(entry and entry[1])
 
 
 def fingerprints(pipeline: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts, read_config
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts, has_t5, read_config
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -74,9 +74,7 @@ class Encoders:
         tokenizers: dict[str, Any] = {}
         if text:
             classes = read_config(folder / "model_index.json")
-            for part in (*CLIPS, T5):
-                if not (folder / part).is_dir():
-                    continue
+            for part in (*CLIPS, T5) if has_t5(folder) else CLIPS:
                 tokenizer = part.replace("text_encoder", "tokenizer")
                 encoder_class = getattr(transformers, classes[part][1])
                 encoder = encoder_class.from_pretrained(folder / part, dtype=dtype)

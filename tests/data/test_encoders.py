@@ -1,0 +1,102 @@
+"""The encoders give what diffusers' own pipeline gives, bit by bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoders import Encoders
+
+BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
+PROMPTS = ["a red 3 left of a green 7", "", "two 4", "words that were never seen, and many more of them than ten"]
+
+
+def without_t5(folder: Path) -> Path:
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder_3"] = index["tokenizer_3"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def diffusers_prompts(folder: Path, length: int, **absent: None) -> tuple[torch.Tensor, torch.Tensor]:
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    with torch.no_grad():
+        text, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, None, None, max_sequence_length=length, do_classifier_free_guidance=False
+        )
+    return text, pooled
+
+
+@pytest.mark.parametrize("length", [10, 7])
+def test_prompts_are_encoded_as_diffusers_does(length):
+    text, pooled = Encoders.from_pipeline(BASE, max_sequence_length=length).encode_prompts(PROMPTS)
+    expected_text, expected_pooled = diffusers_prompts(BASE, length)
+    assert torch.equal(text, expected_text) and torch.equal(pooled, expected_pooled)
+    assert text.shape == (4, 10 + length, 64) and pooled.shape == (4, 64)
+
+
+def test_a_missing_t5_gives_zeros_as_in_diffusers(tmp_path):
+    folder = without_t5(tmp_path / "pipeline")
+    text, pooled = Encoders.from_pipeline(folder, max_sequence_length=6).encode_prompts(PROMPTS)
+    expected_text, expected_pooled = diffusers_prompts(folder, 6, text_encoder_3=None, tokenizer_3=None)
+    assert torch.equal(text, expected_text) and torch.equal(pooled, expected_pooled)
+    assert text[:, 10:].eq(0).all()
+    assert encoder_facts(folder).text_shape == (10 + 256, 64)
+
+
+def test_the_default_length_is_what_the_t5_tokenizer_allows():
+    facts = encoder_facts(BASE)
+    assert facts.max_sequence_length == 10 and facts.text_shape == (20, 64)
+
+
+def test_images_are_encoded_and_decoded_with_shift_and_scale():
+    encoders = Encoders.from_pipeline(BASE, text=False)
+    vae, config = encoders.vae, encoders.vae.config
+    images = torch.rand(2, 3, 16, 12) * 2 - 1
+    mean, std = encoders.encode_images(images)
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.mean).sample
+    assert config.shift_factor and config.scaling_factor != 1, "the test needs factors that matter"
+    torch.testing.assert_close(mean / config.scaling_factor + config.shift_factor, posterior.mean)
+    torch.testing.assert_close(std / config.scaling_factor, posterior.std)
+    torch.testing.assert_close(encoders.decode(mean), (decoded * 0.5 + 0.5).clamp(0, 1))
+    assert mean.shape == (2, 4, 8, 6)
+
+
+def test_bf16_concerns_the_text_encoders_alone():
+    encoders = Encoders.from_pipeline(BASE, dtype=torch.bfloat16)
+    text, pooled = encoders.encode_prompts(["two 4"])
+    mean, _ = encoders.encode_images(torch.zeros(1, 3, 16, 16))
+    assert text.dtype == pooled.dtype == torch.bfloat16 and mean.dtype == torch.float32
+
+
+def test_a_fingerprint_changes_with_weights_and_config_and_only_then(tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(BASE, folder)
+    before = fingerprints(folder)
+    assert before == fingerprints(BASE) and set(before) == {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "transformers_version": "0"}))
+    config = json.loads((folder / "text_encoder_2" / "config.json").read_text())
+    (folder / "text_encoder_2" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    after = fingerprints(folder)
+    assert {part for part in before if before[part] != after[part]} == {"vae", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2", "text_encoder_3", "transformer"])
+def test_a_missing_part_is_named(tmp_path, part):
+    shutil.copytree(BASE, tmp_path / "p", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(ValueError, match=f"{part}/config.json cannot be read"):
+        encoder_facts(tmp_path / "p")

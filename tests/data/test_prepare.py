@@ -1,0 +1,203 @@
+"""prepare: from captioned images to shards, interrupted or not, and what it refuses."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from soar_mega.data import prepare as prepare_module
+from soar_mega.data.encoders import Encoders
+from soar_mega.data.images import to_model_range
+from soar_mega.data.prepare import prepare
+from soar_mega.data.shards import open_shards
+
+BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
+COUNT = 7
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Seven captioned images of 16 x 16, the last one wide."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(COUNT):
+        size = (16, 16) if index < COUNT - 1 else (12, 20)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a red {index}")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
+    result = prepare(images, tmp_path / "out", BASE, samples_per_shard=3, batch_size=2)
+    assert result.samples == COUNT and result.buckets == {"16x16": 6, "20x12": 1} and not result.rejects
+    shards = open_shards(tmp_path / "out")
+    encoders = Encoders.from_pipeline(BASE)
+    assert shards.names(range(COUNT)) == [f"{i}.png (shard-{i // 3:06d}.tar, {i:09d})" for i in range(COUNT)]
+    for index in range(COUNT):
+        image = np.array(Image.open(images / f"{index}.png"))
+        mean, std = encoders.encode_images(to_model_range(torch.from_numpy(image).permute(2, 0, 1)[None]))
+        text, pooled = encoders.encode_prompts([f"a red {index}"])
+        stored = shards._tensors("latents", index)
+        torch.testing.assert_close(stored["mean"], mean[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(stored["std"], std[0], rtol=0, atol=1e-5)
+        batch = shards.batch([index], seed=0)
+        torch.testing.assert_close(batch.text, text, rtol=0, atol=1e-5)
+        torch.testing.assert_close(batch.pooled, pooled, rtol=0, atol=1e-5)
+    empty_text, empty_pooled = encoders.encode_prompts([""])
+    assert torch.equal(batch.empty_text, empty_text[0]) and torch.equal(batch.empty_pooled, empty_pooled[0])
+
+
+def test_the_same_input_gives_the_same_bytes_interrupted_or_not(images, tmp_path, monkeypatch):
+    prepare(images, tmp_path / "whole", BASE, samples_per_shard=2)
+    calls = []
+    real = Encoders.encode_images
+
+    def failing(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Encoders, "encode_images", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(images, tmp_path / "cut", BASE, samples_per_shard=2)
+    with pytest.raises(ValueError, match="unfinished"):
+        open_shards(tmp_path / "cut")
+    prepare(images, tmp_path / "cut", BASE, samples_per_shard=2)
+    # Shards 0 and 1 were complete: only the third and fourth were made again, the latter with two buckets.
+    assert sum(calls[3:]) == 3
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+def test_a_finished_folder_is_left_alone(images, tmp_path, monkeypatch):
+    first = prepare(images, tmp_path / "out", BASE)
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(Encoders, "from_pipeline", None)
+    assert prepare(images, tmp_path / "out", BASE) == first
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="begun with flip False, not True"):
+        prepare(images, tmp_path / "out", BASE, flip=True)
+    (images / "3.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="other images or captions"):
+        prepare(images, tmp_path / "out", BASE)
+
+
+def test_an_unfinished_folder_with_other_settings_is_refused(images, tmp_path):
+    (images / "0.png").write_text("broken")
+    with pytest.raises(ValueError, match="1 of 7"):
+        prepare(images, tmp_path / "out", BASE)
+    with pytest.raises(ValueError, match="begun with batch_size 8, not 4"):
+        prepare(images, tmp_path / "out", BASE, batch_size=4)
+
+
+def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path):
+    whole = (images / "2.png").read_bytes()
+    (images / "2.png").write_bytes(whole[:100])
+    (images / "4.txt").unlink()
+    out = tmp_path / "out"
+    with pytest.raises(ValueError) as error:
+        prepare(images, out, BASE, samples_per_shard=2)
+    message = str(error.value)
+    assert "2 of 7 samples cannot be used" in message and "--skip-invalid" in message
+    assert "4.png: has no caption: 4.txt is missing" in message and "2.png: cannot be read as an image" in message
+    listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in listed} == {"2.png", "4.png"}
+    with pytest.raises(ValueError, match="unfinished"):
+        open_shards(out)
+
+    result = prepare(images, out, BASE, samples_per_shard=2, skip_invalid=True)
+    assert result.samples == 5 and {reject.name for reject in result.rejects} == {"2.png", "4.png"}
+    assert [name.split()[0] for name in open_shards(out).names(range(5))] == ["0.png", "1.png", "3.png", "5.png", "6.png"]
+
+
+def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):
+    whole = (images / "2.png").read_bytes()
+    (images / "2.png").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="1 of 7"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    (images / "2.png").write_bytes(whole)
+    assert prepare(images, tmp_path / "out", BASE, samples_per_shard=2).samples == COUNT
+
+
+def test_latents_that_are_not_finite_are_rejected_by_name(images, tmp_path, monkeypatch):
+    real = Encoders.encode_images
+
+    def broken(self, batch):
+        mean, std = real(self, batch)
+        mean[-1, 0, 0, 0] = float("nan")
+        return mean, std
+
+    monkeypatch.setattr(Encoders, "encode_images", broken)
+    with pytest.raises(ValueError, match=r"2 of 7 .*\n +5\.png: its latents hold NaN.*\n +6\.png"):
+        prepare(images, tmp_path / "out", BASE)
+
+
+def test_the_published_list_brings_its_own_buckets(images, tmp_path):
+    jpegs = tmp_path / "jpegs"
+    jpegs.mkdir()
+    rows = []
+    for index, (width, height) in enumerate([(16, 16), (20, 12), (30, 16)]):
+        Image.open(images / f"{index}.png").save(jpegs / f"{index}.jpg")
+        rows.append({"md5": str(index), "caption_en": "a 1", "bw": width, "bh": height})
+    source = tmp_path / "list.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"2\.jpg: bucket 30x16: width and height must be multiples of 4"):
+        prepare(source, tmp_path / "out", BASE, images=jpegs)
+    assert prepare(source, tmp_path / "out", BASE, images=jpegs, skip_invalid=True).buckets == {"16x16": 1, "20x12": 1}
+
+
+def test_flips_are_further_samples(images, tmp_path):
+    assert prepare(images, tmp_path / "out", BASE, flip=True).samples == 2 * COUNT
+    shards = open_shards(tmp_path / "out")
+    assert [name.split(" (shard")[0] for name in shards.names([4, 5])] == ["2.png", "2.png (mirrored)"]
+    plain, mirrored = (shards._tensors("latents", index)["mean"] for index in (4, 5))
+    image = torch.from_numpy(np.array(Image.open(images / "2.png"))).permute(2, 0, 1).flip(2)
+    expected, _ = Encoders.from_pipeline(BASE).encode_images(to_model_range(image[None]))
+    torch.testing.assert_close(mirrored, expected[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, mirrored)
+
+
+def test_buckets_can_be_given(images, tmp_path):
+    assert prepare(images, tmp_path / "out", BASE, buckets=["12x12"]).buckets == {"12x12": COUNT}
+    assert open_shards(tmp_path / "out").info.latent_shape("12x12") == (4, 6, 6)
+    with pytest.raises(ValueError, match="multiples of 4 pixels"):
+        prepare(images, tmp_path / "other", BASE, buckets=["13x12"])
+
+
+def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch):
+    def second(*args):
+        prepare(images, tmp_path / "out", BASE)
+
+    monkeypatch.setattr(prepare_module, "_write_shards", second)
+    with pytest.raises(ValueError, match="another `soar-mega prepare` is writing"):
+        prepare(images, tmp_path / "out", BASE)
+
+
+def test_nothing_usable_is_an_error(images, tmp_path):
+    for path in images.glob("*.png"):
+        path.write_text("broken")
+    with pytest.raises(ValueError, match="none of the 7 samples"):
+        prepare(images, tmp_path / "out", BASE, skip_invalid=True)
+
+
+def test_a_folder_without_encoders_is_refused(images, tmp_path):
+    shutil.copytree(BASE, tmp_path / "p", ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(ValueError, match="vae/config.json"):
+        prepare(images, tmp_path / "out", tmp_path / "p")
+
+
+def test_no_progress_bar_where_nobody_looks(images, tmp_path, capsys, caplog):
+    with caplog.at_level(logging.INFO, logger="soar_mega"):
+        prepare(images, tmp_path / "out", BASE)
+    assert capsys.readouterr().err == ""
+    assert "7 samples in 1 shards" in caplog.text

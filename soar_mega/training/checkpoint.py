@@ -167,7 +167,7 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
     if config.load_ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
     with torch.no_grad():
-        engine.load_weights(_read(folder, engine.weights_state_dict(name)))
+        engine.load_weights(read_tensors(folder, engine.weights_state_dict(name)))
     logger.info("started from the %s weights of %s", name, folder)
     return Progress()
 
@@ -181,13 +181,14 @@ def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
             "without, or start from its weights with checkpoint.load and checkpoint.finetune=true"
         )
     with torch.no_grad():
-        engine.load_state_dict(_read(folder, engine.sharded_state_dict(is_loading=True)))
+        engine.load_state_dict(read_tensors(folder, engine.sharded_state_dict(is_loading=True)))
     logger.info("resumed from %s", folder)
     names = [f.name for f in dataclasses.fields(Progress)]
     return Progress(**{name: description[name] for name in names})
 
 
-def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What dist_checkpointing finds in a checkpoint for a sharded state dict; ValueError when it cannot be read."""
     try:
         return dist_checkpointing.load(state, str(folder))
     except _FAILURES as error:

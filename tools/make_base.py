@@ -1,11 +1,18 @@
 """Makes the tiny SD3 pipeline of recipes/tiny/base from nothing but scikit-learn's digits.
 
-    python tools/make_base.py --encoders    VAE and text encoders, with a transformer of random weights (3 minutes)
+    python tools/make_base.py                  everything, as `make base` does
+    python tools/make_base.py --encoders       only the VAE and the text encoders, with a transformer of random weights
+    python tools/make_base.py --transformer    only the transformer; goes on where it was interrupted
+
+The transformer walks the road of every other run: an image folder, `soar-mega prepare`, `soar-mega train`, an export.
 """
 
 import argparse
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -14,8 +21,16 @@ from base.vae import train_vae
 from base.vocabulary import clip_tokenizer, t5_tokenizer
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-BASE = Path(__file__).parents[1] / "recipes" / "tiny" / "base"
+from soar_mega.data.canvases import write_image_folder
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "recipes" / "tiny" / "base"
+# The folders that recipes/tiny/pretrain.yaml names.
+WORK = ROOT / "runs" / "base"
 SEED = 0
+PRETRAINING_IMAGES = 24_000
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -37,8 +52,10 @@ def build_transformer() -> SD3Transformer2DModel:
     )
 
 
-def train_encoders(folder: Path) -> None:
+def train_encoders() -> None:
     """Writes the whole pipeline folder, the transformer with random weights."""
+    # Shards and runs of earlier encoders are of no use to the new ones.
+    shutil.rmtree(WORK, ignore_errors=True)
     torch.manual_seed(SEED)
     tokenizer, tokenizer_2, tokenizer_3 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     pipeline = StableDiffusion3Pipeline(
@@ -52,17 +69,41 @@ def train_encoders(folder: Path) -> None:
         transformer=build_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    pipeline.save_pretrained(BASE, safe_serialization=True)
+
+
+def train_transformer() -> None:
+    """Pretrains the transformer on noisy canvases by recipes/tiny/pretrain.yaml and puts its EMA into the folder."""
+    images = WORK / "images"
+    log.info("writing %d canvases to %s", PRETRAINING_IMAGES, images)
+    write_image_folder(images, PRETRAINING_IMAGES, seed=1, noisy=True)
+    _soar_mega("prepare", str(images), str(WORK / "shards"), "--pipeline", str(BASE), "--batch-size", "64")
+    _soar_mega("train", "recipes/tiny/pretrain.yaml")
+    shutil.copytree(WORK / "pretrain" / "export_ema" / "transformer", BASE / "transformer", dirs_exist_ok=True)
+    log.info("the tiny pipeline is complete: %s", BASE)
+
+
+def _soar_mega(*arguments: str) -> None:
+    command = [sys.executable, "-m", "soar_mega", *arguments]
+    log.info("%s", " ".join(command))
+    # The paths of recipes start at the repository's root.
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoders", action="store_true", help="train the VAE and text encoders, then stop")
-    parser.add_argument("--out", type=Path, default=BASE, help="the pipeline folder (default: %(default)s)")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
+    part.add_argument("--transformer", action="store_true", help="only the transformer")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    train_encoders(args.out)
+    if not args.transformer:
+        train_encoders()
+    if not args.encoders:
+        train_transformer()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each CPU stand-in is needed: without it, the named failure occurs. A test that stops failing says the stand-in can go."""
+"""Each CPU stand-in is needed: without it, the named failure occurs. When it no longer does, the stand-in can go."""
 
 import subprocess
 import sys

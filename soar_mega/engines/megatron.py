@@ -117,15 +117,19 @@ class MegatronEngine:
 
     def step(self, lr: float) -> StepResult:
         """Clip, update the weights and every EMA. When the loss or the gradient is not finite, nothing changes."""
+        settings = self.recipe.optimizer
         for group in self.optimizer.param_groups:
+            # the recipe counts, also after a checkpoint was loaded; megatron leaves the multipliers to its scheduler
             group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+            group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(norm) and math.isfinite(self._loss)):
             return StepResult(False, norm)
         for one in self.optimizer.chained_optimizers:
-            if one.get_parameters() and self.recipe.optimizer.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(one.get_parameters(), self.recipe.optimizer.clip_grad, norm)
+            if one.get_parameters() and settings.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(one.get_parameters(), settings.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
         for kept in self.weights.values():
             kept.update()

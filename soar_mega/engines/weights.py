@@ -122,7 +122,7 @@ class KeptWeights:
 
 def sharded_copy(
     model_state: dict[str, Any], name: str, whole: Callable[[Parameter], Tensor]
-) -> dict[int, Any]:
+) -> dict[str, Any]:
     """Sharded tensors like those of the model, under keys of their own and with `whole(parameter)` as data.
 
     Args:

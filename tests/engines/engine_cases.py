@@ -1,4 +1,4 @@
-"""A small model, in-memory batches and whole training cases for the engine's tests; all importable by other processes."""
+"""A small model, in-memory batches and training cases for the engine's tests, importable by other processes."""
 
 import zlib
 
@@ -133,3 +133,12 @@ def train_case(recipe: Recipe, iterations: int = 5) -> dict:
         assert result.ok
         found["norms"].append(result.grad_norm)
     return found
+
+
+def assert_gradients_agree(found, expected, tolerance=1e-5):
+    """Relative to each gradient's largest entry, and at least 1e-3 of the model's largest (some are truly zero)."""
+    assert found.keys() == expected.keys()
+    floor = 1e-3 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).abs().max() / torch.maximum(gradient.abs().max(), floor)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"

@@ -3,19 +3,20 @@
 import functools
 
 import pytest
-import torch
-from engine_cases import make_recipe, train_case
+from engine_cases import assert_gradients_agree, make_recipe, train_case
 from multirank import run_ranks
 
-LAYOUTS = {  # (TP, PP), processes, sequence parallel
-    "tp2": ((2, 1), 2, False),
-    "tp2-sp": ((2, 1), 2, True),
-    "pp2": ((1, 2), 2, False),
-    "dp2": ((1, 1), 2, False),
-    "tp2-pp2": ((2, 2), 4, False),
-    "tp2-pp2-sp": ((2, 2), 4, True),
-    "pp4": ((1, 4), 4, False),
-    "pp2-dp2": ((1, 2), 4, False),
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS = {  # (TP, PP), processes, further settings
+    "tp2": ((2, 1), 2, {}),
+    "tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
+    "pp2": ((1, 2), 2, {}),
+    "dp2": ((1, 1), 2, {}),
+    "tp2-pp2": ((2, 2), 4, {}),
+    "tp2-pp2-sp": ((2, 2), 4, {"sequence_parallel": True, "model": {"recompute_granularity": "full"}}),
+    "pp4": ((1, 4), 4, {}),
+    "pp2-dp2-overlap": ((1, 2), 4, OVERLAP),
+    "dp2-plain-optimizer": ((1, 1), 2, {"use_distributed_optimizer": False}),
 }
 
 
@@ -25,20 +26,11 @@ def single_process():
     return result
 
 
-def assert_gradients_agree(found, expected, tolerance=1e-5):
-    """Relative to each gradient's largest entry, and at least 1e-3 of the model's largest (some are truly zero)."""
-    assert found.keys() == expected.keys()
-    floor = 1e-3 * max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).abs().max() / torch.maximum(gradient.abs().max(), floor)
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_does_not_depend_on_the_layout(layout):
-    sizes, processes, sequence_parallel = LAYOUTS[layout]
+    sizes, processes, settings = LAYOUTS[layout]
     expected = single_process()
-    ranks = run_ranks(train_case, processes, make_recipe(sizes, sequence_parallel))
+    ranks = run_ranks(train_case, processes, make_recipe(sizes, **settings))
     for found in ranks:
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         for ours, theirs in zip(found["statistics"], expected["statistics"], strict=True):

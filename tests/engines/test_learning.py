@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import SOAR, iterate, make_batch, make_recipe, start_engine
-from test_layouts import assert_gradients_agree
+from engine_cases import SOAR, assert_gradients_agree, iterate, make_batch, make_recipe, start_engine
 
 from soar_mega.config import StageConfig
 from soar_mega.engines.pipeline import cut, in_order, needs_answer
@@ -99,7 +98,9 @@ def test_rollout_builds_no_graph_and_keeps_no_answer_too_long():
 
     def loss(points, velocity):
         needed = points.sample[needs_answer(points)] // 2
-        seen.append((points.auxiliary.any().item(), len(answers._kept), needed.min().item() if len(needed) else 0))
+        seen.append(
+            (points.auxiliary.any().item(), len(answers._kept), needed.min().item() if len(needed) else 0)
+        )
         return stage.loss(points, velocity)
 
     engine.learn(stage.points, loss, batch, answers)

@@ -1,0 +1,90 @@
+"""Layouts that are not possible are refused with one that is; starting a world twice is harmless."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from multirank import RankFailure, run_ranks
+
+from soar_mega import distributed
+from soar_mega.config import ParallelConfig
+from soar_mega.distributed import check_layout, start_world, stop_world
+
+
+@pytest.mark.parametrize("layout", [(8, 2, 2), (8, 1, 8), (1, 1, 1), (6, 3, 1)])
+def test_possible_layouts(layout):
+    check_layout(*layout)
+
+
+@pytest.mark.parametrize(
+    "layout, advice",
+    [
+        (
+            (4, 3, 1),
+            r"tensor_model_parallel_size=[24] .*pipeline_model_parallel_size=1; or start 3 processes",
+        ),
+        ((2, 2, 2), r"tensor_model_parallel_size=2 .*pipeline_model_parallel_size=1; or start 4 processes"),
+        ((1, 1, 4), r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1; or start 4 processes"),
+        ((8, 0, 1), "must be at least 1"),
+    ],
+)
+def test_impossible_layouts_come_with_advice(layout, advice):
+    with pytest.raises(ValueError, match=advice):
+        check_layout(*layout)
+
+
+def test_a_world_of_one_starts_in_a_plain_process_and_only_once():
+    start_world(ParallelConfig())
+    group = dist.group.WORLD
+    start_world(ParallelConfig())
+    assert dist.group.WORLD is group and dist.get_world_size() == 1
+    assert distributed.is_first_stage() and distributed.is_last_stage() and distributed.is_rank_zero()
+    assert (distributed.data_rank(), distributed.data_size()) == (0, 1)
+    with pytest.raises(ValueError, match="already runs with TP x PP = 1 x 1"):
+        start_world(ParallelConfig(tensor_model_parallel_size=2))
+    stop_world()
+    assert not dist.is_initialized()
+    stop_world()
+
+
+def places():
+    start_world(ParallelConfig(pipeline_model_parallel_size=2))
+    return (
+        distributed.is_first_stage(),
+        distributed.is_last_stage(),
+        distributed.data_rank(),
+        distributed.data_size(),
+        distributed.is_rank_zero(),
+    )
+
+
+def test_places_in_a_world_of_four():
+    assert run_ranks(places, 4) == [
+        (True, False, 0, 2, True),
+        (True, False, 1, 2, False),
+        (False, True, 0, 2, False),
+        (False, True, 1, 2, False),
+    ]
+
+
+def fail_on_rank_one():
+    start_world(ParallelConfig())
+    if dist.get_rank() == 1:
+        raise RuntimeError("this rank is broken")
+    dist.all_reduce(torch.zeros(1))
+
+
+def test_a_failing_rank_is_named_and_stops_its_peers():
+    with pytest.raises(RankFailure, match=r"rank 1 failed:(.|\n)*this rank is broken"):
+        run_ranks(fail_on_rank_one, 2, timeout=60)
+
+
+def wait_forever():
+    start_world(ParallelConfig())
+    if dist.get_rank() == 0:
+        dist.recv(torch.zeros(1), src=1)
+    return dist.get_rank()
+
+
+def test_ranks_that_hang_are_stopped():
+    with pytest.raises(RankFailure, match="did not finish in time"):
+        run_ranks(wait_forever, 2, timeout=8)

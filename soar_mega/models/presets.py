@@ -21,10 +21,3 @@ PRESETS: dict[str, MMDiTConfig] = {
         qk_norm="rms_norm",
     ),
 }
-
-
-def get_preset(name: str) -> MMDiTConfig:
-    """The sizes called `name`; a ValueError lists what there is."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown model preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

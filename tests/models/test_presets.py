@@ -1,0 +1,64 @@
+"""The published models at their exact sizes, on the meta device."""
+
+from pathlib import Path
+
+import pytest
+
+from soar_mega.convert.mapping import entries
+from soar_mega.models.gather import full_shape
+from soar_mega.models.layout import stage_layers
+from soar_mega.models.names import named_tensors
+from soar_mega.models.presets import PRESETS
+from soar_mega.models.summary import meta_model, parameters_per_rank, summarize
+
+DATA = Path(__file__).parent / "data"
+COUNTS = {"sd35_medium": (2_243_171_520, 909), "sd35_large": (8_056_627_520, 1227)}
+
+
+def reference(name):
+    """diffusers' state-dict keys and shapes."""
+    lines = (DATA / f"{name}_keys.txt").read_text().splitlines()
+    pairs = (line.split("\t") for line in lines if line)
+    return {key: tuple(int(n) for n in shape.strip("()").split(",") if n.strip()) for key, shape in pairs}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_keys_and_shapes(name):
+    config, (parameters, keys) = PRESETS[name], COUNTS[name]
+    model = meta_model(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    table = entries(config)
+    expected = reference(name)
+    assert len(expected) == keys
+    assert {key: entry.shape for entry in table for key in entry.keys} == expected
+    ours = {n: tuple(full_shape(t)) for n, t in named_tensors(model).items()}
+    assert ours == {e.name: (e.shape[0] * len(e.keys), *e.shape[1:]) for e in table}
+    assert {t.device.type for t in named_tensors(model).values()} == {"meta"}
+
+
+def test_large_split_is_uneven_and_complete():
+    model = meta_model(PRESETS["sd35_large"])
+    stages = [stage_layers(38, 4, stage) for stage in range(4)]
+    assert [n for stage in stages for n in stage] == list(range(38))
+    assert sorted(len(stage) for stage in stages) == [9, 9, 10, 10]
+    assert sum(parameters_per_rank(model, 1, 4)) == COUNTS["sd35_large"][0]
+    whole, half = parameters_per_rank(model, 1, 1)[0], parameters_per_rank(model, 2, 1)[0]
+    assert whole / 2 < half < whole / 2 * 1.01
+
+
+def test_summary_says_counts_and_split():
+    text = summarize("sd35_medium", tensor=2, pipeline=4)
+    assert "2,243,171,520 parameters" in text
+    assert "stage 3:   242,076,736  layers 18..23" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sd35_huge",), "neither a pipeline folder nor a preset"),
+        (("sd35_large", 4), "38 attention heads of this model; possible are 1, 2, 19, 38"),
+    ],
+)
+def test_summary_of_the_impossible(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        summarize(*arguments)

@@ -110,6 +110,7 @@ def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
             "absolute": result.absolute,
             "standard_error": result.standard_error,
             "relative": result.relative,
+            "errors": result.error.tolist(),  # per sample: comparisons of pipelines are paired
         }
         for span, result in zip(plan.drift_spans, results)
     ]

@@ -41,8 +41,15 @@ def make_metrics(soar_score: float = 0.70, soar_drift: float = 1.7) -> dict[str,
             "drift": {"guidance_scale": 3.0, "steps": 5, "samples": 64, "spans": [span]},
         }
 
-    run = {"iterations": 300, "batch_size": 64, "points": 3, "layout": "1", "seconds": 42.0,
-           "losses": {"base": [(10, 1.0), (20, 0.9)], "aux": []}}  # fmt: skip
+    run = {
+        "iterations": 300,
+        "batch_size": 64,
+        "points": 3,
+        "forwards": 11,
+        "tensor_parallel": 2,
+        "pipeline_parallel": 2,
+        "losses": {"base": [(10, 1.0), (20, 0.9)], "aux": []},
+    }
     return {
         "pipelines": {arm: pipeline(arm) for arm in ARMS},
         "real": {"verifier_accuracy": 0.98, "benchmark": score(0.97)},
@@ -50,7 +57,7 @@ def make_metrics(soar_score: float = 0.70, soar_drift: float = 1.7) -> dict[str,
             "sample_prompts": ["a red 3", "a <5> & more"],
             "guidance_scale": 3.0,
             "runs": dict.fromkeys(ARMS[1:], run),
-            "layout_note": "All in one process.",
+            "seconds": {"sft": 100.0, "soar": 150.0},
             "export": {"folder": "runs/demo/soar/export", "drawn": "a picture"},
         },
     }

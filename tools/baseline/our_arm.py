@@ -8,7 +8,7 @@ from baseline.case import LEARNING_RATE, Case, make_samples
 from soar_mega import platform
 from soar_mega.config import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import device
+from soar_mega.distributed import device, start_world
 from soar_mega.engines import make_engine
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.stages import make_stage
@@ -34,6 +34,7 @@ class OurArm:
             ),
             optimizer=OptimizerConfig(lr=LEARNING_RATE),
         )
+        start_world(recipe.parallel, recipe.train.seed)
         assert case.stage.shift is not None
         self.stage = make_stage(case.stage, case.stage.shift)
         self.engine = make_engine(recipe, MMDiTConfig.from_diffusers(case.transformer))

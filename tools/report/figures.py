@@ -144,6 +144,15 @@ def sample_grid(images: Mapping[str, Path], titles: Mapping[str, str], prompts: 
     return to_png(figure)
 
 
+def side_by_side(images: Sequence[Image.Image], scale: int) -> Image.Image:
+    """Small pictures of one size in a row, enlarged."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 0))
+    return row.resize((row.width * scale, row.height * scale), Image.Resampling.NEAREST)
+
+
 def _legend(axes: Axes) -> None:
     axes.legend(fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
     for side in ("top", "right"):

@@ -97,24 +97,29 @@ def drift_section(metrics: Mapping[str, Any]) -> str:
 
 def training_section(metrics: Mapping[str, Any]) -> str:
     demo = metrics["demo"]
+    soar, seconds = demo["runs"]["soar"], demo["seconds"]
     rows = [
         [
             TITLES[arm],
             str(run["iterations"]),
             str(run["batch_size"]),
             str(run["points"]),
-            run["layout"],
-            f"{run['seconds']:.0f}",
+            str(run["forwards"]),
+            f"{run['tensor_parallel']} x {run['pipeline_parallel']}",
         ]
         for arm, run in demo["runs"].items()
     ]
-    header = ["", "iterations", "pictures per step", "training points per picture", "processes", "seconds"]
+    header = ["", "steps", "pictures per step", "training points per picture", "work per picture", "TP x PP"]
     curves = figures.losses({arm: run["losses"] for arm, run in demo["runs"].items()}, TITLES)
-    return (
-        f"<p>{escape(demo['layout_note'])}</p>"
-        + table(header, rows)
-        + picture(curves, "Training loss of each version", words.LOSSES)
+    text = words.TRAINING.format(
+        tensor=soar["tensor_parallel"],
+        pipeline=soar["pipeline_parallel"],
+        processes=soar["tensor_parallel"] * soar["pipeline_parallel"],
+        single=seconds["sft"],
+        soar=seconds["soar"],
+        total=sum(seconds.values()),
     )
+    return text + table(header, rows) + picture(curves, "Training loss of each version", words.LOSSES)
 
 
 def doubts_section(metrics: Mapping[str, Any]) -> str:

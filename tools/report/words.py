@@ -62,6 +62,15 @@ The same captions and the same starting noise for every version, before (base) a
 guidance {guidance:g}. Not selected.
 """
 
+TRAINING = """
+<p>All versions train on the same pictures in the same order with the same noise. SFT and the control ran in
+one process each, side by side ({single:.0f} s). SOAR ran on {processes} processes ({soar:.0f} s): each layer
+split over {tensor} of them (tensor parallelism, TP) and the layers over {pipeline} stages (pipeline
+parallelism, PP), as a model too large for one processor would be. How the work is spread changes the result
+by rounding only. Up to this report the demo took {total:.0f} s. <em>Work per picture</em> counts passes
+through the model, a backward pass as two.</p>
+"""
+
 LOSSES = """
 Mean squared error of the predicted direction. The two panels are different tasks: noise levels differ, and so
 do the targets, so a lower curve is not a better model.

@@ -1,0 +1,273 @@
+"""The whole road on the built-in model, in one command: shards, three ways of training, evaluation, report, export.
+
+    make demo                            about eight minutes on two cores; runs/demo/report.html
+    python tools/demo.py --quick         the same road in a minute or two, for checking the road itself
+
+Every step is a soar-mega command that could be typed by hand; their output is in runs/demo/logs. A step that is finished is
+not repeated: remove runs/demo to start again.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from walk.commands import Command, run_together, soar_mega, torchrun
+from walk.data import prepare_data
+
+BASE = Path("recipes/tiny/base")
+ARMS = ("sft", "sft_multi", "soar")
+GUIDANCE = 3.0
+SAMPLE_PROMPTS = (
+    "a red 3",
+    "an 8",
+    "a 4 and a 9",
+    "three 5",
+    "a blue 7",
+    "a 2 above a 6",
+    "a green 1 left of a yellow 8",
+    "a white 0 and a red 5",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything."""
+
+    canvases: int = 4000
+    held_out: int = 256
+    iterations: int = 300
+    prompts_per_category: int = 60
+    drift_samples: int = 128
+
+
+QUICK = Size(canvases=192, held_out=48, iterations=4, prompts_per_category=3, drift_samples=32)
+
+
+class Demo:
+    """The steps of the demo, in order, in one folder."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder, self.size = folder, size
+        self.cores = os.cpu_count() or 1
+        self.tensor, self.pipeline = layout()
+        self._record = folder / "steps.json"
+        self.seconds: dict[str, float] = json.loads(self._record.read_text()) if self._record.exists() else {}
+        self._repeat = False
+
+    def run(self) -> None:
+        pictures = self.size.canvases
+        self.step(
+            "data", f"drawing {pictures} captioned pictures and encoding them into shards", self.prepare
+        )
+        self.step("sft", "training SFT and the control, side by side", self.train_single)
+        processes = self.tensor * self.pipeline
+        where = (
+            f"TP {self.tensor} x PP {self.pipeline}, {processes} processes"
+            if processes > 1
+            else "one process"
+        )
+        self.step("soar", f"training SOAR ({where})", self.train_soar)
+        self.step("evaluation", "measuring base, SFT, control and SOAR", self.evaluate)
+        self.step("pictures", "drawing sample pictures", self.draw)
+        self.step("export", "loading the result in diffusers", self.check_export)
+        self.step("report", "writing the report", self.report)
+
+    def step(self, name: str, words: str, action: Callable[[], None]) -> None:
+        """Runs a step unless it was finished before and nothing ahead of it was repeated."""
+        number = f"[{list(STEPS).index(name) + 1}/{len(STEPS)}]"
+        if name in self.seconds and not self._repeat:
+            print(f"{number} {words}: done before", flush=True)
+            return
+        print(f"{number} {words} ...", flush=True)
+        self._repeat = True
+        started = time.monotonic()
+        action()
+        self.seconds[name] = time.monotonic() - started
+        self._record.write_text(json.dumps(self.seconds, indent=1) + "\n")
+        print(f"    {self.seconds[name]:.0f} s", flush=True)
+
+    def prepare(self) -> None:
+        prepare_data(self.folder, BASE, self.size.canvases, self.size.held_out, self.threads(2))
+
+    def train_single(self) -> None:
+        run_together([self.training(arm, soar_mega, self.threads(2)) for arm in ("sft", "sft_multi")])
+
+    def train_soar(self) -> None:
+        processes = self.tensor * self.pipeline
+        if processes == 1:
+            run_together([self.training("soar", soar_mega, self.threads(1))])
+            return
+        layout = [
+            f"parallel.tensor_model_parallel_size={self.tensor}",
+            f"parallel.pipeline_model_parallel_size={self.pipeline}",
+        ]
+        command = self.training("soar", lambda *a: torchrun(processes, *a, *layout), self.threads(processes))
+        run_together([command])
+
+    def training(self, arm: str, launch: Callable[..., list[str]], threads: int) -> Command:
+        """`soar-mega train` of an arm's recipe with this demo's folders and length."""
+        overrides = [
+            f"checkpoint.save={self.run_of(arm)}",
+            f"data.path={self.folder}/shards/train",
+            f"data.validation_path={self.folder}/shards/heldout",
+            f"train.train_iters={self.size.iterations}",
+        ]
+        arguments = launch("train", f"recipes/tiny/{arm}.yaml", *overrides)
+        return self.command(arm, arguments, threads)
+
+    def evaluate(self) -> None:
+        """Two processes with two arms each: many small forwards gain little from a second thread."""
+        commands, parts = [], []
+        folders = {"base": BASE} | {arm: self.export_of(arm) for arm in ARMS}
+        names = list(folders)
+        for part in (names[:2], names[2:]):
+            out = self.folder / "logs" / f"evaluation-{'-'.join(part)}.json"
+            arguments = soar_mega(
+                "evaluate",
+                *(f"{name}={folders[name]}" for name in part),
+                *("--held-out", f"{self.folder}/shards/heldout", "--out", str(out)),
+                *("--guidance-scale", "1", "--guidance-scale", f"{GUIDANCE:g}"),
+                *("--prompts-per-category", str(self.size.prompts_per_category)),
+                *("--drift-samples", str(self.size.drift_samples)),
+            )
+            commands.append(self.command("evaluate-" + "-".join(part), arguments, self.threads(2)))
+            parts.append(out)
+        run_together(commands)
+        first, second = (json.loads(path.read_text()) for path in parts)
+        first["pipelines"] |= second["pipelines"]
+        self.evaluation.write_text(json.dumps(first, indent=1) + "\n")
+
+    def draw(self) -> None:
+        prompts = self.folder / "logs" / "prompts.txt"
+        prompts.write_text("\n".join(SAMPLE_PROMPTS) + "\n")
+        for names in (("base", "sft"), ("sft_multi", "soar")):
+            run_together([self.drawing(name, prompts) for name in names])
+
+    def drawing(self, name: str, prompts: Path) -> Command:
+        folder = BASE if name == "base" else self.export_of(name)
+        arguments = soar_mega(
+            *("sample", str(folder), "--prompts", str(prompts), "--count", "6", "--steps", "20"),
+            *("--guidance-scale", f"{GUIDANCE:g}", "--scale", "2", "--out", str(self.samples()[name])),
+        )
+        return self.command(f"sample-{name}", arguments, self.threads(2))
+
+    def check_export(self) -> None:
+        """Loads the SOAR export with diffusers alone and draws from it."""
+        import torch
+        from diffusers import StableDiffusion3Pipeline
+        from report.figures import side_by_side
+
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.export_of("soar")))
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = pipeline(
+            prompt=list(SAMPLE_PROMPTS),
+            height=16,
+            width=16,
+            num_inference_steps=20,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=10,
+            generator=torch.Generator().manual_seed(0),
+        )
+        side_by_side(drawn.images, scale=4).save(self.folder / "diffusers.png")
+
+    def report(self) -> None:
+        from report.page import write_report
+
+        metrics = json.loads(self.evaluation.read_text())
+        metrics["demo"] = self.description()
+        (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        write_report(metrics, self.samples(), self.folder / "report.html")
+
+    def description(self) -> dict[str, Any]:
+        """What the report tells about the runs themselves."""
+        from walk.curves import loss_curves
+
+        from soar_mega.config import load_recipe
+
+        runs = {}
+        for arm in ARMS:
+            recipe = load_recipe(self.run_of(arm) / "run_config.yaml", [])
+            points = 1 + (
+                0 if arm == "sft" else recipe.stage.num_auxiliary_points * recipe.stage.num_rollout_paths
+            )
+            runs[arm] = {
+                "iterations": recipe.train.train_iters,
+                "batch_size": recipe.train.global_batch_size,
+                "points": points,
+                "forwards": 3 * points + (2 if arm == "soar" else 0),
+                "tensor_parallel": recipe.parallel.tensor_model_parallel_size,
+                "pipeline_parallel": recipe.parallel.pipeline_model_parallel_size,
+                "losses": loss_curves(self.run_of(arm)),
+            }
+        return {
+            "runs": runs,
+            "guidance_scale": GUIDANCE,
+            "sample_prompts": SAMPLE_PROMPTS,
+            "seconds": self.seconds,
+            "export": {"folder": str(self.export_of("soar")), "drawn": f"{len(SAMPLE_PROMPTS)} pictures"},
+        }
+
+    def command(self, name: str, arguments: list[str], threads: int) -> Command:
+        return Command(
+            name=name, arguments=arguments, log=self.folder / "logs" / f"{name}.log", threads=threads
+        )
+
+    def threads(self, processes: int) -> int:
+        """Threads of each of several processes that share the machine."""
+        return max(1, self.cores // processes)
+
+    def run_of(self, arm: str) -> Path:
+        return self.folder / arm
+
+    def export_of(self, arm: str) -> Path:
+        """The EMA weights: less noisy than the last step's, and what published results use."""
+        return self.run_of(arm) / "export_ema"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "logs" / "evaluation.json"
+
+    def samples(self) -> dict[str, Path]:
+        return {name: self.folder / "samples" / f"{name}.png" for name in ("base", *ARMS)}
+
+
+STEPS = ("data", "sft", "soar", "evaluation", "pictures", "export", "report")
+
+
+def layout() -> tuple[int, int]:
+    """TP x PP of the SOAR run: 2 x 2 processes on a CPU, and on GPUs what there are enough of."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.cuda.device_count() >= 4:
+        return 2, 2
+    return (2, 1) if torch.cuda.device_count() >= 2 else (1, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything; the numbers mean nothing"
+    )
+    arguments = parser.parse_args()
+    os.chdir(Path(__file__).parents[1])  # recipes name their files from here
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        Demo(arguments.folder, QUICK if arguments.quick else Size()).run()
+    except RuntimeError as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    print(f"\nDone. Open {arguments.folder}/report.html; the numbers are in {arguments.folder}/metrics.json.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The built-in canvases as image folders and shards: the data of the demo and of the study."""
+
+import shutil
+from pathlib import Path
+
+from walk.commands import Command, run_together, soar_mega
+
+from soar_mega.data.canvases import write_image_folder
+
+TRAIN_SEED, HELD_OUT_SEED = 1000, 2000
+
+
+def prepare_data(folder: Path, pipeline: Path, train: int, held_out: int, threads: int) -> None:
+    """Writes <folder>/images/ and, through `soar-mega prepare`, <folder>/shards/: train and heldout.
+
+    Held-out canvases are drawn from scans of digits that no training canvas holds.
+    """
+    parts = {"train": (train, TRAIN_SEED, "generator"), "heldout": (held_out, HELD_OUT_SEED, "held_out")}
+    commands = []
+    for name, (count, seed, split) in parts.items():
+        images, shards = folder / "images" / name, folder / "shards" / name
+        for old in (images, shards):
+            shutil.rmtree(old, ignore_errors=True)
+        write_image_folder(images, count, seed, split=split)
+        arguments = soar_mega(
+            "prepare", str(images), str(shards), "--pipeline", str(pipeline), "--batch-size", "128"
+        )
+        commands.append(
+            Command(
+                name=f"prepare {name}",
+                arguments=arguments,
+                log=folder / "logs" / f"{name}.log",
+                threads=threads,
+            )
+        )
+    run_together(commands)

@@ -62,6 +62,9 @@ def _copy_parts(source: Path, target: Path) -> None:
 
 
 def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)

@@ -120,6 +120,12 @@ def test_frozen_weight_leaves_its_bias_a_gradient(tmp_path):
     assert not missing
 
 
+def test_output_of_frozen_layers_has_a_gradient_for_the_stage_before(tmp_path):
+    save_peer(tmp_path)
+    model = load_diffusers(tmp_path).requires_grad_(False)
+    assert model(*make_inputs(model.sizes)).requires_grad
+
+
 def test_random_weights_are_keyed_and_start_at_zero_velocity():
     config = MMDiTConfig(**SMALL)
     load_diffusers_free = ModelConfig(dtype="fp32", init="random")

@@ -1,0 +1,72 @@
+"""What a model weighs, and what a rank of it weighs at each layout."""
+
+from pathlib import Path
+
+from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.gather import full_shape, partition_dim
+from soar_mega.models.layout import check_layout, stage_layers
+from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.presets import PRESETS
+
+
+def meta_model(config: MMDiTConfig) -> MMDiT:
+    """The whole model without memory; needs no process world."""
+    return build_model(config, ModelConfig(), ParallelConfig(), meta=True)
+
+
+def parameters_per_rank(model: MMDiT, tensor: int, pipeline: int) -> list[int]:
+    """Parameters on one tensor-parallel rank of each pipeline stage; the position table is no parameter."""
+    layers = model.sizes.num_layers
+    layer_stage = {n: stage for stage in range(pipeline) for n in stage_layers(layers, pipeline, stage)}
+    counts = [0] * pipeline
+    for name, parameter in model.named_parameters():
+        if name.startswith("layers."):
+            stage = layer_stage[int(name.split(".")[1])]
+        else:
+            stage = pipeline - 1 if name.startswith(("norm_out.", "proj_out.")) else 0
+        numel = full_shape(parameter).numel()
+        counts[stage] += numel // tensor if partition_dim(parameter) is not None else numel
+    return counts
+
+
+def summarize(model: str, tensor: int = 1, pipeline: int = 1) -> str:
+    """Counts of a preset or of a pipeline folder, and its split over TP and PP, as a few lines of text.
+
+    Raises:
+        ValueError: neither a preset nor a folder with a transformer, or a layout that is not possible.
+    """
+    config = PRESETS[model] if model in PRESETS else _from_folder(model)
+    check_layout(
+        config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    )
+    whole = meta_model(config)
+    dual = f", dual attention in {len(config.dual_attention_layers)}" if config.dual_attention_layers else ""
+    lines = [
+        f"{model}: {sum(parameters_per_rank(whole, 1, 1)):,} parameters, and a position table of "
+        f"{sum(buffer.numel() for buffer in whole.buffers()):,} numbers",
+        f"{config.num_layers} layers{dual}; {config.num_attention_heads} heads x {config.attention_head_dim} = hidden "
+        f"{config.hidden_size}; {config.in_channels} channels in patches of {config.patch_size} x {config.patch_size}",
+        "",
+        f"TP {tensor} x PP {pipeline}, parameters of one rank:",
+    ]
+    for stage, count in enumerate(parameters_per_rank(whole, tensor, pipeline)):
+        layers = stage_layers(config.num_layers, pipeline, stage)
+        lines.append(f"  stage {stage}: {count:>13,}  layers {layers.start}..{layers.stop - 1}")
+    return "\n".join([*lines, "", "millions of parameters on a rank of the largest stage:", *_table(whole)])
+
+
+def _table(whole: MMDiT) -> list[str]:
+    config = whole.sizes
+    pipelines = [size for size in (1, 2, 4, 8) if size <= config.num_layers]
+    lines = ["       " + "".join(f"{f'PP {pipeline}':>10}" for pipeline in pipelines)]
+    for tensor in (size for size in range(1, 9) if config.num_attention_heads % size == 0):
+        cells = [max(parameters_per_rank(whole, tensor, pipeline)) / 1e6 for pipeline in pipelines]
+        lines.append(f"  TP {tensor} " + "".join(f"{cell:>10.1f}" for cell in cells))
+    return lines
+
+
+def _from_folder(name: str) -> MMDiTConfig:
+    if not Path(name).is_dir():
+        raise ValueError(f"{name} is neither a pipeline folder nor a preset ({', '.join(PRESETS)})")
+    return MMDiTConfig.from_diffusers(name)

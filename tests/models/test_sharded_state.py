@@ -1,0 +1,55 @@
+"""Sharded state and gathered tensors: names and full shapes do not depend on the layout."""
+
+import torch
+from multirank import run_ranks
+from peer import SMALL
+
+from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.distributed import start_world
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.gather import full_tensor, local_shard
+from soar_mega.models.mmdit import build_model
+from soar_mega.models.names import global_parameter_names, named_tensors
+
+
+def random_model(parallel):
+    from soar_mega import distributed
+
+    start_world(parallel)
+    first, last = distributed.is_first_stage(), distributed.is_last_stage()
+    settings = ModelConfig(dtype="fp32", init="random")
+    return build_model(MMDiTConfig(**SMALL), settings, parallel, pre_process=first, post_process=last, seed=7)
+
+
+def save_at(parallel, folder):
+    """Save a model sharded -> its full parameters."""
+    from megatron.core import dist_checkpointing
+
+    model = random_model(parallel)
+    dist_checkpointing.save(model.sharded_state_dict(prefix="model."), folder)
+    names = global_parameter_names(model)
+    assert all(torch.equal(local_shard(full_tensor(p), p), p) for p in names.values())
+    return {name: full_tensor(p) for name, p in names.items()}
+
+
+def test_state_of_tp2_pp2_loads_into_one_process(tmp_path):
+    from megatron.core import dist_checkpointing
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+    )
+    results = run_ranks(save_at, 4, parallel, str(tmp_path), timeout=100)
+    model = random_model(ParallelConfig())
+    expected = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    # random weights are keyed by name: each rank holds its part of the single-process ones
+    gathered = {**results[0], **results[2]}
+    assert gathered.keys() == global_parameter_names(model).keys()
+    assert all(torch.equal(gathered[name], expected[name]) for name in gathered)
+
+    with torch.no_grad():
+        for tensor in named_tensors(model).values():
+            tensor.zero_()
+    loaded = dist_checkpointing.load(model.sharded_state_dict(prefix="model."), str(tmp_path))
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in loaded.items()})
+    for name, tensor in named_tensors(model).items():
+        assert torch.equal(tensor, expected[name]), name

@@ -56,13 +56,17 @@ class Progress:
     loader: Json | None = None  # Loader.state_dict()
 
 
-class Stateful(Protocol):
-    """The part of an engine that a checkpoint needs."""
+class Saved(Protocol):
+    """The part of an engine that saving needs."""
 
     @property
     def weights(self) -> Mapping[str, Any]: ...  # kept weights by name, ema among them
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
+
+
+class Stateful(Saved, Protocol):
+    """The part of an engine that saving and loading need."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -71,7 +75,7 @@ class Stateful(Protocol):
     def load_weights(self, state: dict[str, Any]) -> None: ...
 
 
-def save(run: RunFolder, engine: Stateful, progress: Progress, model: Json, keep_last: int) -> None:
+def save(run: RunFolder, engine: Saved, progress: Progress, model: Json, keep_last: int) -> None:
     """Writes the checkpoint of `progress.iteration` and makes it the one to resume from. Collective.
 
     Args:

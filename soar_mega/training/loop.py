@@ -39,8 +39,8 @@ def train(recipe: Recipe) -> int:
         saved and goes on when started again.
 
     Raises:
-        ValueError, OSError: what a user can set right; the run folder is as good as before.
-        RuntimeError: the run cannot go on, too many steps without a finite loss for instance.
+        ValueError, OSError: what a user can set right, and train.max_skipped_steps steps in a row without a finite
+            loss and gradient; the run folder is left in a state to resume from.
         With more than one process nothing is raised: the process says what happened and ends with exit code 1, so that
         no peer waits for it.
     """
@@ -224,7 +224,7 @@ class Trainer:
     def give_up(self, loss: float, grad_norm: float) -> None:
         """Saves and raises: too many steps in a row had no finite loss and gradient."""
         self.save()
-        raise RuntimeError(
+        raise ValueError(
             f"{self.skipped_in_a_row} steps in a row were skipped (train.max_skipped_steps), the last one with loss "
             f"{loss} and gradient norm {grad_norm}. The state at iteration {self.progress.iteration} is saved in "
             f"{self.run.path}; no skipped step changed the weights. Look at the data, or lower optimizer.lr and start "

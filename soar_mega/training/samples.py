@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from soar_mega.config import LoggingConfig
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.info import DatasetInfo
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines import MegatronEngine
@@ -16,7 +16,11 @@ from soar_mega.evaluation.drift import Velocity
 from soar_mega.flow import Schedule, guided, normal, sample
 from soar_mega.training.agreement import on_rank_zero
 
+if TYPE_CHECKING:
+    from soar_mega.data.encoders import Encoders
+
 SEED = 0  # not the run's: grids of all runs start from the same noise
+SMALLEST_SHOWN = 96  # pixels: smaller images are enlarged
 
 
 class SampleGrid:
@@ -41,6 +45,10 @@ class SampleGrid:
         self._text, self._pooled = on_rank_zero(lambda: self._encode(pipeline, info))
 
     def _encode(self, pipeline: str, info: DatasetInfo) -> tuple[Tensor, Tensor]:
+        from soar_mega.data.encoders import (
+            Encoders,
+        )  # brings diffusers and transformers, which most runs do not need
+
         self._encoders = Encoders.from_pipeline(
             pipeline, device(), info.torch_text_dtype(), info.max_sequence_length
         )
@@ -62,7 +70,9 @@ class SampleGrid:
         if not is_rank_zero():
             return None
         assert self._encoders is not None
-        return grid(self._encoders.decode(latents).cpu())
+        images = self._encoders.decode(latents).cpu()
+        enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
+        return grid(images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1))
 
     def _velocity(self, engine: MegatronEngine, text: Tensor, pooled: Tensor) -> Velocity:
         text, pooled = text.to(device()), pooled.to(device())

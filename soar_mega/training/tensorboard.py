@@ -4,10 +4,13 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Events:
@@ -19,9 +22,11 @@ class Events:
     """
 
     def __init__(self, folder: Path | None, iteration: int) -> None:
-        self._writer = (
-            None if folder is None else SummaryWriter(folder / "tensorboard", purge_step=iteration + 1)
-        )
+        self._writer: SummaryWriter | None = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """One point on each of the named curves."""

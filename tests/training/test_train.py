@@ -1,0 +1,288 @@
+"""Runs on real processes: resuming, stopping, skipping, refusing."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from multirank import RankFailure, run_ranks
+from safetensors.torch import load_file
+from tiny_runs import ROOT, held_out, logged, make_shards, tiny_recipe
+
+from soar_mega import distributed
+from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.training.loop import Trainer
+from soar_mega.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten uninterrupted iterations on one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert run_ranks(tiny_runs.run, 1, tiny_recipe(shards, folder, train__train_iters=10)) == [0]
+    return folder
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    distributed.start_world(ParallelConfig())
+    yield
+    distributed.stop_world()
+
+
+def before_step(act: Callable[[Trainer], None]) -> None:
+    """Calls `act` before each step of a run in this process."""
+    step = Trainer.step
+
+    def with_act(self: Trainer) -> float:
+        act(self)
+        return step(self)
+
+    Trainer.step = with_act  # type: ignore[method-assign]
+
+
+def run_and_die(recipe: Recipe, iteration: int) -> int:
+    """Kill -9 in the middle of the run, after `iteration` steps."""
+
+    def die(trainer: Trainer) -> None:
+        if trainer.progress.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_step(die)
+    return tiny_runs.run(recipe)
+
+
+def run_and_ask(recipe: Recipe, iteration: int) -> int:
+    """SIGTERM during step `iteration`."""
+
+    def ask(trainer: Trainer) -> None:
+        if trainer.progress.iteration == iteration - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before_step(ask)
+    return tiny_runs.run(recipe)
+
+
+def run_with_bad_steps(recipe: Recipe, bad: list[int]) -> str:
+    """The loss of the given steps is not a number; returns what the run said in the end."""
+
+    def spoil(trainer: Trainer) -> None:
+        good = type(trainer.stage).loss
+        if trainer.progress.iteration in bad:
+            trainer.stage.loss = lambda points, velocity: good(trainer.stage, points, velocity) * float("nan")
+        else:
+            trainer.stage.loss = lambda points, velocity: good(trainer.stage, points, velocity)
+
+    before_step(spoil)
+    try:
+        return str(tiny_runs.run(recipe))
+    except ValueError as error:
+        return str(error)
+
+
+def refusal(recipe: Recipe) -> str:
+    """What a run that does not start says."""
+    with pytest.raises((ValueError, OSError)) as failure:
+        tiny_runs.run(recipe)
+    return str(failure.value)
+
+
+def assert_equal_checkpoints(one: Path, two: Path) -> None:
+    first, second = tiny_runs.tensors(one), tiny_runs.tensors(two)
+    assert first.keys() == second.keys()
+    assert any("exp_avg" in key for key in first) and any("weights.ema" in key for key in first)
+    for key, value in first.items():
+        same = torch.equal(value, second[key]) if isinstance(value, torch.Tensor) else value == second[key]
+        assert same, key
+
+
+@pytest.fixture(scope="module")
+def killed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed at iteration 7, with a checkpoint at 5."""
+    folder = tmp_path_factory.mktemp("killed")
+    recipe = tiny_recipe(shards, folder, train__train_iters=10, checkpoint__save_interval=5)
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(run_and_die, 1, recipe, 7)
+    assert not (folder / "complete.json").exists()
+    return folder
+
+
+def test_five_and_kill_and_five_is_bitwise_ten(
+    shards: Path, reference: Path, killed: Path, tmp_path: Path, world: None
+) -> None:
+    folder = copied(killed, tmp_path)
+    assert run_ranks(tiny_runs.run, 1, tiny_recipe(shards, folder, train__train_iters=10)) == [0]
+    assert_equal_checkpoints(reference / "iter_0000010", folder / "iter_0000010")
+    said = [json.loads((f / "iter_0000010" / "checkpoint.json").read_text()) for f in (reference, folder)]
+    assert said[0] == said[1] and said[0]["consumed_samples"] == 160
+    assert logged(folder) == logged(reference)
+
+
+def test_resumed_at_another_layout(shards: Path, reference: Path, killed: Path, tmp_path: Path) -> None:
+    folder = copied(killed, tmp_path)
+    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}
+    assert (
+        run_ranks(tiny_runs.run, 4, tiny_recipe(shards, folder, train__train_iters=10, **layout)) == [0] * 4
+    )
+    resumed, whole = logged(folder), logged(reference)
+    for iteration in range(6, 11):
+        assert resumed[iteration] == pytest.approx(whole[iteration], rel=1e-5)
+
+
+def copied(source: Path, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(source, target / "run")
+    return target / "run"
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(
+    shards: Path, reference: Path, tmp_path: Path, world: None
+) -> None:
+    recipe = tiny_recipe(shards, tmp_path, train__train_iters=10)
+    assert run_ranks(run_and_ask, 2, recipe, 3) == [75, 75]
+    assert RunFolder(tmp_path).latest() == 3 and RunFolder(tmp_path).complete() is None
+    assert list(logged(tmp_path)) == [1, 2, 3]
+    late = tiny_recipe(shards, tmp_path, train__train_iters=10, train__exit_duration_in_mins=1e-9)
+    assert run_ranks(tiny_runs.run, 1, late) == [75]
+    assert run_ranks(tiny_runs.run, 1, recipe) == [0]
+    assert RunFolder(tmp_path).complete() == {"iteration": 10, "consumed_samples": 160}
+    for iteration, values in logged(reference).items():
+        assert logged(tmp_path)[iteration] == pytest.approx(values, rel=1e-5)
+    before = (tmp_path / "iter_0000010").stat().st_mtime_ns
+    assert run_ranks(tiny_runs.run, 1, recipe) == [0]
+    assert "is complete (10 iterations): nothing to do" in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "iter_0000010").stat().st_mtime_ns == before
+
+
+def test_bad_steps_are_skipped_and_counted_and_at_last_stop_the_run(
+    shards: Path, tmp_path: Path, world: None
+) -> None:
+    once = tiny_recipe(shards, tmp_path / "once", train__train_iters=3, train__max_skipped_steps=2)
+    assert run_ranks(run_with_bad_steps, 1, once, [1]) == ["0"]
+    log = (tmp_path / "once" / "train.log").read_text()
+    assert log.count("number of skipped iterations:   1 | number of nan iterations:   1 |") == 1
+    assert list(logged(tmp_path / "once")) == [1, 3]
+    assert (
+        json.loads((tmp_path / "once" / "iter_0000003" / "checkpoint.json").read_text())["skipped_steps"] == 1
+    )
+
+    forever = tiny_recipe(
+        shards,
+        tmp_path / "ever",
+        train__train_iters=9,
+        train__max_skipped_steps=2,
+        checkpoint__save_interval=1,
+    )
+    said = run_ranks(run_with_bad_steps, 1, forever, [1, 2, 3, 4, 5])[0]
+    assert said.startswith(
+        "2 steps in a row were skipped (train.max_skipped_steps), the last one with loss nan"
+    )
+    assert RunFolder(tmp_path / "ever").latest() == 3 and RunFolder(tmp_path / "ever").complete() is None
+    first, last = (tiny_runs.tensors(tmp_path / "ever" / f"iter_000000{i}") for i in (2, 3))
+    weights = [key for key in first if isinstance(first[key], torch.Tensor)]
+    assert all(torch.equal(first[key], last[key]) and last[key].isfinite().all() for key in weights)
+
+
+def test_two_runs_cannot_share_a_folder(shards: Path, tmp_path: Path) -> None:
+    with RunFolder(tmp_path).lock():
+        said = run_ranks(refusal, 1, tiny_recipe(shards, tmp_path))[0]
+    assert f"{tmp_path}: another run is writing this folder (process {os.getpid()} on" in said
+    assert not (tmp_path / "run_config.yaml").exists()
+
+
+def test_frozen_parameters_stay_and_the_average_can_be_a_start(shards: Path, tmp_path: Path) -> None:
+    first = tiny_recipe(
+        shards,
+        tmp_path / "first",
+        train__train_iters=2,
+        checkpoint__export="true",
+        optimizer__frozen="[context_embedder*,layers.0.*]",
+        model__recompute_granularity="full",
+    )
+    assert run_ranks(tiny_runs.run, 1, first) == [0]
+    base, new, average = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        for folder in (ROOT / "recipes/tiny/base", tmp_path / "first/export", tmp_path / "first/export_ema")
+    )
+    frozen = {key for key in base if key.startswith(("context_embedder", "transformer_blocks.0."))}
+    assert (
+        frozen
+        and {key for key in base if torch.equal(base[key], new[key])} - {"pos_embed.pos_embed"} == frozen
+    )
+    assert not torch.equal(new["proj_out.weight"], average["proj_out.weight"])
+
+    second = tiny_recipe(
+        shards,
+        tmp_path / "second",
+        train__train_iters=1,
+        checkpoint__export="true",
+        checkpoint__load=tmp_path / "first",
+        checkpoint__finetune="true",
+        checkpoint__load_ema="true",
+        optimizer__lr=0.0,
+    )
+    assert run_ranks(tiny_runs.run, 1, second) == [0]
+    for name in ("export", "export_ema"):
+        started = load_file(
+            tmp_path / "second" / name / "transformer" / "diffusion_pytorch_model.safetensors"
+        )
+        assert all(torch.equal(average[key], started[key]) for key in average)
+    assert RunFolder(tmp_path / "second").latest() == 1
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"processes": 2},
+    {"processes": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true"},
+    {"processes": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    {"processes": 4, "pipeline_model_parallel_size": 4},
+]
+
+
+@pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: "-".join(str(value) for value in layout.values())
+)
+def test_the_recipe_does_not_depend_on_the_layout(
+    shards: Path, tmp_path: Path, single: Path, layout: dict[str, Any]
+) -> None:
+    settings = {f"parallel__{key}": value for key, value in layout.items() if key != "processes"}
+    processes = layout["processes"]
+    assert run_ranks(tiny_runs.run, processes, measured(shards, tmp_path, **settings)) == [0] * processes
+    one, other = logged(single), logged(tmp_path)
+    assert list(one) == list(other) == [1, 2, 3, 4, 5]
+    for iteration, values in one.items():
+        assert other[iteration] == pytest.approx(values, rel=1e-5)
+    assert len(held_out(single)) == 2
+    for expected, measured_here in zip(held_out(single), held_out(tmp_path), strict=True):
+        assert measured_here == pytest.approx(expected, rel=2e-5)
+
+
+def measured(shards: Path, folder: Path, **settings: Any) -> Recipe:
+    return tiny_recipe(
+        shards,
+        folder,
+        data__validation_path=shards,
+        logging__eval_interval=5,
+        logging__eval_samples=12,
+        logging__drift_interval=5,
+        logging__drift_samples=12,
+        logging__drift_steps=2,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def single(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("single")
+    assert run_ranks(tiny_runs.run, 1, measured(shards, folder)) == [0]
+    return folder

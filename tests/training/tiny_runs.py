@@ -1,0 +1,103 @@
+"""Short runs of recipes/tiny/soar.yaml on made-up shards, and what they leave behind."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from soar_mega.config import Recipe, load_recipe
+from soar_mega.data.info import DatasetInfo
+from soar_mega.data.shard_writer import EMPTY_FILE, EncodedSample, ShardWriter, write_dataset_file
+from soar_mega.flow import normal
+from soar_mega.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_shards(folder: Path, samples: int, seed: int) -> Path:
+    """Shards of keyed noise with the shapes of the tiny pipeline: the same numbers with every version of a library."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    info = DatasetInfo(
+        buckets={"16x16": samples},
+        latent_channels=4,
+        vae_scale_factor=2,
+        text_shape=(20, 64),
+        pooled_size=64,
+        max_sequence_length=10,
+        text_dtype="float32",
+        encoders={},
+    )
+    position = torch.arange(samples + 1)
+    latents = normal(seed, "latents", position, 0, (4, 8, 8))
+    text, pooled = normal(seed, "text", position, 0, (20, 64)), normal(seed, "pooled", position, 0, (64,))
+    writer = ShardWriter(folder, 0)
+    for i in range(samples):
+        sample = EncodedSample(
+            name=f"made-up {i}",
+            caption=f"number {i}",
+            bucket="16x16",
+            latent_mean=latents[i],
+            latent_std=torch.full((4, 8, 8), 0.1),
+            text=text[i],
+            pooled=pooled[i],
+        )
+        writer.add(f"{i:06d}", sample)
+    writer.close()
+    save_file({"text": text[samples].clone(), "pooled": pooled[samples].clone()}, folder / EMPTY_FILE)
+    write_dataset_file(folder, info, 1)
+    return folder
+
+
+def tiny_recipe(shards: Path, save: Path, name: str = "soar", **overrides: Any) -> Recipe:
+    """A short run of a tiny recipe that logs each step; `group__key=value` for anything else."""
+    settings = {
+        "model.pipeline": ROOT / "recipes" / "tiny" / "base",
+        "data.path": shards,
+        "data.validation_path": "",
+        "checkpoint.save": save,
+        "checkpoint.export": "false",
+        "checkpoint.save_interval": 1000,
+        "train.train_iters": 5,
+        "train.global_batch_size": 16,
+        "train.micro_batch_size": 4,
+        "train.points_per_micro_batch": 12,
+        "logging.log_interval": 1,
+        "logging.tensorboard": "false",
+        "logging.eval_interval": 0,
+        "logging.drift_interval": 0,
+        "logging.sample_interval": 0,
+    }
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.yaml", [f"{k}={v}" for k, v in settings.items()])
+
+
+def run(recipe: Recipe) -> int:
+    """Trains on this process; for `run_ranks`."""
+    logging.getLogger("soar_mega").setLevel(logging.INFO)
+    os.chdir(ROOT)
+    return train(recipe)
+
+
+def logged(folder: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of each iteration, from the log."""
+    line = r" iteration +(\d+)/ +\d+ \| .* loss: ([\d.E+-]+) \| grad norm: ([\d.E+-]+) \|"
+    found = re.findall(line, (folder / "train.log").read_text())
+    return {int(iteration): (float(loss), float(norm)) for iteration, loss, norm in found}
+
+
+def held_out(folder: Path) -> list[dict[str, float]]:
+    """The held-out measurements, in order, from the log."""
+    lines = re.findall(r" held-out at iteration \d+ \| (.*) \|\n", (folder / "train.log").read_text())
+    pairs = [[part.rsplit(": ", 1) for part in line.split(" | ")] for line in lines]
+    return [{name: float(value) for name, value in line} for line in pairs]
+
+
+def tensors(checkpoint: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint, and its other content; in a process with a world."""
+    return dist_checkpointing.load_plain_tensors(str(checkpoint))

@@ -15,7 +15,7 @@ class ModelSizes(Protocol):
     pooled_projection_dim: int
 
 
-def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSizes | None) -> None:
+def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSizes | None = None) -> None:
     """ValueError naming what differs between the data set at `path` and the model or the encoders of `pipeline`."""
     found = {
         "in_channels": info.latent_channels,

@@ -49,7 +49,8 @@ class ShardWriter:
         self.name = shard_name(number)
         self._path = folder / f"{self.name}.tar"
         self._temporary = folder / f"{self.name}.tar.tmp"
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by close
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._samples: list[dict[str, Any]] = []
 
     def add(self, key: str, sample: EncodedSample) -> None:
@@ -67,6 +68,9 @@ class ShardWriter:
     def close(self, **extra: Any) -> None:
         """Complete the shard; `extra` goes into its index."""
         self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         self._samples.sort(key=lambda sample: sample["key"])
         size = self._temporary.stat().st_size
         os.replace(self._temporary, self._path)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
+from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
 from soar_mega.flow import normal
@@ -206,13 +207,14 @@ class SampleError(Exception):
     """One sample cannot be read; the others can."""
 
 
-def open_shards(path: str | Path) -> ShardSet:
-    """The shards in `path`, checked to be complete.
+def open_shards(path: str | Path, pipeline: str = "") -> ShardSet:
+    """The shards in `path`, checked to be complete and, where a pipeline folder is given, to come from its encoders.
 
-    ValueError naming the file that is missing, truncated or of another format version.
+    ValueError naming the file that is missing, truncated or of another format version, or the encoder that differs.
     """
     shards = ShardSet(path)
     shards.open()
+    check_compatible(shards.info, str(path), pipeline)
     return shards
 
 

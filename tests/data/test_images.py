@@ -25,7 +25,11 @@ def test_generated_buckets_stay_within_the_transformers_positions():
 
 @pytest.mark.parametrize(
     ("bucket", "message"),
-    [("30x32", "multiples of 16 pixels, for example 32x32"), ("32x128", "64 pixels a side at most"), ("axb", "WIDTHxHEIGHT")],
+    [
+        ("30x32", "multiples of 16 pixels, for example 32x32"),
+        ("32x128", "64 pixels a side at most"),
+        ("axb", "WIDTHxHEIGHT"),
+    ],
 )
 def test_a_bucket_that_the_model_cannot_take_is_refused(bucket, message):
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ from soar_mega.config import DataConfig
 from soar_mega.data.info import DataError
 from soar_mega.data.loader import Loader
 from soar_mega.data.prepare import prepare
+from soar_mega.data.shards import open_shards
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 TENSORS = ("latents", "text", "pooled", "empty_text", "empty_pooled", "position", "valid")
@@ -208,8 +209,9 @@ def test_shards_of_other_encoders_are_refused(loader, images, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(DataError, match="prepared was encoded by another text_encoder_2 than"):
-        loader(path=tmp_path / "prepared", pipeline=str(other))
+    for use in (loader, open_shards):
+        with pytest.raises(ValueError, match="prepared was encoded by another text_encoder_2 than"):
+            use(path=tmp_path / "prepared", pipeline=str(other))
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps({**config, "in_channels": 16}))
     with pytest.raises(DataError, match="in_channels 4, this one has 16"):

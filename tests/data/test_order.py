@@ -22,7 +22,7 @@ def global_batch(order: Order, place: Place, count: int) -> tuple[list[tuple[str
     seed=st.integers(0, 2**31),
 )
 def test_use_counts_differ_by_at_most_one_over_world_sizes_batch_sizes_and_restarts(sizes, runs, seed):
-    """runs: (data-parallel ranks, samples per rank, steps); between two runs everything is rebuilt from a checkpoint."""
+    """runs: (data-parallel ranks, samples per rank, steps); between two runs all is rebuilt from a checkpoint."""
     used: Counter[tuple[str, int]] = Counter()
     saved = json.dumps({"consumed": 0, "streams": {}})
     positions: list[int] = []

@@ -52,7 +52,8 @@ def test_what_is_wrong_in_a_folder_is_said_by_name(tmp_path):
 def test_hugging_face_metadata(tmp_path):
     write_images(tmp_path, "x.png", "d/y.png")
     (tmp_path / "x.txt").write_text("not this one")
-    write_lines(tmp_path / "metadata.jsonl", {"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"})
+    rows = [{"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"}]
+    write_lines(tmp_path / "metadata.jsonl", *rows)
     items, rejects = list_items(tmp_path)
     assert [(item.name, item.caption) for item in items] == [("x.png", "an x"), ("d/y.png", "a y")] and not rejects
 
@@ -85,8 +86,15 @@ def test_what_is_wrong_in_a_list_is_said_by_line(tmp_path):
     )
     items, rejects = list_items(lines)
     assert len(items) == 1
-    words = ["gone.jpg is missing", "aa.jpg has no caption (caption_en", "aa: bw is 'wide'", "aa.jpg has no caption (text",
-             "neither md5 nor file_name", "not valid JSON", "not a JSON object"]  # fmt: skip
+    words = [
+        "gone.jpg is missing",
+        "aa.jpg has no caption (caption_en",
+        "aa: bw is 'wide'",
+        "aa.jpg has no caption (text",
+        "neither md5 nor file_name",
+        "not valid JSON",
+        "not a JSON object",
+    ]
     for line, (reject, word) in enumerate(zip(rejects, words, strict=True), start=2):
         assert reject.name == f"list.jsonl:{line}" and word in reject.reason
 

@@ -79,7 +79,9 @@ def broken(job):
     raise KeyError("a mistake in the code")
 
 
-@pytest.mark.parametrize(("read", "message"), [(unreadable, r"^shard-000004\.tar is truncated$"), (broken, "Traceback")])
+@pytest.mark.parametrize(
+    ("read", "message"), [(unreadable, r"^shard-000004\.tar is truncated$"), (broken, "Traceback")]
+)
 def test_what_a_reader_raises_is_passed_on(pools, read, message):
     pool = pools(read, 1)
     pool.submit(stretch(0))
@@ -104,7 +106,8 @@ def test_readers_end_with_a_parent_that_is_killed():
         "print(*[process.pid for process in pool.processes], flush=True)\n"
         "time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2 and all(running(pid) for pid in pids)

@@ -11,8 +11,8 @@ HELP = """\
 Say what this machine can do: versions, devices, and which optional libraries are usable and why not.
 
   soar-mega doctor
-  soar-mega doctor --model sd35_large --tensor 2 --pipeline 4     counts, and the split over tensor and pipeline ranks
-  soar-mega doctor --model recipes/tiny/base
+  soar-mega doctor --model sd35_large                            parameters, and their split over ranks
+  soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 4
 
 Exits with 1 when something that every run needs is missing.
 """

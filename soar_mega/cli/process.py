@@ -8,19 +8,22 @@ import warnings
 
 def start_process() -> None:
     """Logging to the terminal, quiet libraries, and the CPU stand-ins where there is no GPU."""
+    # tensor parallelism overlaps communication with computation only when kernels start in order (megatron asks for it)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # loading a local folder needs no progress bar per encoder
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    speaks = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s" if speaks else f"[rank {os.environ.get('RANK')}] %(message)s",
-        stream=sys.stdout,
-    )
-    logging.getLogger("soar_mega").setLevel(logging.INFO if speaks else logging.WARNING)
+    rank = os.environ.get("RANK", "0")
+    out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    out.addFilter(lambda record: record.levelno < logging.WARNING)
+    err.setLevel(logging.WARNING)
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", handlers=[out, err])
+    logging.getLogger("soar_mega").setLevel(logging.INFO if rank == "0" else logging.WARNING)
 
     from soar_mega import platform
 

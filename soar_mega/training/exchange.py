@@ -44,7 +44,8 @@ def checkpoint_to_diffusers(
     sizes = MMDiTConfig.from_diffusers(checkpoint.read_description(folder)["model"])
     start_world(ParallelConfig())
     model = build_model(sizes, ModelConfig(dtype=settings.get("dtype", "fp32")), ParallelConfig())
-    tensors = _load_ema(model, folder) if ema else _load_current(model, folder)
+    _load_current(model, folder)  # also for the EMA, which has no copy of the position table
+    tensors = _load_ema(model, folder) if ema else None
     if parts:
         save_pipeline(model, parts, out, tensors)
     else:

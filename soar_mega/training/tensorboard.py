@@ -24,9 +24,9 @@ class Events:
     def __init__(self, folder: Path | None, iteration: int) -> None:
         self._writer: SummaryWriter | None = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+            from torch.utils import tensorboard  # slow to import, and only rank 0 needs it
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
+            self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """One point on each of the named curves."""

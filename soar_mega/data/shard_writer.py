@@ -49,8 +49,8 @@ class ShardWriter:
         self.name = shard_name(number)
         self._path = folder / f"{self.name}.tar"
         self._temporary = folder / f"{self.name}.tar.tmp"
-        self._file = open(self._temporary, "wb")  # noqa: SIM115
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 closed by close
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._samples: list[dict[str, Any]] = []
 
     def add(self, key: str, sample: EncodedSample) -> None:

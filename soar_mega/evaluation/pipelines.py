@@ -93,8 +93,7 @@ def _images(generator: Generator, plan: Plan, guidance_scale: float) -> dict[str
 
 def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
     shards = open_shards(plan.held_out)
-    indices = list(range(min(plan.drift_samples, len(shards))))
-    groups = [indices[i : i + DRIFT_BATCH] for i in range(0, len(indices), DRIFT_BATCH)]
+    groups = shards.one_bucket_groups(plan.drift_samples, DRIFT_BATCH)
     scale = max(plan.guidance_scales)
     results = held_out_drift(
         generator.velocity,
@@ -114,4 +113,4 @@ def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
         }
         for span, result in zip(plan.drift_spans, results)
     ]
-    return {"guidance_scale": scale, "steps": plan.drift_steps, "samples": len(indices), "spans": spans}
+    return {"guidance_scale": scale, "steps": plan.drift_steps, "samples": sum(map(len, groups)), "spans": spans}

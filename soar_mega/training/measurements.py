@@ -37,7 +37,7 @@ class Measurements:
         weights = "ema" if "ema" in engine.weights else "current"
         self._held_out: HeldOut | None = None
         if recipe.data.validation_path and (self._settings.eval_interval or self._settings.drift_interval):
-            shards = open_shards(recipe.data.validation_path)
+            shards = open_shards(recipe.data.validation_path, recipe.model.pipeline)
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
         self._grid: SampleGrid | None = None
         if self._settings.sample_interval:

@@ -48,7 +48,7 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards", samples)
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(2, 2, 1), (2, 1, 1), (4, 2, 2), (3, 1, 3), (4, 1, 2)])
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(4, 2, 2), (3, 1, 3), (4, 1, 2)])
 def test_global_batches_are_the_same_at_every_layout(shards, world, tensor, pipeline):
     whole = [batch for batch, _ in zip(open_loader(str(shards)), range(STEPS))]  # noqa: B905
     replicas = world // (tensor * pipeline)

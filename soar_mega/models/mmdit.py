@@ -125,9 +125,11 @@ class MMDiT(MegatronModule):
         else:
             hidden_text, image, conditioning = self._unpack(lengths)
         for number, layer in self.layers.items():
+            inputs = (hidden_text, image, conditioning, lengths)
             if self.recompute_every and torch.is_grad_enabled() and int(number) % self.recompute_every == 0:
-                layer = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-            hidden_text, image = layer(hidden_text, image, conditioning, lengths)
+                hidden_text, image = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_text, image = layer(*inputs)
         if not self.post_process:
             assert hidden_text is not None
             return torch.cat([hidden_text, image, conditioning[None]])

@@ -113,7 +113,7 @@ class DataConfig:
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
     num_workers: int = 0  # reader processes per data-parallel rank
-    max_failed_share: float = 0.01  # unreadable share of the samples read so far that stops the run
+    max_failed_share: float = 0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.data.canvases import CANVAS
-from soar_mega.data.shards import open_shards
+from soar_mega.data.shards import ShardSet, open_shards
 from soar_mega.evaluation.benchmark import Result, benchmark_prompts, real_canvases, score
 from soar_mega.evaluation.drift import held_out_drift
 from soar_mega.evaluation.energy import energy_to_real
@@ -43,10 +43,13 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError: nothing can be measured: no canvases, and no held-out shards for drift.
     """
+    shards = (
+        open_shards(plan.held_out) if plan.held_out else None
+    )  # first: a wrong path is found before minutes pass
     generator = Generator.load(folder, plan.dtype)
     resolution = generator.encoders.facts.default_resolution
     draws_canvases = resolution == CANVAS
-    if not draws_canvases and not plan.held_out:
+    if not draws_canvases and shards is None:
         raise ValueError(
             f"{folder} draws {resolution} pixels and the benchmark reads {CANVAS}: "
             "name held-out shards (--held-out) to measure drift"
@@ -56,8 +59,8 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
         measured["guidance"] = {
             f"{scale:g}": _images(generator, plan, scale) for scale in plan.guidance_scales
         }
-    if plan.held_out:
-        measured["drift"] = _drift(generator, plan)
+    if shards is not None:
+        measured["drift"] = _drift(generator, shards, plan)
     return measured
 
 
@@ -91,8 +94,7 @@ def _images(generator: Generator, plan: Plan, guidance_scale: float) -> dict[str
     }
 
 
-def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
-    shards = open_shards(plan.held_out)
+def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]:
     groups = shards.one_bucket_groups(plan.drift_samples, DRIFT_BATCH)
     scale = max(plan.guidance_scales)
     results = held_out_drift(
@@ -113,4 +115,9 @@ def _drift(generator: Generator, plan: Plan) -> dict[str, Any]:
         }
         for span, result in zip(plan.drift_spans, results)
     ]
-    return {"guidance_scale": scale, "steps": plan.drift_steps, "samples": sum(map(len, groups)), "spans": spans}
+    return {
+        "guidance_scale": scale,
+        "steps": plan.drift_steps,
+        "samples": sum(map(len, groups)),
+        "spans": spans,
+    }

@@ -1,0 +1,72 @@
+"""Images of our transformer and sampler against diffusers' own pipeline, from the same noise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from soar_mega.evaluation.generate import Generator, image_grid, save_image
+from soar_mega.flow import normal
+
+BASE = Path(__file__).parents[2] / "recipes/tiny/base"
+PROMPTS = ["a red 3", "a green 1 left of a yellow 8", "two blue 5s"]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator.load(BASE)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_images_are_those_of_diffusers(generator: Generator, guidance_scale: float) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt=PROMPTS,
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        max_sequence_length=10,
+        latents=normal(7, "sample", torch.arange(len(PROMPTS)), 0, (4, 8, 8)),
+        output_type="pt",
+    ).images
+    ours = generator.images(PROMPTS, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2)
+    assert ours.shape == (len(PROMPTS), 3, 16, 16)
+    assert ours.std() > 0.01  # not all one colour, which anything would agree on
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_an_image_depends_on_its_place_and_seed_alone(generator: Generator) -> None:
+    def draw(seed: int, batch_size: int) -> torch.Tensor:
+        return generator.images(PROMPTS, steps=2, guidance_scale=1.0, seed=seed, batch_size=batch_size)
+
+    torch.testing.assert_close(draw(0, 1), draw(0, 3), atol=1e-5, rtol=0)
+    assert (draw(0, 3) - draw(1, 3)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("size", [(18, 16), (16, 0), (16, 1024), (-16, 16)])
+def test_a_size_that_cannot_be_drawn_is_refused(generator: Generator, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"multiples of 4 up to 32 pixels, not {size[0]}x{size[1]}"):
+        generator.images(PROMPTS, steps=1, guidance_scale=1.0, size=size)
+
+
+def test_a_wide_image_is_wide(generator: Generator) -> None:
+    assert generator.images(["a red 3"], steps=1, guidance_scale=1.0, size=(32, 16)).shape == (1, 3, 16, 32)
+
+
+def test_grid_and_file_keep_every_pixel(tmp_path: Path) -> None:
+    images = torch.linspace(0, 1, 3 * 3 * 2 * 4).reshape(3, 3, 2, 4)
+    grid = image_grid(images, columns=2)
+    assert grid.shape == (3, 4, 8)
+    assert torch.equal(grid[:, :2, :4], images[0])
+    assert torch.equal(grid[:, :2, 4:], images[1])
+    assert torch.equal(grid[:, 2:, :4], images[2])
+    assert not grid[:, 2:, 4:].any()
+    save_image(grid, tmp_path / "new" / "grid.png", scale=3)
+    pixels = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert pixels.shape == (12, 24, 3)
+    assert np.array_equal(pixels[::3, ::3], (grid * 255).round().byte().permute(1, 2, 0).numpy())

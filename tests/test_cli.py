@@ -1,0 +1,282 @@
+"""The command as a user meets it: help, errors, exit codes, and the whole road on a few canvases."""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from soar_mega import __version__
+from soar_mega.cli import build_parser, doctor, main
+from soar_mega.data.canvases import write_image_folder
+
+ROOT = Path(__file__).parent.parent
+BASE = str(ROOT / "recipes/tiny/base")
+VERBS = ("prepare", "train", "sample", "evaluate", "convert", "doctor")
+
+
+# -- help and usage
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"soar-mega {verb} " in capsys.readouterr().out.partition("usage:")[2].partition("\n\n")[2]
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["sample", BASE, "--steps", "many"]])
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert "usage: soar-mega" in capsys.readouterr().err
+
+
+def test_module_is_the_command() -> None:
+    """Without importing torch, so in a fraction of a second."""
+    result = subprocess.run(
+        [sys.executable, "-m", "soar_mega", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert result.stdout.strip() == f"soar_mega {__version__}"
+
+
+def test_documented_examples_parse() -> None:
+    """Every example of every --help is one that the parser takes."""
+    parser = build_parser()
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    lines = [line for verb in verbs.values() for line in (verb.description or "").splitlines()]
+    examples = [line.strip() for line in lines if line.startswith("  soar-mega ")]
+    assert len(examples) >= 12
+    for example in examples:
+        parser.parse_args(shlex.split(example.partition("   ")[0])[1:])
+
+
+# -- errors
+
+
+def test_a_users_error_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "no.yaml")]) == 1
+    assert capsys.readouterr().err == f"soar-mega: error: {tmp_path}/no.yaml: no such recipe file\n"
+
+
+def test_traceback_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOAR_MEGA_TRACEBACK", "1")
+    assert main(["train", str(tmp_path / "no.yaml")]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
+    def broken(_: object) -> int:
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr("soar_mega.training.loop.train", broken)
+    with pytest.raises(AssertionError, match="a defect"):
+        main(["train", str(recipe)])
+
+
+def test_other_ranks_let_rank_0_speak_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["train", str(tmp_path / "no.yaml")]) == 1
+        assert f"soar-mega [rank {rank}]: error:" in capsys.readouterr().err
+    assert len(waited) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["sample", BASE], "no prompt"),
+        (["sample", BASE, "--prompt", "x", "--steps", "0"], "--steps must be at least 1"),
+        (["sample", BASE, "--prompt", "x", "--size", "16"], "WIDTHxHEIGHT"),
+        (["sample", BASE, "--prompts", "no.txt"], "no.txt"),
+        (["sample", "nowhere", "--prompt", "x"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere is not a diffusers pipeline folder"),
+        (["evaluate", BASE, BASE], "given twice"),
+        (["evaluate", BASE, "--held-out", "nowhere"], "nowhere"),
+        (["prepare", "nowhere", "out", "--pipeline", BASE], "nowhere"),
+        (["convert", "nowhere", "out"], "nowhere: no such folder"),
+        (["convert", BASE, "out", "--ema"], "--ema"),
+        (["doctor", "--model", "sd99"], "sd99"),
+    ],
+)
+def test_bad_arguments_are_named(
+    argv: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("soar-mega: error: ") and words in error
+
+
+# -- train
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{pipeline: {BASE}}}\ndata: {{path: shards}}\ncheckpoint: {{save: run}}\n")
+    return path
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_train_passes_the_recipe_on_and_the_exit_code_back(
+    code: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("soar_mega.training.loop.train", lambda r: seen.append(r) or code)
+    assert main(["train", str(recipe), "train.seed=7", "stage.name=sft"]) == code
+    assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline) == (7, "sft", BASE)
+
+
+# -- doctor
+
+
+def test_doctor_tells_versions_and_reasons(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    for name in doctor.OPTIONAL:
+        assert name in said
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-library"))
+    assert main(["doctor"]) == 1
+    assert "no-such-library      MISSING" in capsys.readouterr().out
+
+
+def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.examine("transformer-engine")[0] is False or doctor.installed("transformer-engine")
+    monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil.no_such_part", "a test", False))
+    usable, words = doctor.examine("psutil")
+    assert not usable and "does not load (No module named 'psutil.no_such_part')" in words
+    monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil", "a test", False))
+    assert doctor.examine("psutil")[0]
+
+
+def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", BASE, "--tensor", "2", "--pipeline", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "1,361,056 parameters" in said and "TP 2 x PP 2" in said
+
+
+# -- the whole road, on 16 canvases and two steps
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards/ and run/, made by the command."""
+    folder = tmp_path_factory.mktemp("road")
+    write_image_folder(folder / "images", 16, seed=0)
+    assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline", BASE]) == 0
+    overrides = [
+        f"model.pipeline={BASE}",
+        f"data.path={folder}/shards",
+        "data.validation_path=",
+        f"checkpoint.save={folder}/run",
+        "train.train_iters=2",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "train.ema_decay=0.5",
+        *(f"logging.{name}_interval=0" for name in ("eval", "drift", "sample")),
+    ]
+    assert main(["train", str(ROOT / "recipes/tiny/soar.yaml"), *overrides]) == 0
+    return folder
+
+
+def transformer_bytes(pipeline: Path) -> bytes:
+    """The weights of a pipeline, key after key."""
+    weights = load_file(pipeline / "transformer/diffusion_pytorch_model.safetensors")
+    return b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
+
+
+def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(road / "run"), str(tmp_path / "current")]) == 0
+    assert main(["convert", str(road / "run/iter_0000002"), str(tmp_path / "ema"), "--ema"]) == 0
+    current, ema = transformer_bytes(tmp_path / "current"), transformer_bytes(tmp_path / "ema")
+    assert current == transformer_bytes(road / "run/export")
+    assert ema == transformer_bytes(road / "run/export_ema")
+    assert len({current, ema, transformer_bytes(Path(BASE))}) == 3
+    assert sorted(p.name for p in (tmp_path / "ema").iterdir()) == sorted(
+        p.name for p in Path(BASE).iterdir()
+    )
+
+
+def test_diffusers_to_checkpoint_and_back_is_bitwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", BASE, str(tmp_path / "start")]) == 0
+    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "back"), "--pipeline", BASE]) == 0
+    assert transformer_bytes(tmp_path / "back") == transformer_bytes(Path(BASE))
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "ema"), "--ema", "--pipeline", BASE]) == 1
+    assert "no EMA weights" in capsys.readouterr().err
+    assert main(["convert", BASE, str(tmp_path / "start")]) == 1
+    assert "holds checkpoints already" in capsys.readouterr().err
+
+
+def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red 3\n\n a green 7 \n")
+    out = tmp_path / "grid.png"
+    arguments = ["--prompts", str(prompts), "--count", "3", "--steps", "1", "--scale", "2", "--out", str(out)]
+    assert main(["sample", str(road / "run/export"), *arguments]) == 0
+    assert Image.open(out).size == (3 * 16 * 2, 2 * 16 * 2)
+
+
+def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "metrics.json"
+    settings = ["--steps", "1", "--prompts-per-category", "2", "--drift-samples", "4", "--drift-steps", "1"]
+    pipelines = [f"base={BASE}", f"soar={road}/run/export_ema"]
+    scales = ["--guidance-scale", "1", "--guidance-scale", "3"]
+    held_out = ["--held-out", str(road / "shards")]
+    assert main(["evaluate", *pipelines, *scales, *held_out, *settings, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert list(report["pipelines"]) == ["base", "soar"]
+    soar = report["pipelines"]["soar"]
+    assert list(soar["guidance"]) == ["1", "3"]
+    assert set(soar["guidance"]["3"]["benchmark"]) > {"overall", "ocr", "counting"}
+    assert [(span["from"], span["to"]) for span in soar["drift"]["spans"]] == [
+        (0.9, 0.65),
+        (0.75, 0.5),
+        (0.5, 0.25),
+    ]
+    assert soar["drift"]["spans"] != report["pipelines"]["base"]["drift"]["spans"]
+    assert report["real"]["verifier_accuracy"] > 0.95
+    said = capsys.readouterr().out
+    assert "soar " in said and "real canvases" in said and "0.90 -> 0.65" in said
+
+
+@pytest.mark.slow
+def test_torchrun_says_an_error_and_ends_all_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "soar_mega"]
+    result = subprocess.run(
+        [*command, "train", "recipes/tiny/soar.yaml", "train.sede=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert (
+        "[rank 0]: error: command line: unknown key 'train.sede': did you mean train.seed?" in result.stderr
+    )

@@ -19,9 +19,10 @@ setup(
     python_requires=">=3.11",
     # kernels/ stands at the top level of the repository and is imported as soar_mega.kernels.
     package_dir={"soar_mega.kernels": "kernels"},
-    packages=[*find_packages(include=["soar_mega", "soar_mega.*"]), "soar_mega.kernels"],
+    packages=[*find_packages(include=["soar_mega", "soar_mega.*"]), "soar_mega.kernels", "soar_mega.kernels.source"],
     install_requires=[
         "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
+        "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring their own; only launches import it
         "megatron-core==0.16.1",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
         "diffusers>=0.36",
@@ -40,7 +41,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
-        # Compiled against the torch at hand: see the Dockerfile. CUDA builds of torch bring triton along.
+        # Compiled against the torch at hand: see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.13", "flash-attn>=2.7"],
         "deepspeed": ["deepspeed==0.19.8"],
     },

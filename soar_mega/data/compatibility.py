@@ -10,9 +10,14 @@ from soar_mega.data.info import DatasetInfo
 class ModelSizes(Protocol):
     """The transformer's sizes that a data set has to match, named as in diffusers."""
 
-    in_channels: int
-    joint_attention_dim: int
-    pooled_projection_dim: int
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def joint_attention_dim(self) -> int: ...
+
+    @property
+    def pooled_projection_dim(self) -> int: ...
 
 
 def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSizes | None = None) -> None:

@@ -1,12 +1,13 @@
 """What a stage hands to an engine: queries to answer and points to train on, as rows over the six sources.
 
 A state and a target are rows of six float64 coefficients over z0, z1, v_uncond, v_cond, eps and z1_aux
-(`soar_mega.flow.rows`). Rows cost nothing, so a stage makes them for its rank's whole batch; tensors of latent size exist
-only for the micro-batch that an engine is working on. Rows and positions stay on the CPU; sources are where latents are.
+(`soar_mega.flow.rows`). Rows cost nothing, so a stage makes them for its rank's whole batch; tensors of latent
+size exist only for the micro-batch that an engine is working on. Rows and positions stay on the CPU; sources are
+where latents are.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,15 +90,16 @@ def gather_sources(
         v_uncond: [M, C, H, W] answer of each point's sample, or None. v_cond: the same.
         rows: [M, 6] the rows about to be combined: state rows on the first stage, target rows on the last.
     """
-    assert batch.latents is not None
+    latents = batch.latents
+    assert latents is not None
     used = rows.ne(0).any(dim=0).tolist()
     position = batch.position[points.sample]
 
     def noise(stream: str, path: Tensor | int) -> Tensor:
-        return normal(batch.seed, stream, position, path, batch.latent_shape, batch.latents.device)
+        return normal(batch.seed, stream, position, path, batch.latent_shape, latents.device)
 
     return (
-        batch.latents[points.sample] if used[0] else None,
+        latents[points.sample] if used[0] else None,
         noise("noise", 0) if used[1] else None,
         v_uncond if used[2] else None,
         v_cond if used[3] else None,
@@ -113,4 +115,5 @@ def squared_error(points: Points, velocity: Tensor) -> Tensor:
 
 def concatenate(parts: list[Points]) -> Points:
     """Points of several kinds as one list."""
-    return Points(**{name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT})
+    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT}
+    return Points(**columns)

@@ -20,9 +20,14 @@ LAYOUTS = {  # (TP, PP), processes, further settings
 }
 
 
+def layout_recipe(*layout, **settings):
+    """Few micro-batches, for they cost time, but more than stages and with a tail that has to be filled up."""
+    return make_recipe(*layout, train={"points_per_micro_batch": 7}, **settings)
+
+
 @functools.cache
 def single_process():
-    [result] = run_ranks(train_case, 1, make_recipe())
+    [result] = run_ranks(train_case, 1, layout_recipe())
     return result
 
 
@@ -30,9 +35,28 @@ def single_process():
 def test_training_does_not_depend_on_the_layout(layout):
     sizes, processes, settings = LAYOUTS[layout]
     expected = single_process()
-    ranks = run_ranks(train_case, processes, make_recipe(sizes, **settings))
+    ranks = run_ranks(train_case, processes, layout_recipe(sizes, **settings))
     for found in ranks:
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         for ours, theirs in zip(found["statistics"], expected["statistics"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
         assert_gradients_agree(found["gradients"], expected["gradients"])
+
+
+def test_a_stage_with_nothing_to_train():
+    """Everything on the first of two stages is frozen; the layers behind it train as in one process."""
+    frozen = ["pos_embed*", "time_text*", "context_embedder*", "layers.0.*", "layers.1.*"]
+    optimizer = {"frozen": frozen, "lr_multipliers": {"layers.3.*": 0.1}}
+    [expected] = run_ranks(train_case, 1, layout_recipe(optimizer=optimizer), 2)
+    found, _ = run_ranks(train_case, 2, layout_recipe((1, 2), optimizer=optimizer), 2)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert_gradients_agree(found["gradients"], expected["gradients"])
+
+
+def test_bf16_over_all_kinds_of_parallelism_stays_near_fp32():
+    recipe = layout_recipe((2, 2), sequence_parallel=True, model={"dtype": "bf16"})
+    found = run_ranks(train_case, 4, recipe, 2)[0]
+    expected = single_process()
+    for ours, theirs in zip(found["statistics"], expected["statistics"]):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    assert found["norms"] == pytest.approx(expected["norms"][:2], rel=2e-2)

@@ -16,3 +16,5 @@ if __name__ != "soar_mega.kernels":
             f"{__file__} is not the library called kernels: its own name is soar_mega.kernels. "
             "Leave that folder's parent, or take it off sys.path"
         )
+else:
+    from soar_mega.kernels.rollout_renoise import rollout_renoise as rollout_renoise

@@ -1,0 +1,32 @@
+"""At which size each kernel is launched: one static entry per operation, class of shapes and architecture.
+
+Nothing is tuned while a job runs: the first step is as fast as any other, and no rank waits for another one's search.
+The entry "any" was chosen from what the compiler reports for sm_90 (registers, width of loads), not from a
+measurement: tools/bench_kernels.py on a GPU says which entries to change.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block: elements that one program works on. num_warps: 32 threads each."""
+
+    block: int
+    num_warps: int
+
+
+# operation -> class of shapes -> architecture ("any": those without an entry of their own) -> launch
+LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
+    "rollout_renoise": {
+        "latent": {"any": Launch(1024, 4)},
+        "tokens": {"any": Launch(1024, 4)},  # block: elements of a tile of C x patch x width
+    },
+    "correction_loss": {"latent": {"any": Launch(1024, 4)}},
+}
+
+
+def launch_of(operation: str, shape_class: str, architecture: str) -> Launch:
+    """The entry for an architecture such as "sm_90", or the one for any."""
+    by_architecture = LAUNCHES[operation][shape_class]
+    return by_architecture.get(architecture, by_architecture["any"])

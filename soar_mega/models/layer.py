@@ -13,6 +13,7 @@ from torch import Tensor
 
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.layout import padded_length
+from soar_mega.models.linear import add_bias
 from soar_mega.models.modulation import (
     EPSILON,
     Modulation,
@@ -93,9 +94,9 @@ class AttentionProjections(torch.nn.Module):
 
     def qkv(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden [S, B, H] (a shard, under sequence parallelism) -> q, k, v [length, B, local heads, D]."""
-        mixed, bias = self.linear_qkv(hidden)
-        # under sequence parallelism the linear has gathered the stream: its padding ends here
-        mixed = (mixed + bias)[:length]
+        mixed = add_bias(*self.linear_qkv(hidden))
+        if self.config.sequence_parallel:
+            mixed = mixed[:length]  # the linear has gathered the stream: its padding ends here
         heads = mixed.shape[-1] // (3 * self.config.kv_channels)
         query, key, value = mixed.unflatten(-1, (heads, 3, self.config.kv_channels)).unbind(3)
         if self.q_layernorm is not None and self.k_layernorm is not None:
@@ -108,8 +109,7 @@ class AttentionProjections(torch.nn.Module):
         if self.config.sequence_parallel:
             missing = padded_length(len(context), self.config.tensor_model_parallel_size) - len(context)
             context = F.pad(context, (0, 0, 0, 0, 0, missing))
-        output, bias = self.linear_proj(context)
-        return output + bias
+        return add_bias(*self.linear_proj(context))
 
 
 class Stream(torch.nn.Module):
@@ -139,8 +139,8 @@ class Stream(torch.nn.Module):
     def add_mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """hidden [S, B, H] plus its gated, modulated MLP."""
         assert self.mlp is not None
-        output, bias = self.mlp(modulate(layer_norm(hidden), shift, scale))
-        return torch.addcmul(hidden, gate, output + bias)
+        output = add_bias(*self.mlp(modulate(layer_norm(hidden), shift, scale)))
+        return torch.addcmul(hidden, gate, output)
 
 
 class MMDiTLayer(torch.nn.Module):
@@ -184,9 +184,10 @@ class MMDiTLayer(torch.nn.Module):
         image_qkv = self.image.attention.qkv(modulate(normed, shift, scale), lengths.image)
         text_qkv = self.text.attention.qkv(modulate(layer_norm(text), text_shift, text_scale), lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
-        context = self._attend(*(torch.cat(pair) for pair in zip(image_qkv, text_qkv)))
+        joint = self._attend(*(torch.cat(pair) for pair in zip(image_qkv, text_qkv)))
+        image_context, text_context = joint.split([lengths.image, lengths.text])
 
-        image = torch.addcmul(image, gate, self.image.attention.project(context[: lengths.image]))
+        image = torch.addcmul(image, gate, self.image.attention.project(image_context))
         if self.image.dual_attention is not None:
             shift, scale, gate = dual
             context_dual = self._attend(
@@ -196,7 +197,7 @@ class MMDiTLayer(torch.nn.Module):
         image = self.image.add_mlp(image, mlp_shift, mlp_scale, mlp_gate)
         if self.is_last:
             return None, image
-        text = torch.addcmul(text, text_gate, self.text.attention.project(context[lengths.image :]))
+        text = torch.addcmul(text, text_gate, self.text.attention.project(text_context))
         return self.text.add_mlp(text, *text_mlp), image
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

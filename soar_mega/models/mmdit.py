@@ -139,8 +139,8 @@ class MMDiT(MegatronModule):
             # every TP rank computes the same loss: the gradient is cut, not added up
             patches = tensor_parallel.gather_from_sequence_parallel_region(
                 patches, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        return self._unpatchify(patches[: lengths.image], latent_size).float()
+            )[: lengths.image]
+        return self._unpatchify(patches, latent_size).float()
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by TP under sequence parallelism."""
@@ -249,7 +249,8 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=is_sequence_parallel(parallel),
-        use_cpu_initialization=True,
+        # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
+        use_cpu_initialization=model.attention_backend == "sdpa",
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,

@@ -5,11 +5,11 @@ import copy
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.models.groups import tensor_parallel_group
+from soar_mega.models.linear import ColumnLinear, add_bias
 
 EPSILON = 1e-6
 
@@ -26,7 +26,7 @@ class Modulation(torch.nn.Module):
         self.parts = parts
         self.sequence_parallel = config.sequence_parallel
         self.tp_group = tensor_parallel_group()
-        self.linear = ColumnParallelLinear(
+        self.linear = ColumnLinear(
             config.hidden_size,
             parts * config.hidden_size,
             # with sequence parallelism on, the linear would gather the conditioning along its batch dimension
@@ -39,8 +39,7 @@ class Modulation(torch.nn.Module):
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
         """Conditioning [B, H], already through SiLU -> `parts` tensors [B, H]."""
-        output, bias = self.linear(conditioning)
-        output = output + bias
+        output = add_bias(*self.linear(conditioning))
         if self.tp_group is not None and self.tp_group.size() > 1:
             if self.sequence_parallel:
                 # each rank modulates its own tokens: the gradients are partial sums and must be added up

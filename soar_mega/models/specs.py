@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
+from soar_mega.models.linear import ColumnLinear, RowLinear
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -41,6 +42,14 @@ class ScaledDotProductAttention(torch.nn.Module):
 
 class SdpaSpecProvider(LocalSpecProvider):
     """megatron's own layers with torch's fused attention (the local one keeps every score)."""
+
+    def column_parallel_linear(self) -> type:
+        """Which column parallel linear module the backend uses."""
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        """Which row parallel linear module the backend uses."""
+        return RowLinear
 
     def core_attention(self) -> type:
         """Which module to use for attention."""

@@ -56,7 +56,7 @@ class Result:
     forward_units: float
 
 
-def main() -> None:
+def main() -> int:
     args = parse_arguments()
     case = make_case(
         args.model,
@@ -77,6 +77,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report(case, results), indent=1) + "\n")
     print(f"\nWritten to {path}")
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,10 +1,10 @@
-"""The whole road on the built-in model, in one command: shards, three ways of training, evaluation, report, export.
+"""The whole road on the built-in model, in one command: data, three ways of training, evaluation, export, report.
 
     make demo                            about eight minutes on two cores; runs/demo/report.html
     python tools/demo.py --quick         the same road in a minute or two, for checking the road itself
 
-Every step is a soar-mega command that could be typed by hand; their output is in runs/demo/logs. A step that is finished is
-not repeated: remove runs/demo to start again.
+What the demo trains, encodes and measures, it does by soar-mega commands that could be typed by hand; their
+output is in runs/demo/logs. A step that is finished is not repeated: remove runs/demo to start again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from walk.data import prepare_data
 BASE = Path("recipes/tiny/base")
 ARMS = ("sft", "sft_multi", "soar")
 GUIDANCE = 3.0
+SAMPLES_PER_PROMPT = 6
 SAMPLE_PROMPTS = (
     "a red 3",
     "an 8",
@@ -65,7 +66,9 @@ class Demo:
         self.step(
             "data", f"drawing {pictures} captioned pictures and encoding them into shards", self.prepare
         )
-        self.step("sft", "training SFT and the control, side by side", self.train_single)
+        self.step(
+            "sft", "training SFT and the control side by side, then measuring base and SFT", self.train_single
+        )
         processes = self.tensor * self.pipeline
         where = (
             f"TP {self.tensor} x PP {self.pipeline}, {processes} processes"
@@ -73,7 +76,7 @@ class Demo:
             else "one process"
         )
         self.step("soar", f"training SOAR ({where})", self.train_soar)
-        self.step("evaluation", "measuring base, SFT, control and SOAR", self.evaluate)
+        self.step("evaluation", "measuring the control and SOAR", self.evaluate)
         self.step("pictures", "drawing sample pictures", self.draw)
         self.step("export", "loading the result in diffusers", self.check_export)
         self.step("report", "writing the report", self.report)
@@ -96,7 +99,9 @@ class Demo:
         prepare_data(self.folder, BASE, self.size.canvases, self.size.held_out, self.threads(2))
 
     def train_single(self) -> None:
-        run_together([self.training(arm, soar_mega, self.threads(2)) for arm in ("sft", "sft_multi")])
+        """The control takes three times as long as SFT: the core that SFT leaves measures meanwhile."""
+        sft, control = (self.training(arm, soar_mega, self.threads(2)) for arm in ("sft", "sft_multi"))
+        run_together([sft, self.evaluation("base", "sft")], [control])
 
     def train_soar(self) -> None:
         processes = self.tensor * self.pipeline
@@ -122,40 +127,31 @@ class Demo:
         return self.command(arm, arguments, threads)
 
     def evaluate(self) -> None:
-        """Two processes with two arms each: many small forwards gain little from a second thread."""
-        commands, parts = [], []
-        folders = {"base": BASE} | {arm: self.export_of(arm) for arm in ARMS}
-        names = list(folders)
-        for part in (names[:2], names[2:]):
-            out = self.folder / "logs" / f"evaluation-{'-'.join(part)}.json"
-            arguments = soar_mega(
-                "evaluate",
-                *(f"{name}={folders[name]}" for name in part),
-                *("--held-out", f"{self.folder}/shards/heldout", "--out", str(out)),
-                *("--guidance-scale", "1", "--guidance-scale", f"{GUIDANCE:g}"),
-                *("--prompts-per-category", str(self.size.prompts_per_category)),
-                *("--drift-samples", str(self.size.drift_samples)),
-            )
-            commands.append(self.command("evaluate-" + "-".join(part), arguments, self.threads(2)))
-            parts.append(out)
-        run_together(commands)
-        first, second = (json.loads(path.read_text()) for path in parts)
-        first["pipelines"] |= second["pipelines"]
-        self.evaluation.write_text(json.dumps(first, indent=1) + "\n")
+        run_together([self.evaluation("sft_multi")], [self.evaluation("soar")])
+
+    def evaluation(self, *arms: str) -> Command:
+        """`soar-mega evaluate` of some arms."""
+        arguments = soar_mega(
+            "evaluate",
+            *(f"{arm}={self.pipeline_of(arm)}" for arm in arms),
+            *("--held-out", f"{self.folder}/shards/heldout", "--out", str(self.evaluation_of(*arms))),
+            *("--guidance-scale", "1", "--guidance-scale", f"{GUIDANCE:g}"),
+            *("--prompts-per-category", str(self.size.prompts_per_category)),
+            *("--drift-samples", str(self.size.drift_samples)),
+        )
+        return self.command("evaluate-" + "-".join(arms), arguments, self.threads(2))
 
     def draw(self) -> None:
-        prompts = self.folder / "logs" / "prompts.txt"
-        prompts.write_text("\n".join(SAMPLE_PROMPTS) + "\n")
-        for names in (("base", "sft"), ("sft_multi", "soar")):
-            run_together([self.drawing(name, prompts) for name in names])
+        """As `soar-mega sample` does, the four pipelines in one process."""
+        from soar_mega import platform
+        from soar_mega.evaluation.generate import Generator, image_grid, save_image
 
-    def drawing(self, name: str, prompts: Path) -> Command:
-        folder = BASE if name == "base" else self.export_of(name)
-        arguments = soar_mega(
-            *("sample", str(folder), "--prompts", str(prompts), "--count", "6", "--steps", "20"),
-            *("--guidance-scale", f"{GUIDANCE:g}", "--scale", "2", "--out", str(self.samples()[name])),
-        )
-        return self.command(f"sample-{name}", arguments, self.threads(2))
+        platform.install()
+        prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
+        for arm, path in self.samples().items():
+            generator = Generator.load(self.pipeline_of(arm))
+            images = generator.images(prompts, steps=20, guidance_scale=GUIDANCE)
+            save_image(image_grid(images, SAMPLES_PER_PROMPT), path, scale=2)
 
     def check_export(self) -> None:
         """Loads the SOAR export with diffusers alone and draws from it."""
@@ -163,7 +159,7 @@ class Demo:
         from diffusers import StableDiffusion3Pipeline
         from report.figures import side_by_side
 
-        pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.export_of("soar")))
+        pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.pipeline_of("soar")))
         pipeline.set_progress_bar_config(disable=True)
         drawn = pipeline(
             prompt=list(SAMPLE_PROMPTS),
@@ -179,7 +175,13 @@ class Demo:
     def report(self) -> None:
         from report.page import write_report
 
-        metrics = json.loads(self.evaluation.read_text())
+        parts = [
+            json.loads(self.evaluation_of(*arms).read_text())
+            for arms in (("base", "sft"), ("sft_multi",), ("soar",))
+        ]
+        metrics = parts[0]
+        for part in parts[1:]:
+            metrics["pipelines"] |= part["pipelines"]
         metrics["demo"] = self.description()
         (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         write_report(metrics, self.samples(), self.folder / "report.html")
@@ -210,7 +212,7 @@ class Demo:
             "guidance_scale": GUIDANCE,
             "sample_prompts": SAMPLE_PROMPTS,
             "seconds": self.seconds,
-            "export": {"folder": str(self.export_of("soar")), "drawn": f"{len(SAMPLE_PROMPTS)} pictures"},
+            "export": {"folder": str(self.pipeline_of("soar")), "drawn": f"{len(SAMPLE_PROMPTS)} pictures"},
         }
 
     def command(self, name: str, arguments: list[str], threads: int) -> Command:
@@ -225,13 +227,12 @@ class Demo:
     def run_of(self, arm: str) -> Path:
         return self.folder / arm
 
-    def export_of(self, arm: str) -> Path:
-        """The EMA weights: less noisy than the last step's, and what published results use."""
-        return self.run_of(arm) / "export_ema"
+    def pipeline_of(self, arm: str) -> Path:
+        """Of a trained arm the EMA weights: less noisy than the last step's."""
+        return BASE if arm == "base" else self.run_of(arm) / "export_ema"
 
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "logs" / "evaluation.json"
+    def evaluation_of(self, *arms: str) -> Path:
+        return self.folder / "logs" / f"evaluation-{'-'.join(arms)}.json"
 
     def samples(self) -> dict[str, Path]:
         return {name: self.folder / "samples" / f"{name}.png" for name in ("base", *ARMS)}

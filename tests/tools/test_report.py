@@ -76,10 +76,10 @@ def test_independent_and_paired_differences() -> None:
 
 def test_findings_follow_the_numbers() -> None:
     near, far = findings(make_metrics(soar_score=0.70)), findings(make_metrics(soar_score=0.85))
-    assert "+0.02 +- 0.03, within noise" in near[1]
-    assert "+0.17 +- 0.03, beyond noise" in far[1]
+    assert "+0.02 \u00b1 0.03, within noise" in near[1]
+    assert "+0.17 \u00b1 0.03, beyond noise" in far[1]
     drift = next(line for line in near if line.startswith("Exposure bias") and "control" in line)
-    assert re.search(r"-1[23]\.\d% from noise 0.9 to 0.65 \(beyond noise", drift)
+    assert re.search(r"-1[23]\.\d% from noise 0.9 to 0.65 \[beyond noise", drift)
     same = next(
         line for line in findings(make_metrics(soar_drift=1.96)) if "drift" in line and "control" in line
     )

@@ -5,6 +5,7 @@ gives the turns.
 import multiprocessing
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,6 +66,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, build: Callable[..., Arm], args: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")
     try:
         memory = Memory()
         arm = build(*args)

@@ -43,7 +43,7 @@ def _drift(pipelines: Mapping[str, Any], other: str, words: str) -> str:
     ):
         change = paired_difference(theirs["errors"], ours["errors"])
         share = change.value / theirs["absolute"]
-        parts.append(f"{share:+.1%} from noise {ours['from']:g} to {ours['to']:g} ({change.verdict()})")
+        parts.append(f"{share:+.1%} from noise {ours['from']:g} to {ours['to']:g} [{change.verdict()}]")
     return f"Exposure bias (drift, lower is better), SOAR against {words}: " + "; ".join(parts) + "."
 
 
@@ -53,7 +53,7 @@ def _energy(pipelines: Mapping[str, Any], scale: str) -> str:
     for other, words in OTHERS.items():
         a, b = values[other], values["soar"]
         change = difference(a["value"], a["standard_error"], b["value"], b["standard_error"])
-        changes.append(f"{_signed(change, 3)} against {words} ({change.verdict()})")
+        changes.append(f"{_signed(change, 3)} against {words} [{change.verdict()}]")
     return "Distance to real pictures (lower is better), SOAR: " + " and ".join(changes) + "."
 
 
@@ -63,4 +63,4 @@ def _of(pipelines: Mapping[str, Any], a: str, b: str, scale: str) -> Difference:
 
 
 def _signed(change: Difference, digits: int = 2) -> str:
-    return f"{change.value:+.{digits}f} +- {change.standard_error:.{digits}f}"
+    return f"{change.value:+.{digits}f} \u00b1 {change.standard_error:.{digits}f}"

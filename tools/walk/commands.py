@@ -41,31 +41,38 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, "-m", "soar_mega", *arguments]
 
 
-def run_together(commands: Sequence[Command]) -> None:
-    """Runs commands side by side until all are done.
+def run_together(*lanes: Sequence[Command]) -> None:
+    """Runs lanes side by side until all are done; the commands of a lane one after another.
 
     Raises:
-        RuntimeError: one failed, with the end of its output; the others are stopped.
+        RuntimeError: a command failed, with the end of its output; the others are stopped.
     """
-    running = {command.name: (command, _start(command)) for command in commands}
+    waiting = [list(lane) for lane in lanes]
+    running: dict[int, tuple[Command, subprocess.Popen[bytes]]] = {}
     started = told = time.monotonic()
     try:
-        while running:
-            time.sleep(0.2)
-            for name, (command, process) in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                if code != 0:
-                    raise RuntimeError(f"{name} failed with exit code {code}:\n{_end_of(command)}")
-            if running and time.monotonic() - told >= PROGRESS_SECONDS:
+        while running or any(waiting):
+            for lane, commands in enumerate(waiting):
+                if lane in running and _has_ended(*running[lane]):
+                    del running[lane]
+                if lane not in running and commands:
+                    command = commands.pop(0)
+                    running[lane] = command, _start(command)
+            if time.monotonic() - told >= PROGRESS_SECONDS:
                 told = time.monotonic()
                 states = ", ".join(_state(command) for command, _ in running.values())
                 print(f"    {told - started:4.0f} s: {states}", flush=True)
+            time.sleep(0.2)
     finally:
         for _, process in running.values():
             _stop(process)
+
+
+def _has_ended(command: Command, process: subprocess.Popen[bytes]) -> bool:
+    code = process.poll()
+    if code is not None and code != 0:
+        raise RuntimeError(f"{command.name} failed with exit code {code}:\n{_end_of(command)}")
+    return code is not None
 
 
 def _start(command: Command) -> subprocess.Popen[bytes]:
@@ -79,6 +86,8 @@ def _start(command: Command) -> subprocess.Popen[bytes]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(timeout=20)

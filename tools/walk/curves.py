@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def loss_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """{"base": [(iteration, loss)], "aux": [...]}; a kind of point that the run does not train on is left out."""
+    """{"base": [(iteration, loss)], "aux": [...]}, without a kind of point that the run does not train on."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     present = set(events.Tags()["scalars"])

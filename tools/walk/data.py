@@ -33,4 +33,4 @@ def prepare_data(folder: Path, pipeline: Path, train: int, held_out: int, thread
                 threads=threads,
             )
         )
-    run_together(commands)
+    run_together(*([command] for command in commands))

@@ -1,0 +1,55 @@
+"""Running commands side by side."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from walk.commands import Command, run_together
+
+
+def python(folder: Path, name: str, code: str) -> Command:
+    return Command(name=name, arguments=[sys.executable, "-c", code], log=folder / f"{name}.log", threads=1)
+
+
+def test_lanes_run_side_by_side_and_their_commands_in_order(tmp_path: Path) -> None:
+    wait_for = "import time, pathlib\nwhile not pathlib.Path({!r}).exists(): time.sleep(.05)\n"
+    made = [str(tmp_path / name) for name in ("a", "b", "c")]
+    make = "open({!r}, 'w')\n"
+    # a waits for the other lane's b, and c must not begin before a has ended.
+    first = python(tmp_path, "first", wait_for.format(made[1]) + make.format(made[0]))
+    second = python(
+        tmp_path, "second", f"assert __import__('os').path.exists({made[0]!r})\n" + make.format(made[2])
+    )
+    other = python(
+        tmp_path,
+        "other",
+        "import os; print('threads', os.environ['OMP_NUM_THREADS'])\n" + make.format(made[1]),
+    )
+    run_together([first, second], [other])
+    assert all(Path(name).exists() for name in made)
+    assert (tmp_path / "other.log").read_text().strip() == "threads 1"
+
+
+def test_a_failure_is_shown_and_stops_the_others(tmp_path: Path) -> None:
+    endless = python(tmp_path, "endless", "import time; time.sleep(100)")
+    failing = python(tmp_path, "failing", "print('what went wrong'); raise SystemExit(3)")
+    started = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)failing failed with exit code 3:.*what went wrong.*failing\.log"
+    ):
+        run_together([endless], [failing])
+    assert time.monotonic() - started < 30
+
+
+def test_the_state_of_a_training_run_is_its_last_iteration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("walk.commands.PROGRESS_SECONDS", 0.3)
+    code = """
+import time
+for i in (10, 20): print(f' iteration {i:8d}/     300 | loss', flush=True)
+time.sleep(3)
+"""
+    run_together([python(tmp_path, "sft", code)])
+    assert "sft at iteration 20 of 300" in capsys.readouterr().out

@@ -17,4 +17,5 @@ if __name__ != "soar_mega.kernels":
             "Leave that folder's parent, or take it off sys.path"
         )
 else:
+    from soar_mega.kernels.correction_loss import correction_loss as correction_loss
     from soar_mega.kernels.rollout_renoise import rollout_renoise as rollout_renoise

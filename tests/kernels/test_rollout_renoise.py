@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from guards import canaries, guarded, worst
+from guards import below_power_of_two, canaries, guarded, worst
 
 from soar_mega.flow import normal
 from soar_mega.kernels import rollout_renoise
@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3}
 
 def case(shape, batch, per_sample, dtype=torch.float32):
     """Six sources [B, *shape] and rows [B, N, 6]; all coefficients are of order one."""
-    generator = torch.Generator().manual_seed(batch * per_sample)
+    generator = torch.Generator().manual_seed(10 * batch + per_sample)
     sources = [guarded(torch.randn(batch, *shape, generator=generator).to(dtype)) for _ in range(6)]
     return sources, torch.randn(batch, per_sample, 6, generator=generator, dtype=torch.float64)
 
@@ -28,12 +28,11 @@ def oracle(sources, rows):
 @pytest.mark.parametrize(("shape", "batch", "per_sample"), SHAPES)
 def test_states_match_float64(backend, shape, batch, per_sample, dtype):
     sources, rows = case(shape, batch, per_sample, dtype)
+    rows *= below_power_of_two(oracle(sources, rows).abs().amax())
     with canaries():
         states = rollout_renoise(*sources[:4], rows, eps=sources[4], z1_aux=sources[5], dtype=dtype)
     assert states.dtype == dtype
-    exact, terms = oracle(sources, rows), oracle([x.abs() for x in sources], rows.abs())
-    assert bool(states.isfinite().all())
-    assert (states.double() - exact).abs().amax() / terms.amax() < TOLERANCE[dtype]
+    assert worst(states, oracle(sources, rows)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("shape", "patch"), [((3, 6, 10), 2), ((4, 8, 8), 2), ((2, 4, 12), 4)])

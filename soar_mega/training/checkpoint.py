@@ -138,16 +138,23 @@ def sync_file(path: Path) -> None:
 
 
 def _save_advice(run: RunFolder, final: Path, error: BaseException) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
     free = shutil.disk_usage(run.path).free / 2**20
     latest = run.latest()
     previous = "No earlier checkpoint exists."
     if latest is not None:
         previous = f"{run.checkpoint(latest)} is untouched: the run resumes from it."
     return (
-        f"{final}: this checkpoint could not be written ({reason[:500]}). {free:.0f} MiB are free on that disk; make "
-        f"room or lower checkpoint.keep_last, then start the run again. {previous}"
+        f"{final}: this checkpoint could not be written ({_reason(error)}). Most often the disk is full. What "
+        f"there was of it is removed, which leaves {free:.0f} MiB free on that disk: make room or lower "
+        f"checkpoint.keep_last, then start the run again. {previous}"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The heart of a message, in one line; torch tells of each rank with its traceback."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Json) -> Progress:
@@ -197,7 +204,7 @@ def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))
     except _FAILURES as error:
         raise ValueError(
-            f"{folder}: this checkpoint cannot be read ({' '.join(str(error).split())[:500]}). To go on from an "
+            f"{folder}: this checkpoint cannot be read ({_reason(error)}). To go on from an "
             f"earlier one, write its iteration number into {folder.parent}/latest_checkpointed_iteration.txt"
         ) from error
 

@@ -154,7 +154,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     save(run, 1)
     message = run_ranks(save_with_small_files, 1, tmp_path)[0]
-    assert "iter_0000002: this checkpoint could not be written" in message and "MiB are free" in message
+    assert "iter_0000002: this checkpoint could not be written (Worker failure: " in message
+    assert "MiB free on that disk" in message and "Traceback" not in message
     assert f"{tmp_path}/iter_0000001 is untouched" in message
     check_usable(run, {1})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [

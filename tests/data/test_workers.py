@@ -51,11 +51,20 @@ def test_results_come_in_the_order_of_the_jobs(pools, count):
     assert (reads[0].names[0] == str(os.getpid())) == (count == 0)
 
 
-@pytest.mark.parametrize("work", [lambda job: time.sleep(60), lambda job: os.kill(os.getpid(), signal.SIGKILL)])
+def leave_the_pipe_open(job):
+    """Dies, while a child still holds its end of the pipe: the parent gets no end of file."""
+    if os.fork() == 0:
+        time.sleep(15)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("work", [lambda job: time.sleep(60), leave_the_pipe_open])
 def test_a_killed_reader_is_reported(pools, work):
     pool = pools(work, 1)
     pool.submit(stretch(0))
-    os.kill(pool.processes[0].pid, signal.SIGKILL)
+    if work is not leave_the_pipe_open:
+        os.kill(pool.processes[0].pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(DataError, match=rf"pid {pool.processes[0].pid}\) was killed by signal 9 \(out of memory"):
         pool.next()

@@ -70,6 +70,8 @@ def test_independent_and_paired_differences() -> None:
     assert difference(0.5, 0.03, 0.59, 0.04).verdict() == "within noise"
     paired = paired_difference([1.0, 5.0, 9.0], [1.1, 5.3, 9.2])
     assert paired.value == pytest.approx(0.2) and paired.standard_error == pytest.approx(0.1 / 3**0.5)
+    assert paired.threshold == pytest.approx(4.303, abs=1e-3)  # Student's t with two degrees of freedom
+    assert not paired_difference([0.0] * 3, [1.0, 3.0, 2.0]).beyond_noise  # 3.5 standard errors
     with pytest.raises(ValueError, match="equally long"):
         paired_difference([1.0, 2.0], [1.0])
 

@@ -4,20 +4,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Two standard errors: a difference of pure noise goes beyond them about once in twenty comparisons.
-THRESHOLD = 2.0
+from scipy.stats import t as student
+
+# A difference of pure noise goes beyond its threshold once in twenty comparisons.
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """b - a with its standard error."""
+    """b - a with its standard error, and how many of those count as noise (more for few samples)."""
 
     value: float
     standard_error: float
+    threshold: float = 1.96
 
     @property
     def beyond_noise(self) -> bool:
-        return abs(self.value) > THRESHOLD * self.standard_error
+        return abs(self.value) > self.threshold * self.standard_error
 
     def verdict(self) -> str:
         if not self.beyond_noise:
@@ -46,4 +49,5 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     each = [y - x for x, y in zip(a, b, strict=True)]
     mean = sum(each) / len(each)
     variance = sum((d - mean) ** 2 for d in each) / (len(each) - 1)
-    return Difference(value=mean, standard_error=math.sqrt(variance / len(each)))
+    threshold = float(student.ppf((1 + CONFIDENCE) / 2, len(each) - 1))
+    return Difference(value=mean, standard_error=math.sqrt(variance / len(each)), threshold=threshold)

@@ -53,8 +53,8 @@ does not.</p>
 
 
 NOISE = """
-&ldquo;Within noise&rdquo; means that the difference is smaller than two standard errors of it: another set of
-captions could turn it around. Differences between training runs with other seeds come on top.
+&ldquo;Within noise&rdquo; means that the difference is smaller than about two standard errors of it: another
+set of captions could turn it around. Differences between training runs with other seeds come on top.
 """
 
 SAMPLES = """

@@ -41,69 +41,77 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, "-m", "soar_mega", *arguments]
 
 
-def run_together(*lanes: Sequence[Command]) -> None:
-    """Runs lanes side by side until all are done; the commands of a lane one after another.
+def run_together(*chains: Sequence[Command], at_once: int | None = None) -> None:
+    """Runs chains of commands side by side until all are done; the commands of a chain one after another.
+
+    Args:
+        at_once: how many chains run at a time; None runs all of them.
 
     Raises:
         RuntimeError: a command failed, with the end of its output; the others are stopped.
     """
-    waiting = [list(lane) for lane in lanes]
-    running: dict[int, tuple[Command, subprocess.Popen[bytes]]] = {}
+    waiting = [list(chain) for chain in chains if chain]
+    running: list[Running] = []
     started = told = time.monotonic()
     try:
-        while running or any(waiting):
-            for lane, commands in enumerate(waiting):
-                if lane in running and _has_ended(*running[lane]):
-                    del running[lane]
-                if lane not in running and commands:
-                    command = commands.pop(0)
-                    running[lane] = command, _start(command)
+        while running or waiting:
+            for one in [one for one in running if one.has_ended()]:
+                running.remove(one)
+                if one.rest:
+                    running.append(Running(one.rest))
+            while waiting and len(running) < (at_once or len(chains)):
+                running.append(Running(waiting.pop(0)))
             if time.monotonic() - told >= PROGRESS_SECONDS:
                 told = time.monotonic()
-                states = ", ".join(_state(command) for command, _ in running.values())
-                print(f"    {told - started:4.0f} s: {states}", flush=True)
+                queue = f"; {len(waiting)} more to come" if waiting else ""
+                print(
+                    f"    {told - started:4.0f} s: {', '.join(one.state() for one in running)}{queue}",
+                    flush=True,
+                )
             time.sleep(0.2)
     finally:
-        for _, process in running.values():
-            _stop(process)
+        for one in running:
+            one.stop()
 
 
-def _has_ended(command: Command, process: subprocess.Popen[bytes]) -> bool:
-    code = process.poll()
-    if code is not None and code != 0:
-        raise RuntimeError(f"{command.name} failed with exit code {code}:\n{_end_of(command)}")
-    return code is not None
+class Running:
+    """The first command of a chain, started, and the rest of the chain."""
 
+    def __init__(self, chain: list[Command]) -> None:
+        self.command, self.rest = chain[0], chain[1:]
+        self.command.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.command.threads), "PYTHONUNBUFFERED": "1"}
+        with self.command.log.open("wb") as log:
+            # A session of its own, so that stopping it takes torchrun's workers along.
+            self._process = subprocess.Popen(
+                self.command.arguments,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
 
-def _start(command: Command) -> subprocess.Popen[bytes]:
-    command.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(command.threads), "PYTHONUNBUFFERED": "1"}
-    with command.log.open("wb") as log:
-        # A session of its own, so that stopping it takes torchrun's workers along.
-        return subprocess.Popen(
-            command.arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+    def has_ended(self) -> bool:
+        """RuntimeError where it has failed."""
+        code = self._process.poll()
+        if code is not None and code != 0:
+            raise RuntimeError(f"{self.command.name} failed with exit code {code}:\n{self._end_of_output()}")
+        return code is not None
 
+    def state(self) -> str:
+        name = self.command.name
+        steps = ITERATION.findall(self.command.log.read_text(errors="replace"))
+        return f"{name} at iteration {steps[-1][0]} of {steps[-1][1]}" if steps else f"{name} is running"
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    def stop(self) -> None:
+        if self._process.poll() is not None:
+            return
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
-
-def _state(command: Command) -> str:
-    steps = ITERATION.findall(command.log.read_text(errors="replace"))
-    return (
-        f"{command.name} at iteration {steps[-1][0]} of {steps[-1][1]}"
-        if steps
-        else f"{command.name} is running"
-    )
-
-
-def _end_of(command: Command, lines: int = 25) -> str:
-    text = command.log.read_text(errors="replace").splitlines()
-    return "\n".join([*text[-lines:], f"(all of it: {command.log})"])
+    def _end_of_output(self, lines: int = 25) -> str:
+        text = self.command.log.read_text(errors="replace").splitlines()
+        return "\n".join([*text[-lines:], f"(all of it: {self.command.log})"])

@@ -16,7 +16,12 @@ def make_batch(size: int = 8, first: int = 0) -> Batch:
     position = torch.arange(first, first + size)
     latents = normal(7, "test", position, 0, SHAPE)
     return Batch(
-        seed=3, position=position, valid=torch.ones(size, dtype=torch.bool), latent_shape=SHAPE, text_length=5, latents=latents
+        seed=3,
+        position=position,
+        valid=torch.ones(size, dtype=torch.bool),
+        latent_shape=SHAPE,
+        text_length=5,
+        latents=latents,
     )
 
 
@@ -102,7 +107,9 @@ def test_draws_depend_on_the_position_alone():
 
 def test_samples_without_room_for_a_step_keep_only_their_ode_path():
     batch = make_batch(400)
-    config = StageConfig(num_auxiliary_points=2, num_rollout_paths=3, sampling_steps=4, timestep_density="uniform")
+    config = StageConfig(
+        num_auxiliary_points=2, num_rollout_paths=3, sampling_steps=4, timestep_density="uniform"
+    )
     stage = make_stage(config, 1.0)
     points = stage.points(batch)
     starts_low = stage.queries(batch).sigma[points.sample] <= 0.25

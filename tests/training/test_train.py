@@ -220,9 +220,10 @@ def test_frozen_parameters_stay_and_the_average_can_be_a_start(shards: Path, tmp
         for folder in (ROOT / "recipes/tiny/base", tmp_path / "first/export", tmp_path / "first/export_ema")
     )
     frozen = {key for key in base if key.startswith(("context_embedder", "transformer_blocks.0."))}
+    unchanged = {key for key in base if torch.equal(base[key], new[key])}
+    # the last block drops its text output: these queries get no gradient, and decay leaves a zero bias as it is
     assert (
-        frozen
-        and {key for key in base if torch.equal(base[key], new[key])} - {"pos_embed.pos_embed"} == frozen
+        frozen and unchanged - {"pos_embed.pos_embed", "transformer_blocks.3.attn.add_q_proj.bias"} == frozen
     )
     assert not torch.equal(new["proj_out.weight"], average["proj_out.weight"])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch
-from soar_mega.kernels.sources import check_points, check_values, combined, tables
+from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
 from soar_mega.kernels.tables import launch_of
 
 
@@ -91,7 +91,7 @@ def _triton(
     size = z0[0].numel()
     weight = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight
     groups, points = tables(rows, sample, path, position, seed, weight / size, z0.device)
-    shape = launch_of("correction_loss", "latent", architecture(z0.device))
+    shape = launch_of("correction_loss", width_class(*sources, velocity), architecture(z0.device))
     blocks = -(-size // shape.block)
     partial = torch.empty(len(rows), blocks, device=z0.device)
     gradient = torch.empty(velocity.shape if learn else 0, dtype=velocity.dtype, device=z0.device)

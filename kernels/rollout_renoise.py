@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch
-from soar_mega.kernels.sources import check_points, check_values, combined, tables
+from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
 from soar_mega.kernels.tables import launch_of
 
 PATCHES = (1, 2, 4, 8)
@@ -97,9 +97,9 @@ def _triton(
     out = torch.empty(_shape(z0, len(rows), patch), dtype=dtype, device=z0.device)
     arguments = (*sources, groups, points, out)
     if not patch:
-        size = launch_of("rollout_renoise", "latent", arch)
+        size = launch_of("rollout_renoise", width_class(*sources, out), arch)
         elements = channels * height * width
-        grid = (-(-elements // size.block), len(groups))
+        grid: tuple[int, ...] = (-(-elements // size.block), len(groups))
         launch(
             latent_kernel,
             grid,

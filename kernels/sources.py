@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soar_mega.flow import SOURCES, combine, normal
 from soar_mega.flow.noise import stream_key
-from soar_mega.kernels.dispatch import FLOATS, LARGEST_ROW, check_tensor
+from soar_mega.kernels.dispatch import LARGEST_ROW, check_tensor
 
 STREAMS = {"z1": "noise", "eps": "rollout", "z1_aux": "endpoint"}  # the stream that keys each drawn source
 _CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def tables(
     groups[:, 0], groups[:, 1], groups[:, 3], groups[:, 4] = sample[first], path[first], first, end
     if position is not None:
         groups[:, 2] = position[sample[first]]
-        groups[:, 5:] = torch.tensor([_signed_key(seed, stream) for stream in STREAMS.values()])
+        groups[:, 5:] = torch.tensor([signed_key(seed, stream) for stream in STREAMS.values()])
     points = torch.zeros(len(rows), 8)
     points[:, :6] = rows
     points[:, 6] = 1.0 if weight is None else weight
@@ -163,11 +163,13 @@ def tables(
     return both[: groups.numel()].view(-1, 8), both[groups.numel() :].view(torch.float32).view(-1, 8)
 
 
-def _signed_key(seed: int, stream: str) -> int:
+def width_class(*tensors: Tensor | None) -> str:
+    """The launch table's class of a kernel that streams these."""
+    return "16 bit" if any(t is not None and t.element_size() == 2 for t in tensors) else "32 bit"
+
+
+def signed_key(seed: int, stream: str) -> int:
     """The two key words of a stream as one int64."""
     low, high = stream_key(seed, stream)
     key = high << 32 | low
     return key - 2**64 if key >= 2**63 else key
-
-
-__all__ = ["FLOATS", "STREAMS", "Point", "check_points", "check_values", "combined", "tables"]

@@ -18,11 +18,22 @@ class Launch:
 
 # operation -> class of shapes -> architecture ("any": those without an entry of their own) -> launch
 LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
+    # "16 bit": a tensor in play has elements of two bytes, and 128 bits are eight of them for each thread
     "rollout_renoise": {
-        "latent": {"any": Launch(1024, 4)},
+        "16 bit": {"any": Launch(1024, 4)},
+        "32 bit": {"any": Launch(1024, 8)},
         "tokens": {"any": Launch(1024, 4)},  # block: elements of a tile of C x patch x width
     },
-    "correction_loss": {"latent": {"any": Launch(1024, 4)}},
+    "correction_loss": {"16 bit": {"any": Launch(1024, 4)}, "32 bit": {"any": Launch(1024, 8)}},
+    # block: tokens; the classes end in the power of two that holds a token's hidden size
+    "adaln": {
+        "forward 2048": {"any": Launch(4, 8)},
+        "forward 4096": {"any": Launch(4, 16)},
+        "backward 2048": {"any": Launch(16, 16)},
+        "backward 4096": {"any": Launch(16, 32)},
+    },
+    "qk_norm_rope": {"forward": {"any": Launch(1024, 4)}, "backward": {"any": Launch(1024, 4)}},
+    "sum_lines": {"columns": {"any": Launch(32, 4)}},
 }
 
 

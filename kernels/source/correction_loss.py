@@ -3,8 +3,15 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.philox import normal_block
-from soar_mega.kernels.source.sources import coefficient, given, group_of, row_offset
+from soar_mega.kernels.source.sources import (
+    coefficient,
+    given,
+    group_of,
+    row_offset,
+    shared_part,
+    source,
+    stochastic_part,
+)
 
 
 @triton.jit
@@ -16,40 +23,29 @@ def loss_kernel(
 
     Every program writes sums of its own, so that adding them up has one order.
     """
-    first = tl.program_id(0) * BLOCK
-    group = tl.program_id(1)
+    block = tl.program_id(0)
+    first = block * BLOCK
     element = first + tl.arange(0, BLOCK)
     mask = element < size
-    sample, path, position, point, end = group_of(groups, group)
+    sample, path, position, point, end = group_of(groups, tl.program_id(1))
     s0 = given(z0, sample, size, element, mask)
-    if DRAW_Z1:
-        s1 = normal_block(tl.load(groups + 5), first, 0, position, BLOCK)
-    else:
-        s1 = given(z1, sample, size, element, mask)
+    s1 = source(z1, groups + 5, sample, 0, position, size, first, element, mask, DRAW_Z1, BLOCK)
     s2 = given(v_uncond, sample, size, element, mask)
     s3 = given(v_cond, sample, size, element, mask)
     while point < end:
-        target = coefficient(points, point, 0) * s0
-        if DRAW_Z1 or z1 is not None:
-            target += coefficient(points, point, 1) * s1
-        if v_uncond is not None:
-            target += coefficient(points, point, 2) * s2
-        if v_cond is not None:
-            target += coefficient(points, point, 3) * s3
-        if DRAW_EPS:
-            noise = normal_block(tl.load(groups + 6), first, path, position, BLOCK)
-            target += coefficient(points, point, 4) * noise
-        elif eps is not None:
-            target += coefficient(points, point, 4) * given(eps, sample, size, element, mask)
-        if DRAW_Z1_AUX:
-            noise = normal_block(tl.load(groups + 7), first, path, position, BLOCK)
-            target += coefficient(points, point, 5) * noise
-        elif z1_aux is not None:
-            target += coefficient(points, point, 5) * given(z1_aux, sample, size, element, mask)
+        target = stochastic_part(
+            eps, z1_aux, groups, points, point, sample, path, position, size, first, element, mask,
+            DRAW_EPS, DRAW_Z1_AUX, BLOCK,
+        )  # fmt: skip
+        if DRAW_EPS or DRAW_Z1_AUX:
+            # making noise takes their registers: they come back from the cache
+            s0 = given(z0, sample, size, element, mask)
+            s2 = given(v_uncond, sample, size, element, mask)
+            s3 = given(v_cond, sample, size, element, mask)
+        target += shared_part(points, point, s0, s1, s2, s3, z1, v_uncond, v_cond, DRAW_Z1)
         error = tl.where(mask, given(velocity, point, size, element, mask) - target, 0.0)
-        # the weight comes divided by the number of elements
-        scale = coefficient(points, point, 6)
-        tl.store(partial + point * tl.num_programs(0) + tl.program_id(0), tl.sum(error * error) * scale)
+        scale = coefficient(points, point, 6)  # the weight over the number of elements
+        tl.store(partial + row_offset(point, tl.num_programs(0)) + block, tl.sum(error * error) * scale)
         if gradient is not None:
             slope = 2.0 * scale * error
             tl.store(

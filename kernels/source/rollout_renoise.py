@@ -1,14 +1,9 @@
-"""States from the sources of their sample: out = sum over j of row[j] source[j], each source read once for a group.
-
-eps and z1_aux are read (or drawn) once per point: they belong to stochastic paths only, and six sources at once would
-not fit the registers.
-"""
+"""States from the sources of their sample: state = sum over j of row[j] source[j], sources read once for a group."""
 
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.philox import normal_at, normal_block
-from soar_mega.kernels.source.sources import coefficient, given, group_of, row_offset
+from soar_mega.kernels.source.sources import given, group_of, row_offset, shared_part, source, stochastic_part
 
 
 @triton.jit
@@ -18,37 +13,24 @@ def latent_kernel(
 ):  # fmt: skip
     """out [P, size], states in the layout of the latents. Grid: (blocks of size, groups)."""
     first = tl.program_id(0) * BLOCK
-    group = tl.program_id(1)
     element = first + tl.arange(0, BLOCK)
     mask = element < size
-    sample, path, position, point, end = group_of(groups, group)
+    sample, path, position, point, end = group_of(groups, tl.program_id(1))
     s0 = given(z0, sample, size, element, mask)
-    if DRAW_Z1:
-        s1 = normal_block(tl.load(groups + 5), first, 0, position, BLOCK)
-    else:
-        s1 = given(z1, sample, size, element, mask)
+    s1 = source(z1, groups + 5, sample, 0, position, size, first, element, mask, DRAW_Z1, BLOCK)
     s2 = given(v_uncond, sample, size, element, mask)
     s3 = given(v_cond, sample, size, element, mask)
     while point < end:
-        state = coefficient(points, point, 0) * s0
-        if DRAW_Z1 or z1 is not None:
-            state += coefficient(points, point, 1) * s1
-        if v_uncond is not None:
-            state += coefficient(points, point, 2) * s2
-        if v_cond is not None:
-            state += coefficient(points, point, 3) * s3
-        if DRAW_EPS:
-            state += coefficient(points, point, 4) * normal_block(
-                tl.load(groups + 6), first, path, position, BLOCK
-            )
-        elif eps is not None:
-            state += coefficient(points, point, 4) * given(eps, sample, size, element, mask)
-        if DRAW_Z1_AUX:
-            state += coefficient(points, point, 5) * normal_block(
-                tl.load(groups + 7), first, path, position, BLOCK
-            )
-        elif z1_aux is not None:
-            state += coefficient(points, point, 5) * given(z1_aux, sample, size, element, mask)
+        state = stochastic_part(
+            eps, z1_aux, groups, points, point, sample, path, position, size, first, element, mask,
+            DRAW_EPS, DRAW_Z1_AUX, BLOCK,
+        )  # fmt: skip
+        if DRAW_EPS or DRAW_Z1_AUX:
+            # making noise takes their registers: they come back from the cache
+            s0 = given(z0, sample, size, element, mask)
+            s2 = given(v_uncond, sample, size, element, mask)
+            s3 = given(v_cond, sample, size, element, mask)
+        state += shared_part(points, point, s0, s1, s2, s3, z1, v_uncond, v_cond, DRAW_Z1)
         tl.store(out + row_offset(point, size) + element, state.to(out.dtype.element_ty), mask=mask)
         point += 1
 
@@ -61,12 +43,11 @@ def tokens_kernel(
 ):  # fmt: skip
     """out [P, tokens, C p p]. Grid: (tiles of width, rows of patches, groups).
 
-    A program reads C rows of p lines as the latents hold them, and turns the tile around in registers.
+    A program reads C rows of p lines as the latents hold them, and turns the tile around before it writes.
     """
     size = CHANNELS * height * width
     left = tl.program_id(0) * WIDTH_TILE
     top = tl.program_id(1)
-    group = tl.program_id(2)
     channel = tl.arange(0, CHANNELS_TILE)[:, None, None]
     line = tl.arange(0, PATCH)[None, :, None]
     column = left + tl.arange(0, WIDTH_TILE)[None, None, :]
@@ -80,33 +61,19 @@ def tokens_kernel(
     target = (top * (width // PATCH) + token_column) * token_size + flat % token_tile
     inside = (flat % token_tile < token_size) & (token_column < width // PATCH)
 
-    sample, path, position, point, end = group_of(groups, group)
+    sample, path, position, point, end = group_of(groups, tl.program_id(2))
     s0 = given(z0, sample, size, element, mask)
-    if DRAW_Z1:
-        s1 = normal_at(tl.load(groups + 5), element, 0, position)
-    else:
-        s1 = given(z1, sample, size, element, mask)
+    s1 = source(z1, groups + 5, sample, 0, position, size, 0, element, mask, DRAW_Z1, 0)
     s2 = given(v_uncond, sample, size, element, mask)
     s3 = given(v_cond, sample, size, element, mask)
     while point < end:
-        state = coefficient(points, point, 0) * s0
-        if DRAW_Z1 or z1 is not None:
-            state += coefficient(points, point, 1) * s1
-        if v_uncond is not None:
-            state += coefficient(points, point, 2) * s2
-        if v_cond is not None:
-            state += coefficient(points, point, 3) * s3
-        if DRAW_EPS:
-            state += coefficient(points, point, 4) * normal_at(tl.load(groups + 6), element, path, position)
-        elif eps is not None:
-            state += coefficient(points, point, 4) * given(eps, sample, size, element, mask)
-        if DRAW_Z1_AUX:
-            state += coefficient(points, point, 5) * normal_at(tl.load(groups + 7), element, path, position)
-        elif z1_aux is not None:
-            state += coefficient(points, point, 5) * given(z1_aux, sample, size, element, mask)
-        patches = tl.reshape(
-            state.to(out.dtype.element_ty), [CHANNELS_TILE, PATCH, WIDTH_TILE // PATCH, PATCH]
-        )
+        state = stochastic_part(
+            eps, z1_aux, groups, points, point, sample, path, position, size, 0, element, mask,
+            DRAW_EPS, DRAW_Z1_AUX, 0,
+        )  # fmt: skip
+        state += shared_part(points, point, s0, s1, s2, s3, z1, v_uncond, v_cond, DRAW_Z1)
+        state = state.to(out.dtype.element_ty)
+        patches = tl.reshape(state, [CHANNELS_TILE, PATCH, WIDTH_TILE // PATCH, PATCH])
         tokens = tl.reshape(tl.permute(patches, (2, 0, 1, 3)), [CHANNELS_TILE * PATCH * WIDTH_TILE])
         tl.store(out + row_offset(point, size) + target, tokens, mask=inside)
         point += 1

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from soar_mega.config import Recipe
-from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shards import open_shards
 from soar_mega.engines import MegatronEngine

@@ -149,7 +149,7 @@ def _tool(name: str, cubin: bytes, *options: str) -> str:
 
 def _widths(code: str, instruction: str) -> dict[int, int]:
     """Bits of each global load or store: LDG.E is 32 wide, LDG.E.U16 16, LDG.E.128 128."""
-    kinds = re.findall(rf"\b{instruction}((?:\.\w+)*)", code)
+    kinds = re.findall(rf"\b{instruction}\b((?:\.\w+)*)", code)
     widths = (re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", kind) for kind in kinds)
     return dict(sorted(Counter(int(width[1]) if width else 32 for width in widths).items(), reverse=True))
 

@@ -50,7 +50,7 @@ def test_a_broken_limit_is_named(change, problem):
 
 
 def test_widths_are_read_from_the_disassembly():
-    code = "LDG.E.128.CONSTANT R4, [R2]; LDG.E R1, [R2]; @!P0 LDG.E.U16 R1, [R2]; STG.E.64 [R2], R4; LDGSTS.E [R5], [R2]"
+    code = "LDG.E.128.CONSTANT R4, [R2]; LDG.E R1, [R2]; @!P0 LDG.E.U16 R1, [R2]; STG.E.64 [R2], R4; LDGSTS.E [R5]"
     assert aot._widths(code, "LDG") == {128: 1, 32: 1, 16: 1}
     assert aot._widths(code, "STG") == {64: 1}
 

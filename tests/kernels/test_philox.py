@@ -12,7 +12,7 @@ POSITION = 2**40 + 12345
 
 
 def test_words_are_equal_bit_for_bit(interpreted):
-    import philox_probes as probes
+    import probes
 
     words = torch.empty(4, 64, dtype=torch.int64)
     probes.words_kernel[(1,)](torch.tensor([signed_key(5, "rollout"), 3, POSITION]), words, 64)
@@ -21,7 +21,7 @@ def test_words_are_equal_bit_for_bit(interpreted):
 
 
 def test_normals_of_a_block_and_of_single_elements(interpreted):
-    import philox_probes as probes
+    import probes
 
     expected = normal(5, "rollout", torch.tensor([POSITION]), 3, (512,))[0]
     block, single = torch.empty(256), torch.empty(256)
@@ -34,7 +34,7 @@ def test_normals_of_a_block_and_of_single_elements(interpreted):
 
 def test_box_muller_at_the_ends_of_the_words(interpreted):
     """Words next to 0, to one half and to 1, and angles at every eighth of a turn, in every combination."""
-    import philox_probes as probes
+    import probes
 
     ends = [0, 1, 2, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1000, 2**32 - 2, 2**32 - 1]
     eighths = [(k * 2**29 + step) % 2**32 for k in range(8) for step in (-1, 0, 1)]

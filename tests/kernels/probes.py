@@ -1,9 +1,10 @@
-"""Kernels of a few lines around the functions of philox.py. Imported where Triton interprets, or on CUDA."""
+"""Kernels of a few lines around functions of the sources. Imported where Triton interprets, or on CUDA."""
 
 import triton
 import triton.language as tl
 
 from soar_mega.kernels.source import philox
+from soar_mega.kernels.source.sources import row_offset
 
 
 @triton.jit
@@ -32,3 +33,8 @@ def box_muller_kernel(x, y, out, BLOCK: tl.constexpr):
     cosine, sine = philox.box_muller(tl.load(x + lane).to(tl.uint32), tl.load(y + lane).to(tl.uint32))
     tl.store(out + lane, cosine)
     tl.store(out + BLOCK + lane, sine)
+
+
+@triton.jit
+def row_offset_kernel(row, out, size):
+    tl.store(out, row_offset(tl.load(row), size))

@@ -22,8 +22,8 @@ def define(
     triton: Callable[..., Any],
     eager: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers soar_mega::`name` with all that torch.library wants; `triton` states the schema by its annotations.
 
@@ -31,7 +31,7 @@ def define(
         triton: launches the Triton source, on CUDA and in the interpreter.
         eager: the same function on CPU tensors by plain torch calls.
         fake: empty outputs of the right shape, dtype and device.
-        setup_context, backward: see torch.library.register_autograd.
+        setup_context, backward: see torch.library.register_autograd; None for what is itself part of a backward pass.
     """
 
     def on_cpu(*args: Any) -> Any:
@@ -40,7 +40,8 @@ def define(
     operation = torch.library.custom_op(f"soar_mega::{name}", triton, mutates_args=(), device_types="cuda")
     operation.register_kernel("cpu")(on_cpu)
     operation.register_fake(fake)
-    operation.register_autograd(backward, setup_context=setup_context)
+    if backward is not None:
+        operation.register_autograd(backward, setup_context=setup_context)
     return operation
 
 
@@ -74,6 +75,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,
@@ -81,12 +87,14 @@ def check_tensor(
     shape: Sequence[int | str],
     dtypes: Sequence[torch.dtype] = FLOATS,
     device: torch.device | None = None,
+    strided: bool = False,
 ) -> None:
     """Refuses what a kernel cannot index.
 
     Args:
         shape: sizes that must hold; a string names a free one, as in ("B", 16, "H", "W").
         device: where it must be; None: anywhere.
+        strided: only the last dimension must be contiguous, as in a slice of a larger tensor.
 
     Raises:
         ValueError: wrong number of dimensions, size, dtype or device, no elements, or not contiguous.
@@ -104,7 +112,13 @@ def check_tensor(
         raise ValueError(f"{name} is empty: its shape is {list(tensor.shape)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the other tensors are, not on {tensor.device}")
-    if not tensor.is_contiguous():
+    if strided:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be contiguous along its last dimension, not of strides {list(tensor.stride())}: "
+                "call .contiguous()"
+            )
+    elif not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be contiguous, not of strides {list(tensor.stride())}: call .contiguous()"
         )

@@ -32,7 +32,11 @@ LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
         "backward 2048": {"any": Launch(16, 16)},
         "backward 4096": {"any": Launch(16, 32)},
     },
-    "qk_norm_rope": {"forward": {"any": Launch(1024, 4)}, "backward": {"any": Launch(1024, 4)}},
+    "qk_norm_rope": {
+        "forward": {"any": Launch(1024, 4)},
+        "backward": {"any": Launch(1024, 4)},
+        "backward rotary": {"any": Launch(1024, 8)},
+    },
     "sum_lines": {"columns": {"any": Launch(32, 4)}},
 }
 

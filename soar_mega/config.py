@@ -31,6 +31,7 @@ class ModelConfig:
     attention_backend: str = "sdpa"  # sdpa | transformer_engine
     recompute_granularity: str = "none"  # none | full
     recompute_every: int = 1  # with full: recompute every k-th layer
+    fused_kernels: bool = True  # adaLN and QK norm as one kernel each; false: as plain torch calls
 
 
 @dataclass(kw_only=True)

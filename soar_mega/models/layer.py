@@ -1,5 +1,6 @@
 """One MMDiT layer: text and image with their own weights, meeting in one attention (SD3, arXiv 2403.03206)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,13 +15,7 @@ from torch import Tensor
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.layout import padded_length
 from soar_mega.models.linear import add_bias
-from soar_mega.models.modulation import (
-    EPSILON,
-    Modulation,
-    layer_norm,
-    modulate,
-    without_sequence_parallel,
-)
+from soar_mega.models.modulation import Modulation
 
 
 @dataclass
@@ -29,10 +24,10 @@ class MMDiTLayerSubmodules:
 
     linear_qkv: type
     linear_proj: type
-    q_layernorm: type
-    k_layernorm: type
     core_attention: type
     mlp: ModuleSpec
+    adaln: Callable[..., tuple[Tensor, Tensor]]  # soar_mega.kernels.adaln, or the same by plain torch calls
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
 
 
 class Lengths(NamedTuple):
@@ -40,6 +35,20 @@ class Lengths(NamedTuple):
 
     text: int
     image: int
+
+
+class NormWeight(torch.nn.Module):
+    """The weight [D] of an RMSNorm over heads; the norm itself is computed for queries and keys at once.
+
+    It is a module, and called, because megatron waits for gathered parameters before a module's forward.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(config.kv_channels, dtype=config.params_dtype))
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class AttentionProjections(torch.nn.Module):
@@ -83,14 +92,9 @@ class AttentionProjections(torch.nn.Module):
             )
         self.q_layernorm = self.k_layernorm = None
         if config.qk_layernorm:
-            # These names make megatron add up the heads' partial gradients over TP. The norms see whole sequences.
-            norm = {
-                "config": without_sequence_parallel(config),
-                "hidden_size": config.kv_channels,
-                "eps": EPSILON,
-            }
-            self.q_layernorm = build_module(submodules.q_layernorm, **norm).to(config.params_dtype)
-            self.k_layernorm = build_module(submodules.k_layernorm, **norm).to(config.params_dtype)
+            # These names make megatron add up the heads' partial gradients over TP.
+            self.q_layernorm, self.k_layernorm = NormWeight(config), NormWeight(config)
+        self.qk_norm_rope = submodules.qk_norm_rope
 
     def qkv(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden [S, B, H] (a shard, under sequence parallelism) -> q, k, v [length, B, local heads, D]."""
@@ -100,7 +104,7 @@ class AttentionProjections(torch.nn.Module):
         heads = mixed.shape[-1] // (3 * self.config.kv_channels)
         query, key, value = mixed.unflatten(-1, (heads, 3, self.config.kv_channels)).unbind(3)
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
+            query, key = self.qk_norm_rope(query, key, self.q_layernorm(), self.k_layernorm())
         return query, key, value
 
     def project(self, context: Tensor) -> Tensor:
@@ -135,12 +139,15 @@ class Stream(torch.nn.Module):
                 ffn_hidden_size=config.ffn_hidden_size,
                 tp_group=tensor_parallel_group(),
             )
+        self.adaln = submodules.adaln
 
-    def add_mlp(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """hidden [S, B, H] plus its gated, modulated MLP."""
+    def add_mlp(
+        self, hidden: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor
+    ) -> Tensor:
+        """hidden [S, B, H] plus gated attention, plus the gated MLP of their modulated sum."""
         assert self.mlp is not None
-        output = add_bias(*self.mlp(modulate(layer_norm(hidden), shift, scale)))
-        return torch.addcmul(hidden, gate, output)
+        hidden, modulated = self.adaln(hidden, shift, scale, attended, gate)
+        return torch.addcmul(hidden, mlp_gate, add_bias(*self.mlp(modulated)))
 
 
 class MMDiTLayer(torch.nn.Module):
@@ -169,6 +176,7 @@ class MMDiTLayer(torch.nn.Module):
             attn_mask_type=AttnMaskType.no_mask,
             attention_type="self",
         )
+        self.adaln = submodules.adaln
         self.is_last = is_last
 
     def forward(
@@ -176,29 +184,29 @@ class MMDiTLayer(torch.nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text (None after the last), image."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *dual = self.image.modulation(conditioning)
-        normed = layer_norm(image)
         if self.is_last:
             text_scale, text_shift = self.text.modulation(conditioning)
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
-        image_qkv = self.image.attention.qkv(modulate(normed, shift, scale), lengths.image)
-        text_qkv = self.text.attention.qkv(modulate(layer_norm(text), text_shift, text_scale), lengths.text)
+        _, modulated = self.adaln(image, shift, scale)
+        image_qkv = self.image.attention.qkv(modulated, lengths.image)
+        _, modulated = self.adaln(text, text_shift, text_scale)
+        text_qkv = self.text.attention.qkv(modulated, lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
         joint = self._attend(*(torch.cat(pair) for pair in zip(image_qkv, text_qkv)))
         image_context, text_context = joint.split([lengths.image, lengths.text])
 
-        image = torch.addcmul(image, gate, self.image.attention.project(image_context))
+        attended = self.image.attention.project(image_context)
         if self.image.dual_attention is not None:
-            shift, scale, gate = dual
-            context_dual = self._attend(
-                *self.image.dual_attention.qkv(modulate(normed, shift, scale), lengths.image)
-            )
-            image = torch.addcmul(image, gate, self.image.dual_attention.project(context_dual))
-        image = self.image.add_mlp(image, mlp_shift, mlp_scale, mlp_gate)
+            dual_shift, dual_scale, dual_gate = dual
+            _, modulated = self.adaln(image, dual_shift, dual_scale)
+            context_dual = self._attend(*self.image.dual_attention.qkv(modulated, lengths.image))
+            image = torch.addcmul(image, gate, attended)
+            attended, gate = self.image.dual_attention.project(context_dual), dual_gate
+        image = self.image.add_mlp(image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
         if self.is_last:
             return None, image
-        text = torch.addcmul(text, text_gate, self.text.attention.project(text_context))
-        return self.text.add_mlp(text, *text_mlp), image
+        return self.text.add_mlp(text, self.text.attention.project(text_context), text_gate, *text_mlp), image
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.core_attention(

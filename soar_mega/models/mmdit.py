@@ -23,13 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import device
+from soar_mega.kernels.qk_norm_rope import EPSILON
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.initialize import initialize
 from soar_mega.models.layer import AttentionProjections, Lengths
 from soar_mega.models.layout import check_layout, is_sequence_parallel, padded_length, stage_layers
-from soar_mega.models.modulation import EPSILON, Modulation, layer_norm, modulate
+from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
 
@@ -79,6 +80,7 @@ class MMDiT(MegatronModule):
             }
         )
         if post_process:
+            self.adaln = layer_spec.submodules.adaln
             self.norm_out = Modulation(config, 2)
             self.proj_out = torch.nn.Linear(
                 sizes.hidden_size, sizes.patch_size**2 * sizes.out_channels, dtype=dtype
@@ -134,7 +136,8 @@ class MMDiT(MegatronModule):
             assert hidden_text is not None
             return torch.cat([hidden_text, image, conditioning[None]])
         scale, shift = self.norm_out(conditioning)
-        patches = self.proj_out(modulate(layer_norm(image), shift, scale))
+        _, modulated = self.adaln(image, shift, scale)
+        patches = self.proj_out(modulated)
         if self.config.sequence_parallel:
             # every TP rank computes the same loss: the gradient is cut, not added up
             patches = tensor_parallel.gather_from_sequence_parallel_region(
@@ -176,7 +179,7 @@ class MMDiT(MegatronModule):
         if torch.is_grad_enabled() and not image.requires_grad:
             # Frozen embedders: recomputed layers and pipeline stages need an input with a gradient.
             image = image.detach().requires_grad_()
-        return self._shard(hidden_text), self._shard(image), conditioning
+        return self._shard(hidden_text).contiguous(), self._shard(image).contiguous(), conditioning
 
     def _shard(self, hidden: Tensor) -> Tensor:
         if not self.config.sequence_parallel:
@@ -289,7 +292,7 @@ def build_model(
         mmdit = MMDiT(
             config,
             transformer_config(config, model, parallel),
-            get_mmdit_layer_spec(get_provider(model.attention_backend)),
+            get_mmdit_layer_spec(get_provider(model.attention_backend), model.fused_kernels),
             stage_layers(config.num_layers, stages, stage),
             pre_process=pre_process,
             post_process=post_process,

@@ -3,15 +3,12 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.linear import ColumnLinear, add_bias
-
-EPSILON = 1e-6
 
 
 class Modulation(torch.nn.Module):
@@ -56,13 +53,3 @@ def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
     config = copy.copy(config)
     config.sequence_parallel = False
     return config
-
-
-def layer_norm(hidden: Tensor) -> Tensor:
-    """Normalise [S, B, H] over H, without weights: modulation follows."""
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=EPSILON)
-
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed [S, B, H] times (1 + scale) plus shift, both [B, H]."""
-    return torch.addcmul(shift, normed, 1 + scale)

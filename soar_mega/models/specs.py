@@ -14,6 +14,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Apex is not installed")
     from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
+from soar_mega.kernels.adaln import adaln, plain_adaln
+from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
 from soar_mega.models.linear import ColumnLinear, RowLinear
 
@@ -81,18 +83,17 @@ def get_provider(attention_backend: str) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def get_mmdit_layer_spec(provider: BackendSpecProvider) -> ModuleSpec:
-    """One joint layer of text and image, made of the provider's modules."""
+def get_mmdit_layer_spec(provider: BackendSpecProvider, fused_kernels: bool = True) -> ModuleSpec:
+    """One joint layer of text and image, made of the provider's modules and our kernels or plain torch calls."""
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
-    norm = provider.layer_norm(rms_norm=True, for_qk=True)
     return ModuleSpec(
         module=MMDiTLayer,
         submodules=MMDiTLayerSubmodules(
             linear_qkv=column,
             linear_proj=row,
-            q_layernorm=norm,
-            k_layernorm=norm,
             core_attention=provider.core_attention(),
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            adaln=adaln if fused_kernels else plain_adaln,
+            qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,
         ),
     )

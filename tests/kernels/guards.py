@@ -64,3 +64,11 @@ def worst(found: Tensor, expected: Tensor) -> float:
     if not bool(found.isfinite().all()):
         return math.inf
     return float((found.double() - expected.double()).abs().amax() / expected.double().abs().amax())
+
+
+def stored(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a kernel leaves in memory that computes exactly: rounded to nearest, but truncated by the interpreter."""
+    if dtype == torch.bfloat16 and interpreted():
+        bits = expected.float().view(torch.int32)
+        return (bits & ~0xFFFF).view(torch.float32).to(dtype)
+    return expected.to(dtype)

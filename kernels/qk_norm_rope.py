@@ -1,0 +1,239 @@
+"""RMSNorm of queries and keys per head and, where positions are rotary, their rotation, in one pass over both.
+
+    normed = x / sqrt(mean(x^2) + epsilon) weight          out = normed cos + (-normed_1, normed_0) sin, pair by pair
+
+Pairs are neighbours (0, 1), (2, 3), ..., as in FLUX. Queries and keys are read where they lie, inside the fused qkv.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soar_mega.kernels.dispatch import LARGEST_ROW, architecture, check_tensor, define, launch, power_of_two
+from soar_mega.kernels.sums import sum_lines
+from soar_mega.kernels.tables import launch_of
+
+EPSILON = 1e-6
+PROGRAMS = 528  # of the backward pass, at most: four for each multiprocessor of an H100
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None = None,
+    sine: Tensor | None = None,
+    epsilon: float = EPSILON,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys as attention compares them, each [S, B, heads, D] contiguous in its own type.
+
+    Args:
+        query, key: [S, B, heads, D] float32, bfloat16 or float16, D even; they may be slices of the fused qkv: only
+            D must be contiguous.
+        query_weight, key_weight: [D] of the same type.
+        cosine, sine: [S, D] float32, both or neither: each angle twice, as diffusers' FLUX gives them. They get no
+            gradient.
+        epsilon: added to the mean square.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
+    """
+    check_tensor("query", query, shape=("S", "B", "heads", "D"), strided=True)
+    tokens, samples, heads, width = query.shape
+    if width % 2:
+        raise ValueError(f"query must have an even head size D, not {width}: it is rotated in pairs")
+    if tokens * samples * heads > LARGEST_ROW:
+        raise ValueError(
+            f"query has {tokens * samples * heads} heads in all; at most {LARGEST_ROW} can be indexed"
+        )
+    alike: dict[str, Any] = {"dtypes": (query.dtype,), "device": query.device}
+    check_tensor("key", key, shape=tuple(query.shape), strided=True, **alike)
+    check_tensor("query_weight", query_weight, shape=(width,), **alike)
+    check_tensor("key_weight", key_weight, shape=(width,), **alike)
+    if (cosine is None) != (sine is None):
+        raise ValueError("cosine and sine go together: give both or neither")
+    for name, table in (("cosine", cosine), ("sine", sine)):
+        if table is not None:
+            check_tensor(name, table, shape=(tokens, width), dtypes=(torch.float32,), device=query.device)
+    return _forward(query, key, query_weight, key_weight, cosine, sine, epsilon)
+
+
+def plain_qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None = None,
+    sine: Tensor | None = None,
+    epsilon: float = EPSILON,
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` by plain torch calls, which autograd differentiates."""
+    query = torch.nn.functional.rms_norm(query, query.shape[-1:], query_weight, epsilon)
+    key = torch.nn.functional.rms_norm(key, key.shape[-1:], key_weight, epsilon)
+    if cosine is None or sine is None:
+        return query, key
+    return _rotate(query, cosine, sine).to(query.dtype), _rotate(key, cosine, sine).to(key.dtype)
+
+
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """[S, B, heads, D] -> x cos + (-x1, x0) sin, float32."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x.float() * cosine[:, None, None] + turned * sine[:, None, None]
+
+
+def _rotate_back(gradient: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The transpose of `_rotate`, float32."""
+    first, second = (gradient.float() * sine[:, None, None]).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([second, -first], dim=-1).flatten(-2)
+    return gradient.float() * cosine[:, None, None] + turned
+
+
+def _triton_forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    from soar_mega.kernels.source.qk_norm_rope import forward_kernel
+
+    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    lines = query_out[..., 0].numel()
+    sizes = _sizes("forward", query)
+    launch(
+        forward_kernel, (-(-lines // sizes["LINES"]),), query.device,
+        query, key, query_weight, key_weight, cosine, sine, query_out, key_out,
+        lines, *query.shape[1:3], *query.stride()[:3], *key.stride()[:3], epsilon, **sizes,
+    )  # fmt: skip
+    return query_out, key_out
+
+
+def _eager_forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    query, key = plain_qk_norm_rope(query, key, query_weight, key_weight, cosine, sine, epsilon)
+    return query.contiguous(), key.contiguous()
+
+
+def _fake_forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _triton_backward(
+    grad_query_out: Tensor,
+    grad_key_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from soar_mega.kernels.source.qk_norm_rope import backward_kernel
+
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    lines = grad_query[..., 0].numel()
+    sizes = _sizes("backward" if cosine is None else "backward rotary", query)
+    programs = min(PROGRAMS, -(-lines // sizes["LINES"]))
+    partials = torch.empty(programs, 2, query.shape[-1], device=query.device)
+    launch(
+        backward_kernel, (programs,), query.device,
+        grad_query_out, grad_key_out, query, key, query_weight, key_weight, cosine, sine,
+        grad_query, grad_key, partials,
+        lines, *query.shape[1:3], *query.stride()[:3], *key.stride()[:3], epsilon, **sizes,
+    )  # fmt: skip
+    return grad_query, grad_key, sum_lines(partials, query_weight.dtype)
+
+
+def _eager_backward(
+    grad_query_out: Tensor,
+    grad_key_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, weights = [], []
+    for gradient, x, weight in ((grad_query_out, query, query_weight), (grad_key_out, key, key_weight)):
+        gradient = gradient.float()
+        if cosine is not None and sine is not None:
+            gradient = _rotate_back(gradient, cosine, sine)
+        inverse = (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        normed = x.float() * inverse
+        weights.append((gradient * normed).sum((0, 1, 2)))
+        gradient = gradient * weight.float()
+        along = (gradient * normed).mean(-1, keepdim=True)
+        inputs.append((inverse * (gradient - normed * along)).to(x.dtype).contiguous())
+    return inputs[0], inputs[1], torch.stack(weights).to(query_weight.dtype)
+
+
+def _fake_backward(
+    grad_query_out: Tensor,
+    grad_key_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), query.new_empty(2, query.shape[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.epsilon = inputs[6]
+
+
+def _autograd(ctx: Any, grad_query_out: Tensor, grad_key_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad_query, grad_key, weights = _backward(
+        grad_query_out.contiguous(), grad_key_out.contiguous(), *ctx.saved_tensors, ctx.epsilon
+    )
+    return grad_query, grad_key, weights[0], weights[1], None, None, None
+
+
+def _sizes(direction: str, query: Tensor) -> dict[str, int]:
+    """What the sources must know at compile time."""
+    entry = launch_of("qk_norm_rope", direction, architecture(query.device))
+    width = power_of_two(query.shape[-1])
+    lines = max(1, entry.block // width)
+    return {"D": query.shape[-1], "WIDTH": width, "LINES": lines, "num_warps": entry.num_warps}
+
+
+_backward = define(
+    "qk_norm_rope_backward", triton=_triton_backward, eager=_eager_backward, fake=_fake_backward
+)
+_forward = define(
+    "qk_norm_rope",
+    triton=_triton_forward,
+    eager=_eager_forward,
+    fake=_fake_forward,
+    setup_context=_setup_context,
+    backward=_autograd,
+)

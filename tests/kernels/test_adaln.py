@@ -1,0 +1,173 @@
+"""adaLN against float64, forward and every gradient, eager and interpreted."""
+
+import pytest
+import torch
+from guards import canaries, guarded, stored, worst
+
+from soar_mega.kernels.adaln import adaln, plain_adaln
+
+# tokens, samples, hidden size: a ragged block of tokens and a width that is no power of two; a whole one, batch 1
+SHAPES = [(19, 3, 40), (1, 2, 7), (5, 1, 64)]
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3}
+
+
+def case(shape, dtype=torch.float32):
+    """Residual, branch, shift, scale, gate, each far from zero mean; the vectors are slices of one tensor."""
+    tokens, samples, width = shape
+    generator = torch.Generator().manual_seed(tokens)
+    streams = [
+        guarded(torch.randn(shape, generator=generator).to(dtype) + offset).requires_grad_()
+        for offset in (1, 0)
+    ]
+    wide = guarded(torch.randn(samples, 3 * width, generator=generator).to(dtype))
+    vectors = [part.detach().requires_grad_() for part in wide.chunk(3, dim=-1)]
+    return streams, vectors
+
+
+def exact(tensors):
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def upstream(shape, dtype):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_a_branch_matches_float64(backend, shape):
+    check_with_a_branch(shape, torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES[::2])
+def test_bf16_matches_float64(interpreted, shape):
+    check_with_a_branch(shape, torch.bfloat16)
+
+
+def check_with_a_branch(shape, dtype):
+    (residual, branch), (shift, scale, gate) = case(shape, dtype)
+    inputs = [residual, shift, scale, branch, gate]
+    gradients = upstream(shape, dtype)
+    with canaries():
+        hidden, modulated = adaln(*inputs)
+        found = torch.autograd.grad([hidden, modulated], inputs, [guarded(g) for g in gradients])
+    assert hidden.dtype == modulated.dtype == dtype
+    wanted, wanted_gradients = oracle(exact(inputs), gradients, dtype)
+    for name, mine, theirs in zip(
+        ("hidden", "modulated", "residual", "shift", "scale", "branch", "gate"),
+        (hidden, modulated, *found),
+        (*wanted, *wanted_gradients),
+    ):
+        assert worst(mine, stored(theirs.detach(), dtype)) < TOLERANCE[dtype], name
+
+
+def oracle(reference, gradients, dtype):
+    """Outputs and gradients in float64; the norm is of the residual stream as it lies in memory."""
+    hidden = plain_adaln(*reference)[0]
+    rounded = hidden + (stored(hidden.detach(), dtype) - hidden.detach())
+    wanted = [hidden, plain_adaln(rounded, *reference[1:3])[1]]
+    return wanted, torch.autograd.grad(wanted, reference, [g.double() for g in gradients])
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_without_a_branch_matches_float64(backend, shape):
+    (residual, _), (shift, scale, _) = case(shape)
+    inputs, gradients = [residual, shift, scale], upstream(shape, torch.float32)
+    with canaries():
+        hidden, modulated = adaln(*inputs)
+        found = torch.autograd.grad([hidden * 1, modulated], inputs, [guarded(g) for g in gradients])
+    assert hidden is residual
+    reference = exact(inputs)
+    wanted = plain_adaln(*reference)
+    assert worst(modulated, wanted[1]) < 5e-7
+    wanted_gradients = torch.autograd.grad(
+        [wanted[0] * 1, wanted[1]], reference, [g.double() for g in gradients]
+    )
+    for mine, theirs in zip(found, wanted_gradients):
+        assert worst(mine, theirs) < 5e-7
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_output_that_nobody_reads(backend, which):
+    (residual, branch), (shift, scale, gate) = case((5, 1, 64))
+    inputs = [residual, shift, scale, branch, gate]
+    found = torch.autograd.grad(adaln(*inputs)[which].sum(), inputs, allow_unused=True)
+    reference = exact(inputs)
+    wanted = torch.autograd.grad(plain_adaln(*reference)[which].sum(), reference, allow_unused=True)
+    for mine, theirs in zip(found, wanted):
+        mine = torch.zeros(1) if mine is None else mine
+        theirs = torch.zeros(1) if theirs is None else theirs
+        assert (mine.double() - theirs).abs().amax() < 5e-6
+
+
+def test_the_eager_twin_is_the_plain_code_to_the_bit():
+    (residual, branch), (shift, scale, gate) = case((19, 3, 40), torch.bfloat16)
+    inputs, gradients = [residual, shift, scale, branch, gate], upstream((19, 3, 40), torch.bfloat16)
+    results = []
+    for function in (adaln, plain_adaln):
+        outputs = function(*inputs)
+        results.append([*outputs, *torch.autograd.grad(outputs, inputs, gradients)])
+    for mine, theirs in zip(*results):
+        assert torch.equal(mine, theirs)
+
+
+def test_opcheck():
+    (residual, branch), (shift, scale, gate) = case((3, 2, 8))
+    for extra in ((branch, gate), (None, None)):
+        torch.library.opcheck(torch.ops.soar_mega.adaln.default, (residual, *extra, shift, scale, 1e-6))
+    torch.library.opcheck(torch.ops.soar_mega.adaln_backward.default, backward_arguments())
+
+
+def test_fakes_look_like_what_triton_writes(interpreted):
+    (residual, branch), (shift, scale, gate) = case((3, 2, 8))
+    for extra in ((branch, gate), (None, None)):
+        arguments = (residual.detach(), *extra, shift, scale, 1e-6)
+        torch.library.opcheck(torch.ops.soar_mega.adaln.default, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(
+        torch.ops.soar_mega.adaln_backward.default, backward_arguments(), test_utils="test_faketensor"
+    )
+
+
+def backward_arguments():
+    (residual, branch), (_, scale, gate) = case((3, 2, 8))
+    tensors = (x.detach() for x in (branch, residual, residual, branch, gate, scale))
+    return *tensors, torch.ones(3, 2, 2), 1e-6
+
+
+def test_compiles_as_one_graph():
+    (residual, branch), (shift, scale, gate) = case((3, 2, 8))
+    inputs = [residual, shift, scale, branch, gate]
+
+    def layer(*inputs):
+        hidden, modulated = adaln(*inputs)
+        return adaln(hidden + 1, shift, scale)[1] + modulated
+
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        output = function(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for mine, theirs in zip(*results):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def bad_inputs():
+    tokens = torch.zeros(4, 2, 8)
+    vector = torch.zeros(2, 8)
+    good = {"residual": tokens, "shift": vector, "scale": vector, "branch": tokens, "gate": vector}
+    return [
+        (good, {"residual": torch.zeros(2, 4, 8).transpose(0, 1)}, "residual must be contiguous"),
+        (good, {"residual": tokens.double()}, "residual must be float32 or bfloat16 or float16, not float64"),
+        (good, {"residual": tokens[:0]}, "residual is empty"),
+        (good, {"branch": tokens.bfloat16()}, "branch must be float32, not bfloat16"),
+        (good, {"branch": torch.zeros(4, 2, 9)}, r"branch must be of shape \[4, 2, 8\], not \[4, 2, 9\]"),
+        (good, {"branch": None}, "branch and gate go together"),
+        (good, {"gate": None}, "branch and gate go together"),
+        (good, {"gate": torch.zeros(3, 8)}, r"gate must be of shape \[2, 8\]"),
+        (good, {"shift": torch.zeros(8, 2).T}, "shift must be contiguous along its last dimension"),
+        (good, {"scale": vector.to("meta")}, "scale must be on cpu"),
+    ]
+
+
+@pytest.mark.parametrize(("good", "change", "message"), bad_inputs())
+def test_bad_input_is_named(good, change, message):
+    with pytest.raises(ValueError, match=message):
+        adaln(**{**good, **change})

@@ -1,0 +1,168 @@
+"""QK norm and rotary embedding against float64 and diffusers, forward and every gradient, eager and interpreted."""
+
+import pytest
+import torch
+from guards import canaries, guarded, stored, worst
+
+from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
+from soar_mega.kernels.tables import LAUNCHES, Launch
+
+# tokens, samples, heads, head size, rotary: several ragged blocks; a head size that is no power of two; batch 1
+CASES = [((7, 2, 3, 16), True), ((7, 2, 3, 16), False), ((5, 3, 1, 12), True), ((3, 1, 2, 64), True)]
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """A few lines per block, and fewer programs than blocks."""
+    table = {name: {"any": Launch(128, 4)} for name in LAUNCHES["qk_norm_rope"]}
+    monkeypatch.setitem(LAUNCHES, "qk_norm_rope", table)
+    monkeypatch.setattr("soar_mega.kernels.qk_norm_rope.PROGRAMS", 2)
+
+
+def case(shape, rotary, dtype=torch.float32):
+    """Queries and keys as slices of the fused qkv [S, B, heads, 3, D], their weights, and the tables of angles."""
+    generator = torch.Generator().manual_seed(shape[0])
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    mixed = guarded(normal(*shape[:3], 3, shape[3]))
+    inputs = [mixed[..., 0, :], mixed[..., 1, :], guarded(normal(shape[3])), guarded(1 + normal(shape[3]))]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    angles = torch.rand(shape[0], shape[3], generator=generator) * 6
+    tables = [guarded(angles.cos()), guarded(angles.sin())] if rotary else [None, None]
+    return inputs, tables, [normal(*shape), normal(*shape)]
+
+
+def oracle(query, key, query_weight, key_weight, cosine, sine):
+    """Complex numbers in float64: another formula than the code's."""
+
+    def one(x, weight):
+        x = x * weight / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        if cosine is None:
+            return x
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        real, imaginary = pairs.real, pairs.imag
+        cos, sin = (t.double()[:, None, None].unflatten(-1, (-1, 2)) for t in (cosine, sine))
+        even, odd = real * cos[..., 0] - imaginary * sin[..., 0], imaginary * cos[..., 1] + real * sin[..., 1]
+        return torch.stack([even, odd], dim=-1).flatten(-2)
+
+    return one(query, query_weight), one(key, key_weight)
+
+
+def check(shape, rotary, dtype):
+    inputs, tables, gradients = case(shape, rotary, dtype)
+    with canaries():
+        outputs = qk_norm_rope(*inputs, *tables)
+        found = torch.autograd.grad(outputs, inputs, [guarded(g) for g in gradients])
+    assert all(x.is_contiguous() and x.dtype == dtype for x in outputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = oracle(*exact, *tables)
+    wanted_gradients = torch.autograd.grad(wanted, exact, [g.double() for g in gradients])
+    names = ("queries", "keys", "query", "key", "query_weight", "key_weight")
+    for name, mine, theirs in zip(names, (*outputs, *found), (*wanted, *wanted_gradients)):
+        assert worst(mine, stored(theirs.detach(), dtype)) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(("shape", "rotary"), CASES)
+def test_matches_float64(backend, shape, rotary):
+    check(shape, rotary, torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "rotary"), CASES[:2])
+def test_bf16_matches_float64(interpreted, shape, rotary):
+    check(shape, rotary, torch.bfloat16)
+
+
+def test_equals_flux_in_diffusers(backend):
+    from diffusers.models.embeddings import FluxPosEmbed, apply_rotary_emb
+    from diffusers.models.normalization import RMSNorm
+
+    (query, key, query_weight, key_weight), _, _ = case((6, 2, 3, 16), False)
+    ids = torch.stack([torch.zeros(6), torch.arange(6) // 3, torch.arange(6) % 3], dim=-1)
+    tables = FluxPosEmbed(theta=10000, axes_dim=[4, 6, 6])(ids)
+    found = qk_norm_rope(query, key, query_weight, key_weight, *(t.float().contiguous() for t in tables))
+    for mine, x, weight in zip(found, (query, key), (query_weight, key_weight)):
+        norm = RMSNorm(16, eps=1e-6)
+        norm.weight.data.copy_(weight)
+        theirs = apply_rotary_emb(norm(x).transpose(0, 1), tables, sequence_dim=1)  # [B, S, heads, D]
+        assert worst(mine.detach(), theirs.detach().transpose(0, 1)) < 1e-6
+
+
+def test_the_eager_twin_is_the_plain_code_to_the_bit():
+    inputs, tables, _ = case((7, 2, 3, 16), True, torch.bfloat16)
+    for mine, theirs in zip(qk_norm_rope(*inputs, *tables), plain_qk_norm_rope(*inputs, *tables)):
+        assert torch.equal(mine, theirs)
+
+
+def test_opcheck():
+    inputs, tables, gradients = case((2, 2, 1, 4), True)
+    for angles in (tables, (None, None)):
+        torch.library.opcheck(torch.ops.soar_mega.qk_norm_rope.default, (*inputs, *angles, 1e-6))
+    plain = [x.detach() for x in inputs]
+    torch.library.opcheck(
+        torch.ops.soar_mega.qk_norm_rope_backward.default, (*gradients, *plain, *tables, 1e-6)
+    )
+
+
+def test_fakes_look_like_what_triton_writes(interpreted):
+    inputs, tables, gradients = case((2, 2, 1, 4), True)
+    plain = [x.detach() for x in inputs]
+    for operation, arguments in (("qk_norm_rope", plain), ("qk_norm_rope_backward", [*gradients, *plain])):
+        torch.library.opcheck(
+            getattr(torch.ops.soar_mega, operation).default,
+            (*arguments, *tables, 1e-6),
+            test_utils="test_faketensor",
+        )
+
+
+def test_compiles_as_one_graph():
+    (query, key, *weights), tables, _ = case((7, 2, 3, 16), True)
+    mixed = torch.stack([query, key], dim=-2).detach().requires_grad_()
+
+    def attention(mixed, *rest):
+        query, key = qk_norm_rope(*mixed.unbind(-2), *rest)
+        return (query * key).sum(-1)
+
+    results = []
+    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        output = function(mixed, *weights, *tables)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [mixed, *weights])])
+    for mine, theirs in zip(*results):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+HEADS, WEIGHT, TABLE = torch.zeros(4, 2, 3, 8), torch.zeros(8), torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"query": torch.zeros(4, 2, 8, 3).transpose(2, 3)},
+            "query must be contiguous along its last dimension",
+        ),
+        ({"query": HEADS.double()}, "query must be float32 or bfloat16 or float16, not float64"),
+        ({"query": HEADS[:0]}, "query is empty"),
+        ({"query": HEADS[..., :7]}, "query must have an even head size D, not 7"),
+        ({"key": HEADS[:, :1]}, r"key must be of shape \[4, 2, 3, 8\], not \[4, 1, 3, 8\]"),
+        ({"key": HEADS.bfloat16()}, "key must be float32, not bfloat16"),
+        ({"key": HEADS.to("meta")}, "key must be on cpu"),
+        ({"query_weight": WEIGHT[:4]}, r"query_weight must be of shape \[8\]"),
+        ({"key_weight": torch.zeros(16)[::2]}, "key_weight must be contiguous"),
+        ({"cosine": None}, "cosine and sine go together"),
+        ({"sine": TABLE.bfloat16()}, "sine must be float32, not bfloat16"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "query": HEADS,
+        "key": HEADS,
+        "query_weight": WEIGHT,
+        "key_weight": WEIGHT,
+        "cosine": TABLE,
+        "sine": TABLE,
+    }
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**{**good, **change})

@@ -78,3 +78,9 @@ def test_no_address_of_a_package_registry() -> None:
         assert not re.search(
             r"index-url|find-links|https?://\S*(pypi|simple/|whl)", (ROOT / name).read_text()
         ), name
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports them by their base name; two of one name stop the whole run."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

@@ -56,6 +56,7 @@ class StageConfig:
     mode_scale: float = 1.29
     loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
     shift: float | None = None  # None: the shift of the pipeline's scheduler
+    fused_kernels: bool = True  # states and losses as one kernel each; false: as plain torch calls
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device, is_first_stage, is_last_stage
 from soar_mega.engines.channel import Answers, RolloutChannel
-from soar_mega.flow import combine, normal
 from soar_mega.stages.points import Points, Queries, gather_sources
+from soar_mega.stages.sources import Sources
 
 Loss = Callable[[Points, Tensor], Tensor]
 ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
@@ -86,7 +86,7 @@ class Pipeline:
             return model(None, None, None, None, latent_size=latent_size, text_length=text_length)
         latents, timesteps, text, pooled = inputs
         return model(
-            latents.to(device(), self.dtype),  # the only place where a state is cast
+            latents.to(device(), self.dtype),
             timesteps.to(device(), torch.float32),
             text.to(device(), self.dtype),
             pooled.to(device(), self.dtype),
@@ -108,15 +108,11 @@ def answer_pass(
 
     def inputs(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, sample = step
-        states, timestep, dropped = (
-            query_states(batch, queries, sample),
-            queries.timestep[sample],
-            queries.dropped[sample],
-        )
+        dropped = queries.dropped[sample]
         if queries.unconditional:
-            states, timestep = torch.cat([states, states]), torch.cat([timestep, timestep])
             sample, dropped = torch.cat([sample, sample]), torch.cat([dropped, torch.ones_like(dropped)])
-        return states, timestep, *conditions(batch, sample, dropped)
+        states = query_states(batch, queries, sample, pipeline.dtype)
+        return states, queries.timestep[sample], *conditions(batch, sample, dropped)
 
     def outputs(step: tuple[int, Tensor], velocity: Tensor) -> None:
         answers.put(step[0], velocity.float().contiguous())
@@ -155,7 +151,8 @@ def learn_pass(
             piece = with_sources(batch, piece, answers)
         inputs = None
         if is_first_stage():
-            inputs = (piece.states(), piece.timestep, *conditions(batch, piece.sample, piece.dropped))
+            states = piece.states(pipeline.dtype)  # the only place where a state is cast
+            inputs = (states, piece.timestep, *conditions(batch, piece.sample, piece.dropped))
         velocity = pipeline.forward(model, inputs, latent_size(batch), batch.text_length)
         for i in last_use.get(j, ()):
             assert answers is not None
@@ -218,19 +215,29 @@ def last_uses(pieces: list[Points], answers: Answers | None) -> dict[int, list[i
 
 
 def with_sources(batch: Batch, piece: Points, answers: Answers | None) -> Points:
-    """The micro-batch with the sources that this stage combines: states on the first stage, targets on the last."""
-    rows = [piece.state_rows] * is_first_stage() + [piece.target_rows] * is_last_stage()
+    """The micro-batch with the sources of its samples: the first stage makes states of them, the last one losses."""
+    samples = piece.sample.unique()
     v_uncond, v_cond = None, None
     if answers is not None:
-        v_uncond, v_cond = answers.velocities(piece.sample, needs_answer(piece))
-    return replace(piece, sources=gather_sources(batch, piece, v_uncond, v_cond, torch.cat(rows)))
+        wanted = torch.isin(samples, piece.sample[needs_answer(piece)])
+        v_uncond, v_cond = answers.velocities(samples, wanted)
+    return replace(piece, sources=gather_sources(batch, piece, v_uncond, v_cond, samples))
 
 
-def query_states(batch: Batch, queries: Queries, sample: Tensor) -> Tensor:
-    """States [M, C, H, W] float32 of the queries at `sample` [M]: rows over z0 and z1."""
+def query_states(batch: Batch, queries: Queries, sample: Tensor, dtype: torch.dtype) -> Tensor:
+    """States [M, C, H, W] of the queries at `sample` [M]: rows over z0 and z1."""
     assert batch.latents is not None
-    z1 = normal(batch.seed, "noise", batch.position[sample], 0, batch.latent_shape, batch.latents.device)
-    return combine(queries.rows[sample], (batch.latents[sample], z1, None, None, None, None))
+    sources = Sources(
+        seed=batch.seed,
+        position=batch.position,
+        z0=batch.latents,
+        v_uncond=None,
+        v_cond=None,
+        sample=sample,
+        path=torch.zeros_like(sample),
+        fused=queries.fused,
+    )
+    return sources.combine(queries.rows[sample], dtype)
 
 
 def conditions(batch: Batch, sample: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import combine, normal
-
-Sources = tuple[Tensor | None, ...]  # the six sources, each [M, C, H, W] or None where no row of the batch reads it
+from soar_mega.stages.sources import Sources
 
 
 @dataclass(kw_only=True)
@@ -27,6 +25,7 @@ class Queries:
     rows: Tensor  # [B, 6] float64; only z0 and z1 may have coefficients
     dropped: Tensor  # [B] bool: the conditional branch sees the empty prompt
     unconditional: bool  # whether v_uncond is wanted (a guidance scale of 1 does not need it)
+    fused: bool = True  # states by a kernel
 
 
 @dataclass(kw_only=True)
@@ -45,6 +44,7 @@ class Points:
     auxiliary: Tensor  # [P] bool
     strength: Tensor  # [P] float64: k of the correction, 0 at base points
     extra: dict[str, Tensor] = field(default_factory=dict)  # [P, ...] tensors that only the loss reads
+    fused: bool = True  # states and losses by kernels
     sources: Sources | None = None  # filled by the engine for one micro-batch
 
     def __len__(self) -> int:
@@ -55,18 +55,18 @@ class Points:
         taken = {name: getattr(self, name)[index] for name in PER_POINT}
         return replace(self, **taken, extra={k: v[index] for k, v in self.extra.items()}, sources=None)
 
-    def states(self) -> Tensor:
-        """States [M, C, H, W] float32, from the sources of this micro-batch."""
+    def states(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """States [M, C, H, W], from the sources of this micro-batch."""
         assert self.sources is not None
-        return combine(self.state_rows, self.sources)
+        return self.sources.combine(self.state_rows, dtype)
 
     def targets(self) -> Tensor:
         """Target velocities [M, C, H, W] float32, from the sources of this micro-batch."""
         assert self.sources is not None
-        return combine(self.target_rows, self.sources)
+        return self.sources.combine(self.target_rows)
 
 
-PER_POINT = [f.name for f in fields(Points) if f.name not in ("extra", "sources")]
+PER_POINT = [f.name for f in fields(Points) if f.name not in ("extra", "fused", "sources")]
 
 
 class Stage(Protocol):
@@ -82,38 +82,42 @@ class Stage(Protocol):
 
 
 def gather_sources(
-    batch: Batch, points: Points, v_uncond: Tensor | None, v_cond: Tensor | None, rows: Tensor
+    batch: Batch,
+    points: Points,
+    v_uncond: Tensor | None,
+    v_cond: Tensor | None,
+    samples: Tensor | None = None,
 ) -> Sources:
-    """The sources of a micro-batch of M points; a source whose column of `rows` is all zero is left out.
+    """The sources of a micro-batch of M points.
 
     Args:
-        v_uncond: [M, C, H, W] answer of each point's sample, or None. v_cond: the same.
-        rows: [M, 6] the rows about to be combined: state rows on the first stage, target rows on the last.
+        samples: [S] int64 ascending, the batch's samples that the points read; None: all of them.
+        v_uncond: [S, C, H, W] answers of these samples, or None. v_cond: the same.
     """
-    latents = batch.latents
-    assert latents is not None
-    used = rows.ne(0).any(dim=0).tolist()
-    position = batch.position[points.sample]
-
-    def noise(stream: str, path: Tensor | int) -> Tensor:
-        return normal(batch.seed, stream, position, path, batch.latent_shape, latents.device)
-
-    return (
-        latents[points.sample] if used[0] else None,
-        noise("noise", 0) if used[1] else None,
-        v_uncond if used[2] else None,
-        v_cond if used[3] else None,
-        noise("rollout", points.path) if used[4] else None,
-        noise("endpoint", points.path) if used[5] else None,
+    assert batch.latents is not None
+    if samples is None:
+        samples = torch.arange(len(batch))
+    first, last = int(samples[0]), int(samples[-1])
+    neighbours = last - first + 1 == len(samples)  # then no latent is copied
+    return Sources(
+        seed=batch.seed,
+        position=batch.position[samples],
+        z0=batch.latents[first : last + 1] if neighbours else batch.latents[samples],
+        v_uncond=v_uncond,
+        v_cond=v_cond,
+        sample=torch.searchsorted(samples, points.sample),
+        path=points.path,
+        fused=points.fused,
     )
 
 
 def squared_error(points: Points, velocity: Tensor) -> Tensor:
     """Mean squared error of the velocity [M, C, H, W] against the targets, per point: [M] float32."""
-    return (velocity.float() - points.targets()).square().flatten(1).mean(dim=1)
+    assert points.sources is not None
+    return points.sources.squared_error(velocity, points.target_rows)
 
 
 def concatenate(parts: list[Points]) -> Points:
     """Points of several kinds as one list."""
     columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT}
-    return Points(**columns)
+    return Points(**columns, fused=parts[0].fused)

@@ -44,6 +44,7 @@ class Soar:
             rows=rows,
             dropped=self._dropped(batch),
             unconditional=self.config.guidance_scale != 1.0,
+            fused=self.config.fused_kernels,
         )
 
     def points(self, batch: Batch) -> Points:
@@ -74,6 +75,7 @@ class Soar:
             count=present,
             auxiliary=torch.zeros_like(batch.valid),
             strength=torch.zeros_like(sigma),
+            fused=self.config.fused_kernels,
         )
 
     def _auxiliary_points(self, batch: Batch) -> Points:
@@ -97,6 +99,7 @@ class Soar:
             count=scale,
             auxiliary=torch.ones_like(present, dtype=torch.bool),
             strength=correction_strength(sigma0, sigma1, sigma),
+            fused=self.config.fused_kernels,
         )
 
     def _rows(self, sigma0: Tensor, sigma1: Tensor, sigma: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:

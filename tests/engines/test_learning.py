@@ -10,7 +10,8 @@ from soar_mega.config import StageConfig
 from soar_mega.engines.pipeline import cut, in_order, needs_answer
 from soar_mega.flow import normal
 from soar_mega.stages import make_stage
-from soar_mega.stages.points import Points, gather_sources
+from soar_mega.stages.points import gather_sources
+from soar_mega.stages.sources import Sources
 
 
 def learned(recipe, batch=None):
@@ -38,8 +39,7 @@ def plain_loss(model, stage, batch):
         state = (1 - sigma) * z0 + sigma * z1
         v_cond = predict(state, asked.timestep, everyone, asked.dropped)
         v_uncond = predict(state, asked.timestep, everyone, torch.ones_like(asked.dropped))
-    v_cond, v_uncond = v_cond[points.sample], v_uncond[points.sample]
-    points.sources = gather_sources(batch, points, v_uncond, v_cond, torch.ones_like(points.state_rows))
+    points.sources = gather_sources(batch, points, v_uncond, v_cond)
     velocity = predict(points.states(), points.timestep, points.sample, points.dropped)
     errors = (velocity - points.targets()).square().mean(dim=(1, 2, 3))
     return (errors.double() * points.weight).sum() / points.count.sum()
@@ -112,15 +112,19 @@ def test_rollout_builds_no_graph_and_keeps_no_answer_too_long():
 
 
 def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
-    made, original = [], Points.targets
+    """And with the fused loss not even for those."""
+    made, original = [], Sources.combine
 
-    def targets(self):
-        made.append(len(self))
-        return original(self)
+    def combine(self, rows, dtype=torch.float32):
+        made.append((len(rows), dtype))
+        return original(self, rows, dtype)
 
-    monkeypatch.setattr(Points, "targets", targets)
+    monkeypatch.setattr(Sources, "combine", combine)
     learned(make_recipe())
-    assert made == [3] * 14
+    assert [size for size, _ in made] == [4] * 4 + [3] * 14  # queries of both branches, then states
+    made.clear()
+    learned(make_recipe(stage=replace(SOAR, fused_kernels=False)))
+    assert [size for size, _ in made] == [4] * 4 + [3] * 28  # each micro-batch's targets too
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -134,7 +138,7 @@ def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
         for rows, made in ((points.state_rows, points.states()), (points.target_rows, points.targets())):
             terms = [
                 row[:, None, None, None] * source.double()
-                for row, source in zip(rows.unbind(-1), points.sources, strict=True)
+                for row, source in zip(rows.unbind(-1), points.sources.materialised(rows), strict=True)
                 if source is not None
             ]
             exact, largest = sum(terms), sum(term.abs() for term in terms).max()

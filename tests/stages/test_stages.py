@@ -25,11 +25,11 @@ def make_batch(size: int = 8, first: int = 0) -> Batch:
     )
 
 
-def with_answers(batch: Batch, points, rows):
+def with_answers(batch: Batch, points):
     """The points with sources, their velocities any fixed tensors per sample."""
-    velocity = [normal(7, name, batch.position[points.sample], 0, SHAPE) for name in ("v_uncond", "v_cond")]
-    points.sources = gather_sources(batch, points, *velocity, rows)
-    return velocity
+    velocity = [normal(7, name, batch.position, 0, SHAPE) for name in ("v_uncond", "v_cond")]
+    points.sources = gather_sources(batch, points, *velocity)
+    return [v[points.sample] for v in velocity]
 
 
 def ray(sigma: torch.Tensor, z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_auxiliary_points_follow_the_method_step_by_step():
     stage = make_stage(config, shift=1.0)
     points = stage.points(batch)
     auxiliary = points.take(points.auxiliary.nonzero().flatten())
-    v_uncond, v_cond = with_answers(batch, auxiliary, torch.ones_like(auxiliary.target_rows))
+    v_uncond, v_cond = with_answers(batch, auxiliary)
     z0, z1 = batch.latents[auxiliary.sample], normal(3, "noise", batch.position[auxiliary.sample], 0, SHAPE)
 
     queries = stage.queries(batch)
@@ -66,7 +66,7 @@ def test_base_points_lie_on_the_ray():
     batch = make_batch()
     points = make_stage(StageConfig(), 3.0).points(batch)
     base = points.take((~points.auxiliary).nonzero().flatten())
-    with_answers(batch, base, base.state_rows)
+    with_answers(batch, base)
     z1 = normal(3, "noise", batch.position, 0, SHAPE)
     torch.testing.assert_close(base.states().double(), ray(base.sigma, batch.latents, z1), rtol=0, atol=1e-6)
     torch.testing.assert_close(base.targets(), z1 - batch.latents, rtol=0, atol=1e-6)

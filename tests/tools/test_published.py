@@ -82,8 +82,7 @@ def ours(model: SD3Transformer2DModel, batch: Batch, timesteps: str) -> tuple[to
         v_cond = velocity(z_t, queries.timestep, batch.text, batch.pooled)
         empty = batch.empty_text.expand_as(batch.text), batch.empty_pooled.expand_as(batch.pooled)
         v_uncond = velocity(z_t, queries.timestep, *empty)
-    answers = v_uncond[points.sample], v_cond[points.sample]
-    points = replace(points, sources=gather_sources(batch, points, *answers, points.state_rows))
+    points = replace(points, sources=gather_sources(batch, points, v_uncond, v_cond))
     text, pooled = batch.text[points.sample], batch.pooled[points.sample]
     error = stage.loss(points, velocity(points.states(), points.timestep, text, pooled))
     loss = (points.weight * error).sum() / points.count.sum()

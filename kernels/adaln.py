@@ -94,8 +94,9 @@ def _triton_forward(
 def _eager_forward(
     residual: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, modulated = plain_adaln(residual, shift, scale, branch, gate, epsilon)
-    _, mean, inverse = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, epsilon)
+    hidden = residual if branch is None or gate is None else torch.addcmul(residual, gate, branch)
+    normed, mean, inverse = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, epsilon)
+    modulated = torch.addcmul(shift, normed, 1 + scale)
     statistics = torch.cat([mean, inverse], dim=-1).float()
     return _or_nothing(None if branch is None else hidden, residual), modulated, statistics
 

@@ -85,16 +85,18 @@ def read_cubin(cubin: bytes) -> Resources:
 def broken_limits(variant: Variant, found: Resources) -> list[str]:
     """What a compiled variant must not do; empty when all is well."""
     problems = [f"{found.spills} spills"] if found.spills else []
-    if not variant.latent:
-        return problems
     if found.registers > MOST_REGISTERS:
         problems.append(f"{found.registers} registers, more than {MOST_REGISTERS}")
-    streams = [name for name in variant.read if variant.pointers[name] is not None]
-    if found.loads.get(128, 0) < len(streams):
-        problems.append(f"128-bit loads: {found.loads.get(128, 0)} for {len(streams)} tensors")
-    written = [name for name in variant.written if variant.pointers[name] is not None]
-    if found.stores.get(128, 0) < len(written):
-        problems.append(f"128-bit stores: {found.stores.get(128, 0)} for {len(written)} tensors")
+    if not variant.width:
+        return problems
+    for kind, widths, names in (
+        ("loads", found.loads, variant.read),
+        ("stores", found.stores, variant.written),
+    ):
+        streams = [name for name in names if variant.pointers[name] is not None]
+        wide = sum(count for width, count in widths.items() if width >= variant.width)
+        if wide < len(streams):
+            problems.append(f"{variant.width}-bit {kind}: {wide} for {len(streams)} tensors")
     return problems
 
 

@@ -22,7 +22,7 @@ LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
     "rollout_renoise": {
         "16 bit": {"any": Launch(1024, 4)},
         "32 bit": {"any": Launch(1024, 8)},
-        "tokens": {"any": Launch(1024, 4)},  # block: elements of a tile of C x patch x width
+        "tokens": {"any": Launch(1024, 8)},  # block: elements of a tile of C x patch x width
     },
     "correction_loss": {"16 bit": {"any": Launch(1024, 4)}, "32 bit": {"any": Launch(1024, 8)}},
     # block: tokens; the classes end in the power of two that holds a token's hidden size

@@ -6,6 +6,10 @@ SD3.5 at 512 px where the source needs one at compile time.
 
 from dataclasses import dataclass
 
+from soar_mega.kernels.dispatch import power_of_two
+from soar_mega.kernels.sums import LINES
+from soar_mega.kernels.tables import launch_of
+
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "i64": 8}
 SOURCES = ("z0", "z1", "v_uncond", "v_cond", "eps", "z1_aux")
 
@@ -14,8 +18,8 @@ SOURCES = ("z0", "z1", "v_uncond", "v_cond", "eps", "z1_aux")
 class Variant:
     """pointers: argument -> element type; None where the tensor is absent. integers: arguments that are sizes.
 
-    read, written: the pointers whose elements are streamed, for the byte counts. latent: a kernel in the layout of the
-    latents, where the limits on registers and on the width of loads and stores are asserted.
+    read, written: the pointers whose elements are streamed, for the byte counts. width: the least bits of their loads
+    and stores; 0 where it is not asserted.
     """
 
     name: str
@@ -27,14 +31,14 @@ class Variant:
     num_warps: int = 4
     read: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
-    latent: bool = True
+    width: int = 128
 
     def bytes_read(self) -> int:
-        """Per element of a sample (per element of a point for the velocity)."""
+        """Per element of a sample (per element of a point for the velocity), or of the tokens."""
         return self._bytes(self.read)
 
     def bytes_written(self) -> int:
-        """Per element of a point."""
+        """Per element of a point, or of the tokens."""
         return self._bytes(self.written)
 
     def _bytes(self, names: tuple[str, ...]) -> int:
@@ -66,8 +70,9 @@ def rollout_renoise() -> list[Variant]:
         integers=("height", "width"),
         constants=_draws("z1") | {"CHANNELS": 16, "CHANNELS_TILE": 16, "PATCH": 2, "WIDTH_TILE": 32},
         read=SOURCES,
+        num_warps=8,
         written=("out",),
-        latent=False,
+        width=0,
     )
     four = "z0 z1 v_uncond v_cond"
     return [
@@ -107,6 +112,100 @@ def correction_loss() -> list[Variant]:
     ]
 
 
+def adaln() -> list[Variant]:
+    """At the hidden sizes of SD3.5-M, SD3.5-L and FLUX. What a program adds up for the vectors is not a stream."""
+
+    def one(direction: str, hidden_size: int, branch: bool, kind: str = "bf16") -> Variant:
+        absent = set() if branch else {"branch", "gate", "grad_branch"}
+        forward = direction == "forward"
+        if forward:
+            read, written = ("residual", "branch"), ("hidden", "modulated")
+            absent |= set() if branch else {"hidden"}
+        else:
+            read = ("grad_hidden", "grad_modulated", "hidden", "branch")
+            written = ("grad_residual", "grad_branch")
+            absent |= set() if branch else {"grad_hidden"}
+        width = power_of_two(hidden_size)
+        launch = launch_of("adaln", f"{direction} {width}", "any")
+        pointers = {*read, *written, "gate", "scale", *(("shift",) if forward else ())}
+        return Variant(
+            name=f"adaln {direction} {hidden_size}{'' if branch else ', no branch'}, {kind}",
+            module="adaln",
+            kernel=f"{direction}_kernel",
+            pointers={name: None if name in absent else kind for name in sorted(pointers)}
+            | {"statistics": "fp32", "partials": "fp32"},
+            integers=("tokens", "samples", "gate_stride", "shift_stride", "scale_stride"),
+            constants={"H": hidden_size, "WIDTH": width, "ROWS": launch.block},
+            num_warps=min(32, launch.num_warps * WIDTHS[kind] // 2),
+            read=read,
+            written=written,
+            width=128 if forward else 64,
+        )
+
+    return [
+        *(
+            one(way, size, branch)
+            for way in ("forward", "backward")
+            for size in (1536, 2432, 3072)
+            for branch in (True, False)
+        ),
+        *(one(way, 1536, True, "fp32") for way in ("forward", "backward")),
+    ]
+
+
+def qk_norm_rope() -> list[Variant]:
+    """SD3.5's heads without, FLUX's with the rotary embedding."""
+
+    def one(direction: str, head_size: int, rotary: bool, kind: str = "bf16") -> Variant:
+        launch = launch_of(
+            "qk_norm_rope", "backward rotary" if rotary and direction == "backward" else direction, "any"
+        )
+        read, written = ("query", "key"), ("query_out", "key_out")
+        if direction == "backward":
+            read, written = (*read, "grad_query_out", "grad_key_out"), ("grad_query", "grad_key")
+        strides = (f"{tensor}_{step}" for tensor in ("query", "key") for step in ("token", "sample", "head"))
+        return Variant(
+            name=f"qk_norm_rope {direction} {head_size}{', rotary' if rotary else ''}, {kind}",
+            module="qk_norm_rope",
+            kernel=f"{direction}_kernel",
+            pointers=dict.fromkeys((*read, *written, "query_weight", "key_weight"), kind)
+            | dict.fromkeys(("cosine", "sine"), "fp32" if rotary else None)
+            | {"partials": "fp32"},
+            integers=("lines", "samples", "heads", *strides),
+            constants={"D": head_size, "WIDTH": head_size, "LINES": launch.block // head_size},
+            num_warps=launch.num_warps,
+            read=read,
+            written=written,
+            width=64 if rotary and direction == "backward" else 128,
+        )
+
+    ways = ("forward", "backward")
+    return [
+        *(one(way, 64, False) for way in ways),
+        *(one(way, 128, True) for way in ways),
+        *(one(way, 64, False, "fp32") for way in ways),
+    ]
+
+
+def sums() -> list[Variant]:
+    """The second half of the gradients of adaln's vectors and of the norms' weights."""
+    launch = launch_of("sum_lines", "columns", "any")
+    return [
+        Variant(
+            name="sum of partial sums, bf16",
+            module="sums",
+            kernel="sum_kernel",
+            pointers={"partials": "fp32", "out": "bf16"},
+            integers=("lines", "size"),
+            constants={"LINES": LINES, "BLOCK": launch.block},
+            num_warps=launch.num_warps,
+            read=("partials",),
+            written=("out",),
+            width=0,
+        )
+    ]
+
+
 def _sources(given: str, kind: str) -> dict[str, str | None]:
     return {name: kind if name in given.split() else None for name in SOURCES}
 
@@ -117,4 +216,4 @@ def _draws(drawn: str) -> dict[str, object]:
 
 def all_variants() -> list[Variant]:
     """Of every operation."""
-    return [*rollout_renoise(), *correction_loss()]
+    return [*rollout_renoise(), *correction_loss(), *adaln(), *qk_norm_rope(), *sums()]

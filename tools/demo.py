@@ -42,7 +42,7 @@ class Size:
 
     canvases: int = 4000
     held_out: int = 256
-    iterations: int = 300
+    iterations: int = 200
     prompts_per_category: int = 60
     drift_samples: int = 128
 
@@ -143,10 +143,15 @@ class Demo:
 
     def draw(self) -> None:
         """As `soar-mega sample` does, the four pipelines in one process."""
-        from soar_mega import platform
+        import torch
+
+        from soar_mega.cli.process import start_process
+
+        start_process()
+        torch.set_num_threads(1)  # these forwards are too small to share
+
         from soar_mega.evaluation.generate import Generator, image_grid, save_image
 
-        platform.install()
         prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
         for arm, path in self.samples().items():
             generator = Generator.load(self.pipeline_of(arm))
@@ -155,11 +160,15 @@ class Demo:
 
     def check_export(self) -> None:
         """Loads the SOAR export with diffusers alone and draws from it."""
+        import diffusers
         import torch
-        from diffusers import StableDiffusion3Pipeline
+        import transformers
         from report.figures import side_by_side
 
-        pipeline = StableDiffusion3Pipeline.from_pretrained(str(self.pipeline_of("soar")))
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(str(self.pipeline_of("soar")))
         pipeline.set_progress_bar_config(disable=True)
         drawn = pipeline(
             prompt=list(SAMPLE_PROMPTS),

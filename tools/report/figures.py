@@ -100,7 +100,8 @@ def losses(
     """Training loss on ideal states (left) and on auxiliary points (right), over iterations: {arm: {kind:
     [(i, loss)]}}.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    right.set_yscale("log")  # the targets of points with little noise make it jump
     for axes, kind, title in ((left, "base", "on ideal states"), (right, "aux", "on auxiliary points")):
         for arm, kinds in curves.items():
             if kinds.get(kind):
@@ -124,7 +125,7 @@ def sample_grid(images: Mapping[str, Path], titles: Mapping[str, str], prompts: 
     row per prompt.
     """
     figure, grid = plt.subplots(
-        len(prompts), len(images), figsize=(9, 0.62 * len(prompts)), layout="constrained", squeeze=False
+        len(prompts), len(images), figsize=(9, 0.42 * len(prompts) + 0.3), layout="constrained", squeeze=False
     )
     for column, (arm, path) in enumerate(images.items()):
         picture = np.asarray(Image.open(path).convert("RGB"))
@@ -134,14 +135,25 @@ def sample_grid(images: Mapping[str, Path], titles: Mapping[str, str], prompts: 
             )
         for row, strip in enumerate(np.split(picture, len(prompts))):
             axes = grid[row, column]
-            axes.imshow(strip, interpolation="nearest")
+            axes.imshow(with_gaps(strip), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
+            axes.spines[:].set_visible(False)
             if column == 0:
                 axes.set_ylabel(prompts[row], rotation=0, ha="right", va="center", fontsize=8)
             if row == 0:
                 axes.set_title(titles[arm], fontsize=9)
     return to_png(figure)
+
+
+def with_gaps(strip: np.ndarray, gap: int = 3) -> np.ndarray:
+    """Square pictures side by side [S, n S, 3] with white between them."""
+    side = strip.shape[0]
+    parts = [
+        np.pad(part, ((0, 0), (0, gap), (0, 0)), constant_values=255)
+        for part in np.split(strip, strip.shape[1] // side, axis=1)
+    ]
+    return np.concatenate(parts, axis=1)[:, :-gap]
 
 
 def side_by_side(images: Sequence[Image.Image], scale: int) -> Image.Image:

@@ -45,6 +45,8 @@ error at an ideal state of the same noise level: 1 would mean no exposure bias a
 something close to this number, so read it together with the benchmark, which no version trains on.</p>
 """
 
+DRIFT_BARS = "Bars: one standard error of each version alone; all saw the same states, so differences are known better than that."
+
 ENERGY = """
 <p>The <em>energy distance</em> compares all drawn pictures with real, held-out ones, through the eyes of the
 verifier: 0 means that they cannot be told apart as a crowd. It notices loss of variety, which the benchmark

@@ -1,6 +1,6 @@
 """Does SOAR help the built-in model? Three seeds, at equal optimizer steps and at equal computation.
 
-    make study                           about an hour on two cores; goes on where it was interrupted
+    make study                           half an hour to an hour on two cores; goes on where it was interrupted
     python tools/study.py --quick        a few steps of everything; the numbers mean nothing
 
 Arms at equal steps: SFT, control, SOAR. At equal computation: SFT and control with as many steps more as
@@ -41,7 +41,7 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3)
     canvases: int = 4000
     held_out: int = 256
-    iterations: int = 300
+    iterations: int = 200
     prompts_per_category: int = 120
     drift_samples: int = 256
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by operation: the function that launches its Triton source
 LARGEST_ROW = 2**31 - 2**16  # offsets inside one sample are 32 bits wide, with room for the last block
 
 
@@ -37,6 +38,7 @@ def define(
     def on_cpu(*args: Any) -> Any:
         return triton(*args) if interpreted() else eager(*args)
 
+    LAUNCHERS[name] = triton
     operation = torch.library.custom_op(f"soar_mega::{name}", triton, mutates_args=(), device_types="cuda")
     operation.register_kernel("cpu")(on_cpu)
     operation.register_fake(fake)

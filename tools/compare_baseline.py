@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from baseline.case import Case, make_case
 from baseline.worker import Arm, Worker
+from kernel_traffic import both_forms
+from kernel_traffic import table as traffic_table
 
 from soar_mega.config import StageConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPAIRED = {"rollout_graph": False, "hold_graphs": False, "separate_points": False}
 
 
@@ -73,9 +76,14 @@ def main() -> int:
     rows = choose_rows(case, args.micro_batches)
     results = measure(case, rows, args.repeats)
     print_table(case, results)
+    traffic = both_forms(
+        case.stage, case.latent_shape, case.batch_size, DTYPES[case.dtype], results[-1].micro_batch
+    )
+    print(traffic_table(traffic))
     path = Path(args.out or f"benchmarks/results/{date.today()}-{device_name()}-compare-{case.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report(case, results), indent=1) + "\n")
+    traffic_report = {form: asdict(counted) for form, counted in traffic.items()}
+    path.write_text(json.dumps(report(case, results) | {"traffic": traffic_report}, indent=1) + "\n")
     print(f"\nWritten to {path}")
     return 0
 

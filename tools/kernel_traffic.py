@@ -1,0 +1,182 @@
+"""Counts the kernel launches and the bytes of the SOAR part of a step: query states, point states, losses, gradients.
+
+    python tools/kernel_traffic.py
+
+The engine's own code runs on the meta device, which stands for the GPU: nothing is computed, every call to it is seen.
+A torch call counts as one launch that reads its inputs and writes its outputs, a copy from the host as one that
+writes; views and allocations are free. A fused operation runs its own launching code, where each Triton launch counts
+the tensors of its signature once.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from soar_mega.config import StageConfig
+from soar_mega.data.batch import Batch
+from soar_mega.engines.channel import Answers
+from soar_mega.engines.pipeline import cut, in_order, query_states, with_sources
+from soar_mega.kernels.dispatch import LAUNCHERS
+from soar_mega.stages import make_stage
+
+GPU = torch.device("meta")
+# memory is set aside, or a tensor is looked at in another way
+FREE = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "detach_",
+    "lift_fresh",
+)
+# these read no more of their input than they write
+GATHERS = ("index", "index_select", "gather", "slice", "select")
+
+
+@dataclass
+class Traffic:
+    """Of one step on one GPU."""
+
+    launches: int = 0
+    bytes: int = 0
+
+
+class Counter(TorchDispatchMode):
+    """Counts what reaches the meta device while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic = Traffic()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "soar_mega":
+            with self, mock.patch.multiple(module_of(name), launch=self.launched):
+                return LAUNCHERS[name](*args, **kwargs)
+        outputs = func(*args, **kwargs)
+        inputs, results = on_gpu((args, kwargs)), on_gpu(outputs)
+        if name in FREE or not results:
+            return outputs
+        written = [x for x in results if not any(same_storage(x, y) for y in inputs)]
+        in_place = func._schema.is_mutable
+        if written or in_place:
+            read = sum(map(size, results if name in GATHERS else inputs))
+            self.add(read + sum(map(size, written or results)))
+        return outputs
+
+    def launched(self, kernel: Any, grid: Any, device: torch.device, *args: Any, **options: Any) -> None:
+        """Stands for `soar_mega.kernels.dispatch.launch`."""
+        self.add(sum(map(size, on_gpu(args))))
+
+    def add(self, moved: int) -> None:
+        self.traffic.launches += 1
+        self.traffic.bytes += moved
+
+
+def soar_traffic(
+    stage: StageConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
+) -> Traffic:
+    """Traffic of one step of `batch_size` samples, `points` points per micro-batch, in the form stage.fused_kernels."""
+    assert stage.shift is not None
+    method = make_stage(stage, stage.shift)
+    batch = meta_batch(latent_shape, batch_size)
+    velocity = torch.empty(2 * batch_size, *latent_shape, device=GPU)
+    answers = Answers(batch_size, stage.guidance_scale != 1.0, None)
+    answers.put(0, velocity)
+    queries = method.queries(batch)
+    everyone = torch.arange(batch_size)
+    pieces = list(cut(in_order(method.points(batch)), points))
+    outputs = [torch.empty(points, *latent_shape, device=GPU, requires_grad=True) for _ in pieces]
+    with Counter() as counter:
+        if queries is not None:
+            sample = torch.cat([everyone, everyone]) if queries.unconditional else everyone
+            query_states(batch, queries, sample, dtype)
+        for piece, output in zip(pieces, outputs, strict=True):
+            piece = with_sources(batch, piece, answers if queries is not None else None)
+            piece.states(dtype)
+            losses = method.loss(piece, output)
+            (losses * piece.weight.to(losses)).sum().backward()
+    return counter.traffic
+
+
+def both_forms(
+    stage: StageConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
+) -> dict[str, Traffic]:
+    """The step by plain torch calls and by the kernels."""
+    forms = {"eager": False, "fused": True}
+    return {
+        form: soar_traffic(replace(stage, fused_kernels=fused), latent_shape, batch_size, dtype, points)
+        for form, fused in forms.items()
+    }
+
+
+def table(forms: dict[str, Traffic]) -> str:
+    """What a person reads."""
+    eager, fused = forms["eager"], forms["fused"]
+    lines = ["SOAR part of a step (states, losses, gradients), counted:"]
+    lines += [f"  {name}: {t.launches:5d} launches, {t.bytes / 2**20:8.1f} MiB" for name, t in forms.items()]
+    share = (
+        f"{eager.launches / fused.launches:.1f}x fewer launches, {eager.bytes / fused.bytes:.1f}x fewer bytes"
+    )
+    return "\n".join([*lines, f"  {share}"])
+
+
+def meta_batch(latent_shape: tuple[int, int, int], size: int) -> Batch:
+    """A batch whose latents are on the meta device."""
+    return Batch(
+        seed=0,
+        position=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+        latent_shape=latent_shape,
+        text_length=1,
+        latents=torch.empty(size, *latent_shape, device=GPU),
+    )
+
+
+def module_of(operation: str) -> str:
+    """Where an operation's launching code looks up `launch`."""
+    return LAUNCHERS[operation].__module__
+
+
+def on_gpu(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device == GPU]
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes behind a tensor; an expanded one has fewer than elements."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="samples (default: 4)")
+    parser.add_argument("--points", type=int, default=6, help="N, auxiliary points per sample (default: 6)")
+    parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
+    parser.add_argument("--points-per-micro-batch", type=int, help="default: all points of the batch")
+    args = parser.parse_args()
+    stage = StageConfig(num_auxiliary_points=args.points, shift=3.0)
+    latent_shape = (16, args.side // 8, args.side // 8)
+    points = args.points_per_micro_batch or args.batch_size * (1 + args.points)
+    print(
+        f"SD3.5, {args.side} px, {args.batch_size} samples, N = {args.points}, bf16, {points} points per micro-batch"
+    )
+    print(table(both_forms(stage, latent_shape, args.batch_size, torch.bfloat16, points)))
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,7 @@ def drift_section(metrics: Mapping[str, Any]) -> str:
         rows.append([f"{noise}: relative", *(f"{s['relative']:.2f}" for s in each)])
     png = figures.drift(pipelines, titles(metrics))
     scale = first["guidance_scale"]
-    caption = f"{first['samples']} held-out pictures, guidance {scale:g}. {words.DRIFT_BARS}"
+    caption = f"{first['samples']} held-out pictures, guidance {scale:g}. {words.DRIFT_BARS.strip()}"
     return (
         words.DRIFT.format(steps=first["steps"])
         + picture(png, "Drift of each version", caption)

@@ -45,7 +45,10 @@ error at an ideal state of the same noise level: 1 would mean no exposure bias a
 something close to this number, so read it together with the benchmark, which no version trains on.</p>
 """
 
-DRIFT_BARS = "Bars: one standard error of each version alone; all saw the same states, so differences are known better than that."
+DRIFT_BARS = """
+Bars: one standard error of each version alone. All were measured on the same pictures, so that differences are
+known better than the bars say.
+"""
 
 ENERGY = """
 <p>The <em>energy distance</em> compares all drawn pictures with real, held-out ones, through the eyes of the

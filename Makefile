@@ -17,7 +17,7 @@ endif
 # The tests are many small processes: one thread each.
 TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-.PHONY: setup lint test test-slow demo base study clean
+.PHONY: setup lint test test-slow test-slurm demo base study clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ test: lint
 
 test-slow: $(READY)
 	$(TEST) -m slow --timeout 1800
+
+# A real SLURM on this machine (root; installed where it is missing). Elsewhere the tests say that they were not run.
+test-slurm: $(READY)
+	$(TEST) tests/slurm -m slurm --timeout 600
 
 demo: $(READY)
 	$(PYTHON) tools/demo.py

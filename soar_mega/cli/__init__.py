@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from soar_mega import __version__
-from soar_mega.cli import convert, doctor, evaluate, prepare, sample, train
+from soar_mega.cli import chain, convert, doctor, evaluate, launch, prepare, sample, train
 
 DESCRIPTION = """\
 SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on megatron-core.
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"soar_mega {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
-    for module in (prepare, train, sample, evaluate, convert, doctor):
+    for module in (prepare, train, sample, evaluate, convert, launch, chain, doctor):
         module.add_parser(verbs)
     return parser
 

@@ -27,6 +27,7 @@ from soar_mega.config import CheckpointConfig
 from soar_mega.distributed import is_rank_zero
 from soar_mega.training.agreement import PeerFailure, on_rank_zero
 from soar_mega.training.run_folder import DELETED, TEMPORARY, RunFolder, sync_folder, write_durably
+from soar_mega.training.signals import held_back
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def save(run: RunFolder, engine: Saved, progress: Progress, model: Json, keep_la
     }
     try:
         on_rank_zero(lambda: _fresh(temporary))
-        dist_checkpointing.save(engine.sharded_state_dict(), str(temporary))
+        with held_back():
+            dist_checkpointing.save(engine.sharded_state_dict(), str(temporary))
         on_rank_zero(lambda: _publish(run, temporary, final, description))
     except _FAILURES as error:
         if isinstance(error, PeerFailure) or (isinstance(error, CheckpointException) and not is_rank_zero()):

@@ -18,6 +18,7 @@ from soar_mega.models.presets import PRESETS
 from soar_mega.stages import make_stage
 from soar_mega.training import checkpoint
 from soar_mega.training.agreement import end_process, on_rank_zero
+from soar_mega.training.lineage import record_start
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.progress import progress_bar
@@ -105,6 +106,7 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
 def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     run.clean()
     write_durably(run.path / "run_config.yaml", recipe_to_yaml(recipe))
+    record_start(run, recipe, dist.get_world_size())
 
 
 class Trainer:

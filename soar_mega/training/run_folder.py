@@ -1,6 +1,7 @@
 """The run folder: its lock, its checkpoints' names, the tracker file and the completion marker.
 
     run_config.yaml                        the recipe with all values resolved
+    lineage.json                           what it started from, and the code of each start
     latest_checkpointed_iteration.txt      the iteration to resume from
     iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash
     tensorboard/ samples/ train.log        what was measured

@@ -1,7 +1,9 @@
 """When a run is to stop early: a signal of the job scheduler, or the end of its time."""
 
+import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import torch
@@ -10,6 +12,19 @@ import torch.distributed as dist
 from soar_mega.distributed import device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Stop signals wait until this is left, and processes that are started meanwhile never get them.
+
+    A scheduler signals every process of a job, also the helpers that write a checkpoint: they would die of it.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class StopRequest:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
 
 from multirank import run_ranks
 
 from soar_mega import distributed
 from soar_mega.config import ParallelConfig
-from soar_mega.training.signals import StopRequest
+from soar_mega.training.signals import StopRequest, held_back
 
 
 def votes(ask_rank: int) -> list[str | None]:
@@ -26,3 +27,17 @@ def votes(ask_rank: int) -> list[str | None]:
 def test_a_signal_or_a_deadline_of_one_rank_stops_all() -> None:
     expected = [None, "signal SIGUSR1", "the end of train.exit_duration_in_mins"]
     assert run_ranks(votes, 2, 1) == [expected, expected]
+
+
+def test_held_back_signals_arrive_afterwards_and_not_in_processes_started_meanwhile() -> None:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        with held_back():
+            child = subprocess.Popen(["sleep", "0.2"])
+            for pid in (child.pid, os.getpid()):
+                os.kill(pid, signal.SIGUSR1)
+            assert child.wait() == 0
+        assert received == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, previous)

@@ -1,0 +1,121 @@
+# until_complete MARKER SIGNAL_SECONDS RETRIES COMMAND...: one start of a job that is requeued until it is done.
+#
+# Returns only when the command succeeded and its completion marker is there. Otherwise it ends this start:
+#   saved but unfinished   -> requeue      (all ranks ended well without a marker: a signal, or the end of their time)
+#   a node does not answer -> requeue      (SLURM does so too, once it has noticed)
+#   failed                 -> requeue while this job has failed at most RETRIES times, else exit with the error
+#   5 starts in a row without a new checkpoint -> exit with an error, for it would go on like this for ever
+# USR1 comes from SLURM before the time limit (--signal=B:USR1@SECONDS) and before a preemption. It is passed on to all
+# ranks, again and again until they end, because a rank that is still starting does not hear it.
+
+# the number of an array's last job means the whole array: an element is named by its index
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+srun_options=()
+code=0 asked=''
+
+until_complete() {
+    local marker=$1 seconds=$2 retries=$3
+    shift 3
+    folder=$(dirname "$marker")
+    mkdir -p "$folder" || exit 1
+    rm -f "$folder/failure.txt"
+    [[ ${SLURM_RESTART_COUNT:-0} -eq 0 ]] && rm -f "$folder/starts_without_checkpoint"
+    local before
+    before=$(latest_checkpoint)
+    say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, from ${before:-the beginning}"
+    # after a node failure the last of the ranks before us may be alive for a moment, on a node that SLURM cannot reach
+    [[ -e $folder/run.lock ]] && ! flock --timeout 120 "$folder/run.lock" true && say "$folder is still locked"
+
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+    SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
+    trap 'ask_to_stop "$seconds"' USR1 TERM
+    srun --kill-on-bad-exit=1 "${srun_options[@]}" "$@" &
+    local step=$!
+    # `wait` returns early when a signal comes
+    while kill -0 "$step" 2> /dev/null; do
+        wait "$step"
+        code=$?
+    done
+    trap - USR1 TERM
+    [[ -n $asked ]] && kill "$asked" 2> /dev/null
+
+    if [[ $code -eq 0 && -e $marker ]]; then
+        say "complete"
+        return 0
+    fi
+    is_current || exit 1
+    local after
+    after=$(latest_checkpoint)
+    count_starts "$before" "$after"
+    if [[ $code -eq 0 || -n $asked ]]; then
+        requeue "saved at ${after:-the beginning}, not complete"
+    fi
+    if ! all_nodes_answer; then
+        requeue "exit code $code, and a node does not answer"
+    fi
+    echo "$(date '+%F %T') job $job on $SLURM_JOB_NODELIST: exit code $code" >> "$folder/failures.log"
+    if [[ $(grep -c " job $job on " "$folder/failures.log") -le $retries ]]; then
+        requeue "failed with exit code $code and may fail $retries times"
+    fi
+    give_up "exit code $code"
+}
+
+latest_checkpoint() {
+    cat "$folder/latest_checkpointed_iteration.txt" 2> /dev/null
+}
+
+ask_to_stop() {
+    [[ -n $asked ]] && return
+    say "asked to stop: the ranks save"
+    (
+        trap - USR1 TERM
+        for ((waited = 0; waited < $1 - 15; waited += 5)); do
+            scancel --signal=USR1 "$job" 2> /dev/null
+            sleep 5
+        done
+        # what is on the disk is good, and a job that meets its time limit is not requeued
+        is_current && requeue "saving takes longer than --signal-seconds: goes on from the checkpoint before"
+    ) &
+    asked=$!
+}
+
+count_starts() { # BEFORE AFTER: the latest checkpoints of this start
+    local count=$folder/starts_without_checkpoint
+    if [[ $1 != "$2" ]]; then
+        rm -f "$count"
+        return
+    fi
+    echo "job $job on $SLURM_JOB_NODELIST" >> "$count"
+    [[ $(wc -l < "$count") -lt 5 ]] || give_up "5 starts without a new checkpoint: the time is too short, or see above"
+}
+
+all_nodes_answer() {
+    timeout 120 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true
+}
+
+# After a node failure SLURM may have started the job again elsewhere while this script lives on.
+is_current() {
+    [[ $(scontrol show job "$job") == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
+
+requeue() {
+    # a job that is being cancelled must not come back
+    if [[ $(scontrol show job "$job") == *"JobState=RUNNING "* ]]; then
+        say "$1: requeued"
+        scontrol requeue "$job" && sleep 120 # SLURM ends this script
+    fi
+    give_up "$1, and not requeued: the job was cancelled"
+}
+
+give_up() {
+    say "failed: $1"
+    echo "job $job on $SLURM_JOB_NODELIST: $1" > "$folder/failure.txt"
+    exit $((code > 0 ? code : 1))
+}
+
+say() {
+    echo "soar-mega job $job: $1"
+}

@@ -1,0 +1,113 @@
+"""soar-mega launch"""
+
+import argparse
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Submit a training run to SLURM. It is requeued until it is complete: at its time limit, when it is preempted, when a
+node fails; each time it goes on from its last checkpoint.
+
+  soar-mega launch slurm recipes/sd35_medium/soar.yaml --nodes 4 --time 04:00:00 --partition h100 --dry-run
+  soar-mega launch slurm recipes/sd35_medium/soar.yaml --nodes 4 parallel.tensor_model_parallel_size=2
+  soar-mega launch slurm recipes/sd35_medium/soar.yaml --nodes 1 --sweep learning_rates.txt
+
+The job script is a template of recipes/slurm, filled in; --dry-run prints it. It and the logs are in the run folder's
+slurm/. Network and offline settings are in recipes/slurm/environment.sh.
+
+Each line of a --sweep file holds the overrides of one run, an element of a job array, whose folder is <run folder>/0, /1, ...
+"""
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = verbs.add_parser(
+        "launch",
+        help="submit a training run to SLURM",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scheduler", choices=("slurm",))
+    parser.add_argument("recipe", help="a YAML recipe, for example recipes/tiny/soar.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that differ")
+    _take_overrides_anywhere(parser)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--processes-per-node", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, help="(default: one per process; 0 without GPUs)")
+    parser.add_argument("--cpus-per-task", type=int, default=1, help="per process (default: %(default)s)")
+    parser.add_argument("--time", default="04:00:00", help="limit of one start (default: %(default)s)")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, help="save so long before the limit (default: %(default)s)"
+    )
+    parser.add_argument("--retries", type=int, default=0, help="requeue after so many failures (default: 0)")
+    parser.add_argument("--partition", default="")
+    parser.add_argument("--account", default="")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="=--OPTION", help="more options: --sbatch=--qos=high"
+    )
+    parser.add_argument("--template", default="venv", help="venv, container or a file (default: %(default)s)")
+    parser.add_argument("--image", default="", help="container image, with --template container")
+    parser.add_argument("--python", default="", help="interpreter on the nodes (default: this one)")
+    parser.add_argument("--sweep", metavar="FILE", help="overrides of one run per line: a job array")
+    parser.add_argument("--dry-run", action="store_true", help="print the job script and submit nothing")
+    parser.set_defaults(run=run)
+
+
+def _take_overrides_anywhere(parser: argparse.ArgumentParser) -> None:
+    """argparse takes an optional list of words in one place only; overrides may stand between the options too."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        overrides = [word for word in args if re.match(r"\w+\.\w+=", word)]
+        found, rest = parse([word for word in args if word not in overrides], namespace)
+        found.overrides += overrides
+        return found, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from soar_mega.config import load_recipe
+    from soar_mega.distributed import check_layout
+    from soar_mega.launch import slurm
+
+    names = [field.name for field in dataclasses.fields(slurm.Resources)]
+    wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    parallel = recipe.parallel
+    check_layout(wanted.processes, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    save = Path(recipe.checkpoint.save)
+    sweep = []
+    for index, words in enumerate(read_sweep(arguments.sweep)):
+        words = [*words, f"checkpoint.save={save / str(index)}"]
+        load_recipe(arguments.recipe, [*arguments.overrides, *words])
+        sweep.append((words, save / str(index) / "complete.json"))
+    job = slurm.Job(
+        name=save.name,
+        arguments=["train", arguments.recipe, *arguments.overrides],
+        marker=save / "complete.json",
+        sweep=sweep,
+    )
+    if arguments.dry_run:
+        print(slurm.render(job, wanted), end="")
+        return 0
+    running = slurm.queued(job.folder)
+    if running is not None:
+        raise ValueError(f"{save} is the folder of job {running}: wait for it, or end it with scancel")
+    number = slurm.submit(job, wanted)
+    print(f"job {number}: {job.folder}/job.sbatch, logs beside it")
+    return 0
+
+
+def read_sweep(path: str | None) -> list[list[str]]:
+    """The overrides of each run, one line each; blank lines and # comments do not count."""
+    if path is None:
+        return []
+    lines = [shlex.split(line, comments=True) for line in Path(path).read_text().splitlines()]
+    runs = [words for words in lines if words]
+    if not runs:
+        raise ValueError(f"{path}: no runs; write the overrides of one run per line, as in optimizer.lr=1e-5")
+    return runs

@@ -1,0 +1,1 @@
+"""Runs as jobs of a scheduler, and runs that follow each other."""

@@ -1,0 +1,222 @@
+"""Chains: runs that follow each other, each starting from what the one before made.
+
+    folder: runs/chains/x                # each link works in a folder of its own in here
+    pipeline: recipes/tiny/base          # what the first link starts from
+    slurm: {nodes: 2, time: "04:00:00"}  # for chain --slurm; a link may have its own
+    links:
+      - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
+      - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
+      - {name: evaluate, evaluate: [--steps, 10]}
+      - {name: export, export: []}
+      - {name: rl, command: [bash, rl.sh, "{pipeline}", "{folder}"], product: pipeline}
+
+Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soar_mega.config import Recipe, load_recipe
+from soar_mega.launch.slurm import Resources, resources
+
+KINDS = ("train", "evaluate", "export", "command")
+STARTS = ("export", "export_ema", "checkpoint")
+_KEYS = {
+    "train": ("overrides", "start"),
+    "evaluate": (),
+    "export": (),
+    "command": ("product",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One link with all of its paths."""
+
+    name: str
+    kind: str  # train | evaluate | export | command
+    folder: Path
+    arguments: list[str]  # of the soar-mega command, or the words of a command
+    product: Path  # what the link is for: verified by its hash
+    parent: str | None  # the link whose product this one starts from; None: the chain's own pipeline
+    recipe: Recipe | None  # of a train link
+    resources: Resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """A chain file, resolved."""
+
+    file: Path
+    pipeline: Path
+    links: list[Link]
+
+    def link(self, name: str) -> Link:
+        """A link by its name."""
+        for link in self.links:
+            if link.name == name:
+                return link
+        raise ValueError(
+            f"{self.file}: no link {name!r}; links are {', '.join(each.name for each in self.links)}"
+        )
+
+
+def load_chain(path: str | Path) -> Chain:
+    """Reads and checks a chain file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: names the link and what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such chain file")
+    try:
+        read = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    known = {"folder": str, "pipeline": str, "slurm": dict, "links": list}
+    _check(read, known, str(path))
+    for key in ("folder", "pipeline", "links"):
+        if not read.get(key):
+            raise ValueError(f"{path}: {key} is missing")
+    builder = _Builder(path, Path(read["folder"]), read["pipeline"], read.get("slurm", {}))
+    for number, settings in enumerate(read["links"]):
+        builder.add(settings, f"{path}: link {number + 1}")
+    return Chain(file=path, pipeline=Path(read["pipeline"]), links=builder.links)
+
+
+class _Builder:
+    """Adds links one by one and knows where the next one starts."""
+
+    def __init__(self, file: Path, folder: Path, pipeline: str, slurm: Mapping[str, Any]) -> None:
+        self._file, self._folder, self._slurm = file, folder, slurm
+        self._base = pipeline
+        self._pipeline, self._made_by = pipeline, ""  # of now, and by which link
+        self._run: Link | None = None  # the newest train link
+        self.links: list[Link] = []
+
+    def add(self, settings: Any, where: str) -> None:
+        """Resolves one entry of `links`."""
+        kinds = [kind for kind in KINDS if isinstance(settings, dict) and kind in settings]
+        if len(kinds) != 1:
+            raise ValueError(f"{where}: needs exactly one of {', '.join(KINDS)}")
+        kind = kinds[0]
+        types = {"name": str, kind: str if kind == "train" else list, "slurm": dict}
+        _check(settings, types | {key: list if key == "overrides" else str for key in _KEYS[kind]}, where)
+        name = settings.get("name", "")
+        if not re.fullmatch(r"[\w.-]+", name) or name in {link.name for link in self.links}:
+            raise ValueError(
+                f"{where}: name: a word of its own is needed (it names the folder), found {name!r}"
+            )
+        where = f"{self._file}: {name}"
+        make = {
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "export": self._export,
+            "command": self._command,
+        }
+        self.links.append(make[kind](settings, self._folder / name, where))
+
+    def _link(self, settings: Any, kind: str, where: str, **values: Any) -> Link:
+        wanted = {**self._slurm, **settings.get("slurm", {})}
+        if kind != "train":
+            wanted |= {"nodes": 1, "processes_per_node": 1}
+        parent = self._made_by or None
+        return Link(**{"name": settings["name"], "kind": kind, "parent": parent, "recipe": None} | values,
+                    resources=resources(wanted, f"{where}: slurm"))  # fmt: skip
+
+    def _train(self, settings: Any, folder: Path, where: str) -> Link:
+        start = settings.get("start", "export")
+        if start not in STARTS:
+            raise ValueError(f"{where}: start: one of {', '.join(STARTS)}, found {start!r}")
+        if start != "export" and (self._run is None or self._run.name != self._made_by):
+            raise ValueError(
+                f"{where}: start: {start} needs a train link before, and no other that makes weights between"
+            )
+        overrides = [f"checkpoint.save={folder}"]
+        if start == "checkpoint":
+            assert self._run is not None and self._run.recipe is not None
+            overrides += [
+                f"model.pipeline={self._run.recipe.model.pipeline}",
+                f"checkpoint.load={self._run.folder}",
+            ]
+            overrides += ["checkpoint.finetune=true"]
+        elif start == "export_ema":
+            assert self._run is not None
+            overrides += [f"model.pipeline={self._run.folder / 'export_ema'}"]
+        else:
+            overrides += [f"model.pipeline={self._pipeline}"]
+        overrides = [*map(str, settings.get("overrides", [])), *overrides]
+        try:
+            recipe = load_recipe(settings["train"], overrides)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        self._check_ema(start, where)
+        if not recipe.checkpoint.export:
+            raise ValueError(f"{where}: checkpoint.export=false, but a link is done by its export")
+        arguments = ["train", settings["train"], *overrides]
+        link = self._link(
+            settings,
+            "train",
+            where,
+            folder=folder,
+            arguments=arguments,
+            product=folder / "export",
+            recipe=recipe,
+        )
+        self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
+        return link
+
+    def _check_ema(self, start: str, where: str) -> None:
+        before = self._run.recipe if self._run else None
+        if start == "export_ema" and before is not None and before.train.ema_decay == 0:
+            raise ValueError(
+                f"{where}: start: export_ema, but the link before keeps no EMA (train.ema_decay=0)"
+            )
+
+    def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
+        out = folder / "metrics.json"
+        now = self._made_by or "now"
+        arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out)]
+        arguments += map(str, settings["evaluate"])
+        return self._link(settings, "evaluate", where, folder=folder, arguments=arguments, product=out)
+
+    def _export(self, settings: Any, folder: Path, where: str) -> Link:
+        if self._run is None:
+            raise ValueError(f"{where}: export needs a train link before it")
+        out = folder / "pipeline"
+        arguments = ["convert", str(self._run.folder), str(out), *map(str, settings["export"])]
+        link = self._link(settings, "export", where, folder=folder, arguments=arguments, product=out)
+        self._pipeline, self._made_by = str(out), link.name
+        return link
+
+    def _command(self, settings: Any, folder: Path, where: str) -> Link:
+        if not settings.get("product"):
+            raise ValueError(f"{where}: product: name what the command writes last, in {{folder}}: "
+                             "an exit code alone proves nothing")  # fmt: skip
+        words = {"{pipeline}": self._pipeline, "{folder}": str(folder), "{base}": self._base,
+                 "{run}": str(self._run.folder) if self._run else ""}  # fmt: skip
+        pattern = re.compile("|".join(re.escape(word) for word in words))
+        arguments = [pattern.sub(lambda found: words[found[0]], str(word)) for word in settings["command"]]
+        product = folder / settings["product"]
+        link = self._link(settings, "command", where, folder=folder, arguments=arguments, product=product)
+        if settings["product"] == "pipeline":
+            self._pipeline, self._made_by = str(product), link.name
+        return link
+
+
+def _check(settings: Any, known: Mapping[str, type], where: str) -> None:
+    """ValueError for an unknown key or a value of a wrong type."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: expected `key: value` lines, found {settings!r}")
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
+        if not isinstance(value, known[key]):
+            raise ValueError(f"{where}: {key}: expected {known[key].__name__}, found {value!r}")

@@ -1,0 +1,170 @@
+"""Runs a chain on this machine, link by link, or submits it to SLURM as jobs that wait for each other."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+
+from soar_mega.launch import slurm
+from soar_mega.launch.chain import Chain, Link
+from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
+from soar_mega.training.run_folder import MARKER, TRACKER
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = 75
+SHOWN_LINES = 5  # of the log of a failed link
+
+
+def run_local(chain: Chain, processes: int) -> None:
+    """Runs what is not done, in order; stops at the first link that fails.
+
+    Args:
+        processes: ranks of a train link.
+
+    Raises:
+        ValueError: a link failed; the message holds the end of its log.
+    """
+    for number, link in enumerate(chain.links):
+        try:
+            if run_link(chain, link, processes) == UNFINISHED:
+                raise ValueError(f"link {link.name} was interrupted: run the chain again")
+        except (ValueError, OSError) as error:
+            rest = ", ".join(each.name for each in chain.links[number + 1 :])
+            raise ValueError(f"{error}" + (f"\nnot started because of it: {rest}" if rest else "")) from error
+
+
+def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
+    """Runs one link here, unless it is done. Returns 0 when it is done, 75 when it saved and wants to be started again.
+
+    Raises:
+        ValueError: it failed; the reason is in its failure.txt too.
+    """
+    with failure_noted(link):
+        if not begin(chain, link):
+            logger.info("link %s: done and verified", link.name)
+            return 0
+        logger.info("link %s: begins", link.name)
+        code = _run_command(link, processes)
+        while link.kind == "train" and code == UNFINISHED:
+            before = _latest(link)
+            code = _run_command(link, processes)
+            if code == UNFINISHED and _latest(link) == before:
+                break
+        if code == UNFINISHED:
+            return code
+        if code != 0:
+            lines = (link.folder / "link.log").read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+            raise ValueError(f"link {link.name} failed with exit code {code}:\n  " + "\n  ".join(lines))
+        end(link)
+        logger.info("link %s: complete", link.name)
+        return 0
+
+
+def command(link: Link, processes: int) -> list[str]:
+    """The command line of a link on this machine."""
+    if link.kind == "command":
+        return link.arguments
+    program = ["-m", "soar_mega", *link.arguments]
+    if link.kind == "train" and processes > 1:
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            *program,
+        ]
+    return [sys.executable, *program]
+
+
+def _run_command(link: Link, processes: int) -> int:
+    """Runs a link's command, showing its output and keeping it in link.log; the exit code."""
+    words = command(link, processes)
+    with open(link.folder / "link.log", "a") as log:
+        try:
+            process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
+        except OSError as error:
+            raise ValueError(f"link {link.name}: {words[0]} cannot be run: {error}") from error
+        assert process.stdout is not None
+        with process:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                logger.info("%s", line.rstrip("\n"))
+    return process.returncode
+
+
+def _latest(link: Link) -> str:
+    tracker = link.folder / TRACKER
+    return tracker.read_text() if tracker.exists() else ""
+
+
+def to_do(chain: Chain) -> list[Link]:
+    """The links to submit: from the first one that is not done, all. What needs nothing says so when its turn comes."""
+    for number, link in enumerate(chain.links):
+        if why_not_done(chain, link) is not None:
+            return chain.links[number:]
+    return []
+
+
+def job(chain: Chain, link: Link) -> slurm.Job:
+    """The job of a link. Ranks of a train link run train itself; other links are one process that runs the link."""
+    name = f"{chain.file.stem}.{link.name}"
+    here = ["chain", str(chain.file)]
+    if link.kind == "train":
+        return slurm.Job(
+            name=name,
+            arguments=link.arguments,
+            marker=link.folder / MARKER,
+            before=[*here, "--begin", link.name],
+            after=[*here, "--end", link.name],
+        )
+    return slurm.Job(name=name, arguments=[*here, "--link", link.name], marker=link.folder / COMPLETED)
+
+
+def submit(chain: Chain) -> list[tuple[Link, str]]:
+    """Submits what is not done, each link waiting for the one before. Returns links and job numbers.
+
+    Raises:
+        ValueError: a link is in the queue already, or SLURM refuses one; then none stays submitted.
+    """
+    links = to_do(chain)
+    for link in links:
+        running = slurm.queued(link.folder / "slurm")
+        if running is not None:
+            raise ValueError(f"link {link.name} is job {running}: wait for it, or end it with scancel")
+    submitted: list[tuple[Link, str]] = []
+    try:
+        for link in links:
+            (link.folder / "failure.txt").unlink(missing_ok=True)
+            before = submitted[-1][1] if submitted else None
+            submitted.append((link, slurm.submit(job(chain, link), link.resources, before)))
+    except (ValueError, OSError):
+        for _, number in reversed(submitted):
+            slurm.cancel(number)
+        raise
+    return submitted
+
+
+def status(chain: Chain, queued: Callable[[Link], str | None]) -> list[tuple[str, str]]:
+    """(link, state) of all links; `queued` tells the job of a link that is in the queue."""
+    rows, stopped = [], ""
+    for link in chain.links:
+        try:
+            why = why_not_done(chain, link)
+        except ValueError as error:
+            why = str(error)
+        running, failed = queued(link), failure(link)
+        if why is None:
+            state = "complete"
+        elif running:
+            state = f"job {running}"
+        elif failed:
+            state, stopped = f"failed: {failed}", stopped or link.name
+        else:
+            state = f"not started, because {stopped} failed" if stopped else why
+        rows.append((link.name, state))
+    return rows

@@ -1,0 +1,90 @@
+"""Where a run comes from: the weights it started from, its recipe, and the code of each of its starts.
+
+lineage.json of a run folder:
+    parent   what the first start loaded: its path, its hash, and the lineage.json of the run that wrote it, if any
+    starts   one entry per start: time, iteration, hash of run_config.yaml, code version, processes, job number
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import soar_mega
+from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.training import checkpoint
+from soar_mega.training.run_folder import RunFolder, write_durably
+
+FILE = "lineage.json"
+
+Json = dict[str, Any]
+
+
+def record_start(run: RunFolder, recipe: Recipe, processes: int) -> None:
+    """Adds this start to the run folder's lineage.json; the first start also hashes the weights that it loads.
+
+    Called by one process. Takes a few seconds for a model of some GB, once per run.
+    """
+    path = run.path / FILE
+    known = json.loads(path.read_text()) if path.exists() else {"parent": parent(recipe), "starts": []}
+    known["starts"].append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "iteration": run.latest() or 0,
+            "recipe": hashlib.sha256(recipe_to_yaml(recipe).encode()).hexdigest(),
+            "code": code_version(),
+            "processes": processes,
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+    )
+    write_durably(path, json.dumps(known, indent=1) + "\n")
+
+
+def parent(recipe: Recipe) -> Json | None:
+    """The weights that a fresh run of the recipe starts from; None for random ones."""
+    if recipe.checkpoint.load:
+        folder = checkpoint.find_checkpoint(recipe.checkpoint.load)
+    elif recipe.model.pipeline and recipe.model.init == "pretrained":
+        folder = Path(recipe.model.pipeline) / "transformer"
+    else:
+        return None
+    # an export lies in its run folder: runs/x/export/transformer; so does a checkpoint: runs/x/iter_0000500
+    ancestors = [above / FILE for above in (folder.parent, folder.parent.parent)]
+    written_by = next((json.loads(file.read_text()) for file in ancestors if file.exists()), None)
+    return {"path": str(folder), "sha256": content_hash(folder), "lineage": written_by}
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a file, or of a folder's relative names and their files' hashes, in order.
+
+    Raises:
+        FileNotFoundError: there is nothing at this path.
+    """
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    listing = "".join(f"{content_hash(path / name)}  {name}\n" for name in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def code_version() -> str:
+    """The version, with the commit where the code is a git checkout and a + where it was changed since."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return soar_mega.__version__
+    commit = described.stdout.strip() if (root / ".git").exists() and described.returncode == 0 else ""
+    return f"{soar_mega.__version__} {commit}".strip()

@@ -24,6 +24,7 @@ setup(
         "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
         "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring their own; only launches import it
         "megatron-core==0.16.1",
+        "deepspeed==0.19.8",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
         "diffusers>=0.36",
         "transformers>=5.0",
@@ -43,7 +44,6 @@ setup(
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
         # Compiled against the torch at hand: see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.13", "flash-attn>=2.7"],
-        "deepspeed": ["deepspeed==0.19.8"],
     },
     entry_points={"console_scripts": ["soar-mega=soar_mega.cli:main"]},
     classifiers=[

@@ -63,13 +63,16 @@ class StageConfig:
 class ParallelConfig:
     """How the work is spread over processes; data parallelism takes what is left of the world."""
 
-    engine: str = "megatron"
+    engine: str = "megatron"  # megatron | deepspeed
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    zero_stage: int = 2  # with engine=deepspeed: 0 | 1 (optimizer) | 2 (and gradients) | 3 (and parameters are cut)
+    offload_optimizer: bool = False  # with engine=deepspeed: optimizer states and step on the CPU
+    offload_parameters: bool = False  # with engine=deepspeed and zero_stage=3: parameters rest on the CPU
     distributed_timeout_minutes: float = 10.0
 
 

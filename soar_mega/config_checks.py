@@ -50,7 +50,8 @@ RULES: dict[str, Rule] = {
     "stage.logit_std": above(0),
     "stage.loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
     "stage.shift": above(0),
-    "parallel.engine": one_of("megatron"),
+    "parallel.engine": one_of("megatron", "deepspeed"),
+    "parallel.zero_stage": within(0, 3),
     "parallel.tensor_model_parallel_size": at_least(1),
     "parallel.pipeline_model_parallel_size": at_least(1),
     "parallel.distributed_timeout_minutes": above(0),
@@ -104,6 +105,7 @@ def check_recipe(recipe: "Recipe") -> None:
         _check_model,
         _check_batch,
         _check_parallel,
+        _check_deepspeed,
         _check_optimizer,
         _check_checkpoint,
         _check_logging,
@@ -153,6 +155,39 @@ def _check_parallel(recipe: "Recipe") -> None:
         or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true",
+    )
+
+
+def _check_deepspeed(recipe: "Recipe") -> None:
+    parallel = recipe.parallel
+    if parallel.engine != "deepspeed":
+        for key in ("offload_optimizer", "offload_parameters"):
+            _require(
+                not getattr(parallel, key), f"parallel.{key} is DeepSpeed's: set parallel.engine=deepspeed"
+            )
+        return
+    _require(
+        parallel.pipeline_model_parallel_size == 1,
+        "parallel.engine=deepspeed has no pipeline parallelism: set parallel.pipeline_model_parallel_size=1 (and "
+        "parallel.zero_stage=3 where the model does not fit), or parallel.engine=megatron",
+    )
+    for key in ("overlap_grad_reduce", "overlap_param_gather"):
+        _require(
+            not getattr(parallel, key),
+            f"parallel.{key} is of the megatron engine: set it to false with parallel.engine=deepspeed",
+        )
+    _require(
+        parallel.zero_stage > 0 or recipe.model.dtype == "fp32",
+        "parallel.zero_stage=0 would add up the gradients of micro-batches in bf16: set parallel.zero_stage=1, or "
+        "model.dtype=fp32",
+    )
+    _require(
+        parallel.zero_stage > 0 or not parallel.offload_optimizer,
+        "parallel.offload_optimizer needs parallel.zero_stage=1, 2 or 3",
+    )
+    _require(
+        parallel.zero_stage == 3 or not parallel.offload_parameters,
+        "parallel.offload_parameters needs parallel.zero_stage=3",
     )
 
 

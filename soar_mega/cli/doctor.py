@@ -20,6 +20,7 @@ Exits with 1 when something that every run needs is missing.
 REQUIRED = (
     "torch",
     "megatron-core",
+    "deepspeed",
     "psutil",
     "diffusers",
     "transformers",
@@ -36,7 +37,6 @@ OPTIONAL = {
     ),
     "flash-attn": ("flash_attn", "attention inside Transformer Engine", True),
     "triton": ("triton", "fused kernels (without it their eager twins run)", True),
-    "deepspeed": ("deepspeed", "the ZeRO engine", False),
 }
 
 

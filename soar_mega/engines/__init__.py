@@ -1,17 +1,20 @@
 """Engines run any stage on hardware: they know processes, memory and optimizers, and nothing of a training method."""
 
 from soar_mega.config import Recipe
-from soar_mega.engines.megatron import MegatronEngine, StepResult
+from soar_mega.engines.engine import Engine, StepResult
+from soar_mega.engines.megatron import MegatronEngine
 from soar_mega.models.config import MMDiTConfig
 
 
-def make_engine(recipe: Recipe, config: MMDiTConfig) -> MegatronEngine:
+def make_engine(recipe: Recipe, config: MMDiTConfig) -> Engine:
     """The engine that a recipe names, with the model of `config` in it; the world must have been started."""
-    if recipe.parallel.engine != "megatron":
-        raise ValueError(
-            f"parallel.engine: {recipe.parallel.engine!r} is unknown; the engine that exists is megatron"
-        )
-    return MegatronEngine(recipe, config)
+    if recipe.parallel.engine == "megatron":
+        return MegatronEngine(recipe, config)
+    if recipe.parallel.engine == "deepspeed":
+        from soar_mega.engines.deepspeed import DeepSpeedEngine  # DeepSpeed takes seconds to import
+
+        return DeepSpeedEngine(recipe, config)
+    raise ValueError(f"parallel.engine: {recipe.parallel.engine!r} is unknown; choose megatron or deepspeed")
 
 
-__all__ = ["MegatronEngine", "StepResult", "make_engine"]
+__all__ = ["Engine", "MegatronEngine", "StepResult", "make_engine"]

@@ -1,6 +1,7 @@
 """Which parameters are trained, and how fast: patterns over global parameter names."""
 
 import difflib
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch.distributed as dist
@@ -31,15 +32,23 @@ def freeze(parameters: dict[str, Parameter], config: OptimizerConfig) -> None:
         parameter.requires_grad_(not _matches(name, config.frozen))
 
 
+def learning_rate_factors(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
+    """optimizer.lr_multipliers by parameter name, for those that have one; the last matching pattern counts."""
+    names = list(names)
+    return {
+        name: factor
+        for pattern, factor in config.lr_multipliers.items()
+        for name in names
+        if fnmatchcase(name, pattern)
+    }
+
+
 def learning_rate_overrides(
     parameters: dict[str, Parameter], config: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]]:
-    """megatron's overrides of parameter groups for optimizer.lr_multipliers; the last matching pattern counts."""
+    """megatron's overrides of parameter groups for optimizer.lr_multipliers."""
     factors = {
-        id(parameter): factor
-        for pattern, factor in config.lr_multipliers.items()
-        for name, parameter in parameters.items()
-        if fnmatchcase(name, pattern)
+        id(parameters[name]): factor for name, factor in learning_rate_factors(parameters, config).items()
     }
 
     def key(factor: float) -> ParamKey:

@@ -53,6 +53,10 @@ class Pipeline:
             collect_non_loss_data=forward_only,
         )
 
+    def averaging(self, micro_batches: int) -> int:
+        """What losses are divided by on their way: by the schedule, and by DDP in reducing the gradients."""
+        return micro_batches * parallel_state.get_data_parallel_world_size()
+
     @torch.no_grad()  # forward_only alone would still record a graph
     def predict(
         self,
@@ -136,8 +140,7 @@ def learn_pass(
     """
     pieces = list(cut(points, size))
     last_use = last_uses(pieces, answers)
-    # megatron divides the loss by the number of micro-batches and DDP the gradient by the number of replicas
-    scale = len(pieces) * parallel_state.get_data_parallel_world_size() / normaliser
+    scale = pipeline.averaging(len(pieces)) / normaliser
     losses: list[Tensor] = []
 
     def weighted(piece: Points, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,12 +1,12 @@
 """Float32 copies of the weights beside the current ones (EMA, reference), cut over ranks like the optimizer.
 
-megatron's optimizer owns a float32 main copy of each trained parameter: with the distributed optimizer, a flat piece
+An optimizer owns a float32 main copy of each trained parameter: megatron's distributed optimizer and ZeRO a flat piece
 of it per data-parallel rank. A kept copy has a piece for each of those, at the same place. Frozen parameters are not
 copied.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 from torch.nn import Parameter
+
+from soar_mega.distributed import device
 
 
 @dataclass(frozen=True)
@@ -40,36 +40,67 @@ class Piece:
 
 
 class MainWeights:
-    """The optimizer's main copies by global parameter name, and how to put pieces together."""
+    """The optimizer's main copies by global parameter name, and how to put pieces together.
 
-    def __init__(self, parameters: dict[str, Parameter], optimizer: Any) -> None:
+    Args:
+        pieces: of the trained parameters that this rank has a part of.
+        divided: whether the data-parallel ranks have different parts.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Parameter], pieces: Mapping[str, Piece], divided: bool
+    ) -> None:
         self.parameters = parameters
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self.pieces: dict[str, Piece] = {}  # of the trained parameters that this rank has a part of
-        self._divided = False
-        for one in optimizer.chained_optimizers:
-            self._divided |= isinstance(one, DistributedOptimizer)
-            self.pieces.update({names[id(p)]: piece for p, piece in _pieces(one)})
+        self.pieces = pieces
+        self._divided = divided
 
     def gather(self, part: Callable[[str], Tensor], name: str) -> Tensor:
         """The whole float32 tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
 
         `part(name)` gives this rank's flat piece of it. Collective over the data-parallel group.
         """
-        parameter = self.parameters[name]
-        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        whole = torch.zeros(self.shape(name), dtype=torch.float32, device=device())
         if name in self.pieces:
             self.pieces[name].of(whole).copy_(part(name))
         if self._divided:
             dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
         return whole
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a parameter on this tensor-parallel rank."""
+        return self.parameters[name].shape
+
+    def value(self, name: str) -> Tensor:
+        """A parameter as the model computes with it, whole. Collective over the data-parallel group."""
+        return self.parameters[name].detach()
+
     @torch.no_grad()
     def assign(self, name: str, whole: Tensor) -> None:
         """Set a parameter and its main copy from a whole tensor."""
-        self.parameters[name].copy_(whole)
+        self.set_value(name, whole)
         if name in self.pieces:
             self.pieces[name].flat.copy_(self.pieces[name].of(whole.contiguous()))
+
+    @torch.no_grad()
+    def set_value(self, name: str, whole: Tensor) -> None:
+        """Set what the model computes with, and not the main copy."""
+        self.parameters[name].copy_(whole)
+
+    @contextmanager
+    def replaced(self, part: Callable[[str], Tensor]) -> Iterator[None]:
+        """The model computes with other trained weights: `part(name)` is this rank's flat piece of each.
+
+        Collective over the data-parallel group.
+        """
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        saved = {name: p.detach().clone() for name, p in trained.items()}
+        for name in trained:
+            self.set_value(name, self.gather(part, name))
+        try:
+            yield
+        finally:
+            for name, tensor in saved.items():
+                self.set_value(name, tensor)
 
 
 class KeptWeights:
@@ -91,7 +122,7 @@ class KeptWeights:
         """This rank's float32 tensor of a parameter; a frozen one is as it is. Collective over data parallelism."""
         parameter = self._main.parameters[name]
         if not parameter.requires_grad:
-            return parameter.detach().float()
+            return self._main.value(name).float()
         return self._main.gather(self.pieces.__getitem__, name)
 
     def full(self) -> dict[str, Tensor]:
@@ -103,21 +134,9 @@ class KeptWeights:
         if name in self.pieces:
             self.pieces[name].copy_(self._main.pieces[name].of(whole.contiguous()))
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """The model computes with these weights inside the context. Collective over data parallelism."""
-        saved: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, parameter in self._main.parameters.items():
-                if parameter.requires_grad:
-                    saved[name] = parameter.detach().clone()
-                    parameter.copy_(self.whole(name))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, tensor in saved.items():
-                    self._main.parameters[name].copy_(tensor)
+        return self._main.replaced(self.pieces.__getitem__)
 
 
 def sharded_copy(
@@ -132,24 +151,3 @@ def sharded_copy(
     tensors, _ = extract_sharded_tensors_and_factories(model_state)
     parameters = [t for t in nested_values(tensors) if isinstance(t.data, Parameter)]
     return {t.key: make_sharded_optimizer_tensor(t, whole(t.data), f"weights.{name}") for t in parameters}
-
-
-def _pieces(optimizer: Any) -> Iterator[tuple[Parameter, Piece]]:
-    if isinstance(optimizer, DistributedOptimizer):
-        pairs = [
-            *zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True),
-            *zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
-        ]
-        for parameters, mains in pairs:
-            for parameter, main in zip(parameters, mains, strict=True):
-                start = optimizer._get_model_param_range_map(parameter)["param"].start
-                yield parameter, Piece(main, start)
-    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        for parameters, mains in zip(
-            optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True
-        ):
-            yield from ((p, Piece(main, 0)) for p, main in zip(parameters, mains, strict=True))
-        for parameters in optimizer.fp32_from_fp32_groups:
-            yield from ((p, Piece(p, 0)) for p in parameters)
-    else:
-        yield from ((p, Piece(p, 0)) for p in optimizer.get_parameters())

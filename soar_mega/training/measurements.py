@@ -6,7 +6,7 @@ from pathlib import Path
 from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shards import open_shards
-from soar_mega.engines import MegatronEngine
+from soar_mega.engines import Engine
 from soar_mega.flow import Schedule
 from soar_mega.training.samples import SampleGrid, write_png
 from soar_mega.training.tensorboard import Events
@@ -25,7 +25,7 @@ class Measurements:
         self,
         recipe: Recipe,
         folder: Path,
-        engine: MegatronEngine,
+        engine: Engine,
         schedule: Schedule,
         info: DatasetInfo,
         events: Events,

@@ -11,7 +11,7 @@ from torch import Tensor
 from soar_mega.config import LoggingConfig
 from soar_mega.data.info import DatasetInfo
 from soar_mega.distributed import device, is_rank_zero
-from soar_mega.engines import MegatronEngine
+from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import Velocity
 from soar_mega.flow import Schedule, guided, normal, sample
 from soar_mega.training.agreement import on_rank_zero
@@ -57,7 +57,7 @@ class SampleGrid:
         return text.cpu(), pooled.cpu()
 
     @torch.no_grad()
-    def draw(self, engine: MegatronEngine) -> Tensor | None:
+    def draw(self, engine: Engine) -> Tensor | None:
         """The grid of all prompts [3, H, W] in [0, 1] on rank 0, None elsewhere. Collective over the world."""
         count = len(self._text) - 1
         start = normal(SEED, "sample", torch.arange(count), 0, self._latent_shape, device())
@@ -74,7 +74,7 @@ class SampleGrid:
         enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
         return grid(images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1))
 
-    def _velocity(self, engine: MegatronEngine, text: Tensor, pooled: Tensor) -> Velocity:
+    def _velocity(self, engine: Engine, text: Tensor, pooled: Tensor) -> Velocity:
         text, pooled = text.to(device()), pooled.to(device())
         return lambda latents, sigma: engine.velocity(latents, sigma, text, pooled)
 

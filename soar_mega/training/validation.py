@@ -12,7 +12,7 @@ from soar_mega import distributed
 from soar_mega.config import LoggingConfig
 from soar_mega.data.batch import Batch
 from soar_mega.data.shards import ShardSet
-from soar_mega.engines import MegatronEngine
+from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import ModelVelocity, held_out_drift
 from soar_mega.flow import Schedule, normal, uniform
 
@@ -34,7 +34,7 @@ class HeldOut:
         self._batch_size = batch_size
         self._weights = weights
 
-    def loss(self, engine: MegatronEngine, samples: int) -> dict[str, float]:
+    def loss(self, engine: Engine, samples: int) -> dict[str, float]:
         """Mean loss over sigma, and over each quarter of (0, 1]: validation/loss, validation/loss_q1 to _q4."""
         totals = torch.zeros(QUARTILES + 1, dtype=torch.float64)
         with engine.using(self._weights):
@@ -45,7 +45,7 @@ class HeldOut:
         named = {f"validation/loss_q{q + 1}": value for q, value in enumerate(means)}
         return {"validation/loss": sum(means) / QUARTILES, **named}
 
-    def drift(self, engine: MegatronEngine, settings: LoggingConfig) -> dict[str, float]:
+    def drift(self, engine: Engine, settings: LoggingConfig) -> dict[str, float]:
         """Drift of each span: drift/0.9-0.65, and relative to the error on the ray drift/0.9-0.65/relative."""
         spans, guidance_scale = settings.drift_spans, settings.sample_guidance_scale
         with engine.using(self._weights):

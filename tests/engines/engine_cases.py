@@ -18,6 +18,7 @@ from soar_mega.engines import make_engine
 from soar_mega.flow import normal
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_shape, local_shard
+from soar_mega.models.names import global_parameter_names
 from soar_mega.stages import make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
@@ -102,7 +103,8 @@ def start_engine(recipe: Recipe):
     """An engine with random weights that no layer of the model ignores."""
     start_world(recipe.parallel)
     engine = make_engine(recipe, SIZES)
-    engine.load_weights({"model": {name: random_tensor(name, p) for name, p in engine.parameters.items()}})
+    shapes = global_parameter_names(engine.layout)
+    engine.load_weights({"model": {name: random_tensor(name, p) for name, p in shapes.items()}})
     return engine
 
 

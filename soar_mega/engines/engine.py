@@ -1,0 +1,223 @@
+"""What every engine is to a training loop: two calls for a step, an update, kept weights, and their state."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from soar_mega.config import Recipe
+from soar_mega.convert import load_weights
+from soar_mega.data.batch import Batch
+from soar_mega.distributed import device, is_first_stage, is_last_stage
+from soar_mega.engines.channel import Answers, make_channel
+from soar_mega.engines.parameter_groups import freeze
+from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, in_order, learn_pass, predict_velocity
+from soar_mega.engines.statistics import StepStatistics, step_statistics
+from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.gather import full_tensor
+from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.names import global_parameter_names
+from soar_mega.stages.points import Points, Queries
+
+TRAINING_TIMESTEPS = 1000  # the model is told 1000 sigma
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Whether the weights were updated, and the gradient norm before clipping."""
+
+    ok: bool
+    grad_norm: float
+
+
+class Engine(ABC):
+    """This rank's part of the model and its optimizer. Every method but `using` is collective over the world.
+
+    Attributes:
+        layout: a model of this rank's shapes, the model itself where it always holds them.
+        parameters: by global name.
+        weights: the kept copies by name.
+    """
+
+    _main: MainWeights
+    _pipeline: Pipeline
+
+    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+        self.recipe = recipe
+        self.model = build_model(
+            config,
+            recipe.model,
+            recipe.parallel,
+            pre_process=is_first_stage(),
+            post_process=is_last_stage(),
+            seed=recipe.train.seed,
+        )
+        if recipe.model.init == "pretrained":
+            load_weights(self.model, recipe.model.pipeline)
+        self.layout: MMDiT = self.model
+        self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
+        freeze(self.parameters, recipe.optimizer)
+        self.weights: dict[str, KeptWeights] = {}
+        self._channel = make_channel()
+        self._answers: Answers | None = None
+        self._loss = 0.0
+
+    @abstractmethod
+    def step(self, lr: float) -> StepResult:
+        """Clip, update the weights and every EMA. When the loss or the gradient is not finite, nothing changes."""
+
+    @abstractmethod
+    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """All that a checkpoint keeps, for megatron's dist_checkpointing: any layout and any engine can load it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what dist_checkpointing has loaded into `sharded_state_dict(is_loading=True)`."""
+
+    @abstractmethod
+    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
+        """This rank's weights by global name, as `convert` takes them; None: as `model` holds them."""
+
+    @abstractmethod
+    def _clear_gradients(self) -> None: ...
+
+    @abstractmethod
+    def _gradient(self, name: str) -> Tensor:
+        """The gradient of this rank's piece of a trained parameter, flat, after `learn`."""
+
+    @abstractmethod
+    def _sharded_model(self, is_loading: bool) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _sync(self) -> None:
+        """Have all parameters complete before they are read outside a forward."""
+
+    def answer(
+        self, queries: Callable[[Batch], Queries | None], batch: Batch, weights: str = "current"
+    ) -> Answers | None:
+        """Predict the velocities that a stage asks for; a lazy handle, whose messages travel while training goes on.
+
+        Args:
+            weights: current, or a name given to `keep_weights`.
+        """
+        if self._answers is not None:
+            self._answers.close()
+            self._answers = None
+        batch = _placed(batch)
+        asked = queries(batch)
+        if asked is None:
+            return None
+        size = min(self.recipe.train.micro_batch_size, len(batch))
+        with self.using(weights):
+            self._answers = answer_pass(self._pipeline, self._channel, batch, asked, size)
+        return self._answers
+
+    def learn(
+        self, points: Callable[[Batch], Points], loss: Loss, batch: Batch, answers: Answers | None
+    ) -> StepStatistics:
+        """Forward and backward: the gradients of sum(weight loss)/D, D the sum of counts over the global batch.
+
+        They do not depend on how the batch is cut into micro-batches, stages or ranks.
+        """
+        batch = _placed(batch)
+        mine = in_order(points(batch))
+        counts = mine.count.sum().to(device())
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        normaliser = counts.item() or 1.0  # nothing present: all weights are zero
+        train = self.recipe.train
+        size = min(train.points_per_micro_batch or train.micro_batch_size, len(mine))
+        self._clear_gradients()
+        losses = learn_pass(self._pipeline, batch, answers, mine, loss, normaliser, size)
+        if answers is not None:
+            answers.close()
+            self._answers = None
+        statistics = step_statistics(mine, losses, normaliser)
+        self._loss = statistics["loss"]
+        return statistics
+
+    @torch.no_grad()
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor, weights: str = "current"
+    ) -> Tensor:
+        """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
+
+        Args:
+            latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P]. The shapes are read on all
+                ranks, the values on the first stage.
+        """
+        size = min(2 * self.recipe.train.micro_batch_size, len(latents))
+        with self.using(weights):
+            timestep = sigma * TRAINING_TIMESTEPS
+            return predict_velocity(self._pipeline, latents, timestep, text, pooled, size)
+
+    def keep_weights(self, name: str, decay: float | None = None) -> None:
+        """Keep a float32 copy of the weights as they are now; with a decay, an EMA that each step updates."""
+        assert name != "current"
+        self._sync()
+        self.weights[name] = KeptWeights(self._main, decay)
+
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the model computes with the weights kept under `name`."""
+        if name == "current":
+            return nullcontext()
+        if name not in self.weights:
+            raise ValueError(
+                f"no weights are kept under the name {name!r}; kept are {['current', *self.weights]}"
+            )
+        self._sync()
+        return self.weights[name].swapped_in()
+
+    def weights_state_dict(self, name: str) -> dict[str, Any]:
+        """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
+        if name == "current":
+            return {"model": self._sharded_model(True)}
+        return {"kept": self._sharded_weights(name, True)}
+
+    @torch.no_grad()
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over what dist_checkpointing has loaded into `weights_state_dict`."""
+        for loaded in state.values():
+            for key, tensor in loaded.items():
+                if key in self.parameters:
+                    self._main.assign(key, tensor.to(device()))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        mine = {
+            name: full_tensor(self._main.gather(self._gradient, name), like=p).cpu()
+            for name, p in trained.items()
+        }
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
+        dist.all_gather_object(stages, mine, group=group)
+        return {name: gradient for stage in stages for name, gradient in stage.items()}
+
+    def _sharded_weights(self, name: str, is_loading: bool) -> dict[str, Any]:
+        names = {id(p): key for key, p in global_parameter_names(self.layout).items()}
+
+        def whole(parameter: Parameter) -> Tensor:
+            if is_loading:
+                return torch.empty(parameter.shape, dtype=torch.float32)
+            return self.weights[name].whole(names[id(parameter)]).cpu()
+
+        return sharded_copy(self.layout.sharded_state_dict(), name, whole)
+
+
+def _placed(batch: Batch) -> Batch:
+    """Positions on the CPU, where rows are made; latents on the device, zero where a sample could not be read."""
+    batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
+    if batch.latents is not None:
+        latents = batch.latents.to(device(), torch.float32)
+        present = batch.valid.to(device())[:, None, None, None]
+        # weight zero times a latent that is not a number would still be one
+        batch = replace(batch, latents=torch.where(present, latents, 0.0))
+    return batch

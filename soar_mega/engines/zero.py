@@ -1,0 +1,168 @@
+"""Where DeepSpeed keeps this rank's part of the float32 weights, moments and gradients, at each ZeRO stage.
+
+At stage 0 they are whole. At stages 1 and 2 the parameters of a group lie in one flat vector, of which each
+data-parallel rank owns a range; at stage 3 each parameter, its computing copy too, is cut into equal parts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from soar_mega.distributed import device
+from soar_mega.engines.weights import MainWeights, Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ZeroPiece(Piece):
+    """A piece inside the tensor that the optimizer updates."""
+
+    owner: Tensor
+    offset: int  # the piece's first element in the flat owner
+
+    def of_owner(self, tensor: Tensor) -> Tensor:
+        """The piece's part of a tensor that is laid out as its owner, a moment: a flat view."""
+        return tensor.view(-1)[self.offset : self.offset + self.main.numel()]
+
+
+def zero_pieces(
+    engine: Any, stage: int, parameters: dict[str, Parameter], groups: list[dict[str, Any]]
+) -> dict[str, ZeroPiece]:
+    """This rank's piece of each trained parameter.
+
+    Args:
+        engine: DeepSpeed's.
+        groups: the optimizer's parameter groups.
+    """
+    pieces = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            piece = _piece(engine, stage, parameter, groups)
+            if piece is not None:
+                pieces[name] = piece
+    return pieces
+
+
+def _piece(engine: Any, stage: int, p: Any, groups: list[dict[str, Any]]) -> ZeroPiece | None:
+    if stage == 0:
+        return ZeroPiece(p, 0, p, 0)
+    if stage == 3:
+        group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
+        owner = engine.optimizer.fp32_partitioned_groups_flat[group]
+        start, count = partition(p)
+    else:
+        if p._hp_mapping is None:  # the parameter lies in other ranks' ranges
+            return None
+        owner = groups[p._hp_mapping.param_group_index]["params"][0]
+        offset, start = p._hp_mapping.hp_fragment_address.start, p._hp_mapping.lp_fragment_address.start
+        count = p._hp_mapping.lp_fragment_address.numel
+    return ZeroPiece(owner.detach()[offset : offset + count], start, owner, offset) if count else None
+
+
+def partition(p: Any) -> tuple[int, int]:
+    """At stage 3: first element and number of elements of this rank's part of a parameter, without padding."""
+    start = p.ds_tensor.ds_numel * dist.get_rank(p.ds_process_group)
+    return start, max(0, min(p.ds_tensor.ds_numel, p.ds_numel - start))
+
+
+def local_gradient(stage: int, parameter: Any, piece: ZeroPiece) -> Tensor:
+    """The gradient of a piece, flat, averaged over the data-parallel ranks; after a backward at the boundary."""
+    gradient = _held_gradient(stage, parameter).reshape(-1)
+    if stage == 3:
+        return gradient[: piece.main.numel()]
+    # bf16 at stage 1 and parameters that are whole on this rank hold more than the piece
+    return piece.of(gradient) if gradient.numel() == parameter.numel() else gradient
+
+
+def scale_gradient(stage: int, parameter: Any, factor: float) -> None:
+    """Multiply this rank's gradient of a parameter, which is about to be used by the optimizer."""
+    gradient = _held_gradient(stage, parameter).mul_(factor)
+    if stage == 3:
+        safe_set_local_grad(parameter, gradient)  # with offload it was a copy
+
+
+def _held_gradient(stage: int, parameter: Any) -> Tensor:
+    if stage == 0:
+        return parameter.grad
+    if stage == 3:
+        return safe_get_local_grad(parameter)
+    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+
+def drop_gradients(engine: Any, stage: int) -> None:
+    """Forget what earlier backwards have accumulated, as DeepSpeed does after a step that it skips."""
+    if stage == 0:
+        engine.zero_grad()
+        return
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    if not hasattr(optimizer, "averaged_gradients"):  # bf16 at stage 1: all is in buffers that are zero now
+        return
+    optimizer.micro_step_id = 0 if stage == 3 else -1
+    offloaded = optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload
+    if offloaded:
+        optimizer.reset_cpu_buffers()
+    elif stage == 3:
+        optimizer.averaged_gradients.clear()
+    else:
+        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in held:
+                held[group] = None
+
+
+class PartitionedWeights(MainWeights):
+    """At stage 3 a parameter is empty outside a forward: its parts are read and written where they lie."""
+
+    def __init__(
+        self, parameters: dict[str, Parameter], pieces: dict[str, ZeroPiece], optimizer: Any
+    ) -> None:
+        super().__init__(parameters, pieces, divided=True)
+        self._optimizer = optimizer
+
+    def shape(self, name: str) -> torch.Size:
+        return self.parameters[name].ds_shape  # type: ignore[attr-defined]
+
+    def value(self, name: str) -> Tensor:
+        p: Any = self.parameters[name]
+        start, count = partition(p)
+        whole = torch.zeros(p.ds_numel, dtype=p.dtype, device=device())
+        whole[start : start + count].copy_(p.ds_tensor[:count])
+        dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
+        return whole.view(p.ds_shape)
+
+    @torch.no_grad()
+    def set_value(self, name: str, whole: Tensor) -> None:
+        self._release()
+        p: Any = self.parameters[name]
+        start, count = partition(p)
+        p.ds_tensor[:count].copy_(whole.reshape(-1)[start : start + count])
+
+    @contextmanager
+    def replaced(self, part: Callable[[str], Tensor]) -> Iterator[None]:
+        self._release()
+        saved: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, piece in self.pieces.items():
+                held = self.parameters[name].ds_tensor[: piece.main.numel()]  # type: ignore[attr-defined]
+                saved[name] = held.clone()
+                held.copy_(part(name))
+        try:
+            yield
+        finally:
+            self._release()
+            with torch.no_grad():
+                for name, tensor in saved.items():
+                    self.parameters[name].ds_tensor[: len(tensor)].copy_(tensor)  # type: ignore[attr-defined]
+
+    def _release(self) -> None:
+        """Have no parameter gathered: what a forward finds gathered it does not read again."""
+        self._optimizer.parameter_offload.partition_all_parameters()

@@ -250,7 +250,7 @@ class Trainer:
         source = self.recipe.model.pipeline
         exported = {"export": "current"} | ({"export_ema": "ema"} if "ema" in self.engine.weights else {})
         for name, weights in exported.items():
-            tensors = None if weights == "current" else self.engine.weights[weights].full()
+            tensors = self.engine.tensors(weights)
             if source:
                 save_pipeline(self.engine.model, source, self.run.path / name, tensors)
             else:

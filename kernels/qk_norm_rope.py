@@ -105,7 +105,7 @@ def _triton_forward(
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     lines = query_out[..., 0].numel()
-    sizes = _sizes("forward", query)
+    sizes = _sizes("forward", query, cosine)
     launch(
         forward_kernel, (-(-lines // sizes["LINES"]),), query.device,
         query, key, query_weight, key_weight, cosine, sine, query_out, key_out,
@@ -155,7 +155,7 @@ def _triton_backward(
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     lines = grad_query[..., 0].numel()
-    sizes = _sizes("backward" if cosine is None else "backward rotary", query)
+    sizes = _sizes("backward", query, cosine)
     programs = min(PROGRAMS, -(-lines // sizes["LINES"]))
     partials = torch.empty(programs, 2, query.shape[-1], device=query.device)
     launch(
@@ -218,9 +218,10 @@ def _autograd(ctx: Any, grad_query_out: Tensor, grad_key_out: Tensor) -> tuple[T
     return grad_query, grad_key, weights[0], weights[1], None, None, None
 
 
-def _sizes(direction: str, query: Tensor) -> dict[str, int]:
+def _sizes(direction: str, query: Tensor, cosine: Tensor | None) -> dict[str, int]:
     """What the sources must know at compile time."""
-    entry = launch_of("qk_norm_rope", direction, architecture(query.device))
+    shape_class = direction if cosine is None else f"{direction} rotary"
+    entry = launch_of("qk_norm_rope", shape_class, architecture(query.device))
     width = power_of_two(query.shape[-1])
     lines = max(1, entry.block // width)
     return {"D": query.shape[-1], "WIDTH": width, "LINES": lines, "num_warps": entry.num_warps}

@@ -34,6 +34,7 @@ LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
     },
     "qk_norm_rope": {
         "forward": {"any": Launch(1024, 4)},
+        "forward rotary": {"any": Launch(1024, 8)},
         "backward": {"any": Launch(1024, 4)},
         "backward rotary": {"any": Launch(1024, 8)},
     },

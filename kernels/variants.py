@@ -157,9 +157,7 @@ def qk_norm_rope() -> list[Variant]:
     """SD3.5's heads without, FLUX's with the rotary embedding."""
 
     def one(direction: str, head_size: int, rotary: bool, kind: str = "bf16") -> Variant:
-        launch = launch_of(
-            "qk_norm_rope", "backward rotary" if rotary and direction == "backward" else direction, "any"
-        )
+        launch = launch_of("qk_norm_rope", f"{direction} rotary" if rotary else direction, "any")
         read, written = ("query", "key"), ("query_out", "key_out")
         if direction == "backward":
             read, written = (*read, "grad_query_out", "grad_key_out"), ("grad_query", "grad_key")
@@ -176,7 +174,7 @@ def qk_norm_rope() -> list[Variant]:
             num_warps=launch.num_warps,
             read=read,
             written=written,
-            width=64 if rotary and direction == "backward" else 128,
+            width=64 if rotary else 128,
         )
 
     ways = ("forward", "backward")

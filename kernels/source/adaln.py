@@ -75,7 +75,7 @@ def backward_kernel(
         inverse = tl.load(statistics + line * 2 + 1)
         gradient = tl.load(grad_modulated + place, mask=mask, other=0.0).to(tl.float32)
         row = tl.load(hidden + place, mask=mask, other=0.0).to(tl.float32)
-        normed = tl.where(mask, (row - mean) * inverse, 0.0)
+        normed = (row - mean) * inverse  # of no account beyond H, where the gradient is zero
         sum_shift += gradient
         sum_scale += gradient * normed
         gradient *= factor

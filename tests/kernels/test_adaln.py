@@ -2,70 +2,25 @@
 
 import pytest
 import torch
+from adaln_cases import case, exact, outcome, upstream
 from guards import canaries, guarded, stored, worst
 
 from soar_mega.kernels.adaln import adaln, plain_adaln
 
 # tokens, samples, hidden size: a ragged block of tokens and a width that is no power of two; a whole one, batch 1
 SHAPES = [(19, 3, 40), (1, 2, 7), (5, 1, 64)]
-TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 5e-3}
-
-
-def case(shape, dtype=torch.float32):
-    """Residual, branch, shift, scale, gate, each far from zero mean; the vectors are slices of one tensor."""
-    tokens, samples, width = shape
-    generator = torch.Generator().manual_seed(tokens)
-    streams = [
-        guarded(torch.randn(shape, generator=generator).to(dtype) + offset).requires_grad_()
-        for offset in (1, 0)
-    ]
-    wide = guarded(torch.randn(samples, 3 * width, generator=generator).to(dtype))
-    vectors = [part.detach().requires_grad_() for part in wide.chunk(3, dim=-1)]
-    return streams, vectors
-
-
-def exact(tensors):
-    return [x.detach().double().requires_grad_() for x in tensors]
-
-
-def upstream(shape, dtype):
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_a_branch_matches_float64(backend, shape):
-    check_with_a_branch(shape, torch.float32)
+    for name, (mine, theirs) in outcome(shape, torch.float32).items():
+        assert worst(mine, theirs) < 5e-7, name
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2])
 def test_bf16_matches_float64(interpreted, shape):
-    check_with_a_branch(shape, torch.bfloat16)
-
-
-def check_with_a_branch(shape, dtype):
-    (residual, branch), (shift, scale, gate) = case(shape, dtype)
-    inputs = [residual, shift, scale, branch, gate]
-    gradients = upstream(shape, dtype)
-    with canaries():
-        hidden, modulated = adaln(*inputs)
-        found = torch.autograd.grad([hidden, modulated], inputs, [guarded(g) for g in gradients])
-    assert hidden.dtype == modulated.dtype == dtype
-    wanted, wanted_gradients = oracle(exact(inputs), gradients, dtype)
-    for name, mine, theirs in zip(
-        ("hidden", "modulated", "residual", "shift", "scale", "branch", "gate"),
-        (hidden, modulated, *found),
-        (*wanted, *wanted_gradients),
-    ):
-        assert worst(mine, stored(theirs.detach(), dtype)) < TOLERANCE[dtype], name
-
-
-def oracle(reference, gradients, dtype):
-    """Outputs and gradients in float64; the norm is of the residual stream as it lies in memory."""
-    hidden = plain_adaln(*reference)[0]
-    rounded = hidden + (stored(hidden.detach(), dtype) - hidden.detach())
-    wanted = [hidden, plain_adaln(rounded, *reference[1:3])[1]]
-    return wanted, torch.autograd.grad(wanted, reference, [g.double() for g in gradients])
+    for name, (mine, theirs) in outcome(shape, torch.bfloat16).items():
+        assert worst(mine, stored(theirs, torch.bfloat16)) < 5e-3, name
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

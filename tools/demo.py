@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from walk.commands import Command, run_together, soar_mega, torchrun
+from walk.commands import Command, end_on_sigterm, run_together, soar_mega, torchrun
 from walk.data import prepare_data
 
 BASE = Path("recipes/tiny/base")
@@ -268,6 +268,7 @@ def main() -> int:
         "--quick", action="store_true", help="a few steps of everything; the numbers mean nothing"
     )
     arguments = parser.parse_args()
+    end_on_sigterm()
     os.chdir(Path(__file__).parents[1])  # recipes name their files from here
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from report.noise import Difference, paired_difference
 from report.study_figure import study_figure
-from walk.commands import Command, run_together, soar_mega
+from walk.commands import Command, end_on_sigterm, run_together, soar_mega
 from walk.data import prepare_data
 
 from soar_mega.config import load_recipe
@@ -248,6 +248,7 @@ def main() -> int:
         "--quick", action="store_true", help="a few steps of everything; the numbers mean nothing"
     )
     arguments = parser.parse_args()
+    end_on_sigterm()
     os.chdir(Path(__file__).parents[1])  # recipes name their files from here
     plan = QUICK if arguments.quick else Plan()
     if arguments.seeds:

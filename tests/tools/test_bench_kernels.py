@@ -17,6 +17,10 @@ def test_predictions_without_a_gpu(tmp_path, monkeypatch, capsys):
     states = rows["rollout_renoise 512 px N=6", "fused"]
     # four float32 sources in, six bfloat16 states out; the rest are tables
     assert states["bytes"] == pytest.approx(elements * (4 * 4 + 6 * 2), rel=1e-3)
-    assert all(rows[name, "eager"]["bytes"] > 2 * row["bytes"] for (name, form), row in rows.items() if form == "fused")
+    assert all(
+        rows[name, "eager"]["bytes"] > 2 * row["bytes"]
+        for (name, form), row in rows.items()
+        if form == "fused"
+    )
     assert not states["measured"] and "predicted" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 1000

@@ -1,5 +1,7 @@
 """Running commands side by side."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,3 +55,26 @@ time.sleep(3)
 """
     run_together([python(tmp_path, "sft", code)])
     assert "sft at iteration 20 of 300" in capsys.readouterr().out
+
+
+def test_a_terminated_tool_takes_its_commands_along(tmp_path: Path) -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    endless = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(100)".format(
+        str(tmp_path / "pid")
+    )
+    code = f"""
+import sys; sys.path.insert(0, {str(tools)!r})
+from pathlib import Path
+from walk.commands import Command, end_on_sigterm, run_together
+end_on_sigterm()
+log = Path({str(tmp_path / "x.log")!r})
+run_together([Command(name="x", arguments=[sys.executable, "-c", {endless!r}], log=log, threads=1)])
+"""
+    tool = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    tool.terminate()
+    assert tool.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

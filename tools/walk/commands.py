@@ -41,6 +41,11 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, "-m", "soar_mega", *arguments]
 
 
+def end_on_sigterm() -> None:
+    """Makes SIGTERM end this process as an exception does, so that `run_together` takes its commands along."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def run_together(*chains: Sequence[Command], at_once: int | None = None) -> None:
     """Runs chains of commands side by side until all are done; the commands of a chain one after another.
 

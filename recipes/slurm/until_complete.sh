@@ -112,7 +112,8 @@ requeue() {
 
 give_up() {
     say "failed: $1"
-    echo "job $job on $SLURM_JOB_NODELIST: $1" > "$folder/failure.txt"
+    # a command that has left a reason of its own knows better
+    [[ -e $folder/failure.txt ]] || echo "job $job on $SLURM_JOB_NODELIST: $1, see its log" > "$folder/failure.txt"
     exit $((code > 0 ? code : 1))
 }
 

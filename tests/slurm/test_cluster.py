@@ -78,7 +78,7 @@ class Launched:
 
     def __init__(self, cluster: Cluster, work: Path, name: str, *options: str, paced: bool = True) -> None:
         self.cluster, self.folder = cluster, work / name
-        size = ["--nodes", "2", "--processes-per-node", "2", "--gpus-per-node", "0"]
+        size = ["--nodes", "2", "--processes-per-node", "2", "--gpus-per-node", "0", "--time", "15"]
         size += ["--python", str(HERE / "paced")] if paced else []
         words = [*settings(work), f"checkpoint.save={self.folder}", "checkpoint.export=false"]
         # a later option wins

@@ -1,0 +1,230 @@
+"""Chains: what a file means, when a link is done, and what stops the rest."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from soar_mega.cli import main
+from soar_mega.launch.chain import Chain, load_chain
+from soar_mega.launch.links import begin, end, why_not_done
+from soar_mega.launch.run_chain import command, job, run_local, status
+from soar_mega.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def write(tmp_path: Path, links: Any, **changes: Any) -> Path:
+    """A chain file whose own pipeline is a folder that a test may change."""
+    base = tmp_path / "base"
+    (base / "transformer").mkdir(parents=True, exist_ok=True)
+    (base / "transformer" / "weights").write_text("base")
+    path = tmp_path / "chain.yaml"
+    content = {"folder": str(tmp_path / "chain"), "pipeline": str(base), "links": links} | changes
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def note(name: str, code: int = 0) -> dict[str, Any]:
+    """A link that counts how often it runs."""
+    script = f"echo x >> $0/ran; touch $0/done; echo {name} says no; exit {code}"
+    return {"name": name, "command": ["bash", "-c", script, "{folder}"], "product": "done"}
+
+
+def ran(tmp_path: Path, name: str) -> int:
+    path = tmp_path / "chain" / name / "ran"
+    return len(path.read_text().split()) if path.exists() else 0
+
+
+def train(name: str, *overrides: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "train": "recipes/tiny/soar.yaml", "overrides": list(overrides), **more}
+
+
+def make_run(chain: Chain, name: str, weights: str = "trained") -> None:
+    """What training leaves."""
+    link = chain.link(name)
+    begin(chain, link)
+    (link.folder / "export").mkdir(exist_ok=True)
+    (link.folder / "export" / "weights").write_text(weights)
+    assert link.recipe is not None
+    RunFolder(link.folder).mark_complete(link.recipe.train.train_iters, 1)
+    end(link)
+
+
+@pytest.mark.parametrize("name", ["tiny", "sd35_medium"])
+def test_shipped_chains(name: str) -> None:
+    chain = load_chain(f"recipes/chains/{name}.yaml")
+    assert [link.kind for link in chain.links] == ["train", "train", "evaluate", "export", "command"]
+    sft, soar, evaluate, export, rl = chain.links
+    assert (sft.parent, soar.parent, evaluate.parent, export.parent, rl.parent) == (
+        None,
+        "sft",
+        "soar",
+        "soar",
+        "export",
+    )
+    assert soar.recipe is not None and Path(soar.recipe.model.pipeline).parent == sft.folder
+    assert export.arguments[1] == str(soar.folder)
+    assert rl.arguments[2:] == [str(export.product), str(rl.folder)]
+    assert job(chain, soar).arguments[0] == "train" and soar.resources.nodes == 2
+    assert job(chain, evaluate).arguments[-2:] == ["--link", "evaluate"] and evaluate.resources.processes == 1
+
+
+def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> None:
+    links = [train("a"), train("b", start="checkpoint"), train("c", start="export_ema")]
+    chain = load_chain(write(tmp_path, links))
+    b, c = chain.link("b").recipe, chain.link("c").recipe
+    assert b is not None and c is not None
+    assert b.model.pipeline == str(tmp_path / "base")
+    assert b.checkpoint.load == str(chain.link("a").folder) and b.checkpoint.finetune
+    assert c.model.pipeline == str(chain.link("b").folder / "export_ema") and not c.checkpoint.load
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        ([{"name": "a"}], "link 1: needs exactly one of train, evaluate"),
+        ([{"name": "a b", "export": []}], "names the folder"),
+        ([note("a"), note("a")], "a word of its own"),
+        ([train("a", "train.train_itres=3")], "a: command line: unknown key 'train.train_itres'"),
+        ([train("a", start="ema")], "start: one of export, export_ema, checkpoint"),
+        ([train("a", start="checkpoint")], "needs a train link before"),
+        ([train("a", "train.ema_decay=0"), train("b", start="export_ema")], "keeps no EMA"),
+        ([train("a", "checkpoint.export=false")], "a link is done by its export"),
+        ([{"name": "e", "export": []}], "needs a train link before"),
+        ([{"name": "c", "command": ["true"]}], "proves nothing"),
+        ([note("a") | {"prodct": "x"}], "unknown key 'prodct'"),
+        ([note("a") | {"slurm": {"time": 14400}}], "in quotes"),
+        ([note("a") | {"slurm": {"node": 2}}], "unknown key 'node'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_chain(write(tmp_path, links))
+
+
+def test_a_failed_link_stops_the_rest_and_says_why(tmp_path: Path) -> None:
+    chain = load_chain(write(tmp_path, [note("one"), note("two", code=3), note("three")]))
+    with pytest.raises(ValueError, match=r"two failed with exit code 3:\n  two says no\nnot started.*three"):
+        run_local(chain, 1)
+    assert (ran(tmp_path, "one"), ran(tmp_path, "two"), ran(tmp_path, "three")) == (1, 1, 0)
+    told = dict(status(chain, lambda link: None))
+    assert told["one"] == "complete" and "two says no" in told["two"]
+    assert told["three"] == "not started, because two failed"
+
+
+def test_rerunning_skips_what_is_complete_and_verified(tmp_path: Path) -> None:
+    path = write(tmp_path, [note("one"), note("two")])
+    for _ in range(2):
+        assert main(["chain", str(path)]) == 0
+    assert (ran(tmp_path, "one"), ran(tmp_path, "two")) == (1, 1)
+    (tmp_path / "chain" / "one" / "done").write_text("flipped")
+    assert main(["chain", str(path)]) == 0
+    assert (ran(tmp_path, "one"), ran(tmp_path, "two")) == (2, 1)
+
+
+def test_success_without_the_product_is_a_failure(tmp_path: Path) -> None:
+    link = {"name": "one", "command": ["true"], "product": "done"}
+    chain = load_chain(write(tmp_path, [link]))
+    with pytest.raises(ValueError, match="ended without its product"):
+        run_local(chain, 1)
+    assert why_not_done(chain, chain.links[0]) == "not complete"
+
+
+def test_a_train_link_is_done_by_its_markers_alone(tmp_path: Path) -> None:
+    chain = load_chain(write(tmp_path, [train("a"), train("b")]))
+    a, b = chain.links
+    with pytest.raises(ValueError, match="b cannot begin, because link a is not done: not begun"):
+        begin(chain, b)
+    assert begin(chain, a)
+    (a.folder / "export").mkdir()
+    with pytest.raises(ValueError, match="is not complete"):
+        end(a)
+    RunFolder(a.folder).mark_complete(1, 1)  # of a shorter run
+    with pytest.raises(ValueError, match="is not complete"):
+        end(a)
+    make_run(chain, "a")
+    make_run(chain, "b")
+    assert why_not_done(chain, a) is None and not begin(chain, b)
+
+
+def test_a_damaged_export_is_made_again(tmp_path: Path) -> None:
+    chain = load_chain(write(tmp_path, [train("a"), train("b")]))
+    make_run(chain, "a")
+    make_run(chain, "b")
+    a, b = chain.links
+    weights = a.product / "weights"
+    weights.write_text("trainee")
+    assert "vouches for" in str(why_not_done(chain, a))
+    with pytest.raises(ValueError, match="link a is not done"):
+        begin(chain, b)
+    assert begin(chain, a)
+    assert RunFolder(a.folder).complete() is None  # so that the run exports again
+    make_run(chain, "a")
+    assert why_not_done(chain, a) is None and why_not_done(chain, b) is None
+
+
+def test_nothing_goes_on_from_another_parent_or_with_other_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, [train("a"), train("b")])
+    chain = load_chain(path)
+    make_run(chain, "a")
+    begin(chain, chain.link("b"))
+    (tmp_path / "base" / "transformer" / "weights").write_text("other")
+    with pytest.raises(ValueError, match="a was completed differently: its parent was made anew"):
+        why_not_done(chain, chain.link("a"))
+    changed = load_chain(write(tmp_path, [train("a", "optimizer.lr=1.0"), train("b")]))
+    with pytest.raises(ValueError, match=r"optimizer.lr was 0.0005 and is 1.0. Remove .*/a to do it again"):
+        begin(changed, changed.link("a"))
+    layout = load_chain(write(tmp_path, [train("a", "parallel.tensor_model_parallel_size=2"), train("b")]))
+    assert why_not_done(layout, layout.link("a")) is None, "the layout makes no difference to the weights"
+
+
+def test_the_marker_holds_the_lineage(tmp_path: Path) -> None:
+    chain = load_chain(write(tmp_path, [train("a"), train("b")]))
+    make_run(chain, "a")
+    make_run(chain, "b")
+    a, b = (json.loads((link.folder / "completed.json").read_text()) for link in chain.links)
+    assert b["parent"] == a["product"] and len(a["product"]) == 64
+    assert b["settings"]["train.seed"] == 42 and b["code"].startswith("0.")
+
+
+def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, [train("a"), note("two")])
+    for option in ("--local", "--slurm"):
+        assert main(["chain", str(path), option, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "-m soar_mega train recipes/tiny/soar.yaml" in told and "--begin a" in told and "--end a" in told
+    assert not (tmp_path / "chain").exists()
+    torchrun = command(load_chain(path).links[0], 2)
+    assert torchrun[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.slow
+def test_the_tiny_chain_here(tmp_path: Path) -> None:
+    from tiny_runs import make_shards
+
+    settings = yaml.safe_load(Path("recipes/chains/tiny.yaml").read_text())
+    shards = make_shards(tmp_path / "shards", 64, seed=1)
+    for link in settings["links"][:2]:
+        link["overrides"] += [f"data.path={shards}", "data.validation_path=", "train.train_iters=3"]
+        link["overrides"] += ["train.global_batch_size=8", "train.micro_batch_size=8"]
+    evaluate = settings["links"][2]["evaluate"]
+    evaluate[evaluate.index("--held-out") + 1] = str(shards)
+    settings["folder"] = str(tmp_path / "chain")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    assert main(["chain", str(path)]) == 0
+    chain = load_chain(path)
+    assert [state for _, state in status(chain, lambda link: None)] == ["complete"] * 5
+    lineage = json.loads((tmp_path / "chain" / "soar" / "lineage.json").read_text())
+    assert lineage["parent"]["path"] == str(tmp_path / "chain" / "sft" / "export" / "transformer")
+    assert lineage["parent"]["lineage"]["parent"]["path"] == "recipes/tiny/base/transformer"

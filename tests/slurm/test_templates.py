@@ -1,0 +1,265 @@
+"""Job scripts without a cluster: what is rendered, and what until_complete.sh decides, with stand-ins for SLURM."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soar_mega.cli import main
+from soar_mega.launch.slurm import TEMPLATES, Job, Resources, render, resources, time_seconds
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ["launch", "slurm", "recipes/tiny/soar.yaml"]
+
+# Stand-ins: srun does what SRUN says; the others write down how they were called.
+FAKES = {
+    "srun": '[[ $* == *--overlap* ]] && exit "${NODE:-0}"; eval "$SRUN"',
+    "scontrol": (
+        'case $1 in requeue) echo "requeue $2" >> calls; kill $PPID ;; hostnames) echo n1 ;; '
+        '*) echo " JobState=${STATE:-RUNNING} Restarts=${RESTARTS:-0} " ;; esac'
+    ),
+    "scancel": 'echo "scancel $*" >> calls; [[ -n ${ON_SIGNAL:-} ]] && touch asked',
+}
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def start(tmp_path: Path, srun: str, retries: int = 0, job: str = "7", **environment: str) -> tuple[int, str]:
+    """One start of a job whose run folder is tmp_path/run; its exit code and what it asked SLURM for."""
+    fakes = tmp_path / "fakes"
+    fakes.mkdir(exist_ok=True)
+    for name, body in FAKES.items():
+        (fakes / name).write_text(f"#!/bin/bash\n{body}\n")
+        (fakes / name).chmod(0o755)
+    (tmp_path / "calls").write_text("")
+    script = (
+        f"source {TEMPLATES}/until_complete.sh\nuntil_complete run/complete.json 60 {retries} x; echo after"
+    )
+    values = {
+        "PATH": f"{fakes}:{os.environ['PATH']}",
+        "SRUN": srun,
+        "SLURM_JOB_ID": job,
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=values | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, (tmp_path / "calls").read_text().strip() or done.stdout.splitlines()[-1]
+
+
+def reason(tmp_path: Path) -> str:
+    path = tmp_path / "run" / "failure.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def test_complete_by_the_marker(tmp_path: Path) -> None:
+    assert start(tmp_path, "touch run/complete.json") == (0, "after")
+
+
+def test_unfinished_is_requeued(tmp_path: Path) -> None:
+    assert start(tmp_path, "echo 5 > run/latest_checkpointed_iteration.txt")[1] == "requeue 7"
+    assert reason(tmp_path) == ""
+
+
+def test_an_array_element_is_requeued_alone(tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert start(tmp_path, "true", **array)[1] == "requeue 7_3"
+
+
+def test_a_failure_ends_the_job_with_its_code(tmp_path: Path) -> None:
+    code, told = start(tmp_path, "exit 9")
+    assert code == 9 and told.endswith("failed: exit code 9") and "exit code 9" in reason(tmp_path)
+
+
+def test_an_old_marker_does_not_cover_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "complete.json").touch()
+    assert start(tmp_path, "exit 9")[0] == 9
+
+
+def test_a_dead_node_is_no_failure_of_the_run(tmp_path: Path) -> None:
+    assert start(tmp_path, "exit 9", NODE="1")[1] == "requeue 7"
+
+
+def test_retries_are_counted_per_job(tmp_path: Path) -> None:
+    assert start(tmp_path, "exit 9", retries=2)[1] == "requeue 7"
+    assert start(tmp_path, "exit 9", retries=2)[1] == "requeue 7"
+    assert start(tmp_path, "exit 9", retries=2)[0] == 9
+    assert start(tmp_path, "exit 9", retries=2, job="8")[1] == "requeue 8"
+
+
+def test_five_starts_without_progress_are_enough(tmp_path: Path) -> None:
+    def again(number: int) -> tuple[int, str]:
+        count = {"SLURM_RESTART_COUNT": str(number), "RESTARTS": str(number)} if number else {}
+        return start(tmp_path, "true", **count)
+
+    assert [again(number)[1] for number in range(4)] == ["requeue 7"] * 4
+    assert again(4)[0] == 1 and "5 starts without a new checkpoint" in reason(tmp_path)
+
+
+def test_a_cancelled_job_does_not_come_back(tmp_path: Path) -> None:
+    code, told = start(tmp_path, "true", STATE="CANCELLED")
+    assert code == 1 and "the job was cancelled" in told
+
+
+def test_the_script_of_a_lost_node_leaves_its_successor_alone(tmp_path: Path) -> None:
+    code, told = start(tmp_path, "exit 9", RESTARTS="1")
+    assert code == 1 and "requeue" not in told and reason(tmp_path) == ""
+
+
+def test_usr1_is_passed_on_until_the_ranks_end(tmp_path: Path) -> None:
+    ranks = "kill -USR1 $PPID; until [[ -e asked ]]; do sleep 0.1; done; echo 5 > run/latest_checkpointed_iteration.txt"
+    _, calls = start(tmp_path, ranks, ON_SIGNAL="1")
+    assert calls.splitlines() == ["scancel --signal=USR1 7", "requeue 7"]
+
+
+@pytest.mark.parametrize(
+    "name", ["until_complete.sh", "rank.sh", "environment.sh", "venv.sbatch", "container.sbatch"]
+)
+def test_scripts_are_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", TEMPLATES / name], check=True)
+
+
+def test_rank(tmp_path: Path) -> None:
+    place = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "PATH": os.environ["PATH"]}
+
+    def rank(script: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", TEMPLATES / "rank.sh", "bash", "-c", script]
+        return subprocess.run(command, env=place, capture_output=True, text=True)
+
+    assert rank("echo $RANK $LOCAL_RANK $WORLD_SIZE").stdout == "3 1 4\n"
+    assert [rank(f"exit {code}").returncode for code in (0, 75, 3)] == [0, 0, 3]
+    assert rank("kill -USR1 $$; exit 4").returncode == 4, "a rank that does not listen yet survives"
+
+
+def test_offline_is_the_default_and_the_shell_wins() -> None:
+    script = f"source {TEMPLATES}/environment.sh; echo $HF_HUB_OFFLINE $TRANSFORMERS_OFFLINE $NCCL_DEBUG"
+    environment = {"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO"}
+    told = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert told.stdout == "1 1 INFO\n"
+
+
+def test_words_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = Job(
+        name="a b",
+        arguments=["train", "my recipe.yaml", "x.y=[1, '2']"],
+        marker=Path("my runs/complete.json"),
+    )
+    text = render(job, Resources(time="01:00:00", account="team", gpus_per_node=0))
+    assert "#SBATCH --job-name=a_b\n" in text and "#SBATCH --account=team\n" in text
+    assert "gpus" not in text and "partition" not in text and "{{" not in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    line = next(line for line in text.splitlines() if line.startswith("arguments="))
+    told = subprocess.run(
+        ["bash", "-c", line + '; printf "%s\\n" "${arguments[@]}"'], capture_output=True, text=True
+    )
+    assert told.stdout.splitlines() == job.arguments
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    template = tmp_path / "mine.sbatch"
+    template.write_text("#!/bin/bash\nrun {{ARGUMENTS}} {{WORDS}}\n")
+    job = Job(name="x", arguments=["train", "r.yaml"], marker=tmp_path / "complete.json")
+    with pytest.raises(ValueError, match=r"nothing fills in \{\{WORDS\}\}"):
+        render(job, Resources(template=str(template)))
+    template.write_text("run {{ARGUMENTS}}\n")
+    assert render(job, Resources(template=str(template))) == "run train r.yaml\n"
+    with pytest.raises(ValueError, match="no such template"):
+        render(job, Resources(template="vnv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("2:30", 150),
+        ("04:00:00", 14400),
+        ("2-12", 216000),
+        ("1-0:30", 88200),
+        ("1-00:00:01", 86401),
+    ],
+)
+def test_time_limits(text: str, seconds: int) -> None:
+    assert time_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time": "4h"}, "write it like sbatch"),
+        ({"time": "00:05:00", "signal_seconds": 300}, "less than the time limit of 300 s"),
+        ({"nodes": 0}, "at least 1"),
+        ({"image": "x.sif"}, "go together"),
+        ({"template": "container"}, "go together"),
+        ({"nodes": "2"}, "expected int"),
+    ],
+)
+def test_resources_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resources(settings, "here")
+
+
+def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--nodes",
+        "2",
+        "parallel.tensor_model_parallel_size=2",
+        "--dry-run",
+        f"checkpoint.save={tmp_path}/x",
+    ]
+    assert main([*LAUNCH, *words]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --gpus-per-node=8\n" in text
+    assert "#SBATCH --signal=B:USR1@300\n" in text and "#SBATCH --requeue\n" in text
+    assert f"tensor_model_parallel_size=2 checkpoint.save={tmp_path}/x" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("optimizer.lr=1e-5 # small\n\noptimizer.lr=2e-5 stage.eta=1\n")
+    words = ["--nodes", "1", "--sweep", str(sweep), "--dry-run", "checkpoint.save=runs/s"]
+    assert main([*LAUNCH, *words]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --array=0-1\n" in text
+    case = "1) arguments+=(optimizer.lr=2e-5 stage.eta=1 checkpoint.save=runs/s/1) marker=runs/s/1/complete.json ;;"
+    assert case in text
+    sweep.write_text("optimizer.rl=1e-5\n")
+    assert main([*LAUNCH, *words]) == 1
+    assert "did you mean optimizer.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], "does not divide the 8 process"),
+        (["train.train_itres=3"], "unknown key"),
+        (["--signal-seconds", "20000"], "less than the time limit"),
+    ],
+)
+def test_launch_refuses_before_the_queue(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LAUNCH, "--nodes", "1", "--dry-run", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_slurm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*LAUNCH, "--nodes", "1", f"checkpoint.save={tmp_path}/x"]) == 1
+    assert "login node" in capsys.readouterr().err

@@ -57,11 +57,11 @@ SlurmctldTimeout=30
 SlurmdTimeout=15
 InactiveLimit=0
 MinJobAge=300
-KillWait=20
+KillWait=60
 Waittime=0
 GresTypes=gpu
 NodeName=n[1-4] NodeHostname=n[1-4] NodeAddr=127.0.0.1[1-4] Port=[{first}-{last}] CPUs=8 RealMemory=4000 Gres=gpu:2
-PartitionName=batch Nodes=n[1-4] Default=YES PriorityTier=1 GraceTime=40 MaxTime=60 DefaultTime=10
+PartitionName=batch Nodes=n[1-4] Default=YES PriorityTier=1 GraceTime=120 MaxTime=60 DefaultTime=10
 PartitionName=urgent Nodes=n[1-4] PriorityTier=10 PreemptMode=OFF MaxTime=60 DefaultTime=10
 """
 

@@ -1,7 +1,8 @@
-"""soar-mega for tests: the steps of a run that starts at the beginning take a second each, so that a signal finds it at
-work; a resumed run is as fast as it can be. Started as `paced -m soar_mega ...` in the place of python.
+"""soar-mega for tests: the steps of a run that starts at the beginning take PACE_SECONDS longer, so that a signal finds
+it at work; a resumed run is as fast as it can be. Started as `paced -m soar_mega ...` in the place of python.
 """
 
+import os
 import sys
 import time
 
@@ -12,7 +13,7 @@ if __name__ == "__main__":
     step, run_steps = Trainer.step, Trainer.run_steps
 
     def paced_step(self: Trainer) -> float:
-        time.sleep(1)
+        time.sleep(float(os.environ["PACE_SECONDS"]))
         return step(self)
 
     def run_paced(self: Trainer, stop: StopRequest) -> int:

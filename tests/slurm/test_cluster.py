@@ -1,5 +1,6 @@
 """The shipped templates on a real SLURM of four nodes: every way in which a job ends early ends in a resumed run."""
 
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,11 @@ from soar_mega.launch import slurm
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 ITERATIONS = 110
-PATIENCE = 300  # seconds that nothing takes on a busy machine with two cores
+PATIENCE = 180  # seconds that nothing takes where a run starts in START_SECONDS
+START_SECONDS = 20
+slowness = 1.0  # of this machine just now: how much longer than START_SECONDS a start takes
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ class Launched:
 
 
 def wait_for(happened: Callable[[], bool], trouble: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE * max(slowness, 3.0)
     while not happened():
         assert time.monotonic() < deadline, trouble()
         time.sleep(0.5)
@@ -114,14 +117,24 @@ def wait_for(happened: Callable[[], bool], trouble: Callable[[], str]) -> None:
 
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster, work: Path) -> Launched:
-    """An uninterrupted run."""
-    return Launched(cluster, work, "reference", "--sbatch=--nodelist=n[1-2]", paced=False)
+    """An uninterrupted run; its start tells how much time others need."""
+    global slowness
+    began = time.monotonic()
+    run = Launched(cluster, work, "reference", "--sbatch=--nodelist=n[1-2]", paced=False)
+    run.tells(r"^ iteration +1/")
+    slowness = max(1.0, (time.monotonic() - began) / START_SECONDS)
+    os.environ["PACE_SECONDS"] = str(slowness)
+    return run
 
 
 @pytest.fixture(scope="module")
 def limited(reference: Launched, cluster: Cluster, work: Path) -> Launched:
-    """A run that is longer than its time limit; submitted early, for the limit takes its time."""
-    time_limit = ("--time", "3", "--signal-seconds", "90")
+    """A run that is longer than its time limit; submitted early, for the limit takes its time.
+
+    SLURM signals up to 30 seconds early, so this one has at least 40 seconds on a machine that is not slow.
+    """
+    lead = math.ceil(50 * slowness)
+    time_limit = ("--time", str(math.ceil((lead + 30 + 40 * slowness) / 60)), "--signal-seconds", str(lead))
     return Launched(cluster, work, "limited", "--sbatch=--nodelist=n[1-2]", *time_limit)
 
 
@@ -166,7 +179,7 @@ def test_time_limit(limited: Launched, reference: Launched) -> None:
 
 
 def test_preemption(reference: Launched, cluster: Cluster, work: Path) -> None:
-    run = Launched(cluster, work, "preempted", "--sbatch=--nodelist=n[1-2]", "--signal-seconds", "60")
+    run = Launched(cluster, work, "preempted", "--sbatch=--nodelist=n[1-2]", "--signal-seconds", "150")
     run.tells(r"^ iteration +2/")
     urgent = ("--partition=urgent", "--nodelist=n[1-2]", "--exclusive", "--time=1", "--output=/dev/null")
     cluster.call("sbatch", *urgent, "--wrap=sleep 3")
@@ -175,7 +188,7 @@ def test_preemption(reference: Launched, cluster: Cluster, work: Path) -> None:
     resumed_like(run, reference)
 
 
-def test_cancelled_stays_cancelled_and_saved(cluster: Cluster, work: Path) -> None:
+def test_cancelled_stays_cancelled_and_saved(reference: Launched, cluster: Cluster, work: Path) -> None:
     run = Launched(cluster, work, "cancelled", "--processes-per-node", "1")
     run.tells(r"^ iteration +2/")
     cluster.call("scancel", run.job)
@@ -186,7 +199,7 @@ def test_cancelled_stays_cancelled_and_saved(cluster: Cluster, work: Path) -> No
     wait_for(lambda: slurm.queued(run.folder / "slurm") is None, lambda: cluster.call("squeue"))
 
 
-def test_sweep_requeues_the_stopped_element_alone(cluster: Cluster, work: Path) -> None:
+def test_sweep_requeues_the_stopped_element_alone(reference: Launched, cluster: Cluster, work: Path) -> None:
     sweep = work / "sweep.txt"
     sweep.write_text("# two runs\ntrain.seed=1\n\ntrain.seed=2 train.train_iters=8\n")
     run = Launched(cluster, work, "sweep", "--nodes", "1", "--processes-per-node", "1", "--sweep", str(sweep))
@@ -199,7 +212,7 @@ def test_sweep_requeues_the_stopped_element_alone(cluster: Cluster, work: Path) 
     assert (run.folder / "0" / "complete.json").exists() and (run.folder / "1" / "complete.json").exists()
 
 
-def test_container_and_gpus(cluster: Cluster, work: Path) -> None:
+def test_container_and_gpus(reference: Launched, cluster: Cluster, work: Path) -> None:
     size = ("--nodes", "1", "--processes-per-node", "2", "--gpus-per-node", "2")
     run = Launched(
         cluster,

@@ -1,7 +1,7 @@
 """Run a test function on several gloo processes with a hard timeout.
 
-The processes are forked from a server that has imported torch and megatron once, so that a case takes a fraction of a
-second to start and inherits nothing from the test runner (no process group, no threads).
+The processes are forked from a server that has imported torch, megatron and DeepSpeed once, so that a case takes a
+fraction of a second to start and inherits nothing from the test runner (no process group, no threads).
 """
 
 import multiprocessing
@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "megatron.core", "megatron.core.optimizer", "soar_mega.platform"])
+_SERVER.set_forkserver_preload(
+    ["torch", "megatron.core", "megatron.core.optimizer", "deepspeed", "soar_mega.platform"]
+)
 
 
 class RankFailure(AssertionError):

@@ -33,6 +33,7 @@ BEHAVIOURS = {
     "zero3": (3, {}),
     "zero3-offload": (3, OFFLOADED | {"offload_parameters": True}),
 }
+QUICK = ("zero0", "zero2-offload", "zero3")
 
 
 @functools.cache
@@ -61,7 +62,9 @@ def test_training_is_that_of_one_process_at_every_layout(layout):
     check_layout(*MORE_LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("case", BEHAVIOURS)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in BEHAVIOURS]
+)
 def test_every_call_answers_as_megatrons(case):
     stage, settings = BEHAVIOURS[case]
     expected = single_process(behaviour)
@@ -74,12 +77,11 @@ def test_every_call_answers_as_megatrons(case):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
         for weights in ("current", "ema"):
             for name, tensor in expected[weights].items():
-                # entries whose gradient is rounding noise may move by a step of Adam in either direction
-                gap = (found[weights][name] - tensor).abs()
-                assert gap.mean() < 2e-5 and gap.max() < 4e-3, f"{weights} {name}"
+                # an entry whose gradient is rounding noise may move by a step of Adam in either direction
+                assert (found[weights][name] - tensor).abs().mean() < 1e-6, f"{weights} {name}"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_bf16_stays_near_fp32(stage):
     expected = single_process(train_case)
     found = run_ranks(train_case, 2, zero_recipe(stage, model={"dtype": "bf16"}), 2)[0]

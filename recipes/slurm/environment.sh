@@ -27,3 +27,6 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
 # gloo carries small agreements between ranks (and everything on CPUs); it needs the same card.
 #export GLOO_SOCKET_IFNAME=ib0
+
+# What a container sees beside the folder that the job was submitted from: models, data, scratch.
+#export APPTAINER_BIND=/data,/models

@@ -2,17 +2,21 @@
 
 import importlib.util
 import os
+import pkgutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    # Triton decides when it is imported whether its own functions can be interpreted, and megatron imports it. Without
-    # the variable in the environment the kernels run as their eager twins; tests/kernels sets it where it interprets.
+    # Triton decides when a function is read whether it can be interpreted: its own when megatron imports it, ours at
+    # the first launch, in whichever test that is. All are read here. Without the variable in the environment the
+    # kernels run as their eager twins; tests/kernels sets it where it interprets.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
+    import soar_mega.kernels.source
 
+    for module in pkgutil.iter_modules(soar_mega.kernels.source.__path__):
+        importlib.import_module(f"soar_mega.kernels.source.{module.name}")
     del os.environ["TRITON_INTERPRET"]
 
 from soar_mega import platform

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source import philox
+from soar_mega.kernels.source import philox, qk_norm_rope
 from soar_mega.kernels.source.sources import row_offset
 
 
@@ -38,3 +38,9 @@ def box_muller_kernel(x, y, out, BLOCK: tl.constexpr):
 @triton.jit
 def row_offset_kernel(row, out, size):
     tl.store(out, row_offset(tl.load(row), size))
+
+
+@triton.jit
+def strided_kernel(row, out, stride):
+    index = tl.load(row)
+    tl.store(out, qk_norm_rope.strided(index, index, index, stride, stride, stride))

@@ -56,6 +56,14 @@ def test_a_gradient_may_lie_otherwise_in_memory(backend):
         assert worst(mine, theirs) < 5e-7
 
 
+def test_heads_beyond_two_to_the_31_elements(interpreted):
+    import probes
+
+    out = torch.empty(1, dtype=torch.int64)
+    probes.strided_kernel[(1,)](torch.tensor([70000], dtype=torch.int32), out, 65536)
+    assert out.item() == 3 * 70000 * 65536
+
+
 def test_the_eager_twin_is_the_plain_code_to_the_bit():
     inputs, tables, _ = case((7, 2, 3, 16), True, torch.bfloat16)
     for mine, theirs in zip(qk_norm_rope(*inputs, *tables), plain_qk_norm_rope(*inputs, *tables)):

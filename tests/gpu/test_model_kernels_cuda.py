@@ -1,0 +1,56 @@
+"""adaLN and QK norm with rotary embedding on CUDA: float64, rounding to nearest, equal bits of two runs."""
+
+import adaln_cases
+import pytest
+import qk_cases
+import torch
+from guards import worst
+
+from soar_mega.kernels.adaln import adaln
+
+ADALN = [(19, 3, 40), (1, 2, 7), (5, 1, 64), (77, 2, 1536), (33, 1, 2432), (64, 2, 3072)]
+QK = [((7, 2, 3, 16), True), ((5, 3, 1, 12), True), ((333, 2, 24, 64), False), ((80, 2, 24, 128), True)]
+
+
+def assert_close(found, exact, name):
+    """float32 to 5e-7 of the largest entry; each bfloat16 entry is float32's, rounded once."""
+    if found.dtype == torch.float32:
+        assert worst(found, exact) < 5e-7, name
+        return
+    error = (found.double() - exact).abs()
+    assert bool((error <= exact.abs() * 2**-8 + 1e-6 * exact.abs().amax()).all()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ADALN)
+def test_adaln_matches_float64(shape, dtype):
+    for name, (found, exact) in adaln_cases.outcome(shape, dtype, "cuda").items():
+        assert_close(found, exact, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "rotary"), QK)
+def test_qk_norm_rope_matches_float64(shape, rotary, dtype):
+    for name, (found, exact) in qk_cases.outcome(shape, rotary, dtype, "cuda").items():
+        assert_close(found, exact, name)
+
+
+def test_two_runs_give_equal_bits():
+    def runs(outcome, *case):
+        first, second = (outcome(*case, torch.bfloat16, "cuda") for _ in range(2))
+        return [(first[name][0], second[name][0]) for name in first]
+
+    pairs = [*runs(adaln_cases.outcome, ADALN[3]), *runs(qk_cases.outcome, *QK[3])]
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_tokens_beyond_two_to_the_31_elements():
+    """The last token of a stream of more than 2^31 elements, where the device has the memory."""
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free device memory")
+    residual = torch.zeros(2**31 // 2048 + 2, 1, 2048, dtype=torch.bfloat16, device="cuda")
+    residual[-1, :, ::2] = 3.0
+    vector = torch.zeros(1, 2048, dtype=torch.bfloat16, device="cuda")
+    _, modulated = adaln(residual, vector, vector)
+    expected = torch.tensor([1.0, -1.0], device="cuda", dtype=torch.bfloat16).repeat(1024)
+    assert torch.equal(modulated[-1, 0], expected) and not bool(modulated[-2].any())

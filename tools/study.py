@@ -170,6 +170,7 @@ class Study:
         }
         return {
             "tool": "study",
+            "command": "make study",
             "date": str(date.today()),
             "torch": torch.__version__,
             "plan": asdict(self.plan),

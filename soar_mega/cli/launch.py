@@ -19,7 +19,8 @@ node fails; each time it goes on from its last checkpoint.
 The job script is a template of recipes/slurm, filled in; --dry-run prints it. It and the logs are in the run folder's
 slurm/. Network and offline settings are in recipes/slurm/environment.sh.
 
-Each line of a --sweep file holds the overrides of one run, an element of a job array, whose folder is <run folder>/0, /1, ...
+Each line of a --sweep file holds the overrides of one run, an element of a job array, whose folder is
+<run folder>/0, /1, ...
 """
 
 

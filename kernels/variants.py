@@ -118,6 +118,7 @@ def adaln() -> list[Variant]:
     def one(direction: str, hidden_size: int, branch: bool, kind: str = "bf16") -> Variant:
         absent = set() if branch else {"branch", "gate", "grad_branch"}
         forward = direction == "forward"
+        read: tuple[str, ...]
         if forward:
             read, written = ("residual", "branch"), ("hidden", "modulated")
             absent |= set() if branch else {"hidden"}
@@ -158,15 +159,17 @@ def qk_norm_rope() -> list[Variant]:
 
     def one(direction: str, head_size: int, rotary: bool, kind: str = "bf16") -> Variant:
         launch = launch_of("qk_norm_rope", f"{direction} rotary" if rotary else direction, "any")
-        read, written = ("query", "key"), ("query_out", "key_out")
+        read: tuple[str, ...] = ("query", "key")
+        written = ("query_out", "key_out")
         if direction == "backward":
             read, written = (*read, "grad_query_out", "grad_key_out"), ("grad_query", "grad_key")
+        given: dict[str, str | None] = dict.fromkeys((*read, *written, "query_weight", "key_weight"), kind)
         strides = (f"{tensor}_{step}" for tensor in ("query", "key") for step in ("token", "sample", "head"))
         return Variant(
             name=f"qk_norm_rope {direction} {head_size}{', rotary' if rotary else ''}, {kind}",
             module="qk_norm_rope",
             kernel=f"{direction}_kernel",
-            pointers=dict.fromkeys((*read, *written, "query_weight", "key_weight"), kind)
+            pointers=given
             | dict.fromkeys(("cosine", "sine"), "fp32" if rotary else None)
             | {"partials": "fp32"},
             integers=("lines", "samples", "heads", *strides),

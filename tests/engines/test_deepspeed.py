@@ -13,6 +13,7 @@ from soar_mega.config import CheckpointConfig, DataConfig, ParallelConfig, Recip
 from soar_mega.config_checks import check_recipe
 from soar_mega.engines import make_engine
 
+ITERATIONS = 2
 LAYOUTS = {  # ZeRO stage, TP, processes, further settings
     "zero0-tp2-dp2": (0, 2, 4, {}),
     "zero1-tp2-dp2-sp": (1, 2, 4, {"sequence_parallel": True}),
@@ -38,13 +39,16 @@ QUICK = ("zero0", "zero2-offload", "zero3")
 
 @functools.cache
 def single_process(case):
-    [result] = run_ranks(case, 1, megatron_recipe(optimizer=PATTERNS if case is behaviour else None))
+    arguments = (
+        (megatron_recipe(optimizer=PATTERNS),) if case is behaviour else (megatron_recipe(), ITERATIONS)
+    )
+    [result] = run_ranks(case, 1, *arguments)
     return result
 
 
 def check_layout(stage, tp, processes, settings):
     expected = single_process(train_case)
-    for found in run_ranks(train_case, processes, zero_recipe(stage, tp, **settings)):
+    for found in run_ranks(train_case, processes, zero_recipe(stage, tp, **settings), ITERATIONS):
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         for ours, theirs in zip(found["statistics"], expected["statistics"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
@@ -84,10 +88,10 @@ def test_every_call_answers_as_megatrons(case):
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_bf16_stays_near_fp32(stage):
     expected = single_process(train_case)
-    found = run_ranks(train_case, 2, zero_recipe(stage, model={"dtype": "bf16"}), 2)[0]
-    for ours, theirs in zip(found["statistics"], expected["statistics"]):
+    found = run_ranks(train_case, 2, zero_recipe(stage, model={"dtype": "bf16"}), ITERATIONS)[0]
+    for ours, theirs in zip(found["statistics"], expected["statistics"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
-    assert found["norms"] == pytest.approx(expected["norms"][:2], rel=2e-2)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=2e-2)
 
 
 CHAINS = {

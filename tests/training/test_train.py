@@ -320,6 +320,20 @@ def test_golden_losses(reference: Path) -> None:
     assert losses == pytest.approx(recorded["losses"], rel=1e-3), how
 
 
+def test_losses_do_not_depend_on_fused_kernels(reference: Path, shards: Path, tmp_path: Path) -> None:
+    plain = tiny_recipe(
+        shards,
+        tmp_path,
+        train__train_iters=5,
+        model__fused_kernels=False,
+        stage__fused_kernels=False,
+        checkpoint__export=False,
+    )
+    assert run_ranks(tiny_runs.run, 1, plain) == [0]
+    losses = [loss for loss, _ in logged(tmp_path).values()]
+    assert losses == pytest.approx([loss for loss, _ in logged(reference).values()][:5], rel=1e-5)
+
+
 def fail_on_one_rank(recipe: Recipe) -> int:
     """Rank 1 raises in step 2, while the others go on into its collectives."""
 

@@ -1,6 +1,7 @@
 """Ranks that fail or go on together: what rank 0 does for all, and how one rank's failure ends the others."""
 
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -56,6 +57,8 @@ def end_process(error: BaseException) -> NoReturn:
             "SOAR_MEGA_TRACEBACK"
         )
         logger.error("rank %d stops: %s", dist.get_rank(), error, exc_info=None if expected else error)
+    for child in multiprocessing.active_children():
+        child.kill()  # the one that a checkpoint save starts would outlive this process
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

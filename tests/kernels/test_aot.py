@@ -62,13 +62,16 @@ def test_every_variant_keeps_its_limits_on_blackwell():
 
 @pytest.mark.slow
 def test_the_oldest_supported_triton(tmp_path):
-    """Triton 3.6.0 in an environment of its own that borrows everything else: interpreted tests and compilation."""
+    """Triton 3.6.0 in an environment of its own that borrows nearly everything else: interpreted tests and compilation.
+
+    Its interpreter turns arrays of one element into loop bounds, which NumPy refuses from 2.4 on.
+    """
     folder = tmp_path / "triton36"
     assert run(sys.executable, "-m", "venv", str(folder)).returncode == 0
     python = str(folder / "bin" / "python")
-    done = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "triton==3.6.0")
+    done = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "triton==3.6.0", "numpy==2.3.5")
     if done.returncode:
-        pytest.skip(f"triton 3.6.0 could not be installed: {done.stderr[-300:]}")
+        pytest.skip(f"triton 3.6.0 and numpy 2.3.5 could not be installed: {done.stderr[-300:]}")
     (own,) = (folder / "lib").glob("python*/site-packages")
     borrowed = [path for path in site.getsitepackages() if Path(path).is_dir()]
     (own / "borrowed.pth").write_text(

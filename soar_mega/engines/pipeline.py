@@ -31,6 +31,7 @@ class Pipeline:
     def __init__(self, model: Any) -> None:
         self.model = model  # megatron's DistributedDataParallel around the MMDiT of this stage
         self.dtype = next(model.module.parameters()).dtype
+        self.patch_size = model.module.sizes.patch_size
 
     def run(
         self,
@@ -85,7 +86,7 @@ class Pipeline:
         latent_size: tuple[int, int],
         text_length: int,
     ) -> Tensor:
-        """One forward of this stage; `inputs` (latents, timesteps, text, pooled) on the first stage only."""
+        """One forward of this stage; `inputs` (latents or patches, timesteps, text, pooled) on the first stage only."""
         if inputs is None:
             return model(None, None, None, None, latent_size=latent_size, text_length=text_length)
         latents, timesteps, text, pooled = inputs
@@ -115,7 +116,7 @@ def answer_pass(
         dropped = queries.dropped[sample]
         if queries.unconditional:
             sample, dropped = torch.cat([sample, sample]), torch.cat([dropped, torch.ones_like(dropped)])
-        states = query_states(batch, queries, sample, pipeline.dtype)
+        states = query_states(batch, queries, sample, pipeline.dtype, pipeline.patch_size)
         return states, queries.timestep[sample], *conditions(batch, sample, dropped)
 
     def outputs(step: tuple[int, Tensor], velocity: Tensor) -> None:
@@ -154,7 +155,8 @@ def learn_pass(
             piece = with_sources(batch, piece, answers)
         inputs = None
         if is_first_stage():
-            states = piece.states(pipeline.dtype)  # the only place where a state is cast
+            # the only place where a state is cast, and it is written as the model reads it
+            states = piece.states(pipeline.dtype, pipeline.patch_size)
             inputs = (states, piece.timestep, *conditions(batch, piece.sample, piece.dropped))
         velocity = pipeline.forward(model, inputs, latent_size(batch), batch.text_length)
         for i in last_use.get(j, ()):
@@ -227,8 +229,10 @@ def with_sources(batch: Batch, piece: Points, answers: Answers | None) -> Points
     return replace(piece, sources=gather_sources(batch, piece, v_uncond, v_cond, samples))
 
 
-def query_states(batch: Batch, queries: Queries, sample: Tensor, dtype: torch.dtype) -> Tensor:
-    """States [M, C, H, W] of the queries at `sample` [M]: rows over z0 and z1."""
+def query_states(
+    batch: Batch, queries: Queries, sample: Tensor, dtype: torch.dtype, patch_size: int | None = None
+) -> Tensor:
+    """States [M, C, H, W], or patches [M, H W / p^2, C p p], of the queries at `sample` [M]: rows over z0 and z1."""
     assert batch.latents is not None
     sources = Sources(
         seed=batch.seed,
@@ -240,7 +244,7 @@ def query_states(batch: Batch, queries: Queries, sample: Tensor, dtype: torch.dt
         path=torch.zeros_like(sample),
         fused=queries.fused,
     )
-    return sources.combine(queries.rows[sample], dtype)
+    return sources.combine(queries.rows[sample], dtype, patch_size)
 
 
 def conditions(batch: Batch, sample: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

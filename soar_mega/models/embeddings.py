@@ -6,9 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soar_mega.kernels import to_tokens
 from soar_mega.models.config import MMDiTConfig
 
 TIMESTEP_CHANNELS = 256
+
+
+class PatchProjection(torch.nn.Conv2d):
+    """A convolution whose windows do not overlap, as what it is: a linear map of patches that are cut already."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[..., C p p] -> [..., hidden]."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbedding(torch.nn.Module):
@@ -23,16 +32,16 @@ class PatchEmbedding(torch.nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.max_size = config.pos_embed_max_size
-        self.proj = torch.nn.Conv2d(
+        self.proj = PatchProjection(
             config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size, dtype=dtype
         )
         self.register_buffer("pos_embed", torch.empty(1, self.max_size**2, config.hidden_size, dtype=dtype))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> tokens [H W / patch^2, B, hidden], row by row."""
-        patches = self.proj(latents).flatten(2).permute(2, 0, 1)
-        height, width = latents.shape[2] // self.patch_size, latents.shape[3] // self.patch_size
-        return patches + self._crop(height, width)
+    def forward(self, latents: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """Latents [B, C, H, W], or their patches [B, H W / p^2, C p p] -> tokens [H W / p^2, B, hidden], row by row."""
+        patches = to_tokens(latents, self.patch_size) if latents.ndim == 4 else latents
+        height, width = latent_size[0] // self.patch_size, latent_size[1] // self.patch_size
+        return self.proj(patches).transpose(0, 1) + self._crop(height, width)
 
     def _crop(self, height: int, width: int) -> Tensor:
         top, left = (self.max_size - height) // 2, (self.max_size - width) // 2

@@ -106,9 +106,10 @@ class MMDiT(MegatronModule):
         """The velocity at noisy latents.
 
         Args:
-            latents: [B, C, H, W]; timesteps: [B] in 0..1000; text: [B, S, D], CLIP and T5 concatenated as in diffusers'
-                prompt_embeds; pooled: [B, P]. Read on the first pipeline stage only.
-            latent_size, text_length: (H, W) and S, where those are not given.
+            latents: [B, C, H, W], or their patches [B, H W / p^2, C p p] (`soar_mega.kernels.rollout_renoise`);
+                timesteps: [B] in 0..1000; text: [B, S, D], CLIP and T5 concatenated as in diffusers' prompt_embeds;
+                pooled: [B, P]. Read on the first pipeline stage only.
+            latent_size, text_length: (H, W) and S, where latents and text do not tell.
 
         Returns:
             The velocity [B, C, H, W] float32 on the last stage, else the tensor for the next stage.
@@ -118,12 +119,14 @@ class MMDiT(MegatronModule):
         """
         if self.pre_process:
             assert latents is not None and timesteps is not None and text is not None and pooled is not None
-            latent_size, text_length = (latents.shape[2], latents.shape[3]), text.shape[1]
+            text_length = text.shape[1]
+            if latents.ndim == 4:
+                latent_size = (latents.shape[2], latents.shape[3])
         assert latent_size is not None and text_length is not None
         lengths = Lengths(text_length, self._image_length(latent_size))
         hidden_text: Tensor | None
         if self.pre_process:
-            hidden_text, image, conditioning = self._embed(latents, timesteps, text, pooled)
+            hidden_text, image, conditioning = self._embed(latents, timesteps, text, pooled, latent_size)
         else:
             hidden_text, image, conditioning = self._unpack(lengths)
         for number, layer in self.layers.items():
@@ -171,9 +174,11 @@ class MMDiT(MegatronModule):
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
 
-    def _embed(self, latents: Any, timesteps: Any, text: Any, pooled: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(
+        self, latents: Any, timesteps: Any, text: Any, pooled: Any, latent_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.config.params_dtype
-        image = self.pos_embed(latents.to(dtype))
+        image = self.pos_embed(latents.to(dtype), latent_size)
         hidden_text = self.context_embedder(text.to(dtype)).transpose(0, 1)
         conditioning = self.time_text_embed(timesteps, pooled.to(dtype))
         if torch.is_grad_enabled() and not image.requires_grad:

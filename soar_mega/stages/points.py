@@ -55,10 +55,10 @@ class Points:
         taken = {name: getattr(self, name)[index] for name in PER_POINT}
         return replace(self, **taken, extra={k: v[index] for k, v in self.extra.items()}, sources=None)
 
-    def states(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """States [M, C, H, W], from the sources of this micro-batch."""
+    def states(self, dtype: torch.dtype = torch.float32, patch_size: int | None = None) -> Tensor:
+        """States [M, C, H, W], or patches [M, H W / p^2, C p p], from the sources of this micro-batch."""
         assert self.sources is not None
-        return self.sources.combine(self.state_rows, dtype)
+        return self.sources.combine(self.state_rows, dtype, patch_size)
 
     def targets(self) -> Tensor:
         """Target velocities [M, C, H, W] float32, from the sources of this micro-batch."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.flow import combine, normal
-from soar_mega.kernels import STREAMS, correction_loss, rollout_renoise
+from soar_mega.kernels import STREAMS, correction_loss, rollout_renoise, to_tokens
 
 
 @dataclass(kw_only=True)
@@ -27,11 +27,15 @@ class Sources:
     path: Tensor  # [M] int64, rollout path: keys eps and z1_aux
     fused: bool
 
-    def combine(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The states or targets of rows [M, 6]: [M, C, H, W] of `dtype`."""
+    def combine(
+        self, rows: Tensor, dtype: torch.dtype = torch.float32, patch_size: int | None = None
+    ) -> Tensor:
+        """The states or targets of rows [M, 6]: [M, C, H, W] of `dtype`, or cut into patches [M, H W / p^2, C p p]."""
         if not self.fused:
-            return combine(rows, self.materialised(rows)).to(dtype)
-        return rollout_renoise(self.z0, None, self.v_uncond, self.v_cond, rows, dtype=dtype, **self._keys())
+            combined = combine(rows, self.materialised(rows)).to(dtype)
+            return combined if patch_size is None else to_tokens(combined, patch_size)
+        sources = (self.z0, None, self.v_uncond, self.v_cond)
+        return rollout_renoise(*sources, rows, dtype=dtype, patch_size=patch_size, **self._keys())
 
     def squared_error(self, velocity: Tensor, rows: Tensor) -> Tensor:
         """Mean squared error of velocity [M, C, H, W] against the targets of rows [M, 6]: [M] float32."""

@@ -115,13 +115,13 @@ def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
     """And with the fused loss not even for those."""
     made, original = [], Sources.combine
 
-    def combine(self, rows, dtype=torch.float32):
-        made.append((len(rows), dtype))
-        return original(self, rows, dtype)
+    def combine(self, rows, dtype=torch.float32, patch_size=None):
+        made.append((len(rows), patch_size))
+        return original(self, rows, dtype, patch_size)
 
     monkeypatch.setattr(Sources, "combine", combine)
     learned(make_recipe())
-    assert [size for size, _ in made] == [4] * 4 + [3] * 14  # queries of both branches, then states
+    assert made == [(4, 2)] * 4 + [(3, 2)] * 14  # queries of both branches, then states: as the model reads them
     made.clear()
     learned(make_recipe(stage=replace(SOAR, fused_kernels=False)))
     assert [size for size, _ in made] == [4] * 4 + [3] * 28  # each micro-batch's targets too

@@ -66,6 +66,7 @@ class ParallelConfig:
     engine: str = "megatron"  # megatron | deepspeed
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # tokens of a sample are cut over this many ranks; in attention its heads are
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False

@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "parallel.zero_stage": within(0, 3),
     "parallel.tensor_model_parallel_size": at_least(1),
     "parallel.pipeline_model_parallel_size": at_least(1),
+    "parallel.context_parallel_size": at_least(1),
     "parallel.distributed_timeout_minutes": above(0),
     "train.seed": at_least(0),
     "train.train_iters": at_least(1),
@@ -170,6 +171,11 @@ def _check_deepspeed(recipe: "Recipe") -> None:
         parallel.pipeline_model_parallel_size == 1,
         "parallel.engine=deepspeed has no pipeline parallelism: set parallel.pipeline_model_parallel_size=1 (and "
         "parallel.zero_stage=3 where the model does not fit), or parallel.engine=megatron",
+    )
+    _require(
+        parallel.context_parallel_size == 1,
+        "parallel.engine=deepspeed has no context parallelism: set parallel.context_parallel_size=1 (and "
+        "model.recompute_granularity=full where activations do not fit), or parallel.engine=megatron",
     )
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         _require(

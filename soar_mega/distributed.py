@@ -1,5 +1,7 @@
 """The process world: torch.distributed, megatron's parallel groups, and this process's place in them."""
 
+import itertools
+import math
 import os
 from datetime import timedelta
 
@@ -28,24 +30,30 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    wanted = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     if parallel_state.model_parallel_is_initialized():
         running = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
         )
-        if running != (tensor, pipeline):
+        if running != wanted:
             raise ValueError(
-                f"this process already runs with TP x PP = {running[0]} x {running[1]} and cannot change to "
-                f"{tensor} x {pipeline}: call stop_world() first"
+                f"this process already runs with TP x PP x CP = {_product(running)} and cannot change to "
+                f"{_product(wanted)}: call stop_world() first"
             )
         return
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    check_layout(world_size, tensor, pipeline)
+    check_layout(world_size, *wanted)
     _init_process_group(timedelta(minutes=parallel.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     # a plain Python process on the CPU has no stand-ins; its model draws nothing from megatron's generators
@@ -62,24 +70,29 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
-def check_layout(world_size: int, tensor: int, pipeline: int) -> None:
-    """Raise a ValueError with the nearest possible layouts unless TP x PP divides the number of processes."""
-    if tensor < 1 or pipeline < 1:
+def check_layout(world_size: int, tensor: int, pipeline: int, context: int = 1) -> None:
+    """Raise a ValueError with the nearest possible layouts unless TP x PP x CP divides the number of processes."""
+    sizes = (tensor, pipeline, context)
+    if min(sizes) < 1:
         raise ValueError(
-            f"parallel.tensor_model_parallel_size ({tensor}) and parallel.pipeline_model_parallel_size ({pipeline}) "
-            "must be at least 1"
+            f"parallel.tensor_model_parallel_size ({tensor}), parallel.pipeline_model_parallel_size ({pipeline}) and "
+            f"parallel.context_parallel_size ({context}) must be at least 1"
         )
-    if world_size % (tensor * pipeline) == 0:
+    if world_size % math.prod(sizes) == 0:
         return
-    candidates = [(t, p) for t in range(1, world_size + 1) for p in range(1, world_size // t + 1)]
-    possible = [(t, p) for t, p in candidates if world_size % (t * p) == 0]
-    t, p = min(possible, key=lambda layout: (abs(layout[0] - tensor) + abs(layout[1] - pipeline), -layout[0]))
-    processes = max(1, round(world_size / (tensor * pipeline))) * tensor * pipeline
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    possible = [x for x in itertools.product(divisors, repeat=3) if world_size % math.prod(x) == 0]
+    t, p, c = min(possible, key=lambda x: (sum(abs(a - b) for a, b in zip(x, sizes, strict=True)), -x[0], -x[1]))
+    processes = max(1, round(world_size / math.prod(sizes))) * math.prod(sizes)
     raise ValueError(
-        f"TP x PP = {tensor} x {pipeline} does not divide the {world_size} process(es) of this run. Nearest for "
-        f"{world_size}: parallel.tensor_model_parallel_size={t} parallel.pipeline_model_parallel_size={p}; or start "
-        f"{processes} processes (torchrun --nproc-per-node)"
+        f"TP x PP x CP = {_product(sizes)} does not divide the {world_size} process(es) of this run. Nearest for "
+        f"{world_size}: parallel.tensor_model_parallel_size={t} parallel.pipeline_model_parallel_size={p} "
+        f"parallel.context_parallel_size={c}; or start {processes} processes (torchrun --nproc-per-node)"
     )
+
+
+def _product(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _init_process_group(timeout: timedelta) -> None:
@@ -117,7 +130,7 @@ def data_rank() -> int:
 
 
 def data_size() -> int:
-    """The number of data-parallel replicas."""
+    """The number of data-parallel replicas; the ranks of a CP group belong to the same one."""
     from megatron.core import parallel_state
 
     return int(parallel_state.get_data_parallel_world_size())

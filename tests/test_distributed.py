@@ -10,7 +10,7 @@ from soar_mega.config import ParallelConfig
 from soar_mega.distributed import check_layout, start_world, stop_world
 
 
-@pytest.mark.parametrize("layout", [(8, 2, 2), (8, 1, 8), (1, 1, 1), (6, 3, 1)])
+@pytest.mark.parametrize("layout", [(8, 2, 2), (8, 1, 8), (1, 1, 1), (6, 3, 1), (8, 1, 2, 4)])
 def test_possible_layouts(layout):
     check_layout(*layout)
 
@@ -20,10 +20,14 @@ def test_possible_layouts(layout):
     [
         (
             (4, 3, 1),
-            r"tensor_model_parallel_size=[24] .*pipeline_model_parallel_size=1; or start 3 processes",
+            r"tensor_model_parallel_size=[24] .*pipeline_model_parallel_size=1 .*; or start 3 processes",
         ),
-        ((2, 2, 2), r"tensor_model_parallel_size=2 .*pipeline_model_parallel_size=1; or start 4 processes"),
-        ((1, 1, 4), r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1; or start 4 processes"),
+        ((2, 2, 2), r"tensor_model_parallel_size=2 .*pipeline_model_parallel_size=1 .*; or start 4 processes"),
+        ((1, 1, 4), r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1 .*; or start 4 processes"),
+        (
+            (4, 2, 1, 4),
+            r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1 .*context_parallel_size=4; or start 8",
+        ),
         ((8, 0, 1), "must be at least 1"),
     ],
 )
@@ -39,7 +43,7 @@ def test_a_world_of_one_starts_in_a_plain_process_and_only_once():
     assert dist.group.WORLD is group and dist.get_world_size() == 1
     assert distributed.is_first_stage() and distributed.is_last_stage() and distributed.is_rank_zero()
     assert (distributed.data_rank(), distributed.data_size()) == (0, 1)
-    with pytest.raises(ValueError, match="already runs with TP x PP = 1 x 1"):
+    with pytest.raises(ValueError, match="already runs with TP x PP x CP = 1 x 1 x 1"):
         start_world(ParallelConfig(tensor_model_parallel_size=2))
     stop_world()
     assert not dist.is_initialized()

@@ -79,7 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     parallel = recipe.parallel
-    check_layout(wanted.processes, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    check_layout(
+        wanted.processes,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     save = Path(recipe.checkpoint.save)
     sweep = []
     for index, words in enumerate(read_sweep(arguments.sweep)):

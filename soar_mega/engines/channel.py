@@ -15,7 +15,7 @@ CUDA_WINDOW = 4
 
 
 class RolloutChannel:
-    """Sends answer i from the last stage to the first stage of the same tensor- and data-parallel rank.
+    """Sends answer i from the last stage to the first stage of the same tensor-, context- and data-parallel rank.
 
     Both ends call `open` with the same arguments, then `send` on the last stage and `wait` on the first. On gloo all
     receives are posted when the channel opens and matched by tag; on CUDA they are posted a few ahead, on a stream

@@ -1,4 +1,4 @@
-"""The megatron engine: any stage over tensor, sequence, pipeline and data parallelism."""
+"""The megatron engine: any stage over tensor, sequence, context, pipeline and data parallelism."""
 
 import math
 from typing import Any

@@ -55,7 +55,11 @@ class Pipeline:
         )
 
     def averaging(self, micro_batches: int) -> int:
-        """What losses are divided by on their way: by the schedule, and by DDP in reducing the gradients."""
+        """What losses are divided by on their way: by the schedule, and by DDP in reducing the gradients.
+
+        Every rank of a CP group computes the whole loss, and its backward the share of its own tokens: the sum over
+        CP is the gradient. The schedule multiplies by CP / micro_batches, DDP averages over DP x CP: CP cancels.
+        """
         return micro_batches * parallel_state.get_data_parallel_world_size()
 
     @torch.no_grad()  # forward_only alone would still record a graph

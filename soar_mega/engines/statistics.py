@@ -27,7 +27,7 @@ def step_statistics(points: Points, losses: Tensor | None, normaliser: float) ->
     """
     groups = _groups(points)
     sums = torch.zeros(1 + 2 * len(groups), dtype=torch.float64, device=device())
-    if losses is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+    if losses is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
         losses = losses.to("cpu")
         sums[0] = (points.weight * losses).sum()
         for n, mask in enumerate(groups.values()):

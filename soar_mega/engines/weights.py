@@ -44,7 +44,7 @@ class MainWeights:
 
     Args:
         pieces: of the trained parameters that this rank has a part of.
-        divided: whether the data-parallel ranks have different parts.
+        divided: whether the data-parallel (and context-parallel) ranks have different parts.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class MainWeights:
         if name in self.pieces:
             self.pieces[name].of(whole).copy_(part(name))
         if self._divided:
-            dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(whole, group=group)
         return whole
 
     def shape(self, name: str) -> torch.Size:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -13,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.layout import padded_length
 from soar_mega.models.linear import add_bias
 from soar_mega.models.modulation import Modulation
+from soar_mega.models.shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
 @dataclass
@@ -97,10 +96,11 @@ class AttentionProjections(torch.nn.Module):
         self.qk_norm_rope = submodules.qk_norm_rope
 
     def qkv(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden [S, B, H] (a shard, under sequence parallelism) -> q, k, v [length, B, local heads, D]."""
-        mixed = add_bias(*self.linear_qkv(hidden))
-        if self.config.sequence_parallel:
-            mixed = mixed[:length]  # the linear has gathered the stream: its padding ends here
+        """This rank's tokens [S, B, H] -> q, k, v [length, B, local heads, D] of all tokens."""
+        # under sequence parallelism the linear gathers over TP
+        mixed = tokens_to_heads(add_bias(*self.linear_qkv(hidden)), self.config)
+        if len(mixed) > length:
+            mixed = mixed[:length]  # the stream is whole: its padding ends here
         heads = mixed.shape[-1] // (3 * self.config.kv_channels)
         query, key, value = mixed.unflatten(-1, (heads, 3, self.config.kv_channels)).unbind(3)
         if self.q_layernorm is not None and self.k_layernorm is not None:
@@ -108,11 +108,9 @@ class AttentionProjections(torch.nn.Module):
         return query, key, value
 
     def project(self, context: Tensor) -> Tensor:
-        """Context [length, B, local heads x D] -> [S, B, H] (a shard, under sequence parallelism)."""
+        """Context [length, B, local heads x D] -> this rank's tokens [S, B, H]."""
         assert self.linear_proj is not None
-        if self.config.sequence_parallel:
-            missing = padded_length(len(context), self.config.tensor_model_parallel_size) - len(context)
-            context = F.pad(context, (0, 0, 0, 0, 0, missing))
+        context = heads_to_tokens(pad(context, self.config), self.config)
         return add_bias(*self.linear_proj(context))
 
 
@@ -171,7 +169,7 @@ class MMDiTLayer(torch.nn.Module):
         self.text = Stream(config, submodules, layer_number, is_pre_only=is_last)
         self.core_attention = build_module(
             submodules.core_attention,
-            config=config,
+            config=attention_config(config),
             layer_number=layer_number + 1,
             attn_mask_type=AttnMaskType.no_mask,
             attention_type="self",

@@ -1,19 +1,26 @@
-"""How a transformer is cut over tensor- and pipeline-parallel ranks."""
-
-import math
+"""How a transformer is cut over tensor-, context- and pipeline-parallel ranks."""
 
 from soar_mega.config import ParallelConfig
 from soar_mega.models.config import MMDiTConfig
 
 
 def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
-    """Raise a ValueError with possible values unless heads divide by TP and every stage gets a layer."""
-    heads, tensor = config.num_attention_heads, parallel.tensor_model_parallel_size
+    """Raise a ValueError with possible values unless heads divide by TP x CP and every stage gets a layer."""
+    heads, tensor, context = (
+        config.num_attention_heads,
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     if heads % tensor:
-        possible = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(
             f"parallel.tensor_model_parallel_size={tensor} does not divide the {heads} attention heads of this model; "
-            f"possible are {', '.join(map(str, possible))}"
+            f"possible are {_possible(heads)}"
+        )
+    if heads % (tensor * context):
+        raise ValueError(
+            f"parallel.context_parallel_size={context} does not divide the {heads // tensor} attention heads of each "
+            f"tensor-parallel rank of this model; possible are {_possible(heads // tensor)} with "
+            f"parallel.tensor_model_parallel_size={tensor}, and {_possible(heads)} with 1"
         )
     if parallel.pipeline_model_parallel_size > config.num_layers:
         raise ValueError(
@@ -32,7 +39,5 @@ def stage_layers(num_layers: int, stages: int, stage: int) -> range:
     return range(num_layers * stage // stages, num_layers * (stage + 1) // stages)
 
 
-def padded_length(length: int, tensor_parallel: int) -> int:
-    """Tokens of a stream while it is sharded: a multiple of the ranks and of 16 (the tile of low-precision GEMMs)."""
-    multiple = math.lcm(tensor_parallel, 16)
-    return -(-length // multiple) * multiple
+def _possible(heads: int) -> str:
+    return ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)

@@ -1,7 +1,7 @@
-"""The MMDiT of the SD3 family on megatron-core, over tensor, sequence and pipeline parallelism.
+"""The MMDiT of the SD3 family on megatron-core, over tensor, sequence, context and pipeline parallelism.
 
-Between pipeline stages travels one tensor: this rank's shards of text and image tokens, and the conditioning
-vector as one more token (a full copy on each tensor-parallel rank), so no embedder is needed twice.
+Between pipeline stages travels one tensor: this rank's tokens of text and image, and the conditioning vector as one
+more token (a full copy on each tensor- and context-parallel rank), so no embedder is needed twice.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLP
@@ -29,9 +29,10 @@ from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.initialize import initialize
 from soar_mega.models.layer import AttentionProjections, Lengths
-from soar_mega.models.layout import check_layout, is_sequence_parallel, padded_length, stage_layers
+from soar_mega.models.layout import check_layout, is_sequence_parallel, stage_layers
 from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
+from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,7 +87,7 @@ class MMDiT(MegatronModule):
                 sizes.hidden_size, sizes.patch_size**2 * sizes.out_channels, dtype=dtype
             )
             for parameter in self.proj_out.parameters():
-                # it works on shards of the tokens: its gradients are added up over TP
+                # it works on this rank's tokens: under SP its gradients are added up over TP
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         _mark_partitions(self)
 
@@ -140,21 +141,13 @@ class MMDiT(MegatronModule):
             return torch.cat([hidden_text, image, conditioning[None]])
         scale, shift = self.norm_out(conditioning)
         _, modulated = self.adaln(image, shift, scale)
-        patches = self.proj_out(modulated)
-        if self.config.sequence_parallel:
-            # every TP rank computes the same loss: the gradient is cut, not added up
-            patches = tensor_parallel.gather_from_sequence_parallel_region(
-                patches, tensor_parallel_output_grad=False, group=self.tp_group
-            )[: lengths.image]
+        patches = gather(self.proj_out(modulated), lengths.image, self.config)
         return self._unpatchify(patches, latent_size).float()
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
-        """The seq_length to declare to megatron's schedules, which divide it by TP under sequence parallelism."""
-        text, image = text_length, self._image_length(latent_size)
-        if not self.config.sequence_parallel:
-            return text + image + 1
-        ranks = self.config.tensor_model_parallel_size
-        return padded_length(text, ranks) + padded_length(image, ranks) + ranks
+        """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""
+        lengths = (text_length, self._image_length(latent_size))
+        return sum(padded_length(n, self.config) for n in lengths) + sequence_shards(self.config)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -184,19 +177,13 @@ class MMDiT(MegatronModule):
         if torch.is_grad_enabled() and not image.requires_grad:
             # Frozen embedders: recomputed layers and pipeline stages need an input with a gradient.
             image = image.detach().requires_grad_()
-        return self._shard(hidden_text).contiguous(), self._shard(image).contiguous(), conditioning
-
-    def _shard(self, hidden: Tensor) -> Tensor:
-        if not self.config.sequence_parallel:
-            return hidden
-        missing = padded_length(len(hidden), self.config.tensor_model_parallel_size) - len(hidden)
-        hidden = F.pad(hidden, (0, 0, 0, 0, 0, missing))
-        return tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        hidden_text, image = scatter(hidden_text, self.config), scatter(image, self.config)
+        return hidden_text.contiguous(), image.contiguous(), conditioning
 
     def _unpack(self, lengths: Lengths) -> tuple[Tensor, Tensor, Tensor]:
         assert self.input_tensor is not None, "set_input_tensor was not called"
-        ranks = self.config.tensor_model_parallel_size
-        sizes = [padded_length(n, ranks) // ranks if self.config.sequence_parallel else n for n in lengths]
+        shards = sequence_shards(self.config)
+        sizes = [padded_length(n, self.config) // shards for n in lengths]
         text, image, conditioning = self.input_tensor.split([*sizes, 1])
         return text, image, conditioning[0]
 
@@ -256,6 +243,7 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         bf16=model.dtype == "bf16",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=is_sequence_parallel(parallel),
         # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
         use_cpu_initialization=model.attention_backend == "sdpa",

@@ -24,8 +24,8 @@ from soar_mega.stages import make_stage
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
 SIZES = MMDiTConfig(
     num_layers=4,
-    num_attention_heads=2,
-    attention_head_dim=8,
+    num_attention_heads=4,
+    attention_head_dim=4,
     in_channels=4,
     out_channels=4,
     patch_size=2,

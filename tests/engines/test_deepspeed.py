@@ -145,6 +145,7 @@ def with_parallel(**parallel):
             {"pipeline_model_parallel_size": 2},
             "no pipeline parallelism: set .*pipeline_model_parallel_size=1",
         ),
+        ({"context_parallel_size": 2}, "no context parallelism: set parallel.context_parallel_size=1"),
         ({"overlap_grad_reduce": True}, "parallel.overlap_grad_reduce is of the megatron engine"),
         (
             {"zero_stage": 0, "offload_optimizer": True},

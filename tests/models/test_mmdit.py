@@ -156,6 +156,11 @@ def test_impossible_latent_size(size, tmp_path):
     ("model", "parallel", "message"),
     [
         ({}, {"tensor_model_parallel_size": 3}, "does not divide the 4 attention heads.* 1, 2, 4"),
+        (
+            {},
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 4},
+            "the 2 attention heads of each tensor-.* 1, 2 with .*=2, and 1, 2, 4 with 1",
+        ),
         ({}, {"pipeline_model_parallel_size": 5}, "more than the 4 layers"),
         ({"attention_backend": "transformer_engine"}, {}, "Transformer Engine, which is not installed"),
         ({"attention_backend": "flash"}, {}, "choose sdpa or transformer_engine"),

@@ -7,7 +7,7 @@ from peer import gradient_errors, make_inputs, relative_error, run_peer, save_pe
 
 from soar_mega.config import ModelConfig, ParallelConfig
 
-SIZE = (8, 6)  # 12 image tokens and 5 of text: both need padding when they are sharded
+SIZE, TEXT = (8, 6), 11  # 12 image tokens and 11 of text: both need padding when they are sharded
 
 
 def run_layout(folder, parallel, recompute):
@@ -36,13 +36,13 @@ def run_layout(folder, parallel, recompute):
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
     ddp = DistributedDataParallel(model.config, ddp_config, model)
-    inputs = make_inputs(config, SIZE)
+    inputs = make_inputs(config, SIZE, text=TEXT)
     velocities = []
 
     def forward_step(iterator, ddp):
         sample = next(iterator)
         part = [x[sample : sample + 1] if first else None for x in inputs]
-        output = ddp(*part, latent_size=SIZE, text_length=5)
+        output = ddp(*part, latent_size=SIZE, text_length=TEXT)
 
         def loss(velocity):
             velocities.append(velocity.detach().clone())
@@ -56,7 +56,7 @@ def run_layout(folder, parallel, recompute):
         data_iterator=iter(range(2)),
         model=[ddp],
         num_microbatches=2,
-        seq_length=model.pipeline_sequence_length(SIZE, 5),
+        seq_length=model.pipeline_sequence_length(SIZE, TEXT),
         micro_batch_size=1,
         forward_only=False,
     )
@@ -71,37 +71,47 @@ def loss_weights(shape):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "sequence", "recompute"),  # with recompute, the embedders are frozen too
+    ("tensor", "pipeline", "context", "sequence", "recompute"),  # with recompute, the embedders are frozen too
     [
-        (2, 1, False, False),
-        (2, 1, True, False),
-        (4, 1, True, False),
-        (1, 2, False, False),
-        (1, 4, False, False),
-        (2, 2, False, False),
-        (2, 2, True, True),
+        (2, 1, 1, False, False),
+        (2, 1, 1, True, False),
+        (4, 1, 1, True, False),
+        (1, 2, 1, False, False),
+        (1, 4, 1, False, False),
+        (2, 2, 1, False, False),
+        (2, 2, 1, True, True),
+        (1, 1, 2, False, False),
+        (1, 1, 4, False, False),
+        (2, 1, 2, False, False),
+        (2, 1, 2, True, False),
+        (1, 2, 2, False, True),
     ],
 )
-def test_layout_equals_diffusers(tensor, pipeline, sequence, recompute, tmp_path):
+def test_layout_equals_diffusers(tensor, pipeline, context, sequence, recompute, tmp_path):
     peer = save_peer(tmp_path)
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, sequence_parallel=sequence
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        sequence_parallel=sequence,
     )
-    results = run_ranks(run_layout, tensor * pipeline, tmp_path, parallel, recompute, timeout=100)
+    stage = tensor * context
+    processes = stage * pipeline
+    results = run_ranks(run_layout, processes, tmp_path, parallel, recompute, timeout=100)
 
     from soar_mega.models.config import MMDiTConfig
 
     config = MMDiTConfig.from_diffusers(tmp_path)
-    velocity = run_peer(peer, make_inputs(config, SIZE))
+    velocity = run_peer(peer, make_inputs(config, SIZE, text=TEXT))
     (velocity * loss_weights(velocity.shape[1:])).sum().backward()
     theirs = {n: p.grad for n, p in peer.named_parameters() if not (recompute and "embed" in n)}
-    for rank in range(0, tensor * pipeline, tensor):
-        for other in range(rank + 1, rank + tensor):
+    for rank in range(0, processes, stage):
+        for other in range(rank + 1, rank + stage):
             assert results[other][1].keys() == results[rank][1].keys()
-    names = [name for rank in range(0, tensor * pipeline, tensor) for name in results[rank][1]]
+    names = [name for rank in range(0, processes, stage) for name in results[rank][1]]
     assert len(names) == len(set(names))  # each parameter is on one stage
-    for tensor_rank in range(tensor):
-        ours, ranks = {}, range(tensor_rank, tensor * pipeline, tensor)
+    for place in range(stage):
+        ours, ranks = {}, range(place, processes, stage)
         for rank in ranks:
             ours.update(results[rank][1])
         assert relative_error(results[ranks[-1]][0], velocity) < 1e-5

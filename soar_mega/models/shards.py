@@ -1,0 +1,100 @@
+"""Where the tokens of a stream are: cut over CP, and each part over TP under sequence parallelism.
+
+The parts lie in rank order, padding at the end of the stream. Outside attention every rank works on its own tokens. In
+attention the ranks of a CP group have all tokens and a part of the heads each (Ulysses, arXiv 2309.14509).
+"""
+
+import copy
+import math
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from soar_mega.models.groups import context_parallel_group, tensor_parallel_group
+
+TILE = 16  # of low-precision GEMMs
+
+
+def sequence_shards(config: TransformerConfig) -> int:
+    """How many ranks a stream is cut over; with one it is neither cut nor padded."""
+    tensor = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return tensor * config.context_parallel_size
+
+
+def padded_length(length: int, config: TransformerConfig) -> int:
+    """Tokens of a stream while it is cut, a multiple of the ranks and of the tile."""
+    shards = sequence_shards(config)
+    multiple = math.lcm(shards, TILE) if shards > 1 else 1
+    return -(-length // multiple) * multiple
+
+
+def pad(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """[S, B, F] -> [padded length, B, F]; the same tensor where streams are not cut."""
+    if sequence_shards(config) == 1:
+        return hidden
+    return F.pad(hidden, (0, 0, 0, 0, 0, padded_length(len(hidden), config) - len(hidden)))
+
+
+def scatter(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """A stream [S, B, H] that all ranks have -> this rank's tokens.
+
+    Its gradient is complete over TP, and over CP the share of this rank's tokens: DDP adds up those of parameters.
+    """
+    hidden = pad(hidden, config)
+    group = context_parallel_group()
+    if config.context_parallel_size > 1:
+        assert group is not None
+        hidden = hidden.chunk(group.size())[group.rank()]
+    if config.sequence_parallel:
+        hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=tensor_parallel_group())
+    return hidden
+
+
+def gather(shard: Tensor, length: int, config: TransformerConfig) -> Tensor:
+    """This rank's tokens -> the stream [length, B, F] on every rank.
+
+    Every rank of a TP x CP group goes on to compute the same: the gradient is cut, not added up.
+    """
+    if sequence_shards(config) == 1:
+        return shard
+    if config.sequence_parallel:
+        shard = _gather(shard, tensor_parallel_group())
+    if config.context_parallel_size > 1:
+        shard = _gather(shard, context_parallel_group())
+    return shard[:length]
+
+
+def tokens_to_heads(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """This CP rank's tokens [S / CP, B, F], F head by head -> all tokens of its heads [S, B, F / CP]."""
+    if config.context_parallel_size == 1:
+        return hidden
+    batch = hidden.shape[1]
+    exchanged = tensor_parallel.all_to_all_sp2hp(hidden, group=context_parallel_group())
+    return exchanged.unflatten(0, (-1, batch))
+
+
+def heads_to_tokens(context: Tensor, config: TransformerConfig) -> Tensor:
+    """All tokens of this CP rank's heads [S, B, F / CP] -> its tokens [S / CP, B, F]."""
+    if config.context_parallel_size == 1:
+        return context
+    batch = context.shape[1]
+    exchanged = tensor_parallel.all_to_all_hp2sp(context, group=context_parallel_group())
+    return exchanged.unflatten(0, (-1, batch))
+
+
+def attention_config(config: TransformerConfig) -> TransformerConfig:
+    """A copy for attention itself, which sees whole sequences and only this CP rank's heads."""
+    config = copy.copy(config)
+    config.num_attention_heads //= config.context_parallel_size
+    config.num_query_groups = config.num_attention_heads
+    config.context_parallel_size = 1  # or Transformer Engine would exchange keys and values once more
+    return config
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return tensor_parallel.gather_from_sequence_parallel_region(
+        shard, tensor_parallel_output_grad=False, group=group
+    )

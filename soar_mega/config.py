@@ -67,6 +67,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1  # tokens of a sample are cut over this many ranks; in attention its heads are
+    virtual_pipeline_model_parallel_size: int | None = None  # model chunks per rank, interleaved; None: one
+    decoder_first_pipeline_num_layers: int | None = None  # layers on the first rank; None: by their work
+    decoder_last_pipeline_num_layers: int | None = None  # layers on the last rank; None: by their work
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False

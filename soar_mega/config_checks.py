@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from soar_mega.config import Recipe
+    from soar_mega.config import ParallelConfig, Recipe
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds, and how to say so
 
@@ -55,6 +55,9 @@ RULES: dict[str, Rule] = {
     "parallel.tensor_model_parallel_size": at_least(1),
     "parallel.pipeline_model_parallel_size": at_least(1),
     "parallel.context_parallel_size": at_least(1),
+    "parallel.virtual_pipeline_model_parallel_size": at_least(1),
+    "parallel.decoder_first_pipeline_num_layers": at_least(1),
+    "parallel.decoder_last_pipeline_num_layers": at_least(1),
     "parallel.distributed_timeout_minutes": above(0),
     "train.seed": at_least(0),
     "train.train_iters": at_least(1),
@@ -157,6 +160,32 @@ def _check_parallel(recipe: "Recipe") -> None:
         "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true",
     )
+    check_pipeline(parallel)
+
+
+def check_pipeline(parallel: "ParallelConfig") -> None:
+    """Raise a ValueError for a pipeline that is not possible for any number of layers."""
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    several = parallel.pipeline_model_parallel_size > 1
+    _require(
+        several or chunks == 1,
+        f"parallel.virtual_pipeline_model_parallel_size={chunks} interleaves the parts of several pipeline ranks: "
+        "leave it out, or set parallel.pipeline_model_parallel_size=2 or more",
+    )
+    for key in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        layers = getattr(parallel, key)
+        if layers is None:
+            continue
+        _require(
+            several,
+            f"parallel.{key}={layers} is about several pipeline ranks: leave it out, or set "
+            "parallel.pipeline_model_parallel_size=2 or more",
+        )
+        _require(
+            layers % chunks == 0,
+            f"parallel.{key}={layers} must be a multiple of parallel.virtual_pipeline_model_parallel_size={chunks}: "
+            f"nearest is {max(1, round(layers / chunks)) * chunks}",
+        )
 
 
 def _check_deepspeed(recipe: "Recipe") -> None:

@@ -30,6 +30,7 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
     wanted = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -40,11 +41,12 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         )
-        if running != wanted:
+        if running != (*wanted, chunks):
             raise ValueError(
-                f"this process already runs with TP x PP x CP = {_product(running)} and cannot change to "
-                f"{_product(wanted)}: call stop_world() first"
+                f"this process already runs with TP x PP x CP x VPP = {_product(running)} and cannot change to "
+                f"{_product((*wanted, chunks))}: call stop_world() first"
             )
         return
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -53,6 +55,7 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )

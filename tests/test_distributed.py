@@ -43,7 +43,7 @@ def test_a_world_of_one_starts_in_a_plain_process_and_only_once():
     assert dist.group.WORLD is group and dist.get_world_size() == 1
     assert distributed.is_first_stage() and distributed.is_last_stage() and distributed.is_rank_zero()
     assert (distributed.data_rank(), distributed.data_size()) == (0, 1)
-    with pytest.raises(ValueError, match="already runs with TP x PP x CP = 1 x 1 x 1"):
+    with pytest.raises(ValueError, match="already runs with TP x PP x CP x VPP = 1 x 1 x 1 x 1"):
         start_world(ParallelConfig(tensor_model_parallel_size=2))
     stop_world()
     assert not dist.is_initialized()

@@ -12,7 +12,7 @@ Say what this machine can do: versions, devices, and which optional libraries ar
 
   soar-mega doctor
   soar-mega doctor --model sd35_large                            parameters, and their split over ranks
-  soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 4
+  soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 2 --virtual-pipeline 2
 
 Exits with 1 when something that every run needs is missing.
 """
@@ -54,6 +54,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)"
     )
+    parser.add_argument(
+        "--virtual-pipeline", type=int, default=1, help="model chunks per pipeline rank (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -63,9 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         start_process()
 
+        from soar_mega.config import ParallelConfig
         from soar_mega.models.summary import summarize
 
-        print(summarize(arguments.model, arguments.tensor, arguments.pipeline))
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=arguments.tensor,
+            pipeline_model_parallel_size=arguments.pipeline,
+            virtual_pipeline_model_parallel_size=arguments.virtual_pipeline,
+        )
+        print(summarize(arguments.model, parallel))
         return 0
     healthy = True
     print(f"Python {system.python_version()} on {system.platform()}")

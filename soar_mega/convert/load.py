@@ -9,6 +9,7 @@ from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert.mapping import Entry, entries, fuse
 from soar_mega.convert.safetensors_file import Reader
 from soar_mega.distributed import start_world
+from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig, config_file
 from soar_mega.models.gather import partition_dim
 from soar_mega.models.groups import tensor_parallel_group
@@ -39,7 +40,7 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
 
 
 @torch.no_grad()
-def load_weights(model: MMDiT, folder: str | Path) -> None:
+def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
     """Fill this rank's part of a model from a diffusers folder, without ever holding more than one whole tensor.
 
     Raises:

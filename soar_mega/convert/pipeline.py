@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from soar_mega.convert.save import on_rank_zero, save_transformer
+from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT
 
@@ -33,7 +34,10 @@ def scheduler_shift(folder: str | Path) -> float:
 
 
 def save_pipeline(
-    model: MMDiT, source_pipeline: str | Path, folder: str | Path, tensors: dict[str, Tensor] | None = None
+    model: MMDiT | ModelChunks,
+    source_pipeline: str | Path,
+    folder: str | Path,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a pipeline folder: our transformer, every other part copied from `source_pipeline`.
 

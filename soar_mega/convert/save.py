@@ -11,9 +11,8 @@ from torch import Tensor
 
 from soar_mega.convert.mapping import Entry, entries, split
 from soar_mega.convert.safetensors_file import Writer
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.gather import full_tensor
-from soar_mega.models.layout import stage_layers
 from soar_mega.models.mmdit import MMDiT
 from soar_mega.models.names import named_tensors
 
@@ -21,7 +20,7 @@ MAX_SHARD_SIZE = 5 * 10**9
 
 
 def save_transformer(
-    model: MMDiT,
+    model: MMDiT | ModelChunks,
     folder: str | Path,
     tensors: dict[str, Tensor] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -38,6 +37,7 @@ def save_transformer(
     """
     table = entries(model.sizes)
     local = named_tensors(model)
+    owners = _owners(local)
     replaced = tensors or {}
     unknown = sorted(set(replaced) - {entry.name for entry in table})
     assert not unknown, f"no parameters of these names: {unknown}"
@@ -49,7 +49,7 @@ def save_transformer(
         except OSError as error:
             failure = error
     for entry in table:
-        full = _collect(entry, model, local, replaced)
+        full = _collect(entry, model, owners[entry.name], local, replaced)
         if full is None or writer is None or failure is not None:
             continue
         try:
@@ -61,7 +61,7 @@ def save_transformer(
     _finish(writer, failure, folder)
 
 
-def _start_folder(model: MMDiT, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
+def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]
@@ -69,13 +69,16 @@ def _start_folder(model: MMDiT, table: list[Entry], folder: Path, max_shard_size
 
 
 def _collect(
-    entry: Entry, model: MMDiT, local: dict[str, Tensor], replaced: dict[str, Tensor]
+    entry: Entry,
+    model: MMDiT | ModelChunks,
+    owner: int,
+    local: dict[str, Tensor],
+    replaced: dict[str, Tensor],
 ) -> Tensor | None:
     """The whole tensor on rank 0, None elsewhere."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    owner = _owner(entry.name, model.sizes, pipeline.size())
     full: Tensor | None = None
     if pipeline.rank() == owner:
         parameter = local[entry.name]
@@ -94,16 +97,15 @@ def _collect(
     return full
 
 
-def _owner(name: str, config: MMDiTConfig, stages: int) -> int:
-    if name.startswith(("norm_out", "proj_out")):
-        return stages - 1
-    if not name.startswith("layers."):
-        return 0
-    number = int(name.split(".")[1])
-    return next(s for s in range(stages) if number in stage_layers(config.num_layers, stages, s))
+def _owners(local: dict[str, Tensor]) -> dict[str, int]:
+    """By name: the pipeline rank that holds a tensor."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    held: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(held, list(local), group=group)
+    return {name: rank for rank, names in enumerate(held) for name in names}
 
 
-def _any_device(model: MMDiT) -> torch.device:
+def _any_device(model: MMDiT | ModelChunks) -> torch.device:
     return next(model.parameters()).device
 
 

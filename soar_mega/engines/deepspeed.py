@@ -70,15 +70,16 @@ class Accumulation(Pipeline):
         text_length: int,
         forward_only: bool = False,
     ) -> None:
+        [model] = self.chunks
         iterator = iter(steps)
         for j in range(len(steps)):
-            output, finish = forward_step(iterator, self.model)
+            output, finish = forward_step(iterator, model)
             if forward_only:
                 finish(output, non_loss_data=True)
                 continue
             loss, _ = finish(output)
-            self.model.set_gradient_accumulation_boundary(j == len(steps) - 1)
-            self.model.backward(loss, scale_wrt_gas=False)
+            model.set_gradient_accumulation_boundary(j == len(steps) - 1)
+            model.backward(loss, scale_wrt_gas=False)
 
 
 class DeepSpeedEngine(Engine):
@@ -91,7 +92,8 @@ class DeepSpeedEngine(Engine):
         self._stage = recipe.parallel.zero_stage
         _sum_partial_gradients(self.parameters, self.model.config)
         optimizer = torch.optim.AdamW(_groups(self.parameters, recipe), fused=True)
-        self._deepspeed = _initialize(self.model, optimizer, recipe)
+        [whole] = self.model.chunks
+        self._deepspeed = _initialize(whole, optimizer, recipe)
         self.optimizer = optimizer
         self._pieces = zero_pieces(self._deepspeed, self._stage, self.parameters, optimizer.param_groups)
         for piece in self._pieces.values():
@@ -102,7 +104,7 @@ class DeepSpeedEngine(Engine):
             )
         else:
             self._main = MainWeights(self.parameters, self._pieces, divided=self._stage > 0)
-        self._pipeline = Accumulation(self._deepspeed)
+        self._pipeline = Accumulation([self._deepspeed])
 
     def step(self, lr: float) -> StepResult:
         norm = self._gradient_norm()

@@ -15,15 +15,16 @@ from torch.nn import Parameter
 from soar_mega.config import Recipe
 from soar_mega.convert import load_weights
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import device, is_first_stage, is_last_stage
+from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
 from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, in_order, learn_pass, predict_velocity
 from soar_mega.engines.statistics import StepStatistics, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
+from soar_mega.models.chunks import ModelChunks, build_chunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.mmdit import MMDiT
 from soar_mega.models.names import global_parameter_names
 from soar_mega.stages.points import Points, Queries
 
@@ -52,17 +53,10 @@ class Engine(ABC):
 
     def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
         self.recipe = recipe
-        self.model = build_model(
-            config,
-            recipe.model,
-            recipe.parallel,
-            pre_process=is_first_stage(),
-            post_process=is_last_stage(),
-            seed=recipe.train.seed,
-        )
+        self.model = build_chunks(config, recipe.model, recipe.parallel, recipe.train.seed)
         if recipe.model.init == "pretrained":
             load_weights(self.model, recipe.model.pipeline)
-        self.layout: MMDiT = self.model
+        self.layout: MMDiT | ModelChunks = self.model
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer)
         self.weights: dict[str, KeptWeights] = {}

@@ -21,6 +21,7 @@ from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
+from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
 
 
@@ -83,7 +84,8 @@ class MegatronEngine(Engine):
         return None if weights == "current" else self.weights[weights].full()
 
     def _clear_gradients(self) -> None:
-        self._ddp.zero_grad_buffer()
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def _gradient(self, name: str) -> Tensor:
@@ -94,10 +96,12 @@ class MegatronEngine(Engine):
 
     def _sync(self) -> None:
         if self.recipe.parallel.overlap_param_gather:
-            self._ddp.start_param_sync(force_sync=True)
+            for chunk in self._ddp:
+                chunk.start_param_sync(force_sync=True)
 
 
-def _data_parallel(model: Any, recipe: Recipe) -> DistributedDataParallel:
+def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataParallel]:
+    """A wrapper of its own for each model chunk."""
     parallel = recipe.parallel
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -105,15 +109,23 @@ def _data_parallel(model: Any, recipe: Recipe) -> DistributedDataParallel:
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    ddp = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    chunks = [
+        # one bucket for each chunk but the first: the reduction of the others hides behind the pipeline
+        DistributedDataParallel(model.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model.chunks)
+    ]
     model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.deallocate_pipeline_outputs = True
+    # the interleaved schedule would free an output whose message may still be on its way
+    model.config.deallocate_pipeline_outputs = len(chunks) == 1
     if parallel.overlap_grad_reduce:
-        model.config.no_sync_func = ddp.no_sync
-    return ddp
+        no_syncs = [chunk.no_sync for chunk in chunks]
+        model.config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
+    return chunks
 
 
-def _optimizer(ddp: DistributedDataParallel, parameters: dict[str, Parameter], recipe: Recipe) -> Any:
+def _optimizer(
+    ddp: list[DistributedDataParallel], parameters: dict[str, Parameter], recipe: Recipe
+) -> Any:
     settings = recipe.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -130,4 +142,4 @@ def _optimizer(ddp: DistributedDataParallel, parameters: dict[str, Parameter], r
     )
     overrides = {} if settings.decay_all else get_standard_config_overrides(config)
     overrides.update(learning_rate_overrides(parameters, settings))  # type: ignore[arg-type]
-    return get_megatron_optimizer(config, [ddp], config_overrides=overrides)
+    return get_megatron_optimizer(config, ddp, config_overrides=overrides)

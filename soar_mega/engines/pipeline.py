@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import device, is_first_stage, is_last_stage
+from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, RolloutChannel
 from soar_mega.stages.points import Points, Queries, gather_sources
 from soar_mega.stages.sources import Sources
@@ -26,12 +26,19 @@ ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
 
 
 class Pipeline:
-    """This rank's part of the model, and the schedule that drives it."""
+    """This rank's part of the model, and the schedule that drives it.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model  # megatron's DistributedDataParallel around the MMDiT of this stage
-        self.dtype = next(model.module.parameters()).dtype
-        self.patch_size = model.module.sizes.patch_size
+    Args:
+        chunks: each model chunk, an MMDiT, in its wrapper (megatron's DistributedDataParallel); several are
+            interleaved.
+    """
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self.chunks = chunks
+        self.dtype = next(chunks[0].module.parameters()).dtype
+        self.patch_size = chunks[0].module.sizes.patch_size
+        # interleaved micro-batches come in groups of the pipeline's length
+        self.group = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
 
     def run(
         self,
@@ -42,13 +49,13 @@ class Pipeline:
         text_length: int,
         forward_only: bool = False,
     ) -> None:
-        """Call `forward_step` for each of `steps`; `rows` is the batch dimension of one forward."""
+        """Call `forward_step` for each of `steps` and model chunk; `rows` is the batch dimension of a forward."""
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(steps),
-            model=self.model,
+            data_iterator=[iter(steps) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(steps),
-            seq_length=self.model.module.pipeline_sequence_length(latent_size, text_length),
+            seq_length=self.chunks[0].module.pipeline_sequence_length(latent_size, text_length),
             micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -74,27 +81,26 @@ class Pipeline:
     ) -> None:
         """Forward only: `inputs(step)` is called on the first stage, `outputs(step, velocity)` on the last."""
 
-        def forward_step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Callable[..., None]]:
+        def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Callable[..., None]]:
             step = next(iterator)
-            velocity = self.forward(
-                model, inputs(step) if is_first_stage() else None, latent_size, text_length
-            )
+            first = inputs(step) if chunk.module.pre_process else None
+            velocity = self.forward(chunk, first, latent_size, text_length)
             return velocity, lambda output, non_loss_data: outputs(step, output)
 
         self.run(forward_step, steps, rows, latent_size, text_length, forward_only=True)
 
     def forward(
         self,
-        model: Any,
+        chunk: Any,
         inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None,
         latent_size: tuple[int, int],
         text_length: int,
     ) -> Tensor:
-        """One forward of this stage; `inputs` (latents or patches, timesteps, text, pooled) on the first stage only."""
+        """One forward of a chunk; `inputs` (latents or patches, timesteps, text, pooled) for the model's first only."""
         if inputs is None:
-            return model(None, None, None, None, latent_size=latent_size, text_length=text_length)
+            return chunk(None, None, None, None, latent_size=latent_size, text_length=text_length)
         latents, timesteps, text, pooled = inputs
-        return model(
+        return chunk(
             latents.to(device(), self.dtype),
             timesteps.to(device(), torch.float32),
             text.to(device(), self.dtype),
@@ -109,11 +115,12 @@ def answer_pass(
 ) -> Answers:
     """Answer all queries of a batch: the conditional and the unconditional branch in one forward of both."""
     answers = Answers(micro_batch_size, queries.unconditional, channel)
-    index = torch.arange(-(-len(batch) // micro_batch_size) * micro_batch_size).clamp(max=len(batch) - 1)
+    count = -(-len(batch) // micro_batch_size)
+    index = filled(len(batch), micro_batch_size, pipeline.group).clamp(max=len(batch) - 1)
     steps = list(enumerate(index.split(micro_batch_size)))
     rows = micro_batch_size * (2 if queries.unconditional else 1)
     if channel is not None:
-        channel.open(len(steps), (rows, *batch.latent_shape))
+        channel.open(count, (rows, *batch.latent_shape))
 
     def inputs(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, sample = step
@@ -124,7 +131,8 @@ def answer_pass(
         return states, queries.timestep[sample], *conditions(batch, sample, dropped)
 
     def outputs(step: tuple[int, Tensor], velocity: Tensor) -> None:
-        answers.put(step[0], velocity.float().contiguous())
+        if step[0] < count:  # the others only fill up the schedule
+            answers.put(step[0], velocity.float().contiguous())
 
     pipeline.predict(inputs, outputs, steps, rows, latent_size(batch), batch.text_length)
     return answers
@@ -143,7 +151,7 @@ def learn_pass(
 
     Returns the loss of each point, [P] float64 on the last stage, None elsewhere.
     """
-    pieces = list(cut(points, size))
+    pieces = list(cut(points, size, pipeline.group))
     last_use = last_uses(pieces, answers)
     scale = pipeline.averaging(len(pieces)) / normaliser
     losses: list[Tensor] = []
@@ -153,19 +161,21 @@ def learn_pass(
         losses.append(per_point.detach().double())
         return (per_point * (piece.weight * scale).to(per_point)).sum(), {}
 
-    def forward_step(iterator: Iterator[tuple[int, Points]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(iterator: Iterator[tuple[int, Points]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         j, piece = next(iterator)
-        if is_first_stage() or is_last_stage():
+        is_end = chunk.module.pre_process or chunk.module.post_process
+        if is_end:
             piece = with_sources(batch, piece, answers)
         inputs = None
-        if is_first_stage():
+        if chunk.module.pre_process:
             # the only place where a state is cast, and it is written as the model reads it
             states = piece.states(pipeline.dtype, pipeline.patch_size)
             inputs = (states, piece.timestep, *conditions(batch, piece.sample, piece.dropped))
-        velocity = pipeline.forward(model, inputs, latent_size(batch), batch.text_length)
-        for i in last_use.get(j, ()):
-            assert answers is not None
-            answers.drop(i)
+        velocity = pipeline.forward(chunk, inputs, latent_size(batch), batch.text_length)
+        if is_end:  # a rank with several chunks has at most one that needs answers
+            for i in last_use.get(j, ()):
+                assert answers is not None
+                answers.drop(i)
         return velocity, partial(weighted, piece)
 
     pipeline.run(forward_step, list(enumerate(pieces)), size, latent_size(batch), batch.text_length)
@@ -176,7 +186,7 @@ def predict_velocity(
     pipeline: Pipeline, latents: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, size: int
 ) -> Tensor:
     """Velocity [B, C, H, W] float32 of given states, `size` of them per forward, on every rank of the pipeline."""
-    index = torch.arange(-(-len(latents) // size) * size).clamp(max=len(latents) - 1)
+    index = filled(len(latents), size, pipeline.group).clamp(max=len(latents) - 1)
     found: list[Tensor] = []
 
     def inputs(sample: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,10 +210,19 @@ def in_order(points: Points) -> Points:
     return points.take(key.argsort(stable=True))
 
 
-def cut(points: Points, size: int) -> Iterator[Points]:
-    """Micro-batches of exactly `size` points; the tail is filled with points of weight and count zero."""
+def filled(total: int, size: int, group: int) -> Tensor:
+    """Places [N] 0..total-1, and on to whole groups of `group` micro-batches of `size`."""
+    whole = size * group
+    return torch.arange(-(-total // whole) * whole)
+
+
+def cut(points: Points, size: int, group: int = 1) -> Iterator[Points]:
+    """Micro-batches of exactly `size` points, a multiple of `group` of them.
+
+    The tail is filled with points of weight and count zero.
+    """
     total = len(points)
-    for index in torch.arange(-(-total // size) * size).split(size):
+    for index in filled(total, size, group).split(size):
         piece, real = points.take(index.clamp(max=total - 1)), index < total
         yield replace(piece, weight=piece.weight * real, count=piece.count * real)
 

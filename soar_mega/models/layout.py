@@ -5,7 +5,7 @@ from soar_mega.models.config import MMDiTConfig
 
 
 def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
-    """Raise a ValueError with possible values unless heads divide by TP x CP and every stage gets a layer."""
+    """Raise a ValueError with possible values unless heads divide by TP x CP."""
     heads, tensor, context = (
         config.num_attention_heads,
         parallel.tensor_model_parallel_size,
@@ -22,21 +22,11 @@ def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
             f"tensor-parallel rank of this model; possible are {_possible(heads // tensor)} with "
             f"parallel.tensor_model_parallel_size={tensor}, and {_possible(heads)} with 1"
         )
-    if parallel.pipeline_model_parallel_size > config.num_layers:
-        raise ValueError(
-            f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} is more than the "
-            f"{config.num_layers} layers of this model: each stage needs at least one"
-        )
 
 
 def is_sequence_parallel(parallel: ParallelConfig) -> bool:
     """Whether tokens are sharded; with one tensor-parallel rank there is nothing to shard."""
     return parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
-
-
-def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """Global numbers of the layers on a pipeline stage: contiguous, as even as possible."""
-    return range(num_layers * stage // stages, num_layers * (stage + 1) // stages)
 
 
 def _possible(heads: int) -> str:

@@ -29,9 +29,10 @@ from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.initialize import initialize
 from soar_mega.models.layer import AttentionProjections, Lengths
-from soar_mega.models.layout import check_layout, is_sequence_parallel, stage_layers
+from soar_mega.models.layout import check_layout, is_sequence_parallel
 from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
+from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
 
@@ -39,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class MMDiT(MegatronModule):
-    """The layers of one pipeline stage, with the embedders on the first stage and the output on the last.
+    """The layers of one (virtual) pipeline stage, with the embedders on the first stage and the output on the last.
 
     Layers are kept under their global numbers, so a parameter has the same name at every layout.
     """
@@ -226,6 +227,7 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
     """megatron's configuration of this model."""
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    is_interleaved = chunks_per_rank(parallel) > 1
     return TransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,
@@ -244,6 +246,10 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks_per_rank(parallel) if is_interleaved else None,
+        # two messages between the same two ranks in one batch are mixed up (PP 2), silently on gloo
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         sequence_parallel=is_sequence_parallel(parallel),
         # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
         use_cpu_initialization=model.attention_backend == "sdpa",
@@ -258,17 +264,16 @@ def build_model(
     config: MMDiTConfig,
     model: ModelConfig,
     parallel: ParallelConfig,
-    pre_process: bool = True,
-    post_process: bool = True,
+    chunk: int = 0,
     meta: bool = False,
     seed: int = 0,
 ) -> MMDiT:
-    """The part of a model that belongs to this rank.
+    """One chunk of the part of a model that belongs to this rank; without an interleaved pipeline, all of it.
 
     With model.init=random the weights are keyed by `seed`, equal at every layout; else they are NaN until loaded.
 
     Args:
-        pre_process, post_process: whether this is the first, the last pipeline stage.
+        chunk: its number among the rank's.
         meta: build on the meta device, without memory; needs no process world.
 
     Raises:
@@ -279,16 +284,18 @@ def build_model(
         raise ValueError(
             f"model.recompute_granularity={model.recompute_granularity!r} is unknown: choose none or full"
         )
-    stages = parallel.pipeline_model_parallel_size
-    stage = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
+    ranks = parallel.pipeline_model_parallel_size
+    rank = parallel_state.get_pipeline_model_parallel_rank() if ranks > 1 else 0
+    stages = stage_layers(config, parallel)
+    stage = chunk * ranks + rank
     with torch.device("meta" if meta else device()):
         mmdit = MMDiT(
             config,
             transformer_config(config, model, parallel),
             get_mmdit_layer_spec(get_provider(model.attention_backend), model.fused_kernels),
-            stage_layers(config.num_layers, stages, stage),
-            pre_process=pre_process,
-            post_process=post_process,
+            stages[stage],
+            pre_process=stage == 0,
+            post_process=stage == len(stages) - 1,
             recompute_every=model.recompute_every if model.recompute_granularity == "full" else 0,
         )
     if not meta:

@@ -5,8 +5,9 @@ from pathlib import Path
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_shape, partition_dim
-from soar_mega.models.layout import check_layout, stage_layers
+from soar_mega.models.layout import check_layout
 from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.pipeline_layout import rank_layers
 from soar_mega.models.presets import PRESETS
 
 
@@ -15,44 +16,45 @@ def meta_model(config: MMDiTConfig) -> MMDiT:
     return build_model(config, ModelConfig(), ParallelConfig(), meta=True)
 
 
-def parameters_per_rank(model: MMDiT, tensor: int, pipeline: int) -> list[int]:
-    """Parameters on one tensor-parallel rank of each pipeline stage; the position table is no parameter."""
-    layers = model.sizes.num_layers
-    layer_stage = {n: stage for stage in range(pipeline) for n in stage_layers(layers, pipeline, stage)}
-    counts = [0] * pipeline
+def parameters_per_rank(model: MMDiT, parallel: ParallelConfig) -> list[int]:
+    """Parameters on one tensor-parallel rank of each pipeline rank; the position table is no parameter."""
+    tensor, ranks = parallel.tensor_model_parallel_size, range(parallel.pipeline_model_parallel_size)
+    chunks = [rank_layers(model.sizes, parallel, rank) for rank in ranks]
+    rank_of = {number: rank for rank in ranks for layers in chunks[rank] for number in layers}
+    counts = [0 for _ in ranks]
     for name, parameter in model.named_parameters():
         if name.startswith("layers."):
-            stage = layer_stage[int(name.split(".")[1])]
+            rank = rank_of[int(name.split(".")[1])]
         else:
-            stage = pipeline - 1 if name.startswith(("norm_out.", "proj_out.")) else 0
+            rank = ranks[-1] if name.startswith(("norm_out.", "proj_out.")) else 0
         numel = full_shape(parameter).numel()
-        counts[stage] += numel // tensor if partition_dim(parameter) is not None else numel
+        counts[rank] += numel // tensor if partition_dim(parameter) is not None else numel
     return counts
 
 
-def summarize(model: str, tensor: int = 1, pipeline: int = 1) -> str:
+def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     """Counts of a preset or of a pipeline folder, and its split over TP and PP, as a few lines of text.
 
     Raises:
         ValueError: neither a preset nor a folder with a transformer, or a layout that is not possible.
     """
     config = PRESETS[model] if model in PRESETS else _from_folder(model)
-    check_layout(
-        config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    )
+    parallel = parallel or ParallelConfig()
+    check_layout(config, parallel)
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     whole = meta_model(config)
     dual = f", dual attention in {len(config.dual_attention_layers)}" if config.dual_attention_layers else ""
     lines = [
-        f"{model}: {sum(parameters_per_rank(whole, 1, 1)):,} parameters, and a position table of "
+        f"{model}: {sum(p.numel() for p in whole.parameters()):,} parameters, and a position table of "
         f"{sum(buffer.numel() for buffer in whole.buffers()):,} numbers",
         f"{config.num_layers} layers{dual}; {config.num_attention_heads} heads x {config.attention_head_dim} = hidden "
         f"{config.hidden_size}; {config.in_channels} channels in patches of {config.patch_size} x {config.patch_size}",
         "",
         f"TP {tensor} x PP {pipeline}, parameters of one rank:",
     ]
-    for stage, count in enumerate(parameters_per_rank(whole, tensor, pipeline)):
-        layers = stage_layers(config.num_layers, pipeline, stage)
-        lines.append(f"  stage {stage}: {count:>13,}  layers {layers.start}..{layers.stop - 1}")
+    for rank, count in enumerate(parameters_per_rank(whole, parallel)):
+        spans = ", ".join(f"{r.start}..{r.stop - 1}" for r in rank_layers(config, parallel, rank))
+        lines.append(f"  stage {rank}: {count:>13,}  layers {spans}")
     return "\n".join([*lines, "", "millions of parameters on a rank of the largest stage:", *_table(whole)])
 
 
@@ -61,7 +63,11 @@ def _table(whole: MMDiT) -> list[str]:
     pipelines = [size for size in (1, 2, 4, 8) if size <= config.num_layers]
     lines = ["       " + "".join(f"{f'PP {pipeline}':>10}" for pipeline in pipelines)]
     for tensor in (size for size in range(1, 9) if config.num_attention_heads % size == 0):
-        cells = [max(parameters_per_rank(whole, tensor, pipeline)) / 1e6 for pipeline in pipelines]
+        layouts = [
+            ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+            for pipeline in pipelines
+        ]
+        cells = [max(parameters_per_rank(whole, parallel)) / 1e6 for parallel in layouts]
         lines.append(f"  TP {tensor} " + "".join(f"{cell:>10.1f}" for cell in cells))
     return lines
 

@@ -11,7 +11,7 @@ SMALL = {
     "patch_size": 2,
     "in_channels": 4,
     "out_channels": 4,
-    "num_layers": 3,
+    "num_layers": 4,
     "num_attention_heads": 4,
     "attention_head_dim": 8,
     "joint_attention_dim": 12,

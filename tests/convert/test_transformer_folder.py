@@ -14,6 +14,7 @@ from peer_folder import SMALL, read_tensors, save_small
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights, save_transformer
 from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
+from soar_mega.models.chunks import build_chunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import build_model
 
@@ -45,8 +46,7 @@ def save_from_layout(folder, parallel):
 
     distributed.start_world(parallel)
     config = MMDiTConfig.from_diffusers(folder)
-    first, last = distributed.is_first_stage(), distributed.is_last_stage()
-    model = build_model(config, ModelConfig(dtype="fp32"), parallel, pre_process=first, post_process=last)
+    model = build_chunks(config, ModelConfig(dtype="fp32"), parallel)
     sizes = []
     read = Reader.read
 
@@ -81,9 +81,10 @@ def test_round_trip_through_tp2_pp2_dp1_reads_each_element_once(tmp_path):
         assert torch.equal(ema[key], wanted), key
 
 
-def test_round_trip_with_data_parallel_replicas(tmp_path):
+def test_round_trip_with_interleaved_chunks_and_data_parallel_replicas(tmp_path):
     save_small(tmp_path)
-    run_ranks(save_from_layout, 4, tmp_path, ParallelConfig(pipeline_model_parallel_size=2), timeout=100)
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    run_ranks(save_from_layout, 4, tmp_path, parallel, timeout=100)
     assert equal(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "transformer"))
 
 
@@ -92,9 +93,8 @@ def fail_to_save(folder):
 
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     distributed.start_world(parallel)
-    first, last = distributed.is_first_stage(), distributed.is_last_stage()
     settings = ModelConfig(dtype="fp32", init="random")
-    model = build_model(MMDiTConfig(**SMALL), settings, parallel, pre_process=first, post_process=last)
+    model = build_model(MMDiTConfig(**SMALL), settings, parallel)
     messages = []
     for attempt in (limit_file_size, lambda: None):
         attempt()

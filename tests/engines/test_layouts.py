@@ -7,6 +7,7 @@ from engine_cases import assert_gradients_agree, make_recipe, train_case
 from multirank import run_ranks
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 LAYOUTS = {  # (TP, PP), processes, further settings
     "tp2": ((2, 1), 2, {}),
     "tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
@@ -20,6 +21,10 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "cp2-dp2-overlap": ((1, 1), 4, {"context_parallel_size": 2, **OVERLAP}),
     "tp2-cp2-sp": ((2, 1), 4, {"context_parallel_size": 2, "sequence_parallel": True}),
     "pp2-cp2": ((1, 2), 4, {"context_parallel_size": 2, "model": {"recompute_granularity": "full"}}),
+    "pp2-vpp2": ((1, 2), 2, VPP2),
+    "pp2-vpp2-cp2": ((1, 2), 4, {"context_parallel_size": 2} | VPP2),
+    "tp2-pp2-vpp2-sp": ((2, 2), 4, {"sequence_parallel": True, "model": {"recompute_granularity": "full"}} | VPP2),
+    "pp2-vpp2-dp2-overlap": ((1, 2), 4, OVERLAP | VPP2),
     "dp2-plain-optimizer": ((1, 1), 2, {"use_distributed_optimizer": False}),
 }
 

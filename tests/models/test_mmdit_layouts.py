@@ -29,7 +29,7 @@ def run_layout(folder, parallel, recompute):
     first, last = distributed.is_first_stage(), distributed.is_last_stage()
     config = MMDiTConfig.from_diffusers(folder)
     settings = ModelConfig(dtype="fp32", recompute_granularity="full" if recompute else "none")
-    model = build_model(config, settings, parallel, pre_process=first, post_process=last)
+    model = build_model(config, settings, parallel)
     convert.load_weights(model, folder)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (recompute and "embed" in name))

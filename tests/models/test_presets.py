@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from soar_mega.config import ParallelConfig
 from soar_mega.convert.mapping import entries
 from soar_mega.models.gather import full_shape
-from soar_mega.models.layout import stage_layers
 from soar_mega.models.names import named_tensors
 from soar_mega.models.presets import PRESETS
 from soar_mega.models.summary import meta_model, parameters_per_rank, summarize
@@ -36,29 +36,39 @@ def test_counts_keys_and_shapes(name):
     assert {t.device.type for t in named_tensors(model).values()} == {"meta"}
 
 
+def parallel(tensor=1, pipeline=1, chunks=None):
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
+    )
+
+
 def test_large_split_is_uneven_and_complete():
     model = meta_model(PRESETS["sd35_large"])
-    stages = [stage_layers(38, 4, stage) for stage in range(4)]
-    assert [n for stage in stages for n in stage] == list(range(38))
-    assert sorted(len(stage) for stage in stages) == [9, 9, 10, 10]
-    assert sum(parameters_per_rank(model, 1, 4)) == COUNTS["sd35_large"][0]
-    whole, half = parameters_per_rank(model, 1, 1)[0], parameters_per_rank(model, 2, 1)[0]
+    for chunks in (1, 2):
+        parts = parameters_per_rank(model, parallel(pipeline=4, chunks=chunks))
+        assert len(parts) == 4 and sum(parts) == COUNTS["sd35_large"][0]
+        assert max(parts) < 1.15 * min(parts)
+    [whole], [half] = parameters_per_rank(model, parallel()), parameters_per_rank(model, parallel(tensor=2))
     assert whole / 2 < half < whole / 2 * 1.01
 
 
 def test_summary_says_counts_and_split():
-    text = summarize("sd35_medium", tensor=2, pipeline=4)
+    text = summarize("sd35_medium", parallel(tensor=2, pipeline=4))
     assert "2,243,171,520 parameters" in text
-    assert "stage 3:   242,076,736  layers 18..23" in text
+    assert "stage 3:   327,064,128  layers 16..23" in text
+    text = summarize("sd35_medium", parallel(tensor=2, pipeline=4, chunks=2))
+    assert "layers 8..10, 20..23" in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "layout", "message"),
     [
-        (("sd35_huge",), "neither a pipeline folder nor a preset"),
-        (("sd35_large", 4), "38 attention heads of this model; possible are 1, 2, 19, 38"),
+        ("sd35_huge", parallel(), "neither a pipeline folder nor a preset"),
+        ("sd35_large", parallel(tensor=4), "38 attention heads of this model; possible are 1, 2, 19, 38"),
     ],
 )
-def test_summary_of_the_impossible(arguments, message):
+def test_summary_of_the_impossible(name, layout, message):
     with pytest.raises(ValueError, match=message):
-        summarize(*arguments)
+        summarize(name, layout)

@@ -13,12 +13,10 @@ from soar_mega.models.names import global_parameter_names, named_tensors
 
 
 def random_model(parallel):
-    from soar_mega import distributed
 
     start_world(parallel)
-    first, last = distributed.is_first_stage(), distributed.is_last_stage()
     settings = ModelConfig(dtype="fp32", init="random")
-    return build_model(MMDiTConfig(**SMALL), settings, parallel, pre_process=first, post_process=last, seed=7)
+    return build_model(MMDiTConfig(**SMALL), settings, parallel, seed=7)
 
 
 def save_at(parallel, folder):

@@ -21,7 +21,9 @@ from soar_mega.launch import slurm
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-ITERATIONS = 110
+ITERATIONS = 80  # of the runs of 2 nodes x 2 processes: they outlast the time limit of a minute's resolution
+SHORT = 60  # of the others, 2 nodes x 1 process: a killed node is down for SLURM after 50 paced seconds at the latest
+AWAY = "--sbatch=--nodelist=n[1-2]"  # from the nodes that fail
 PATIENCE = 180  # seconds that nothing takes where a run starts in START_SECONDS
 START_SECONDS = 20
 slowness = 1.0  # of this machine just now: how much longer than START_SECONDS a start takes
@@ -59,15 +61,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(work: Path, iterations: int = ITERATIONS) -> list[str]:
+def settings(work: Path, iterations: int) -> list[str]:
     """Overrides of recipes/tiny: as small as it gets."""
     return [
         f"data.path={work / 'shards'}",
         "data.validation_path=",
         "checkpoint.save_interval=5",
         f"train.train_iters={iterations}",
-        "train.global_batch_size=8",
-        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=1",
+        "train.points_per_micro_batch=4",
         "logging.log_interval=1",
         "logging.tensorboard=false",
         "logging.eval_interval=0",
@@ -79,11 +82,20 @@ def settings(work: Path, iterations: int = ITERATIONS) -> list[str]:
 class Launched:
     """A run submitted by `soar-mega launch slurm`."""
 
-    def __init__(self, cluster: Cluster, work: Path, name: str, *options: str, paced: bool = True) -> None:
-        self.cluster, self.folder = cluster, work / name
-        size = ["--nodes", "2", "--processes-per-node", "2", "--gpus-per-node", "0", "--time", "15"]
-        size += ["--python", str(HERE / "paced")] if paced else []
-        words = [*settings(work), f"checkpoint.save={self.folder}", "checkpoint.export=false"]
+    def __init__(
+        self,
+        cluster: Cluster,
+        work: Path,
+        name: str,
+        *options: str,
+        iterations: int = SHORT,
+        processes_per_node: int = 1,
+        paced: bool = True,
+    ) -> None:
+        self.cluster, self.folder, self.iterations = cluster, work / name, iterations
+        size = ["--nodes", "2", "--processes-per-node", str(processes_per_node), "--gpus-per-node", "0"]
+        size += ["--time", "15", *(["--python", str(HERE / "paced")] if paced else [])]
+        words = [*settings(work, iterations), f"checkpoint.save={self.folder}", "checkpoint.export=false"]
         # a later option wins
         assert main(["launch", "slurm", "recipes/tiny/soar.yaml", *words, *size, *options]) == 0
         self.job = (self.folder / "slurm" / "job_id").read_text().strip()
@@ -117,14 +129,20 @@ def wait_for(happened: Callable[[], bool], trouble: Callable[[], str]) -> None:
 
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster, work: Path) -> Launched:
-    """An uninterrupted run; its start tells how much time others need."""
+    """An uninterrupted run of 2 nodes x 2 processes; its start tells how much time others need."""
     global slowness
     began = time.monotonic()
-    run = Launched(cluster, work, "reference", "--sbatch=--nodelist=n[1-2]", paced=False)
+    run = Launched(cluster, work, "reference", AWAY, iterations=ITERATIONS, processes_per_node=2, paced=False)
     run.tells(r"^ iteration +1/")
     slowness = max(1.0, (time.monotonic() - began) / START_SECONDS)
     os.environ["PACE_SECONDS"] = str(slowness)
     return run
+
+
+@pytest.fixture(scope="module")
+def short_reference(reference: Launched, cluster: Cluster, work: Path) -> Launched:
+    """An uninterrupted run of 2 nodes x 1 process."""
+    return Launched(cluster, work, "short", AWAY, paced=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +153,8 @@ def limited(reference: Launched, cluster: Cluster, work: Path) -> Launched:
     """
     lead = math.ceil(50 * slowness)
     time_limit = ("--time", str(math.ceil((lead + 30 + 40 * slowness) / 60)), "--signal-seconds", str(lead))
-    return Launched(cluster, work, "limited", "--sbatch=--nodelist=n[1-2]", *time_limit)
+    options = (AWAY, *time_limit)
+    return Launched(cluster, work, "limited", *options, iterations=ITERATIONS, processes_per_node=2)
 
 
 def resumed_like(run: Launched, reference: Launched) -> None:
@@ -143,31 +162,33 @@ def resumed_like(run: Launched, reference: Launched) -> None:
     run.tells(r"soar-mega job \d+: complete$")
     assert re.search(r"^resumed from .*/iter_\d+$", run.log(), re.MULTILINE), run.log()
     reference.tells(r"soar-mega job \d+: complete$")
-    assert len(reference.losses()) == ITERATIONS
+    assert len(reference.losses()) == reference.iterations == run.iterations
     for iteration, expected in reference.losses().items():
         found = run.losses()[iteration]
         close = pytest.approx([float(value) for value in expected], rel=1e-5)
         assert [float(value) for value in found] == close, f"iteration {iteration}"
 
 
-def test_term_of_all_ranks(limited: Launched, reference: Launched, cluster: Cluster, work: Path) -> None:
+def test_term_of_all_ranks(
+    limited: Launched, short_reference: Launched, cluster: Cluster, work: Path
+) -> None:
     limited.tells(r"^ iteration +1/")
-    run = Launched(cluster, work, "term", "--sbatch=--nodelist=n[1-2]")
+    run = Launched(cluster, work, "term", AWAY)
     run.tells(r"^ iteration +2/")
     cluster.call("scancel", "--signal=TERM", run.job)
     run.tells("stopped by signal SIGTERM at iteration")
     run.tells("start 2 on")
-    resumed_like(run, reference)
+    resumed_like(run, short_reference)
 
 
-def test_node_failure(limited: Launched, reference: Launched, cluster: Cluster, work: Path) -> None:
+def test_node_failure(limited: Launched, short_reference: Launched, cluster: Cluster, work: Path) -> None:
     limited.tells(r"^ iteration +1/")
     run = Launched(cluster, work, "node", "--sbatch=--exclude=n1")
     run.tells(r"^saved .*/iter_0000005")
     cluster.kill_node("n3")
     try:
         run.tells(r"start 2 on n\[2,4\]")
-        resumed_like(run, reference)
+        resumed_like(run, short_reference)
     finally:
         cluster.start_node("n3")
 
@@ -178,18 +199,18 @@ def test_time_limit(limited: Launched, reference: Launched) -> None:
     resumed_like(limited, reference)
 
 
-def test_preemption(reference: Launched, cluster: Cluster, work: Path) -> None:
-    run = Launched(cluster, work, "preempted", "--sbatch=--nodelist=n[1-2]", "--signal-seconds", "150")
+def test_preemption(short_reference: Launched, cluster: Cluster, work: Path) -> None:
+    run = Launched(cluster, work, "preempted", AWAY, "--signal-seconds", "150")
     run.tells(r"^ iteration +2/")
     urgent = ("--partition=urgent", "--nodelist=n[1-2]", "--exclusive", "--time=1", "--output=/dev/null")
     cluster.call("sbatch", *urgent, "--wrap=sleep 3")
     run.tells("stopped by signal SIGUSR1 at iteration")
     run.tells("start 2 on")
-    resumed_like(run, reference)
+    resumed_like(run, short_reference)
 
 
 def test_cancelled_stays_cancelled_and_saved(reference: Launched, cluster: Cluster, work: Path) -> None:
-    run = Launched(cluster, work, "cancelled", "--processes-per-node", "1")
+    run = Launched(cluster, work, "cancelled")
     run.tells(r"^ iteration +2/")
     cluster.call("scancel", run.job)
     run.tells("stopped by signal SIGTERM at iteration")
@@ -202,7 +223,7 @@ def test_cancelled_stays_cancelled_and_saved(reference: Launched, cluster: Clust
 def test_sweep_requeues_the_stopped_element_alone(reference: Launched, cluster: Cluster, work: Path) -> None:
     sweep = work / "sweep.txt"
     sweep.write_text("# two runs\ntrain.seed=1\n\ntrain.seed=2 train.train_iters=8\n")
-    run = Launched(cluster, work, "sweep", "--nodes", "1", "--processes-per-node", "1", "--sweep", str(sweep))
+    run = Launched(cluster, work, "sweep", "--nodes", "1", "--sweep", str(sweep))
     for element in ("_0", "_1"):
         run.tells(r"^ iteration +1/", element=element)
     cluster.call("scancel", "--signal=TERM", f"{run.job}_0")

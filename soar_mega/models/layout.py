@@ -14,13 +14,13 @@ def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
     if heads % tensor:
         raise ValueError(
             f"parallel.tensor_model_parallel_size={tensor} does not divide the {heads} attention heads of this model; "
-            f"possible are {_possible(heads)}"
+            f"possible are {divisors(heads)}"
         )
     if heads % (tensor * context):
         raise ValueError(
             f"parallel.context_parallel_size={context} does not divide the {heads // tensor} attention heads of each "
-            f"tensor-parallel rank of this model; possible are {_possible(heads // tensor)} with "
-            f"parallel.tensor_model_parallel_size={tensor}, and {_possible(heads)} with 1"
+            f"tensor-parallel rank of this model; possible are {divisors(heads // tensor)} with "
+            f"parallel.tensor_model_parallel_size={tensor}, and {divisors(heads)} with 1"
         )
 
 
@@ -29,5 +29,6 @@ def is_sequence_parallel(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
 
 
-def _possible(heads: int) -> str:
+def divisors(heads: int) -> str:
+    """The numbers of ranks that so many heads can be cut over, in words."""
     return ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)

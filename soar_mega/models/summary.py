@@ -5,7 +5,7 @@ from pathlib import Path
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_shape, partition_dim
-from soar_mega.models.layout import check_layout
+from soar_mega.models.layout import check_layout, divisors
 from soar_mega.models.mmdit import MMDiT, build_model
 from soar_mega.models.pipeline_layout import rank_layers
 from soar_mega.models.presets import PRESETS
@@ -55,6 +55,7 @@ def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     for rank, count in enumerate(parameters_per_rank(whole, parallel)):
         spans = ", ".join(f"{r.start}..{r.stop - 1}" for r in rank_layers(config, parallel, rank))
         lines.append(f"  stage {rank}: {count:>13,}  layers {spans}")
+    lines.append(f"context parallel size at TP {tensor}: {divisors(config.num_attention_heads // tensor)}")
     return "\n".join([*lines, "", "millions of parameters on a rank of the largest stage:", *_table(whole)])
 
 

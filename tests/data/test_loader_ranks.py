@@ -20,9 +20,13 @@ BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 BATCH, STEPS = 4, 4
 
 
-def start(tensor, pipeline):
+def start(tensor, pipeline, context=1):
     distributed.start_world(
-        ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+        ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+        )
     )
 
 
@@ -30,9 +34,9 @@ def open_loader(path, workers=0):
     return Loader(DataConfig(path=path, num_workers=workers, max_failed_share=0.5), 42, BATCH)
 
 
-def read_batches(path, tensor, pipeline, workers=0):
+def read_batches(path, tensor, pipeline, context=1, workers=0):
     """(data rank, first stage, last stage, batches as dicts of tensors)"""
-    start(tensor, pipeline)
+    start(tensor, pipeline, context)
     loader = open_loader(path, workers)
     names = ("position", "valid", "latents", "text", "pooled", "empty_text", "empty_pooled")
     batches = [{name: getattr(batch, name) for name in names} for batch, _ in zip(loader, range(STEPS))]  # noqa: B905
@@ -48,13 +52,15 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards", samples)
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(4, 2, 2), (3, 1, 3), (4, 1, 2)])
-def test_global_batches_are_the_same_at_every_layout(shards, world, tensor, pipeline):
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "context"), [(4, 2, 2, 1), (3, 1, 3, 1), (4, 1, 2, 1), (4, 1, 1, 2)]
+)
+def test_global_batches_are_the_same_at_every_layout(shards, world, tensor, pipeline, context):
     whole = [batch for batch, _ in zip(open_loader(str(shards)), range(STEPS))]  # noqa: B905
-    replicas = world // (tensor * pipeline)
+    replicas = world // (tensor * pipeline * context)
     share = BATCH // replicas
     for data_rank, first, last, batches in run_ranks(
-        read_batches, world, str(shards), tensor, pipeline, 1 if world == 4 else 0, timeout=120
+        read_batches, world, str(shards), tensor, pipeline, context, 1 if world == 4 else 0, timeout=120
     ):
         rows = slice(data_rank * share, (data_rank + 1) * share)
         for got, expected in zip(batches, whole, strict=True):

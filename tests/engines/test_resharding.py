@@ -60,12 +60,14 @@ def folder(tmp_path):
     [
         ({"layout": (2, 1), "sequence_parallel": True}, {"layout": (1, 2)}),
         ({"layout": (1, 2)}, {"layout": (1, 1)}),
+        ({"context_parallel_size": 2}, {"layout": (2, 1)}),
+        pytest.param({"layout": (2, 1)}, {"context_parallel_size": 2}, marks=pytest.mark.slow),
         (
             {"layout": (1, 1), "use_distributed_optimizer": False},
             {"layout": (2, 1), "use_distributed_optimizer": False},
         ),
     ],
-    ids=["tp2dp2-to-pp2", "pp2-to-dp2", "plain-optimizer-to-tp2"],
+    ids=["tp2dp2-to-pp2", "pp2-to-dp2", "cp2-to-tp2", "tp2-to-cp2", "plain-optimizer-to-tp2"],
 )
 def test_training_goes_on_at_another_layout(folder, saved, loaded):
     processes = 4 if "sequence_parallel" in saved else 2

@@ -58,6 +58,7 @@ def test_summary_says_counts_and_split():
     text = summarize("sd35_medium", parallel(tensor=2, pipeline=4))
     assert "2,243,171,520 parameters" in text
     assert "stage 3:   327,064,128  layers 16..23" in text
+    assert "context parallel size at TP 2: 1, 2, 3, 4, 6, 12\n" in text
     text = summarize("sd35_medium", parallel(tensor=2, pipeline=4, chunks=2))
     assert "layers 8..10, 20..23" in text
 

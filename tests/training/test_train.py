@@ -255,12 +255,20 @@ LAYOUTS: list[dict[str, Any]] = [
         "sequence_parallel": "true",
     },
     {"processes": 4, "pipeline_model_parallel_size": 4},
+    {"processes": 2, "context_parallel_size": 2},
 ]
 SLOW_LAYOUTS: list[dict[str, Any]] = [
     {"processes": 2, "tensor_model_parallel_size": 2},
     {"processes": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true"},
     {"processes": 2, "pipeline_model_parallel_size": 2},
     {"processes": 4, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    {
+        "processes": 8,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "context_parallel_size": 2,
+        "sequence_parallel": "true",
+    },
 ]
 
 

@@ -134,6 +134,7 @@ class CheckpointConfig:
     finetune: bool = False  # with load: take the weights alone, start at iteration 0
     load_ema: bool = False  # with finetune: start from the EMA weights
     save_interval: int = 500
+    async_save: bool = True  # write while training goes on
     keep_last: int = 3  # newest checkpoints kept; 0 keeps all
     export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
 

@@ -120,7 +120,8 @@ def _settings(link: Link) -> Json:
         return {"arguments": link.arguments}
     recipe = dataclasses.asdict(link.recipe)
     del recipe["parallel"], recipe["logging"], recipe["data"]["num_workers"]
-    del recipe["checkpoint"]["save_interval"], recipe["checkpoint"]["keep_last"]
+    for key in ("save_interval", "async_save", "keep_last"):
+        del recipe["checkpoint"][key]
     return {f"{group}.{key}": value for group, keys in recipe.items() for key, value in keys.items()}
 
 

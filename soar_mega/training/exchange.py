@@ -7,14 +7,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, save_pipeline, save_transformer
 from soar_mega.distributed import start_world
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
 from soar_mega.models.names import global_parameter_names
-from soar_mega.training import checkpoint
+from soar_mega.training import resume
+from soar_mega.training.checkpoint import Progress, Saver
 from soar_mega.training.run_folder import RunFolder
 
 
@@ -34,15 +35,16 @@ def checkpoint_to_diffusers(
     Raises:
         ValueError: no checkpoint, one without EMA weights, or one that cannot be read.
     """
-    folder = checkpoint.find_checkpoint(source)
+    folder = resume.find_checkpoint(source)
     settings = _run_config(folder)
     parts = pipeline or settings.get("pipeline")
     if parts and not Path(parts, "model_index.json").is_file():
         raise ValueError(
             f"{parts} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline"
         )
-    sizes = MMDiTConfig.from_diffusers(checkpoint.read_description(folder)["model"])
     start_world(ParallelConfig())
+    resume.verify(folder)
+    sizes = MMDiTConfig.from_diffusers(resume.read_description(folder)["model"])
     model = build_model(sizes, ModelConfig(dtype=settings.get("dtype", "fp32")), ParallelConfig())
     _load_current(model, folder)  # also for the EMA, which has no copy of the position table
     tensors = _load_ema(model, folder) if ema else None
@@ -65,7 +67,8 @@ def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
         raise ValueError(f"{run.path} holds checkpoints already: give another folder")
     model = load_diffusers(source)
     run.path.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(run, _Weights(model), checkpoint.Progress(), model.sizes.to_diffusers(), keep_last=0)
+    saver = Saver(run, CheckpointConfig(async_save=False, keep_last=0), model.sizes.to_diffusers())
+    saver.save(_Weights(model), Progress())
     return run.checkpoint(0)
 
 
@@ -95,16 +98,16 @@ def _load_current(model: MMDiT, folder: Path) -> None:
     targets = {
         key: value.data for key, value in state.items() if isinstance(getattr(value, "data", None), Tensor)
     }
-    for key, tensor in checkpoint.read_tensors(folder, {"model": state})["model"].items():
+    for key, tensor in resume.read_tensors(folder, {"model": state})["model"].items():
         if key in targets:
             targets[key].copy_(tensor)
 
 
 def _load_ema(model: MMDiT, folder: Path) -> dict[str, Tensor]:
-    if "ema" not in checkpoint.read_description(folder)["kept_weights"]:
+    if "ema" not in resume.read_description(folder)["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
     wanted = sharded_copy(
         model.sharded_state_dict(), "ema", lambda p: torch.empty(p.shape, dtype=torch.float32)
     )
-    loaded = checkpoint.read_tensors(folder, {"kept": wanted})["kept"]
+    loaded = resume.read_tensors(folder, {"kept": wanted})["kept"]
     return {name: loaded[name] for name in global_parameter_names(model)}

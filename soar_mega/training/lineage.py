@@ -15,7 +15,7 @@ from typing import Any
 
 import soar_mega
 from soar_mega.config import Recipe, recipe_to_yaml
-from soar_mega.training import checkpoint
+from soar_mega.training.resume import find_checkpoint
 from soar_mega.training.run_folder import RunFolder, write_durably
 
 FILE = "lineage.json"
@@ -23,17 +23,20 @@ FILE = "lineage.json"
 Json = dict[str, Any]
 
 
-def record_start(run: RunFolder, recipe: Recipe, processes: int) -> None:
+def record_start(run: RunFolder, recipe: Recipe, processes: int, iteration: int) -> None:
     """Adds this start to the run folder's lineage.json; the first start also hashes the weights that it loads.
 
     Called by one process. Takes a few seconds for a model of some GB, once per run.
+
+    Args:
+        iteration: that it goes on from.
     """
     path = run.path / FILE
     known = json.loads(path.read_text()) if path.exists() else {"parent": parent(recipe), "starts": []}
     known["starts"].append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "iteration": run.latest() or 0,
+            "iteration": iteration,
             "recipe": hashlib.sha256(recipe_to_yaml(recipe).encode()).hexdigest(),
             "code": code_version(),
             "processes": processes,
@@ -46,7 +49,7 @@ def record_start(run: RunFolder, recipe: Recipe, processes: int) -> None:
 def parent(recipe: Recipe) -> Json | None:
     """The weights that a fresh run of the recipe starts from; None for random ones."""
     if recipe.checkpoint.load:
-        folder = checkpoint.find_checkpoint(recipe.checkpoint.load)
+        folder = find_checkpoint(recipe.checkpoint.load)
     elif recipe.model.pipeline and recipe.model.init == "pretrained":
         folder = Path(recipe.model.pipeline) / "transformer"
     else:

@@ -16,12 +16,13 @@ from soar_mega.engines import make_engine
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.presets import PRESETS
 from soar_mega.stages import make_stage
-from soar_mega.training import checkpoint
 from soar_mega.training.agreement import end_process, on_rank_zero
+from soar_mega.training.checkpoint import Saved, Saver
 from soar_mega.training.lineage import record_start
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.progress import progress_bar
+from soar_mega.training.resume import resume
 from soar_mega.training.run_folder import RunFolder, write_durably
 from soar_mega.training.schedule import learning_rate
 from soar_mega.training.signals import StopRequest
@@ -68,6 +69,8 @@ def _run(recipe: Recipe, stop: StopRequest) -> int:
         on_rank_zero(lambda: _prepare_folder(run, recipe))
         trainer = Trainer(recipe, run)
         stack.callback(trainer.close)
+        started = trainer.progress.iteration
+        on_rank_zero(lambda: record_start(run, recipe, dist.get_world_size(), started))
         return trainer.run_steps(stop)
 
 
@@ -106,7 +109,6 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
 def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     run.clean()
     write_durably(run.path / "run_config.yaml", recipe_to_yaml(recipe))
-    record_start(run, recipe, dist.get_world_size())
 
 
 class Trainer:
@@ -124,12 +126,13 @@ class Trainer:
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self.keep_average()
-        self.progress = checkpoint.resume(run, recipe.checkpoint, self.engine, self.sizes)
+        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)
         else:
             self.keep_average()  # from weights that checkpoint.finetune may have put in
         self.saved = self.progress.iteration  # of the newest checkpoint
+        self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
         self.skipped_in_a_row = 0
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
         self.events = Events(on_disk, self.progress.iteration)
@@ -144,6 +147,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends reader processes and files."""
+        self.saver.close()
         self.loader.close()
         self.events.close()
 
@@ -156,7 +160,7 @@ class Trainer:
             while progress.iteration < train_iters:
                 reason = stop.reason()
                 if reason is not None:
-                    self.save()
+                    self.save(wait=True)
                     logger.info(
                         "stopped by %s at iteration %d: saved, not finished", reason, progress.iteration
                     )
@@ -167,7 +171,8 @@ class Trainer:
                 self.measurements.take(progress.iteration)
                 if progress.iteration % self.recipe.checkpoint.save_interval == 0:
                     self.save()
-        self.save()
+                self.saver.poll()
+        self.save(wait=True)
         self.export()
         on_rank_zero(lambda: self.run.mark_complete(progress.iteration, progress.consumed_samples))
         logger.info("complete: %d iterations", progress.iteration)
@@ -225,7 +230,7 @@ class Trainer:
 
     def give_up(self, loss: float, grad_norm: float) -> None:
         """Saves and raises: too many steps in a row had no finite loss and gradient."""
-        self.save()
+        self.save(wait=True)
         raise ValueError(
             f"{self.skipped_in_a_row} steps in a row were skipped (train.max_skipped_steps), the last one with loss "
             f"{loss} and gradient norm {grad_norm}. The state at iteration {self.progress.iteration} is saved in "
@@ -233,14 +238,19 @@ class Trainer:
             "from an earlier checkpoint"
         )
 
-    def save(self) -> None:
-        """A checkpoint of this iteration, unless it has one."""
+    def save(self, wait: bool = False) -> None:
+        """A checkpoint of this iteration, unless it has one; with `wait` it can be resumed from on return."""
         progress = self.progress
-        if progress.iteration == self.saved:
-            return
-        progress.loader = self.loader.state_dict()
-        checkpoint.save(self.run, self.engine, progress, self.sizes, self.recipe.checkpoint.keep_last)
-        self.saved = progress.iteration
+        if progress.iteration != self.saved:
+            progress.loader = self.loader.state_dict()
+            self.saver.save(self.engine, progress)
+            self.saved = progress.iteration
+        if wait:
+            self.saver.finish()
+
+    def note(self, saved: Saved) -> None:
+        """The curve of a checkpoint's cost; what there is on the curves is as durable as the checkpoint."""
+        self.events.scalars({"save/blocked-seconds": saved.blocked_seconds}, saved.iteration)
         self.events.flush()
 
     def export(self) -> None:

@@ -3,7 +3,8 @@
     run_config.yaml                        the recipe with all values resolved
     lineage.json                           what it started from, and the code of each start
     latest_checkpointed_iteration.txt      the iteration to resume from
-    iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash
+    iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash,
+                                           and those ending in .broken are damaged ones that were kept aside
     tensorboard/ samples/ train.log        what was measured
     export/ export_ema/                    diffusers pipelines of the finished run
     complete.json                          written last: the run reached train_iters and was exported
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "complete.json"
 LOCK = "run.lock"
-TEMPORARY, DELETED = ".tmp", ".deleted"
+TEMPORARY, DELETED, BROKEN = ".tmp", ".deleted", ".broken"
 
 
 class RunFolder:
@@ -53,6 +54,28 @@ class RunFolder:
         Raises:
             ValueError: the tracker file is unreadable, or names a checkpoint that is not there.
         """
+        iteration = self._tracked()
+        if iteration is not None and not self.checkpoint(iteration).is_dir():
+            raise ValueError(f"{self.path / TRACKER}: names iteration {iteration}, but {self.checkpoint(iteration)} is "
+                             f"missing; complete checkpoints here: {self.iterations()}")  # fmt: skip
+        return iteration
+
+    def candidates(self) -> list[int]:
+        """Iterations to resume from, the best first; empty in a fresh folder.
+
+        The one that the tracker names, then older ones, then newer ones: these are of a run that was set back, or a
+        crash kept the tracker from naming them.
+
+        Raises:
+            ValueError: the tracker file is unreadable.
+        """
+        tracked = self._tracked()
+        if tracked is None:
+            return []
+        there = [iteration for iteration in reversed(self.iterations()) if iteration != tracked]
+        return [tracked, *(i for i in there if i < tracked), *(i for i in there if i > tracked)]
+
+    def _tracked(self) -> int | None:
         tracker = self.path / TRACKER
         if not tracker.exists():
             return None
@@ -60,10 +83,21 @@ class RunFolder:
         if not text.isdigit():
             raise ValueError(f"{tracker}: holds {text!r} instead of an iteration number; write one of "
                              f"{self.iterations()} into it, or remove it to start from the beginning")  # fmt: skip
-        if not self.checkpoint(int(text)).is_dir():
-            raise ValueError(f"{tracker}: names iteration {text}, but {self.checkpoint(int(text))} is missing; "
-                             f"complete checkpoints here: {self.iterations()}")  # fmt: skip
         return int(text)
+
+    def set_aside(self, iteration: int) -> Path | None:
+        """Renames a damaged checkpoint to iter_0000100.broken, or .broken-2 and so on, and says where it is now."""
+        folder = self.checkpoint(iteration)
+        if not folder.is_dir():
+            return None
+        aside = folder.with_name(folder.name + BROKEN)
+        count = 1
+        while aside.exists():
+            count += 1
+            aside = folder.with_name(f"{folder.name}{BROKEN}-{count}")
+        os.rename(folder, aside)
+        sync_folder(self.path)
+        return aside
 
     def set_latest(self, iteration: int) -> None:
         """Points the tracker at a checkpoint, atomically and durably."""

@@ -1,0 +1,135 @@
+"""One file of tensors per rank, in megatron's torch_dist format, hashed while it is written.
+
+megatron's own writer starts processes even for a synchronous save, and waits for ever when one of them is killed.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from soar_mega.training.manifest import Facts
+
+
+@dataclass
+class Written:
+    """What a rank has written."""
+
+    results: list[WriteResult] = field(default_factory=list)  # where each tensor lies, for torch's .metadata
+    files: dict[str, Facts] = field(default_factory=dict)
+
+
+class RankFile(FileSystemWriterAsync):
+    """Holds this rank's part of one checkpoint on the CPU, and writes it."""
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Copies what is on a GPU; what is on the CPU is not copied."""
+        self._name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        self._items = [(item, _on_cpu(planner.resolve_data(item))) for item in plan.items]
+        torch.cuda.synchronize()
+        self._outcome: Written | WRAPPED_EXCEPTION | None = None
+
+    def write(self) -> Written:
+        """Writes the file and makes it durable. Needs no other rank, and may run in another process.
+
+        Raises:
+            OSError: a full disk, for instance.
+        """
+        if not self._items:
+            return Written()
+        with open(Path(self.path) / self._name, "wb") as file:
+            hashed = _HashedFile(file)
+            try:
+                results = [self._write_item(hashed, item, data) for item, data in self._items]
+            except RuntimeError:
+                if hashed.failure is not None:  # torch.save turns it into an error about a zip archive
+                    raise hashed.failure from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+            facts: Facts = {"size": file.tell(), "sha256": hashed.digest.hexdigest()}
+        return Written(results, {self._name: facts})
+
+    def _write_item(self, file: Any, item: WriteItem, data: Any) -> WriteResult:
+        return _write_item(self.transforms, file, data, item, self._name, self.serialization_format)
+
+    def finish_write(self, outcome: Written | Exception) -> None:
+        """Hands over what `write` has returned or raised, and lets go of the tensors."""
+        self._outcome = _wrap_exception(outcome) if isinstance(outcome, Exception) else outcome
+        self._items = []
+
+    @property
+    def files(self) -> dict[str, Facts]:
+        """Size and hash of what this rank has written, by name."""
+        return self._outcome.files if isinstance(self._outcome, Written) else {}
+
+    def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
+        assert self._outcome is not None
+        return self._outcome.results if isinstance(self._outcome, Written) else self._outcome
+
+
+class RankFiles(TorchDistSaveShardedStrategy):
+    """Plans a save for dist_checkpointing and leaves the writing to the caller: this rank's part is in `file`."""
+
+    file: RankFile
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        self.file = RankFile(checkpoint_dir)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        plan, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(state, False), self.file, planner=planner
+        )
+        return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(*plan)])
+
+
+class _HashedFile:
+    """Passes bytes on to a file and hashes them; what torch.save needs of a file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.failure: OSError | None = None
+        self.tell, self.flush = file.tell, file.flush
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _on_cpu(data: Any) -> Any:
+    """A tensor on the CPU, with a storage of its own size, for torch.save writes whole storages; bytes as they are."""
+    if not isinstance(data, Tensor):
+        return data
+    data = data.detach()
+    if data.device.type != "cpu":
+        return data.to("cpu", non_blocking=True)
+    whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
+    return data if whole else data.clone()

@@ -1,0 +1,192 @@
+"""What a run starts from: its own newest good checkpoint, another run's, or nothing.
+
+Every byte of a checkpoint is compared with its manifest before any of it is used. When the run's own newest one is
+damaged, the run goes on from the one before; the damaged one is kept aside, as iter_0000100.broken.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from soar_mega.config import CheckpointConfig
+from soar_mega.training.agreement import on_rank_zero
+from soar_mega.training.checkpoint import DESCRIPTION, FAILURES, FORMAT, Json, Progress, Saveable, reason
+from soar_mega.training.manifest import problems
+from soar_mega.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+NAMED = 20  # of the things that are wrong, in an error message
+
+
+class Stateful(Saveable, Protocol):
+    """The part of an engine that saving and loading need."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def weights_state_dict(self, name: str) -> dict[str, Any]: ...
+
+    def load_weights(self, state: dict[str, Any]) -> None: ...
+
+
+def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Json) -> Progress:
+    """Loads what the recipe says to start from, and tells how far the run had come. Collective.
+
+    The run's own checkpoint goes before `checkpoint.load`, so that a requeued job continues where it stopped.
+
+    Raises:
+        ValueError: none of the run's checkpoints is good, the one of `checkpoint.load` is not, or it is of another
+            model; says what is wrong with each.
+    """
+    own = _newest_good(run)
+    if own is not None:
+        return _load(own, engine, model)
+    if not config.load:
+        return Progress()
+    folder = on_rank_zero(lambda: find_checkpoint(config.load))
+    verify(folder)
+    if not config.finetune:
+        return _load(folder, engine, model)
+    description = on_rank_zero(lambda: read_description(folder, model))
+    name = "ema" if config.load_ema else "current"
+    if config.load_ema and "ema" not in description["kept_weights"]:
+        raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
+    with torch.no_grad():
+        engine.load_weights(read_tensors(folder, engine.weights_state_dict(name)))
+    logger.info("started from the %s weights of %s", name, folder)
+    return Progress()
+
+
+def _newest_good(run: RunFolder) -> Path | None:
+    """The checkpoint to go on from, None in a fresh folder. Sets aside the damaged ones before it. Collective."""
+    candidates = on_rank_zero(run.candidates)
+    broken: dict[int, list[str]] = {}
+    for iteration in candidates:
+        found = _problems(run.checkpoint(iteration))
+        if not found:
+            on_rank_zero(functools.partial(_fall_back, run, iteration, broken))
+            return run.checkpoint(iteration)
+        broken[iteration] = found
+    if broken:
+        wrong = [line for found in broken.values() for line in found]
+        on_rank_zero(lambda: _refuse(f"{run.path}: none of its checkpoints is good", wrong))
+    return None
+
+
+def _fall_back(run: RunFolder, iteration: int, broken: dict[int, list[str]]) -> None:
+    if not broken:
+        return
+    wrong = [line for found in broken.values() for line in found]
+    aside = [str(folder) for folder in map(run.set_aside, broken) if folder is not None]
+    run.set_latest(iteration)
+    logger.warning(
+        "%s; going on from iteration %d. Kept aside: %s",
+        _listed(wrong),
+        iteration,
+        ", ".join(aside) or "nothing",
+    )
+
+
+def verify(folder: Path) -> None:
+    """Compares a checkpoint with its manifest, each rank a share of its files. Collective.
+
+    Raises:
+        ValueError: on rank 0, PeerFailure on the others, when it is damaged; names what is wrong.
+    """
+    found = _problems(folder)
+    if found:
+        run = RunFolder(folder.parent)
+        others = [run.checkpoint(i).name for i in run.iterations() if run.checkpoint(i) != folder]
+        advice = f"other checkpoints there: {', '.join(others) or 'none'}"
+        on_rank_zero(lambda: _refuse(f"{folder} is damaged", [*found, advice]))
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, the same on all ranks. Collective."""
+    world = dist.get_world_size()
+    found: list[list[str]] = [[]] * world
+    dist.all_gather_object(found, problems(folder, dist.get_rank(), world))
+    return list(dict.fromkeys(line for part in found for line in part))
+
+
+def _refuse(what: str, wrong: list[str]) -> None:
+    raise ValueError(f"{what}: {_listed(wrong)}")
+
+
+def _listed(lines: list[str]) -> str:
+    more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return "; ".join(lines[:NAMED]) + more
+
+
+def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
+    description = on_rank_zero(lambda: read_description(folder, model))
+    missing = sorted(set(engine.weights) - set(description["kept_weights"]))
+    if missing:
+        raise ValueError(
+            f"{folder}: holds no {', '.join(missing)} weights, which this recipe keeps (train.ema_decay): resume it "
+            "without, or start from its weights with checkpoint.load and checkpoint.finetune=true"
+        )
+    with torch.no_grad():
+        engine.load_state_dict(read_tensors(folder, engine.sharded_state_dict(is_loading=True)))
+    logger.info("resumed from %s", folder)
+    names = [f.name for f in dataclasses.fields(Progress)]
+    return Progress(**{name: description[name] for name in names})
+
+
+def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What dist_checkpointing finds in a checkpoint for a sharded state dict; ValueError when it cannot be read."""
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except FAILURES as error:
+        raise ValueError(
+            f"{folder}: this checkpoint cannot be read ({reason(error)}). To go on from an "
+            f"earlier one, write its iteration number into {folder.parent}/latest_checkpointed_iteration.txt"
+        ) from error
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: an iter_ folder itself, or the latest one of a run folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).exists():
+        return folder
+    latest = RunFolder(folder).latest() if folder.is_dir() else None
+    if latest is None:
+        raise ValueError(
+            f"checkpoint.load: {folder} is neither a run folder with a checkpoint nor an iter_ folder"
+        )
+    return RunFolder(folder).checkpoint(latest)
+
+
+def read_description(folder: Path, model: Json | None = None) -> Json:
+    """checkpoint.json of a checkpoint, compared with the transformer's sizes where these are given.
+
+    Raises:
+        ValueError: not a complete checkpoint, an unknown format, or another model's; says in what they differ.
+    """
+    path = folder / DESCRIPTION
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {folder} is not a complete checkpoint of this program")
+    description: Json = json.loads(path.read_text())
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format {description.get('format')!r}, but this program reads format {FORMAT}"
+        )
+    saved = description["model"]
+    if model is not None and saved != (wanted := json.loads(json.dumps(model))):
+        differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
+        told = ", ".join(
+            f"{key} is {saved.get(key)!r} there and {wanted.get(key)!r} here" for key in differing
+        )
+        raise ValueError(f"{folder}: checkpoint of another model: {told}")
+    return description

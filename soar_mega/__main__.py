@@ -2,7 +2,7 @@
 
 import sys
 
-# A checkpoint save spawns a helper process that imports this module again: nothing heavy here, and the guard stays.
+# --help answers at once: nothing heavy here. Processes that are spawned import this module again: the guard stays.
 if __name__ == "__main__":
     from soar_mega.cli import main
 

@@ -44,7 +44,7 @@ def test_the_library_called_kernels_looks_absent_from_the_root() -> None:
 
 
 def test_starting_the_command_imports_nothing_heavy() -> None:
-    """--help answers at once, and the helper process of a checkpoint save re-imports the main module quickly."""
+    """--help answers at once."""
     result = run_python(
         "import sys, soar_mega.cli, soar_mega.__main__\n"
         "soar_mega.cli.build_parser()\n"

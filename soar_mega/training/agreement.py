@@ -58,7 +58,7 @@ def end_process(error: BaseException) -> NoReturn:
         )
         logger.error("rank %d stops: %s", dist.get_rank(), error, exc_info=None if expected else error)
     for child in multiprocessing.active_children():
-        child.kill()  # the one that a checkpoint save starts would outlive this process
+        child.kill()  # one that writes a checkpoint, or reads samples, would go on
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,10 +20,9 @@ from soar_mega.training.agreement import on_rank_zero
 from soar_mega.training.checkpoint import DESCRIPTION, FAILURES, FORMAT, Json, Progress, Saveable, reason
 from soar_mega.training.manifest import problems
 from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.strict import check_keys, listed
 
 logger = logging.getLogger(__name__)
-
-NAMED = 20  # of the things that are wrong, in an error message
 
 
 class Stateful(Saveable, Protocol):
@@ -88,7 +87,7 @@ def _fall_back(run: RunFolder, iteration: int, broken: dict[int, list[str]]) -> 
     run.set_latest(iteration)
     logger.warning(
         "%s; going on from iteration %d. Kept aside: %s",
-        _listed(wrong),
+        listed(wrong),
         iteration,
         ", ".join(aside) or "nothing",
     )
@@ -117,22 +116,12 @@ def _problems(folder: Path) -> list[str]:
 
 
 def _refuse(what: str, wrong: list[str]) -> None:
-    raise ValueError(f"{what}: {_listed(wrong)}")
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
-    return "; ".join(lines[:NAMED]) + more
+    raise ValueError(f"{what}: {listed(wrong)}")
 
 
 def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
     description = on_rank_zero(lambda: read_description(folder, model))
-    missing = sorted(set(engine.weights) - set(description["kept_weights"]))
-    if missing:
-        raise ValueError(
-            f"{folder}: holds no {', '.join(missing)} weights, which this recipe keeps (train.ema_decay): resume it "
-            "without, or start from its weights with checkpoint.load and checkpoint.finetune=true"
-        )
+    _check_kept(folder, set(description["kept_weights"]), set(engine.weights))
     with torch.no_grad():
         engine.load_state_dict(read_tensors(folder, engine.sharded_state_dict(is_loading=True)))
     logger.info("resumed from %s", folder)
@@ -140,15 +129,31 @@ def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
     return Progress(**{name: description[name] for name in names})
 
 
+def _check_kept(folder: Path, saved: set[str], wanted: set[str]) -> None:
+    if saved == wanted:
+        return
+    missing, extra = sorted(wanted - saved), sorted(saved - wanted)
+    differs = f"holds no {', '.join(missing)} weights, which this recipe keeps"
+    if extra:
+        differs = f"holds {', '.join(extra)} weights, which this recipe does not keep"
+    raise ValueError(
+        f"{folder}: {differs} (train.ema_decay): resume it as it was, or start from its weights with checkpoint.load "
+        "and checkpoint.finetune=true"
+    )
+
+
 def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """What dist_checkpointing finds in a checkpoint for a sharded state dict; ValueError when it cannot be read."""
+    """What dist_checkpointing finds in a checkpoint for a sharded state dict. Collective.
+
+    Raises:
+        ValueError: names or shapes differ, which is found out before anything is loaded, or it cannot be read. On the
+            other ranks than the first it may be a PeerFailure.
+    """
+    check_keys(folder, state)
     try:
         return dist_checkpointing.load(state, str(folder))
     except FAILURES as error:
-        raise ValueError(
-            f"{folder}: this checkpoint cannot be read ({reason(error)}). To go on from an "
-            f"earlier one, write its iteration number into {folder.parent}/latest_checkpointed_iteration.txt"
-        ) from error
+        raise ValueError(f"{folder}: this checkpoint cannot be read ({reason(error)})") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:

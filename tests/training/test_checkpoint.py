@@ -147,17 +147,6 @@ def test_finetune_takes_weights_alone(tmp_path: Path, load_ema: bool, value: flo
     assert load(own, **settings)[0].iteration == 7  # a requeued job continues itself
 
 
-def test_kept_weights_that_a_checkpoint_lacks_are_named(tmp_path: Path) -> None:
-    plain = Weights(1.0)
-    plain.weights = {}
-    Saver(RunFolder(tmp_path), CheckpointConfig(async_save=False), MODEL).save(plain, progress(1))
-    with pytest.raises(ValueError, match=r"iter_0000001: holds no ema weights, which this recipe keeps"):
-        load(RunFolder(tmp_path))
-    (tmp_path / "own").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint.load_ema: .*iter_0000001 holds no EMA weights"):
-        load(RunFolder(tmp_path / "own"), load=str(tmp_path), finetune=True, load_ema=True)
-
-
 def test_load_continues_another_run(tmp_path: Path) -> None:
     source, own = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "own")
     save(source, 5)

@@ -29,7 +29,7 @@ class ModelConfig:
     init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
     dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32
     attention_backend: str = "sdpa"  # sdpa | transformer_engine
-    recompute_granularity: str = "none"  # none | full
+    recompute_granularity: str = "none"  # none | selective (attention alone) | full (layers)
     recompute_every: int = 1  # with full: recompute every k-th layer
     fused_kernels: bool = True  # adaLN and QK norm as one kernel each; false: as plain torch calls
 

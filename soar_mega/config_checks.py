@@ -33,7 +33,7 @@ RULES: dict[str, Rule] = {
     "model.init": one_of("pretrained", "random"),
     "model.dtype": one_of("fp32", "bf16"),
     "model.attention_backend": one_of("sdpa", "transformer_engine"),
-    "model.recompute_granularity": one_of("none", "full"),
+    "model.recompute_granularity": one_of("none", "selective", "full"),
     "model.recompute_every": at_least(1),
     "stage.name": one_of("soar", "sft", "sft_multi"),
     "stage.num_auxiliary_points": at_least(0),

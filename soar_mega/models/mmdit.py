@@ -19,11 +19,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import device
 from soar_mega.kernels.qk_norm_rope import EPSILON
+from soar_mega.models import recompute
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
@@ -133,8 +133,8 @@ class MMDiT(MegatronModule):
             hidden_text, image, conditioning = self._unpack(lengths)
         for number, layer in self.layers.items():
             inputs = (hidden_text, image, conditioning, lengths)
-            if self.recompute_every and torch.is_grad_enabled() and int(number) % self.recompute_every == 0:
-                hidden_text, image = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute_every and int(number) % self.recompute_every == 0:
+                hidden_text, image = recompute.run(layer, *inputs)
             else:
                 hidden_text, image = layer(*inputs)
         if not self.post_process:
@@ -280,9 +280,10 @@ def build_model(
         ValueError: a layout or a backend that is not possible.
     """
     check_layout(config, parallel)
-    if model.recompute_granularity not in ("none", "full"):
+    granularity = model.recompute_granularity
+    if granularity not in ("none", "selective", "full"):
         raise ValueError(
-            f"model.recompute_granularity={model.recompute_granularity!r} is unknown: choose none or full"
+            f"model.recompute_granularity={granularity!r} is unknown: choose none, selective or full"
         )
     ranks = parallel.pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank() if ranks > 1 else 0
@@ -292,11 +293,13 @@ def build_model(
         mmdit = MMDiT(
             config,
             transformer_config(config, model, parallel),
-            get_mmdit_layer_spec(get_provider(model.attention_backend), model.fused_kernels),
+            get_mmdit_layer_spec(
+                get_provider(model.attention_backend), model.fused_kernels, granularity == "selective"
+            ),
             stages[stage],
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,
-            recompute_every=model.recompute_every if model.recompute_granularity == "full" else 0,
+            recompute_every=model.recompute_every if granularity == "full" else 0,
         )
     if not meta:
         if model.init == "random":

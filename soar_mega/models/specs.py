@@ -18,6 +18,7 @@ from soar_mega.kernels.adaln import adaln, plain_adaln
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
 from soar_mega.models.linear import ColumnLinear, RowLinear
+from soar_mega.models.recompute import recomputed
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -83,15 +84,18 @@ def get_provider(attention_backend: str) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def get_mmdit_layer_spec(provider: BackendSpecProvider, fused_kernels: bool = True) -> ModuleSpec:
+def get_mmdit_layer_spec(
+    provider: BackendSpecProvider, fused_kernels: bool = True, recompute_attention: bool = False
+) -> ModuleSpec:
     """One joint layer of text and image, made of the provider's modules and our kernels or plain torch calls."""
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
+    attention = provider.core_attention()
     return ModuleSpec(
         module=MMDiTLayer,
         submodules=MMDiTLayerSubmodules(
             linear_qkv=column,
             linear_proj=row,
-            core_attention=provider.core_attention(),
+            core_attention=recomputed(attention) if recompute_attention else attention,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             adaln=adaln if fused_kernels else plain_adaln,
             qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,

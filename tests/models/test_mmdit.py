@@ -17,6 +17,7 @@ from peer import (
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
+from soar_mega.models import specs
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import position_table
 from soar_mega.models.mmdit import build_model
@@ -110,6 +111,37 @@ def test_recomputation_with_frozen_embedders(every, calls, tmp_path):
             assert torch.equal(gradient, wanted[name]), name
 
 
+def test_selective_recomputation_repeats_attention_alone(tmp_path, monkeypatch):
+    save_peer(tmp_path)
+    plain = load_diffusers(tmp_path)
+    model = build_model(
+        plain.sizes, ModelConfig(dtype="fp32", recompute_granularity="selective"), ParallelConfig()
+    )
+    load_weights(model, tmp_path)
+    inputs = make_inputs(model.sizes)
+    plain(*inputs).square().sum().backward()
+    calls = {"attention": 0, "layer": 0}
+
+    def counted(name, function):
+        def call(*arguments, **settings):
+            calls[name] += 1
+            return function(*arguments, **settings)
+
+        return call
+
+    attend = specs.F.scaled_dot_product_attention
+    monkeypatch.setattr(specs.F, "scaled_dot_product_attention", counted("attention", attend))
+    for layer in model.layers.values():
+        layer.forward = counted("layer", layer.forward)
+    with torch.no_grad():
+        model(*inputs)
+    assert calls == {"attention": 6, "layer": 4}  # two layers are dual
+    model(*inputs).square().sum().backward()
+    assert calls == {"attention": 6 + 12, "layer": 8}
+    wanted = gradients(plain)
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
+
+
 def test_frozen_weight_leaves_its_bias_a_gradient(tmp_path):
     save_peer(tmp_path)
     model = load_diffusers(tmp_path)
@@ -164,7 +196,7 @@ def test_impossible_latent_size(size, tmp_path):
         ({}, {"pipeline_model_parallel_size": 5}, "more than the 4 layers"),
         ({"attention_backend": "transformer_engine"}, {}, "Transformer Engine, which is not installed"),
         ({"attention_backend": "flash"}, {}, "choose sdpa or transformer_engine"),
-        ({"recompute_granularity": "some"}, {}, "choose none or full"),
+        ({"recompute_granularity": "some"}, {}, "choose none, selective or full"),
         ({"dtype": "fp8"}, {}, "choose one of fp32, bf16"),
     ],
 )

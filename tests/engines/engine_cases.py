@@ -1,7 +1,9 @@
 """A small model, in-memory batches and training cases for the engine's tests, importable by other processes."""
 
 import zlib
+from dataclasses import replace
 
+import pytest
 import torch
 
 from soar_mega.config import (
@@ -37,6 +39,12 @@ SIZES = MMDiTConfig(
     dual_attention_layers=(0,),
     qk_norm="rms_norm",
 )
+EIGHT_LAYERS = replace(SIZES, num_layers=8, dual_attention_layers=(0, 3))
+# with an odd number of micro-batches, which an interleaved pipeline must fill up
+VPP2 = {
+    "virtual_pipeline_model_parallel_size": 2,
+    "train": {"micro_batch_size": 3, "points_per_micro_batch": 9},
+}
 # every source is read: two paths (eps), fresh endpoints (z1_aux), guidance, dropped conditions, uneven weights
 SOAR = StageConfig(
     name="soar",
@@ -99,10 +107,10 @@ def make_batch(iteration: int, size: int = 8, invalid: int | None = 3) -> Batch:
     )
 
 
-def start_engine(recipe: Recipe):
+def start_engine(recipe: Recipe, sizes: MMDiTConfig = SIZES):
     """An engine with random weights that no layer of the model ignores."""
     start_world(recipe.parallel)
-    engine = make_engine(recipe, SIZES)
+    engine = make_engine(recipe, sizes)
     shapes = global_parameter_names(engine.layout)
     engine.load_weights({"model": {name: random_tensor(name, p) for name, p in shapes.items()}})
     return engine
@@ -120,9 +128,9 @@ def iterate(engine, stage, batch, lr=1e-3):
     return statistics, engine.step(lr)
 
 
-def train_case(recipe: Recipe, iterations: int = 5) -> dict:
+def train_case(recipe: Recipe, iterations: int = 5, sizes: MMDiTConfig = SIZES) -> dict:
     """Losses and gradient norms of some iterations, and the gradients of the first one."""
-    engine = start_engine(recipe)
+    engine = start_engine(recipe, sizes)
     stage = make_stage(recipe.stage, shift=1.0)
     found: dict = {"statistics": [], "norms": [], "gradients": {}}
     for iteration in range(iterations):
@@ -135,6 +143,15 @@ def train_case(recipe: Recipe, iterations: int = 5) -> dict:
         assert result.ok
         found["norms"].append(result.grad_norm)
     return found
+
+
+def assert_training_agrees(found, expected, tolerance=1e-5):
+    """Two results of `train_case`, of which the first may have fewer iterations."""
+    iterations = len(found["norms"])
+    assert iterations and found["norms"] == pytest.approx(expected["norms"][:iterations], rel=tolerance)
+    for ours, theirs in zip(found["statistics"], expected["statistics"][:iterations], strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance)
+    assert_gradients_agree(found["gradients"], expected["gradients"], tolerance)
 
 
 def assert_gradients_agree(found, expected, tolerance=1e-5):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import iterate, make_batch, make_recipe, start_engine
+from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import run_ranks
 
 from soar_mega.config import StageConfig
@@ -20,9 +20,10 @@ def order_of_events(recipe):
         events.append(f"wait {i}")
         return wait(i)
 
-    def noted_forward(*arguments):
-        events.append("forward")
-        return forward(*arguments)
+    def noted_forward(chunk, *arguments):
+        if chunk.module.pre_process or chunk.module.post_process:
+            events.append("forward")
+        return forward(chunk, *arguments)
 
     batch = make_batch(0)
     answers = engine.answer(stage.queries, batch)
@@ -31,8 +32,10 @@ def order_of_events(recipe):
     return events, answers._kept, engine._channel._sent, engine._channel._posted
 
 
-def test_the_first_stage_waits_for_an_answer_just_before_it_needs_it():
-    first, last = run_ranks(order_of_events, 2, make_recipe((1, 2)))
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_first_stage_waits_for_an_answer_just_before_it_needs_it(chunks):
+    recipe = make_recipe((1, 2), virtual_pipeline_model_parallel_size=chunks)
+    first, last = run_ranks(order_of_events, 2, recipe)
     events = first[0]
     # base points (eight, three at a time) come first; the third micro-batch holds the first auxiliary point
     assert events[:4] == ["forward", "forward", "wait 0", "forward"]
@@ -49,15 +52,17 @@ def answers_nobody_asked_for(recipe):
     answers = engine.answer(stage.queries, batch)
     engine.learn(plain.points, plain.loss, batch, answers)  # these points need no answer
     answers = engine.answer(stage.queries, batch)
-    latest = answers.get(3) if is_first_stage() else answers._kept[3]  # out of order
+    latest = answers.get(2) if is_first_stage() else answers._kept[2]  # out of order
     found = engine.velocity(batch.latents, torch.full((8,), 0.5), batch.text, batch.pooled)
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
 
-def test_answers_that_nobody_asks_for_do_no_harm():
-    [(one, expected, loss)] = run_ranks(answers_nobody_asked_for, 1, make_recipe())
+@pytest.mark.parametrize("settings", [{}, VPP2], ids=["one-chunk", "two-chunks"])
+def test_answers_that_nobody_asks_for_do_no_harm(settings):
+    alone = make_recipe(train=settings.get("train"))
+    [(one, expected, loss)] = run_ranks(answers_nobody_asked_for, 1, alone)
     (first, found, first_loss), (last, too, last_loss) = run_ranks(
-        answers_nobody_asked_for, 2, make_recipe((1, 2))
+        answers_nobody_asked_for, 2, make_recipe((1, 2), **settings)
     )
     assert first.equal(last) and found.equal(too)
     torch.testing.assert_close(first, one, rtol=1e-5, atol=1e-6)

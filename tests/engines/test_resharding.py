@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import iterate, make_batch, make_recipe, start_engine
+from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from megatron.core import dist_checkpointing
 from multirank import run_ranks
 
@@ -58,16 +58,15 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "saved, loaded",
     [
-        ({"layout": (2, 1), "sequence_parallel": True}, {"layout": (1, 2)}),
-        ({"layout": (1, 2)}, {"layout": (1, 1)}),
+        ({"layout": (2, 1), "sequence_parallel": True}, {"layout": (1, 2), **VPP2}),
+        ({"layout": (1, 2), **VPP2}, {"layout": (1, 1)}),
         ({"context_parallel_size": 2}, {"layout": (2, 1)}),
-        pytest.param({"layout": (2, 1)}, {"context_parallel_size": 2}, marks=pytest.mark.slow),
         (
             {"layout": (1, 1), "use_distributed_optimizer": False},
             {"layout": (2, 1), "use_distributed_optimizer": False},
         ),
     ],
-    ids=["tp2dp2-to-pp2", "pp2-to-dp2", "cp2-to-tp2", "tp2-to-cp2", "plain-optimizer-to-tp2"],
+    ids=["tp2dp2-to-pp2-vpp2", "pp2-vpp2-to-dp2", "cp2-to-tp2", "plain-optimizer-to-tp2"],
 )
 def test_training_goes_on_at_another_layout(folder, saved, loaded):
     processes = 4 if "sequence_parallel" in saved else 2

@@ -252,6 +252,7 @@ LAYOUTS: list[dict[str, Any]] = [
         "processes": 4,
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
         "sequence_parallel": "true",
     },
     {"processes": 4, "pipeline_model_parallel_size": 4},

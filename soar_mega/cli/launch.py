@@ -6,7 +6,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soar_mega.config import Recipe
 
 HELP = """\
 Submit a training run to SLURM. It is requeued until it is complete: at its time limit, when it is preempted, when a
@@ -72,24 +75,17 @@ def _take_overrides_anywhere(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from soar_mega.config import load_recipe
-    from soar_mega.distributed import check_layout
     from soar_mega.launch import slurm
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    parallel = recipe.parallel
-    check_layout(
-        wanted.processes,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
+    _check_layout(recipe, wanted.processes)
     save = Path(recipe.checkpoint.save)
     sweep = []
     for index, words in enumerate(read_sweep(arguments.sweep)):
         words = [*words, f"checkpoint.save={save / str(index)}"]
-        load_recipe(arguments.recipe, [*arguments.overrides, *words])
+        _check_layout(load_recipe(arguments.recipe, [*arguments.overrides, *words]), wanted.processes)
         sweep.append((words, save / str(index) / "complete.json"))
     job = slurm.Job(
         name=save.name,
@@ -106,6 +102,22 @@ def run(arguments: argparse.Namespace) -> int:
     number = slurm.submit(job, wanted)
     print(f"job {number}: {job.folder}/job.sbatch, logs beside it")
     return 0
+
+
+def _check_layout(recipe: "Recipe", processes: int) -> None:
+    """What the run would refuse at its start: a layout that fits neither the processes nor the model."""
+    from soar_mega import distributed
+    from soar_mega.models import layout
+    from soar_mega.models.presets import model_sizes
+
+    parallel = recipe.parallel
+    distributed.check_layout(
+        processes,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    layout.check_layout(model_sizes(recipe.model), parallel)
 
 
 def read_sweep(path: str | None) -> list[list[str]]:

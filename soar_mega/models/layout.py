@@ -2,10 +2,11 @@
 
 from soar_mega.config import ParallelConfig
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.pipeline_layout import stage_layers
 
 
 def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
-    """Raise a ValueError with possible values unless heads divide by TP x CP."""
+    """Raise a ValueError with possible values unless heads divide by TP x CP and every stage gets its layers."""
     heads, tensor, context = (
         config.num_attention_heads,
         parallel.tensor_model_parallel_size,
@@ -22,6 +23,7 @@ def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
             f"tensor-parallel rank of this model; possible are {divisors(heads // tensor)} with "
             f"parallel.tensor_model_parallel_size={tensor}, and {divisors(heads)} with 1"
         )
+    stage_layers(config, parallel)
 
 
 def is_sequence_parallel(parallel: ParallelConfig) -> bool:

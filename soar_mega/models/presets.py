@@ -1,5 +1,6 @@
 """Published sizes, for runs and summaries without a pipeline folder."""
 
+from soar_mega.config import ModelConfig
 from soar_mega.models.config import MMDiTConfig
 
 PRESETS: dict[str, MMDiTConfig] = {
@@ -21,3 +22,16 @@ PRESETS: dict[str, MMDiTConfig] = {
         qk_norm="rms_norm",
     ),
 }
+
+
+def model_sizes(model: ModelConfig) -> MMDiTConfig:
+    """The sizes of the transformer that a recipe names.
+
+    Raises:
+        ValueError: a pipeline folder without an SD3 transformer, or an unknown preset.
+    """
+    if model.pipeline:
+        return MMDiTConfig.from_diffusers(model.pipeline)
+    if model.preset not in PRESETS:
+        raise ValueError(f"model.preset: {model.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[model.preset]

@@ -10,11 +10,10 @@ import torch.distributed as dist
 
 from soar_mega import distributed
 from soar_mega.config import Recipe, recipe_to_yaml
-from soar_mega.convert import read_pipeline_config, save_pipeline, save_transformer, scheduler_shift
+from soar_mega.convert import save_pipeline, save_transformer, scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import make_engine
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.presets import model_sizes
 from soar_mega.stages import make_stage
 from soar_mega.training.agreement import end_process, on_rank_zero
 from soar_mega.training.checkpoint import Saved, Saver
@@ -117,7 +116,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
         self.recipe, self.run = recipe, run
         model, train = recipe.model, recipe.train
-        sizes = read_pipeline_config(model.pipeline) if model.pipeline else preset(model.preset)
+        sizes = model_sizes(model)
         self.sizes = sizes.to_diffusers()
         self.loader = Loader(
             recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes
@@ -266,10 +265,3 @@ class Trainer:
             else:
                 save_transformer(self.engine.model, self.run.path / name / "transformer", tensors)
             logger.info("wrote %s", self.run.path / name)
-
-
-def preset(name: str) -> MMDiTConfig:
-    """The sizes of a published model by name."""
-    if name not in PRESETS:
-        raise ValueError(f"model.preset: {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]

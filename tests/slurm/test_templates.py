@@ -246,6 +246,14 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
     ("words", "message"),
     [
         (["parallel.tensor_model_parallel_size=3"], "does not divide the 8 process"),
+        (["parallel.pipeline_model_parallel_size=8"], "more than the 4 layers of this model"),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=4",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            "largest possible here is 1",
+        ),
         (["train.train_itres=3"], "unknown key"),
         (["--signal-seconds", "20000"], "less than the time limit"),
     ],

@@ -47,7 +47,7 @@ def scatter(hidden: Tensor, config: TransformerConfig) -> Tensor:
     group = context_parallel_group()
     if config.context_parallel_size > 1:
         assert group is not None
-        hidden = hidden.chunk(group.size())[group.rank()]
+        hidden = hidden.chunk(group.size())[group.rank()].clone()  # a view would keep the whole stream alive
     if config.sequence_parallel:
         hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=tensor_parallel_group())
     return hidden

@@ -91,6 +91,7 @@ class TrainConfig:
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
     ema_decay: float = 0.0  # 0: no EMA
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
+    step_timeout_minutes: float | None = 10.0  # a step that takes longer ends the run, with a report; null: any time
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
 
 

@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "train.points_per_micro_batch": at_least(1),
     "train.ema_decay": from_below(0, 1),
     "train.exit_duration_in_mins": above(0),
+    "train.step_timeout_minutes": above(0),
     "train.max_skipped_steps": at_least(1),
     "optimizer.lr": at_least(0),
     "optimizer.min_lr": at_least(0),

@@ -43,20 +43,34 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def end_process(error: BaseException) -> NoReturn:
+def end_process(error: Exception) -> NoReturn:
     """Says what happened and leaves at once, so that no peer waits for this rank.
 
-    A rank that raises cannot tell its peers, which may be inside any collective. Its death does: gloo connections
-    break at once, torchrun ends all processes of a run within seconds of the first failure (and kills after 30 s those
-    that do not follow its SIGTERM), srun does so with --kill-on-bad-exit. Python's own exit would first wait for
-    communicators that will never finish. parallel.distributed_timeout_minutes bounds what is left.
+    For failures before a watchdog is there: gloo connections break with the process, torchrun ends all processes of a
+    run within seconds of the first failure (and kills after 30 s those that do not follow its SIGTERM), srun does so
+    with --kill-on-bad-exit. parallel.distributed_timeout_minutes bounds what is left.
     """
-    agreed = isinstance(error, PeerFailure | DataError)  # all ranks raise these, and one message is enough
-    if is_rank_zero() or not agreed:
-        expected = isinstance(error, ValueError | OSError | PeerFailure) and not os.environ.get(
-            "SOAR_MEGA_TRACEBACK"
-        )
-        logger.error("rank %d stops: %s", dist.get_rank(), error, exc_info=None if expected else error)
+    if not is_quiet(error):
+        say_why(error)
+    leave()
+
+
+def is_quiet(error: BaseException) -> bool:
+    """Whether rank 0 raises the same, so that this rank need not say it."""
+    return isinstance(error, PeerFailure | DataError) and not is_rank_zero()
+
+
+def say_why(error: Exception, where: str = "") -> None:
+    """Logs why this rank stops; with the traceback unless a user can set it right."""
+    expected = isinstance(error, ValueError | OSError | PeerFailure)
+    with_trace = not expected or os.environ.get("SOAR_MEGA_TRACEBACK")
+    logger.error(
+        "rank %d stops%s: %s", dist.get_rank(), where, error, exc_info=error if with_trace else None
+    )
+
+
+def leave() -> NoReturn:
+    """Ends this process; Python's own exit would first wait for communicators that will never finish."""
     for child in multiprocessing.active_children():
         child.kill()  # one that writes a checkpoint, or reads samples, would go on
     logging.shutdown()

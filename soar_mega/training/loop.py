@@ -14,6 +14,7 @@ from soar_mega.convert import save_pipeline, save_transformer, scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import make_engine
 from soar_mega.models.presets import model_sizes
+from soar_mega.phases import phases
 from soar_mega.stages import make_stage
 from soar_mega.training.agreement import end_process, on_rank_zero
 from soar_mega.training.checkpoint import Saved, Saver
@@ -26,6 +27,7 @@ from soar_mega.training.run_folder import RunFolder, write_durably
 from soar_mega.training.schedule import learning_rate
 from soar_mega.training.signals import StopRequest
 from soar_mega.training.tensorboard import Events, peak_memory_gib
+from soar_mega.training.watchdog import Watchdog, reports_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def train(recipe: Recipe) -> int:
     with StopRequest(recipe.train.exit_duration_in_mins) as stop:
         try:
             distributed.start_world(recipe.parallel, recipe.train.seed)
+            phases.restart()
             code = _run(recipe, stop)
         except Exception as error:
             if dist.is_initialized() and dist.get_world_size() > 1:
@@ -66,6 +69,7 @@ def _run(recipe: Recipe, stop: StopRequest) -> int:
         if on_rank_zero(lambda: _is_complete(run, recipe)):
             return COMPLETE
         on_rank_zero(lambda: _prepare_folder(run, recipe))
+        stack.enter_context(Watchdog(reports_folder(run.path), recipe.train.step_timeout_minutes))
         trainer = Trainer(recipe, run)
         stack.callback(trainer.close)
         started = trainer.progress.iteration
@@ -157,8 +161,10 @@ class Trainer:
             self.measurements.take(0)
         with progress_bar(progress.iteration, train_iters, shown=distributed.is_rank_zero()) as bar:
             while progress.iteration < train_iters:
+                phases.begin_step(progress.iteration + 1, "agreement")
                 reason = stop.reason()
                 if reason is not None:
+                    phases.leave_step("checkpoint")
                     self.save(wait=True)
                     logger.info(
                         "stopped by %s at iteration %d: saved, not finished", reason, progress.iteration
@@ -167,11 +173,14 @@ class Trainer:
                 loss = self.step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                phases.leave_step("measurements")
                 self.measurements.take(progress.iteration)
+                phases.leave_step("checkpoint")
                 if progress.iteration % self.recipe.checkpoint.save_interval == 0:
                     self.save()
                 self.saver.poll()
         self.save(wait=True)
+        phases.leave_step("export")
         self.export()
         on_rank_zero(lambda: self.run.mark_complete(progress.iteration, progress.consumed_samples))
         logger.info("complete: %d iterations", progress.iteration)
@@ -181,9 +190,13 @@ class Trainer:
         """One optimizer step; its loss."""
         started = time.perf_counter()
         recipe, progress = self.recipe, self.progress
+        phases.enter("data")
         batch = next(self.loader)
+        phases.enter("answer")
         answers = self.engine.answer(self.stage.queries, batch, weights=self.stage.answer_weights)
+        phases.enter("learn")
         statistics = self.engine.learn(self.stage.points, self.stage.loss, batch, answers)
+        phases.enter("optimizer")
         rate = learning_rate(recipe.optimizer, progress.iteration, recipe.train.train_iters)
         result = self.engine.step(rate)
         progress.iteration += 1
@@ -229,6 +242,7 @@ class Trainer:
 
     def give_up(self, loss: float, grad_norm: float) -> None:
         """Saves and raises: too many steps in a row had no finite loss and gradient."""
+        phases.leave_step("checkpoint")
         self.save(wait=True)
         raise ValueError(
             f"{self.skipped_in_a_row} steps in a row were skipped (train.max_skipped_steps), the last one with loss "

@@ -2,13 +2,9 @@
 
 import hashlib
 import json
-import logging
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ from multirank import RankFailure, run_ranks
 from safetensors.torch import load_file
 from tiny_runs import ROOT, held_out, logged, make_shards, tiny_recipe
 
-from soar_mega import distributed, platform
+from soar_mega import distributed
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.training.loop import Trainer
 from soar_mega.training.run_folder import RunFolder
@@ -341,46 +337,3 @@ def test_losses_do_not_depend_on_fused_kernels(reference: Path, shards: Path, tm
     assert run_ranks(tiny_runs.run, 1, plain) == [0]
     losses = [loss for loss, _ in logged(tmp_path).values()]
     assert losses == pytest.approx([loss for loss, _ in logged(reference).values()][:5], rel=1e-5)
-
-
-def fail_on_one_rank(recipe: Recipe) -> int:
-    """Rank 1 raises in step 2, while the others go on into its collectives."""
-
-    def fail(trainer: Trainer) -> None:
-        if trainer.progress.iteration == 1 and os.environ["RANK"] == "1":
-            raise ValueError("rank 1 has had enough")
-
-    before_step(fail)
-    return tiny_runs.run(recipe)
-
-
-def end_of(recipe: Recipe, rank: int, port: int, folder: Path) -> None:
-    """One rank of a world that nobody watches; leaves its exit to the caller."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    platform.install()
-    logging.basicConfig(filename=folder / f"log-{rank}", level=logging.WARNING)
-    fail_on_one_rank(recipe)
-
-
-def test_a_failing_rank_takes_its_peers_down(shards: Path, tmp_path: Path) -> None:
-    """Without a launcher that would end them: no rank is left waiting in a collective."""
-    context = multiprocessing.get_context("forkserver")
-    recipe = tiny_recipe(shards, tmp_path / "run", parallel__tensor_model_parallel_size=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [context.Process(target=end_of, args=(recipe, rank, port, tmp_path)) for rank in range(4)]
-    for process in ranks:
-        process.start()
-    ranks[1].join(120)
-    failed = time.monotonic()
-    for process in ranks:
-        process.join(60)
-    waited = time.monotonic() - failed
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert codes == [1, 1, 1, 1] and waited < 60
-    assert "rank 1 stops: rank 1 has had enough" in (tmp_path / "log-1").read_text()

@@ -1,0 +1,231 @@
+"""A rank that dies, hangs or raises takes the others down in time, with one message that says which rank and where."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from guilty_rank import act_in_step_3, die, refuse, spin, stop
+from multirank import _SERVER
+from tiny_runs import make_shards, tiny_recipe
+
+from soar_mega import platform
+from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.phases import Phases
+from soar_mega.training.failure_report import failure_report
+from soar_mega.training.roll_call import State
+from soar_mega.training.watchdog import is_lost_connection
+
+TIMEOUT_MINUTES = 0.1
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)
+
+
+def _warnings(file: Path) -> logging.Handler:
+    handler = logging.FileHandler(file)
+    handler.setLevel(logging.WARNING)
+    return handler
+
+
+def one_rank(
+    recipe: Recipe, rank: int, size: int, port: int, folder: Path, guilty: int, act: Callable[[], None], phase: str
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    platform.install()
+    logging.getLogger("soar_mega").addHandler(_warnings(folder / f"log-{rank}"))
+    if rank == guilty:
+        act_in_step_3(act, phase)
+    tiny_runs.run(recipe)
+
+
+@dataclass
+class End:
+    codes: list[int | None]
+    seconds: float  # from the failure to the end of the last of the others
+    messages: list[str]  # of all ranks
+    report: str
+    stacks: dict[str, str]
+
+
+def end_of(
+    shards: Path, folder: Path, size: int, guilty: int, act: Callable[[], None], phase: str, **layout: int
+) -> End:
+    """What a run without a launcher comes to when one of its ranks acts in step 3; who is left then is killed."""
+    settings = {f"parallel__{key}": value for key, value in layout.items()}
+    recipe = tiny_recipe(shards, folder / "run", train__step_timeout_minutes=TIMEOUT_MINUTES, **settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [(recipe, rank, size, port, folder, guilty, act, phase) for rank in range(size)]
+    ranks = [_SERVER.Process(target=one_rank, args=each) for each in arguments]
+    for process in ranks:
+        process.start()
+    log = folder / "run" / "train.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and " iteration        2/" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    began = time.monotonic()
+    for rank, process in enumerate(ranks):
+        if rank != guilty:
+            process.join(60)
+    seconds = time.monotonic() - began
+    ranks[guilty].join(1)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    logs = [folder / f"log-{rank}" for rank in range(size)]
+    found = [file for file in folder.glob("run/failures/*/*") if file.suffix == ".txt"]
+    texts = {file.name: file.read_text() for file in found}
+    messages = [file.read_text() for file in logs if file.exists()]
+    return End(codes, seconds, [m for m in messages if m], texts.pop("report.txt", ""), texts)
+
+
+def test_a_rank_that_raises(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 2, 1, refuse, "data", tensor_model_parallel_size=2)
+    assert end.codes == [1, 1] and end.seconds < 30
+    (said,) = end.messages
+    assert "rank 1 stops in step 3, phase data: rank 1 has had enough" in said
+    assert "rank 1 has had enough" in end.report and "in refuse" in end.stacks["rank_00001.txt"]
+
+
+def test_a_rank_that_is_killed(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 2, 1, die, "learn", pipeline_model_parallel_size=2)
+    assert end.codes == [1, -signal.SIGKILL] and end.seconds < 30
+    (said,) = end.messages
+    assert "the run ends: a connection to another rank broke" in said
+    assert re.search(r"\n  rank 1 \(process \d+ on \S+\) gives no sign of life: killed", said)
+    assert "\n  rank 0 in step 3, phase learn, at " in said
+    assert list(end.stacks) == ["rank_00000.txt"]
+
+
+def test_the_rank_that_keeps_the_store_is_killed(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 2, 0, die, "data")
+    assert end.codes == [-signal.SIGKILL, 1] and end.seconds < 30
+    (said,) = end.messages
+    assert "the store of the run does not answer: rank 0" in said
+
+
+def test_a_rank_that_hangs(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 2, 1, spin, "learn")
+    assert end.codes == [1, 1] and end.seconds < 45
+    (said,) = end.messages
+    assert "step 3 takes longer than 0.1 minutes (train.step_timeout_minutes)" in said
+    blamed = r"\n  rank 1 \(process \d+ on \S+\) is in step 3, phase learn, at spin \(guilty_rank.py:\d+\)"
+    assert re.search(blamed, said)
+    assert re.search(r"\n  rank 0 in step 3, phase learn, at \w+ \(distributed_c10d.py:\d+\) for ", said)
+    assert "in spin" in end.stacks["rank_00001.txt"] and "distributed_c10d" in end.stacks["rank_00000.txt"]
+
+
+def test_a_rank_that_is_stopped(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 2, 1, stop, "data")
+    assert end.codes == [1, None] and end.seconds < 45
+    (said,) = end.messages
+    assert re.search(r"rank 1 \(process \d+ on \S+\) gives no sign of life.* Last seen \d+ s ago in step \d", said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        ("refuse", "rank 2 stops in step 3, phase learn: rank 2 has had enough"),
+        ("die", r"rank 2 \(process \d+ on \S+\) gives no sign of life: killed"),
+        ("spin", r"rank 2 \(process \d+ on \S+\) is in step 3, phase learn, at spin"),
+        ("stop", r"rank 2 \(process \d+ on \S+\) gives no sign of life"),
+    ],
+)
+def test_under_torchrun_one_of_four_ranks_ends_all(
+    shards: Path, tmp_path: Path, act: str, expected: str
+) -> None:
+    """Tensor and data parallel; the last stage is everywhere, so that the loss is."""
+    layout = {"parallel__tensor_model_parallel_size": 2, "train__step_timeout_minutes": TIMEOUT_MINUTES}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_to_yaml(tiny_recipe(shards, tmp_path / "run", **layout)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    program = [str(Path(__file__).with_name("guilty_rank.py")), str(recipe), "2", act, "learn"]
+    result = subprocess.run(
+        [*launcher, *program], cwd=tiny_runs.ROOT, capture_output=True, text=True, timeout=150
+    )
+    assert result.returncode != 0
+    said = result.stderr
+    assert len(re.findall(r"(?m)^(\[rank \d\] rank 2 stops|  rank 2 \()", said)) == 1 and re.search(expected, said)
+    left = subprocess.run(["pgrep", "-f", str(recipe)], capture_output=True, text=True).stdout
+    assert not left
+
+
+def state(rank: int, number: int = 7, waits: bool = True, answers: bool = True, place: str = "wait") -> State:
+    return State(
+        rank=rank,
+        host="node",
+        pid=100 + rank,
+        time=1000.0,
+        step=17,
+        phase="learn" if number == 7 else "answer",
+        number=number,
+        seconds=63.0,
+        place=place,
+        waits=waits,
+        answers=answers,
+    )
+
+
+def test_the_report_blames_who_is_behind() -> None:
+    states = [state(rank) for rank in range(5)]
+    states[2] = state(2, number=6, place="read")
+    said = failure_report("step 17 takes long", states, 1000.0).splitlines()
+    assert said == [
+        "the run ends: step 17 takes long",
+        "  rank 2 (process 102 on node) is in step 17, phase answer, at read for 63 s; the others wait for it",
+        "  ranks 0-1, 3-4 in step 17, phase learn, at wait",
+    ]
+
+
+def test_the_report_blames_nobody_without_a_reason() -> None:
+    said = failure_report("step 17 takes long", [state(rank, waits=False) for rank in range(3)], 1000.0)
+    assert "no rank is behind the others" in said and "ranks 0-2 in step 17" in said and "node" not in said
+
+
+def test_the_report_of_many_ranks_is_short() -> None:
+    states = [state(rank, answers=rank > 100) for rank in range(200)]
+    said = failure_report("lost", states, 1063.0).splitlines()
+    assert len(said) == 11 and said[9] == "  and 93 more ranks like them"
+    assert "Last seen 63 s ago in step 17, phase learn" in said[1]
+
+
+def test_own_time_leaves_waiting_and_what_is_no_step_out() -> None:
+    phases = Phases()
+    phases.begin_step(1, "data")
+    time.sleep(0.05)
+    phases.enter("learn")
+    with phases.waiting():
+        assert phases.is_waiting
+        time.sleep(0.2)
+    phases.leave_step("checkpoint")
+    time.sleep(0.05)
+    phases.begin_step(2, "data")
+    assert phases.step == 2 and phases.number == 4 and not phases.is_waiting
+    taken = phases.take_seconds()
+    assert set(taken) == {"data", "learn"} and 0.05 <= taken["data"] < 0.15 and taken["learn"] < 0.1
+    assert phases.take_seconds() == {}
+
+
+def test_which_errors_are_of_a_connection() -> None:
+    gloo = RuntimeError("[x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer")
+    wrapped = OSError("this checkpoint could not be written")
+    wrapped.__cause__ = gloo
+    assert is_lost_connection(gloo) and is_lost_connection(wrapped)
+    assert not is_lost_connection(RuntimeError("shapes do not match")) and not is_lost_connection(OSError("disk"))

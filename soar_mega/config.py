@@ -137,6 +137,7 @@ class CheckpointConfig:
     save_interval: int = 500
     async_save: bool = True  # write while training goes on
     keep_last: int = 3  # newest checkpoints kept; 0 keeps all
+    save_retain_interval: int = 0  # those of each n-th iteration are kept for ever as well; 0: none
     export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
 
 

@@ -84,6 +84,7 @@ RULES: dict[str, Rule] = {
     "data.max_failed_share": within(0, 1),
     "checkpoint.save_interval": at_least(1),
     "checkpoint.keep_last": at_least(0),
+    "checkpoint.save_retain_interval": at_least(0),
     "logging.log_interval": at_least(1),
     "logging.eval_interval": at_least(0),
     "logging.eval_samples": at_least(1),
@@ -258,6 +259,11 @@ def _check_checkpoint(recipe: "Recipe") -> None:
     _require(
         checkpoint.load or not checkpoint.finetune,
         "checkpoint.finetune starts from the weights of another run: name its folder in checkpoint.load",
+    )
+    _require(
+        checkpoint.save_retain_interval % checkpoint.save_interval == 0,
+        f"checkpoint.save_retain_interval ({checkpoint.save_retain_interval}) must be a multiple of "
+        f"checkpoint.save_interval ({checkpoint.save_interval})",
     )
     _require(
         checkpoint.finetune or not checkpoint.load_ema,

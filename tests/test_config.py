@@ -120,6 +120,7 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ("checkpoint.save=", ["checkpoint.save is empty"]),
         ("checkpoint.finetune=true", ["checkpoint.load"]),
         ("checkpoint.load_ema=true", ["checkpoint.finetune=true"]),
+        ("checkpoint.save_retain_interval=750", ["multiple of checkpoint.save_interval (500)"]),
         ("optimizer.min_lr=1", ["optimizer.min_lr", "optimizer.lr"]),
         ("optimizer.lr_multipliers={'a*': -1}", ["optimizer.lr_multipliers.a*", "at least 0"]),
         ("logging.eval_interval=5", ["logging.eval_interval", "data.validation_path"]),

@@ -120,7 +120,7 @@ def _settings(link: Link) -> Json:
         return {"arguments": link.arguments}
     recipe = dataclasses.asdict(link.recipe)
     del recipe["parallel"], recipe["logging"], recipe["data"]["num_workers"]
-    for key in ("save_interval", "async_save", "keep_last"):
+    for key in ("save_interval", "async_save", "keep_last", "save_retain_interval"):
         del recipe["checkpoint"][key]
     return {f"{group}.{key}": value for group, keys in recipe.items() for key, value in keys.items()}
 

@@ -46,8 +46,7 @@ class Background(Generic[T]):
             result = RuntimeError(
                 f"the process that was writing it has died (exit code {self._process.exitcode})"
             )
-        self._receiver.close()
-        self._process.join()
+        self._receiver.close()  # multiprocessing joins it some time later: taking down its memory takes a while
         return result
 
     def kill(self) -> None:

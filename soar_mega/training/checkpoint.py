@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Saver:
     ) -> None:
         self._run, self._config, self._model, self._report = run, config, model, report
         self._save: _Save | None = None
+        self._validated = False
 
     def save(self, engine: Saveable, progress: Progress) -> None:
         """Writes the checkpoint of `progress.iteration` and makes it the one to resume from.
@@ -137,8 +139,13 @@ class Saver:
             on_rank_zero(lambda: _fresh(temporary))
             plan = RankFiles()
             request = dist_checkpointing.save(
-                engine.sharded_state_dict(), str(temporary), sharded_strategy=plan, async_sharded_save=True
+                engine.sharded_state_dict(),
+                str(temporary),
+                sharded_strategy=plan,
+                async_sharded_save=True,
+                validate_access_integrity=not self._validated,  # how tensors are cut never changes in a run
             )
+            self._validated = True
         writing = None
         if self._config.async_save:
             writing = Background(plan.file.write)
@@ -197,7 +204,10 @@ class Saver:
                 finalize()
             files = _gather(save.file.files)
             on_rank_zero(lambda: _complete(self._run, save, files))
-        on_rank_zero(lambda: self._run.prune(self._config.keep_last))
+        keep = self._config
+        taken = on_rank_zero(lambda: self._run.prune(keep.keep_last, keep.save_retain_interval))
+        if is_rank_zero():
+            _remove(taken, wait=not keep.async_save)
         now = time.perf_counter()
         saved = Saved(save.description["iteration"], save.blocked + now - since, now - save.started)
         logger.info(
@@ -254,6 +264,19 @@ def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:
     sync_folder(run.path)
     run.set_latest(iteration)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(folders: list[Path], wait: bool) -> None:
+    """Large files take their time to go; what is left of them when the process ends is removed at the next start."""
+
+    def remove() -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    if wait:
+        remover.join()
 
 
 def sync_file(path: Path) -> None:

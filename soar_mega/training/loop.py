@@ -1,6 +1,7 @@
 """A run from its recipe to its completion marker: steps, measurements, checkpoints, export."""
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -72,6 +73,9 @@ def _run(recipe: Recipe, stop: StopRequest) -> int:
         stack.enter_context(Watchdog(reports_folder(run.path), recipe.train.step_timeout_minutes))
         trainer = Trainer(recipe, run)
         stack.callback(trainer.close)
+        # what there is by now stays: megatron has garbage collected at each save, which would walk over all of it
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         started = trainer.progress.iteration
         on_rank_zero(lambda: record_start(run, recipe, dist.get_world_size(), started))
         return trainer.run_steps(stop)

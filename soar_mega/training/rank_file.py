@@ -71,6 +71,8 @@ class RankFile(FileSystemWriterAsync):
         return Written(results, {self._name: facts})
 
     def _write_item(self, file: Any, item: WriteItem, data: Any) -> WriteResult:
+        if isinstance(data, Tensor) and data.untyped_storage().nbytes() != data.numel() * data.element_size():
+            data = data.clone()  # torch.save writes whole storages
         return _write_item(self.transforms, file, data, item, self._name, self.serialization_format)
 
     def finish_write(self, outcome: Written | Exception) -> None:
@@ -125,11 +127,5 @@ class _HashedFile:
 
 
 def _on_cpu(data: Any) -> Any:
-    """A tensor on the CPU, with a storage of its own size, for torch.save writes whole storages; bytes as they are."""
-    if not isinstance(data, Tensor):
-        return data
-    data = data.detach()
-    if data.device.type != "cpu":
-        return data.to("cpu", non_blocking=True)
-    whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
-    return data if whole else data.clone()
+    """A tensor on the CPU, or bytes as they are."""
+    return data.detach().to("cpu", non_blocking=True) if isinstance(data, Tensor) else data

@@ -123,19 +123,24 @@ class RunFolder:
             if entry.suffix in (TEMPORARY, DELETED):
                 shutil.rmtree(entry)
 
-    def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names.
+    def prune(self, keep_last: int, retain_interval: int = 0) -> list[Path]:
+        """Takes away all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names.
 
-        A checkpoint is renamed before it is taken apart, so that no half-removed folder looks like a whole one.
+        Those of each `retain_interval`-th iteration stay as well (0: none for this reason). The others are renamed, so
+        that no half-removed folder looks like a whole one, and returned: the caller removes them.
         """
+        taken = []
         latest = self.latest()
-        kept = self.iterations()[-keep_last:]
+        kept = set(self.iterations()[-keep_last:])
+        if retain_interval:
+            kept.update(iteration for iteration in self.iterations() if iteration % retain_interval == 0)
         for iteration in self.iterations():
             if iteration not in kept and iteration != latest:
                 folder = self.checkpoint(iteration)
                 doomed = folder.with_name(folder.name + DELETED)
                 os.rename(folder, doomed)
-                shutil.rmtree(doomed)
+                taken.append(doomed)
+        return taken
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

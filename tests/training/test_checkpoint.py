@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
     def doomed(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if os.getpid() == process:  # not in the process that writes in the background
+            # not in the process that writes in the background, nor in the thread that removes
+            if os.getpid() == process and threading.current_thread() is threading.main_thread():
                 calls[0] += 1
                 if calls[0] == call:
                     raise Crash

@@ -54,11 +54,25 @@ def test_leftovers_of_a_crash_are_not_checkpoints_and_are_cleaned(tmp_path: Path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "samples"]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (1, [2, 4]), (3, [2, 3, 4])])
-def test_pruning_never_removes_the_one_to_resume_from(tmp_path: Path, keep: int, left: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("keep", "retain", "left"),
+    [
+        (0, 0, [1, 2, 3, 4, 5, 6]),
+        (1, 0, [2, 6]),
+        (3, 0, [2, 4, 5, 6]),
+        (1, 3, [2, 3, 6]),
+        (0, 3, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_pruning_never_removes_the_one_to_resume_from(
+    tmp_path: Path, keep: int, retain: int, left: list[int]
+) -> None:
     run = RunFolder(tmp_path)
-    for iteration in (1, 2, 3, 4):
+    for iteration in (1, 2, 3, 4, 5, 6):
         run.checkpoint(iteration).mkdir()
     run.set_latest(2)
-    run.prune(keep)
+    taken = run.prune(keep, retain)
+    assert [folder.name for folder in taken] == [
+        f"iter_{i:07d}.deleted" for i in range(1, 7) if i not in left
+    ]
     assert run.iterations() == left

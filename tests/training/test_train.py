@@ -141,6 +141,19 @@ def test_resumed_at_another_layout(shards: Path, reference: Path, killed: Path, 
         assert resumed[iteration] == pytest.approx(whole[iteration], rel=1e-5)
 
 
+def test_resumed_with_another_batch_size(
+    shards: Path, reference: Path, killed: Path, tmp_path: Path
+) -> None:
+    """Two steps of half the size, between which nothing moves, see the samples and the noise of the whole one."""
+    folder = copied(killed, tmp_path)
+    halves = {"train__global_batch_size": 8, "train__train_iters": 7, "optimizer__lr": 0.0}
+    assert run_ranks(tiny_runs.run, 2, tiny_recipe(shards, folder, **halves)) == [0] * 2
+    first, second = (logged(folder)[iteration][0] for iteration in (6, 7))
+    assert (first + second) / 2 == pytest.approx(logged(reference)[6][0], rel=1e-5)
+    said = json.loads((folder / "iter_0000007" / "checkpoint.json").read_text())
+    assert said["consumed_samples"] == 96 and said["loader"]["buckets"] == {"16x16": 96}
+
+
 def copied(source: Path, target: Path) -> Path:
     shutil.copytree(source, target / "run")
     return target / "run"

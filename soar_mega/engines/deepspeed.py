@@ -124,12 +124,21 @@ class DeepSpeedEngine(Engine):
         return StepResult(True, norm)
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        model = self._sharded_model(is_loading)
-        return {
-            "model": model,
-            "optimizer": self._sharded_optimizer(is_loading),
-            "weights": {name: self._sharded_weights(name, is_loading) for name in self.weights},
+        state = {
+            "model": self._sharded_model(is_loading),
+            "optimizer": {
+                "optimizer": {"param_groups": _megatron_groups(self.optimizer)},
+                "param_state_sharding_type": "fully_reshardable",
+            },
         }
+        if is_loading:
+            state["optimizer"]["param_state"] = self._sharded_optimizer()
+            return state | {"weights": {name: self._sharded_weights(name) for name in self.weights}}
+        pieces = []
+        for kind in ("param", *MOMENTS):
+            parts = {name: self._state(name, kind).view(-1) for name in self._pieces}
+            pieces += self._saved_pieces(f"optimizer.state.{kind}", parts)
+        return state | {"pieces": pieces + self._saved_weights()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,28 +202,20 @@ class DeepSpeedEngine(Engine):
         sharded = self.layout.sharded_state_dict()
         return {name: replace(tensor, data=data(name, tensor.data)) for name, tensor in sharded.items()}
 
-    def _sharded_optimizer(self, is_loading: bool) -> dict[str, Any]:
-        """In the form of megatron's distributed optimizer, fully reshardable."""
+    def _sharded_optimizer(self) -> dict[str, Any]:
+        """What to load of weights and moments, in the form of megatron's distributed optimizer, fully reshardable."""
         layout = self.layout.sharded_state_dict()
-
-        def data(name: str, kind: str) -> Tensor:
-            if is_loading:
-                return torch.empty(self._shapes[name].shape, dtype=torch.float32)
-            return self._main.gather(lambda key: self._state(key, kind), name).cpu()
-
         return {
-            "optimizer": {"param_groups": _megatron_groups(self.optimizer)},
-            "param_state": {
-                name: {
-                    kind: make_sharded_optimizer_tensor(
-                        layout[name], data(name, kind), f"optimizer.state.{kind}"
-                    )
-                    for kind in ("param", *MOMENTS)
-                }
-                for name, parameter in self.parameters.items()
-                if parameter.requires_grad
-            },
-            "param_state_sharding_type": "fully_reshardable",
+            name: {
+                kind: make_sharded_optimizer_tensor(
+                    layout[name],
+                    torch.empty(self._shapes[name].shape, dtype=torch.float32),
+                    f"optimizer.state.{kind}",
+                )
+                for kind in ("param", *MOMENTS)
+            }
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
         }
 
 

@@ -1,7 +1,7 @@
 """What every engine is to a training loop: two calls for a step, an update, kept weights, and their state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -19,6 +20,7 @@ from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
 from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, in_order, learn_pass, predict_velocity
+from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.engines.statistics import StepStatistics, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.models.chunks import ModelChunks, build_chunks
@@ -70,7 +72,10 @@ class Engine(ABC):
 
     @abstractmethod
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """All that a checkpoint keeps, for megatron's dist_checkpointing: any layout and any engine can load it."""
+        """All that a checkpoint keeps, for megatron's dist_checkpointing: any layout and any engine can load it.
+
+        To be saved, the parts of optimizer and kept copies come as a list of SavedPiece under `pieces`.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,7 +178,7 @@ class Engine(ABC):
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
         if name == "current":
             return {"model": self._sharded_model(True)}
-        return {"kept": self._sharded_weights(name, True)}
+        return {"kept": self._sharded_weights(name)}
 
     @torch.no_grad()
     def load_weights(self, state: dict[str, Any]) -> None:
@@ -195,15 +200,37 @@ class Engine(ABC):
         dist.all_gather_object(stages, mine, group=group)
         return {name: gradient for stage in stages for name, gradient in stage.items()}
 
-    def _sharded_weights(self, name: str, is_loading: bool) -> dict[str, Any]:
-        names = {id(p): key for key, p in global_parameter_names(self.layout).items()}
+    def _sharded_weights(self, name: str) -> dict[str, Any]:
+        """What to load of a kept copy."""
+        return sharded_copy(
+            self.layout.sharded_state_dict(), name, lambda p: torch.empty(p.shape, dtype=torch.float32)
+        )
 
-        def whole(parameter: Parameter) -> Tensor:
-            if is_loading:
-                return torch.empty(parameter.shape, dtype=torch.float32)
-            return self.weights[name].whole(names[id(parameter)]).cpu()
+    def _saved_weights(self) -> list[SavedPiece]:
+        """This rank's part of all kept copies; of a frozen parameter the whole, from one rank."""
+        pieces = []
+        for name, kept in self.weights.items():
+            pieces += self._saved_pieces(f"weights.{name}", kept.pieces)
+            frozen = {key: self._main.value(key) for key, p in self.parameters.items() if not p.requires_grad}
+            wholes = {key: value.float().view(-1) for key, value in frozen.items()}
+            pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
+        return pieces
 
-        return sharded_copy(self.layout.sharded_state_dict(), name, whole)
+    def _saved_pieces(
+        self, prefix: str, parts: Mapping[str, Tensor], divided: bool | None = None
+    ) -> list[SavedPiece]:
+        """Parts of this rank, flat, by parameter: as pieces of the tensors `prefix`.name of a checkpoint."""
+        if divided is None:
+            divided = self._main.divided
+        shards = {tensor.key: tensor for tensor in nested_values(self.layout.sharded_state_dict())}
+        pieces = []
+        for name, flat in parts.items():
+            *model, data = shards[name].replica_id
+            if any(model) or (data and not divided):
+                continue  # another rank has the same
+            start = self._main.pieces[name].start if divided else 0
+            pieces.append(SavedPiece(f"{prefix}.{name}", flat.detach(), start, shards[name].without_data()))
+        return pieces
 
 
 def _placed(batch: Batch) -> Batch:

@@ -21,6 +21,7 @@ from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
+from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
 
@@ -62,11 +63,32 @@ class MegatronEngine(Engine):
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = self.model.sharded_state_dict(metadata=metadata)
-        return {
-            "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-            "weights": {name: self._sharded_weights(name, is_loading) for name in self.weights},
+        if is_loading:
+            return {
+                "model": model,
+                "optimizer": self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata),
+                "weights": {name: self._sharded_weights(name) for name in self.weights},
+            }
+        optimizer, pieces = self._saved_optimizer(model, metadata)
+        return {"model": model, "optimizer": optimizer, "pieces": pieces + self._saved_weights()}
+
+    def _saved_optimizer(
+        self, model: dict[str, Any], metadata: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[SavedPiece]]:
+        """What megatron saves of its optimizer, without having a rank gather the parts of others."""
+        if not self._main.divided:
+            return self.optimizer.sharded_state_dict(model, metadata=metadata), []
+        [distributed] = self.optimizer.chained_optimizers
+        states = {
+            name: distributed._get_main_param_and_optimizer_states(self.parameters[name])
+            for name in self._main.pieces
         }
+        pieces = []
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            parts = {name: state[kind].view(-1) for name, state in states.items()}
+            pieces += self._saved_pieces(f"optimizer.state.{kind}", parts)
+        kept = {**distributed.state_dict(), "param_state_sharding_type": metadata["distrib_optim_sharding_type"]}
+        return kept, pieces
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class MainWeights:
     ) -> None:
         self.parameters = parameters
         self.pieces = pieces
-        self._divided = divided
+        self.divided = divided
 
     def gather(self, part: Callable[[str], Tensor], name: str) -> Tensor:
         """The whole float32 tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
@@ -62,7 +62,7 @@ class MainWeights:
         whole = torch.zeros(self.shape(name), dtype=torch.float32, device=device())
         if name in self.pieces:
             self.pieces[name].of(whole).copy_(part(name))
-        if self._divided:
+        if self.divided:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             dist.all_reduce(whole, group=group)
         return whole

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,7 +32,7 @@ from soar_mega.distributed import device, is_rank_zero
 from soar_mega.training.agreement import PeerFailure, on_rank_zero
 from soar_mega.training.background import Background, attempt
 from soar_mega.training.manifest import Facts, write_manifest
-from soar_mega.training.rank_file import RankFile, RankFiles, Written
+from soar_mega.training.rank_file import RankFile, Written, plan_save
 from soar_mega.training.run_folder import DELETED, TEMPORARY, RunFolder, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,6 @@ class Saver:
     ) -> None:
         self._run, self._config, self._model, self._report = run, config, model, report
         self._save: _Save | None = None
-        self._validated = False
 
     def save(self, engine: Saveable, progress: Progress) -> None:
         """Writes the checkpoint of `progress.iteration` and makes it the one to resume from.
@@ -137,27 +135,19 @@ class Saver:
         }
         with self._explained(final, temporary):
             on_rank_zero(lambda: _fresh(temporary))
-            plan = RankFiles()
-            request = dist_checkpointing.save(
-                engine.sharded_state_dict(),
-                str(temporary),
-                sharded_strategy=plan,
-                async_sharded_save=True,
-                validate_access_integrity=not self._validated,  # how tensors are cut never changes in a run
-            )
-            self._validated = True
+            file, finalize = plan_save(engine.sharded_state_dict(), temporary)
         writing = None
         if self._config.async_save:
-            writing = Background(plan.file.write)
+            writing = Background(file.write)
         else:
-            plan.file.finish_write(attempt(plan.file.write))
+            file.finish_write(attempt(file.write))
         self._save = _Save(
             final=final,
             temporary=temporary,
             description=description,
-            file=plan.file,
+            file=file,
             writing=writing,
-            finalize=request.finalize_fns,
+            finalize=finalize,
             started=started,
             blocked=time.perf_counter() - started,
         )

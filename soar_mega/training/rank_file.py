@@ -5,11 +5,13 @@ megatron's own writer starts processes even for a synchronous save, and waits fo
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
@@ -25,9 +27,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 
+from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.training.manifest import Facts
 
 
@@ -95,17 +105,67 @@ class RankFiles(TorchDistSaveShardedStrategy):
 
     file: RankFile
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: Sequence[SavedPiece] = ()) -> None:
         super().__init__("torch_dist", 1)
+        self._pieces = pieces
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         self.file = RankFile(checkpoint_dir)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner = _Planner(self._pieces)
         plan, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(state, False), self.file, planner=planner
         )
         return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(*plan)])
+
+
+def save_tensors(state: dict[str, Any], folder: str | Path) -> None:
+    """Writes an engine's sharded_state_dict into an empty folder, without the rest of a checkpoint. Collective."""
+    file, finalize = plan_save(state, folder)
+    file.finish_write(file.write())
+    for step in finalize:
+        step()
+
+
+def plan_save(state: dict[str, Any], folder: str | Path) -> tuple[RankFile, list[Callable[[], None]]]:
+    """This rank's file, ready to be written, and what all ranks call when all have written. Collective."""
+    plan = RankFiles(state.pop("pieces", ()))
+    request = dist_checkpointing.save(
+        state,
+        str(folder),
+        sharded_strategy=plan,
+        async_sharded_save=True,
+        validate_access_integrity=False,  # torch's plan finds gaps and overlaps, in pieces too
+    )
+    return plan.file, request.finalize_fns
+
+
+class _Planner(MCoreSavePlanner):
+    """Adds this rank's pieces, box by box, to what megatron has it write."""
+
+    def __init__(self, pieces: Sequence[SavedPiece]) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._boxes: dict[MetadataIndex, Tensor] = {}
+        self._items: list[WriteItem] = []
+        for piece in pieces:
+            whole = torch.Size(piece.shard.global_shape)
+            for offset, box in piece.boxes():
+                index = MetadataIndex(piece.key, torch.Size(offset))
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.shape),
+                    properties=TensorProperties.create_from_tensor(box),
+                    size=whole,
+                )
+                self._boxes[index] = box
+                self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[*plan.items, *self._items])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._boxes[index] if index in self._boxes else super().lookup_object(index)
 
 
 class _HashedFile:

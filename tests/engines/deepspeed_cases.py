@@ -6,6 +6,7 @@ from megatron.core import dist_checkpointing
 
 from soar_mega.models.gather import full_tensor
 from soar_mega.stages import make_stage
+from soar_mega.training.rank_file import save_tensors
 
 PATTERNS = {  # frozen parameters, learning rates and groups without decay
     "frozen": ["pos_embed*", "layers.0.*"],
@@ -89,5 +90,5 @@ def link(recipe, loaded: str | None, saved: str, iterations: range) -> tuple[lis
     for i in iterations:
         statistics, result = iterate(engine, stage, make_batch(i))
         numbers += [statistics["loss"], result.grad_norm]
-    dist_checkpointing.save(engine.sharded_state_dict(), saved)
+    save_tensors(engine.sharded_state_dict(), saved)
     return numbers, whole(engine, engine.tensors("ema"))

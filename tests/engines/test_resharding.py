@@ -9,6 +9,7 @@ from multirank import run_ranks
 
 from soar_mega.models.gather import full_tensor
 from soar_mega.stages import make_stage
+from soar_mega.training.rank_file import save_tensors
 
 
 def whole(engine, tensors) -> dict[str, torch.Tensor]:
@@ -25,7 +26,7 @@ def save_and_go_on(recipe, folder):
     engine = start_engine(recipe)
     engine.keep_weights("ema", decay=0.9)
     run(engine, recipe, range(2))
-    dist_checkpointing.save(engine.sharded_state_dict(), folder)
+    save_tensors(engine.sharded_state_dict(), folder)
     return run(engine, recipe, range(2, 4)), whole(engine, engine.weights["ema"].full())
 
 

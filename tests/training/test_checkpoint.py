@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core import dist_checkpointing
 from stand_in import MODEL, Weights, check_usable, load, names, progress, save
 
 from soar_mega import distributed
 from soar_mega.config import CheckpointConfig, ParallelConfig
+from soar_mega.training import checkpoint
 from soar_mega.training.checkpoint import Progress, Saver
 from soar_mega.training.rank_file import RankFile
 from soar_mega.training.resume import resume
@@ -64,7 +64,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
     for owner, name in [
         (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "mkdir"),
-        (dist_checkpointing, "save"),
+        (checkpoint, "plan_save"),
     ]:  # fmt: skip
         monkeypatch.setattr(owner, name, doomed(getattr(owner, name)))
 

@@ -56,7 +56,8 @@ class RankFile(FileSystemWriterAsync):
         """Copies what is on a GPU; what is on the CPU is not copied."""
         self._name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         self._items = [(item, _on_cpu(planner.resolve_data(item))) for item in plan.items]
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._outcome: Written | WRAPPED_EXCEPTION | None = None
 
     def write(self) -> Written:

@@ -13,6 +13,7 @@ from stand_in import check_usable, load, names, save
 from soar_mega import distributed
 from soar_mega.config import ParallelConfig
 from soar_mega.training import manifest
+from soar_mega.training.exchange import checkpoint_to_diffusers
 from soar_mega.training.manifest import MANIFEST
 from soar_mega.training.resume import verify
 from soar_mega.training.run_folder import RunFolder
@@ -198,3 +199,10 @@ def test_ranks_agree_on_what_is_damaged(tmp_path: Path) -> None:
     assert one == f"rank 0 failed: {zero}"
     listed = json.loads((tmp_path / "iter_0000001" / MANIFEST).read_text())["files"]
     assert sorted([*listed, MANIFEST]) == files
+
+
+def test_a_damaged_checkpoint_is_not_converted(run: RunFolder, tmp_path: Path) -> None:
+    flip(run.checkpoint(3) / "__0_0.distcp", 100)
+    with pytest.raises(ValueError, match="iter_0000003/__0_0.distcp is damaged"):
+        checkpoint_to_diffusers(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

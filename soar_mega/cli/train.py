@@ -16,6 +16,9 @@ model, stage, parallel, train, optimizer, data, checkpoint and logging; soar_meg
 The run folder is checkpoint.save. It receives run_config.yaml (every value that was used), iter_0000500/ checkpoints,
 tensorboard/, and at the end export/, a diffusers pipeline folder. The same command resumes an interrupted run.
 
+failures/ says why a run ended that could not go on, anomalies.jsonl which steps had a loss far above the others, and
+--replay-step computes such a step again (docs/operations.md).
+
 Exit codes: 0 the run is complete; 75 it was saved and stopped early (a signal, or train.exit_duration_in_mins): start
 it again; 1 an error, which the message explains (SOAR_MEGA_TRACEBACK=1 shows where).
 """
@@ -32,6 +35,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "overrides", nargs="*", metavar="group.key=value", help="settings that differ from the recipe"
     )
+    parser.add_argument(
+        "--replay-step",
+        type=int,
+        metavar="N",
+        help="compute step N of the run again, from its newest checkpoint before N, and print the loss of every "
+        "sample and the gradient norms; the run folder is only read",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,6 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
     from soar_mega.cli.process import start_process
 
     start_process()
+
+    if arguments.replay_step is not None:
+        from soar_mega.training.replay import as_text, replay
+
+        replayed = replay(recipe, arguments.replay_step)
+        if replayed is not None:
+            print(as_text(replayed))
+        return 0
 
     from soar_mega.training.loop import train
 

@@ -112,7 +112,7 @@ class Loader:
         first = part.position - stretch.position
         mine = {first + row: f"{read.names[row]}: {why}" for row, why in read.failures.items()}
         failed, reasons = agree(mine, self.global_batch_size, fatal)
-        self._place = place
+        self._place, self._part = place, part
         if reasons:
             self._count_failures(reasons)
         return self._batch(part, read, ~failed[first : first + part.count])
@@ -121,6 +121,10 @@ class Loader:
     def consumed_samples(self) -> int:
         """Samples of the whole run so far, over all ranks."""
         return self._place.consumed
+
+    def indices(self) -> list[int]:
+        """Places in the data set of this rank's samples of the last batch; on ranks that read."""
+        return [int(index) for index in self._indices(self._part)]
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on behind the last batch; plain numbers, equal on all ranks."""

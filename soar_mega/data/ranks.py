@@ -12,6 +12,9 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.data.info import DataError
+from soar_mega.phases import phases
+
+NAMED = 8  # ranks that say the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ def agree(failures: dict[int, str], count: int, fatal: str | None = None) -> tup
     flags[count] = int(fatal is not None)
     if dist.is_initialized():
         on_device = flags.to(distributed.device())
-        dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
+        with phases.waiting():
+            dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
         flags = on_device.cpu()
     if not flags.any():
         return flags[:count].bool(), []
@@ -92,6 +96,16 @@ def agree(failures: dict[int, str], count: int, fatal: str | None = None) -> tup
         dist.all_gather_object(gathered, (fatal, failures))
         fatals, reasons = [g[0] for g in gathered], [g[1] for g in gathered]
     if flags[count]:
-        raise DataError("; ".join(dict.fromkeys(message for message in fatals if message is not None)))
+        raise DataError("; ".join(_by_message(fatals)))
     merged = {place: message for part in reasons for place, message in part.items()}
     return flags[:count].bool(), [merged[place] for place in sorted(merged)]
+
+
+def _by_message(fatals: Sequence[str | None]) -> list[str]:
+    """Each message once, with the ranks that said it unless all did."""
+    found = []
+    for message in dict.fromkeys(m for m in fatals if m is not None):
+        ranks = [str(rank) for rank, said in enumerate(fatals) if said == message]
+        where = "" if len(ranks) == len(fatals) else f" (rank {', '.join(ranks[:NAMED])})"
+        found.append(f"{message}{where}")
+    return found

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0  # between two messages that a reader is slow
+PATIENCE_TO_DIE = 5.0  # seconds
 JOBS_AHEAD = 2  # per reader process
 
 ReadStretch = Callable[[Stretch], Read]
@@ -86,7 +87,7 @@ class WorkerPool:
             connection.close()
         for process in self.processes:
             process.kill()
-            process.join()
+            process.join(PATIENCE_TO_DIE)  # a process that a file system holds cannot die
         self._connections, self.processes = [], []
         self._waiting.clear()
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,10 @@ from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.mmdit import MMDiT
 from soar_mega.models.names import global_parameter_names
+from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
+
+T = TypeVar("T")
 
 TRAINING_TIMESTEPS = 1000  # the model is told 1000 sigma
 
@@ -48,6 +51,7 @@ class Engine(ABC):
         layout: a model of this rank's shapes, the model itself where it always holds them.
         parameters: by global name.
         weights: the kept copies by name.
+        learned: the points of this rank's last batch, and on the last stage the loss of each, [P] float64.
     """
 
     _main: MainWeights
@@ -65,6 +69,7 @@ class Engine(ABC):
         self._channel = make_channel()
         self._answers: Answers | None = None
         self._loss = 0.0
+        self.learned: tuple[Points, Tensor | None]
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
@@ -129,7 +134,8 @@ class Engine(ABC):
         batch = _placed(batch)
         mine = in_order(points(batch))
         counts = mine.count.sum().to(device())
-        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        with phases.waiting():
+            dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         normaliser = counts.item() or 1.0  # nothing present: all weights are zero
         train = self.recipe.train
         size = min(train.points_per_micro_batch or train.micro_batch_size, len(mine))
@@ -138,6 +144,7 @@ class Engine(ABC):
         if answers is not None:
             answers.close()
             self._answers = None
+        self.learned = mine, losses
         statistics = step_statistics(mine, losses, normaliser)
         self._loss = statistics["loss"]
         return statistics
@@ -190,15 +197,22 @@ class Engine(ABC):
 
     def gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""
+        return self._of_gradients(lambda gradient: gradient.cpu())
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of every trained parameter's gradient after `learn`."""
+        return self._of_gradients(lambda gradient: gradient.double().norm().item())
+
+    def _of_gradients(self, wanted: Callable[[Tensor], T]) -> dict[str, T]:
         trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         mine = {
-            name: full_tensor(self._main.gather(self._gradient, name), like=p).cpu()
+            name: wanted(full_tensor(self._main.gather(self._gradient, name), like=p))
             for name, p in trained.items()
         }
         group = parallel_state.get_pipeline_model_parallel_group()
-        stages: list[dict[str, Tensor]] = [{} for _ in range(group.size())]
+        stages: list[dict[str, T]] = [{} for _ in range(group.size())]
         dist.all_gather_object(stages, mine, group=group)
-        return {name: gradient for stage in stages for name, gradient in stage.items()}
+        return {name: value for stage in stages for name, value in stage.items()}
 
     def _sharded_weights(self, name: str) -> dict[str, Any]:
         """What to load of a kept copy."""

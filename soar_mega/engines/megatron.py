@@ -24,6 +24,7 @@ from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.phases import phases
 
 
 class MegatronEngine(Engine):
@@ -136,13 +137,18 @@ def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataPa
         DistributedDataParallel(model.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(model.chunks)
     ]
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = _finalize_gradients
     # the interleaved schedule would free an output whose message may still be on its way
     model.config.deallocate_pipeline_outputs = len(chunks) == 1
     if parallel.overlap_grad_reduce:
         no_syncs = [chunk.no_sync for chunk in chunks]
         model.config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
     return chunks
+
+
+def _finalize_gradients(*args: Any, **kwargs: Any) -> None:
+    with phases.waiting():
+        finalize_model_grads(*args, **kwargs)
 
 
 def _optimizer(

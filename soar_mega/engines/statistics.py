@@ -6,6 +6,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from soar_mega.distributed import device
+from soar_mega.phases import phases
 from soar_mega.stages.points import Points
 
 StepStatistics = dict[str, float]
@@ -33,7 +34,8 @@ def step_statistics(points: Points, losses: Tensor | None, normaliser: float) ->
         for n, mask in enumerate(groups.values()):
             sums[1 + 2 * n] = losses[mask].sum()
             sums[2 + 2 * n] = mask.sum()
-    dist.all_reduce(sums)
+    with phases.waiting():
+        dist.all_reduce(sums)
     values = sums.tolist()
     found = {"loss": values[0] / normaliser}
     for name, total, count in zip(groups, values[1::2], values[2::2], strict=True):

@@ -1,14 +1,17 @@
 """Ranks that fail or go on together: what rank 0 does for all, and how one rank's failure ends the others."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from soar_mega import distributed
+from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import is_rank_zero
 
@@ -41,6 +44,20 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise PeerFailure(f"rank 0 failed: {outcome[1]}")
     return outcome[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def world(recipe: Recipe) -> Iterator[None]:
+    """Starts the world of a run and stops it; an exception ends the process where there are others (end_process)."""
+    try:
+        distributed.start_world(recipe.parallel, recipe.train.seed)
+        yield
+    except Exception as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            end_process(error)
+        distributed.stop_world()
+        raise
+    distributed.stop_world()
 
 
 def end_process(error: Exception) -> NoReturn:

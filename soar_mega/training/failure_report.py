@@ -22,7 +22,8 @@ def failure_report(why: str, states: Sequence[State], now: float) -> str:
     if not states:
         lines.append("the store of the run does not answer: rank 0, or torchrun's agent which keeps it, is gone")
     lines += [f"{_who(s)} {_last_seen(s, now)}" for s in silent[:NAMED]]
-    lines += [f"{_who(s)} is in {_where(s)} for {s.seconds:.0f} s; the others wait for it" for s in blamed[:NAMED]]
+    waited = "; the others wait for it" if len(living) > len(blamed) else ""
+    lines += [f"{_who(s)} is in {_where(s)} for {s.seconds:.0f} s{waited}" for s in blamed[:NAMED]]
     more = len(silent) + len(blamed) - NAMED
     if more > 0:
         lines.append(f"and {more} more ranks like them")
@@ -36,6 +37,8 @@ def failure_report(why: str, states: Sequence[State], now: float) -> str:
 
 def behind(living: Sequence[State]) -> list[State]:
     """The ranks that the others wait for: in an earlier phase, or alone with something else than waiting."""
+    if len(living) == 1:
+        return list(living)
     first = min((s.number for s in living), default=0)
     for blamed in ([s for s in living if s.number == first], [s for s in living if not s.waits]):
         if 0 < len(blamed) < len(living):

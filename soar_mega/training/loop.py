@@ -11,22 +11,19 @@ import torch.distributed as dist
 
 from soar_mega import distributed
 from soar_mega.config import Recipe, recipe_to_yaml
-from soar_mega.convert import save_pipeline, save_transformer, scheduler_shift
-from soar_mega.data.loader import Loader
-from soar_mega.engines import make_engine
-from soar_mega.models.presets import model_sizes
+from soar_mega.convert import save_pipeline, save_transformer
 from soar_mega.phases import phases
-from soar_mega.stages import make_stage
-from soar_mega.training.agreement import end_process, on_rank_zero
+from soar_mega.training.agreement import on_rank_zero, world
+from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.checkpoint import Saved, Saver
 from soar_mega.training.lineage import record_start
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.progress import progress_bar
-from soar_mega.training.resume import resume
 from soar_mega.training.run_folder import RunFolder, write_durably
-from soar_mega.training.schedule import learning_rate
 from soar_mega.training.signals import StopRequest
+from soar_mega.training.steps import Steps
+from soar_mega.training.stragglers import Stragglers
 from soar_mega.training.tensorboard import Events, peak_memory_gib
 from soar_mega.training.watchdog import Watchdog, reports_folder
 
@@ -48,18 +45,9 @@ def train(recipe: Recipe) -> int:
         With more than one process nothing is raised: the process says what happened and ends with exit code 1, so that
         no peer waits for it.
     """
-    with StopRequest(recipe.train.exit_duration_in_mins) as stop:
-        try:
-            distributed.start_world(recipe.parallel, recipe.train.seed)
-            phases.restart()
-            code = _run(recipe, stop)
-        except Exception as error:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                end_process(error)
-            distributed.stop_world()
-            raise
-        distributed.stop_world()
-        return code
+    with StopRequest(recipe.train.exit_duration_in_mins) as stop, world(recipe):
+        phases.restart()
+        return _run(recipe, stop)
 
 
 def _run(recipe: Recipe, stop: StopRequest) -> int:
@@ -118,26 +106,12 @@ def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     write_durably(run.path / "run_config.yaml", recipe_to_yaml(recipe))
 
 
-class Trainer:
-    """Engine, data and progress of a run. Everything is collective over the world."""
+class Trainer(Steps):
+    """The steps of a run, and what is kept of them. Everything is collective over the world."""
 
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
-        self.recipe, self.run = recipe, run
-        model, train = recipe.model, recipe.train
-        sizes = model_sizes(model)
-        self.sizes = sizes.to_diffusers()
-        self.loader = Loader(
-            recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes
-        )
-        shift = scheduler_shift(model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
-        self.stage = make_stage(recipe.stage, shift)
-        self.engine = make_engine(recipe, sizes)
-        self.keep_average()
-        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
-        if self.progress.loader is not None:
-            self.loader.load_state_dict(self.progress.loader)
-        else:
-            self.keep_average()  # from weights that checkpoint.finetune may have put in
+        super().__init__(recipe, run)
+        self.run = run
         self.saved = self.progress.iteration  # of the newest checkpoint
         self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
         self.skipped_in_a_row = 0
@@ -146,16 +120,13 @@ class Trainer:
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, self.events)
         self.interval = Interval()
-
-    def keep_average(self) -> None:
-        """Starts the EMA from the weights of now, where the recipe wants one."""
-        if self.recipe.train.ema_decay > 0:
-            self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+        self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor)
+        self.stragglers = Stragglers(recipe.logging.straggler_factor)
 
     def close(self) -> None:
         """Ends reader processes and files."""
         self.saver.close()
-        self.loader.close()
+        super().close()
         self.events.close()
 
     def run_steps(self, stop: StopRequest) -> int:
@@ -194,32 +165,23 @@ class Trainer:
         """One optimizer step; its loss."""
         started = time.perf_counter()
         recipe, progress = self.recipe, self.progress
-        phases.enter("data")
-        batch = next(self.loader)
-        phases.enter("answer")
-        answers = self.engine.answer(self.stage.queries, batch, weights=self.stage.answer_weights)
-        phases.enter("learn")
-        statistics = self.engine.learn(self.stage.points, self.stage.loss, batch, answers)
-        phases.enter("optimizer")
-        rate = learning_rate(recipe.optimizer, progress.iteration, recipe.train.train_iters)
-        result = self.engine.step(rate)
-        progress.iteration += 1
-        progress.consumed_samples = self.loader.consumed_samples
-        progress.skipped_steps += not result.ok
+        statistics = self.learn()
+        result = self.update()
+        seconds = time.perf_counter() - started
+        phases.enter("report")
+        self.anomalies.look(self, statistics["loss"], result)
         self.skipped_in_a_row = 0 if result.ok else self.skipped_in_a_row + 1
-        self.interval.add(
-            statistics, recipe.train.global_batch_size, result.ok, time.perf_counter() - started
-        )
+        self.interval.add(statistics, recipe.train.global_batch_size, result.ok, seconds)
         if (
             progress.iteration % recipe.logging.log_interval == 0
             or progress.iteration == recipe.train.train_iters
         ):
-            self.report(rate, result.grad_norm)
+            self.report(result.grad_norm)
         if self.skipped_in_a_row >= recipe.train.max_skipped_steps:
             self.give_up(statistics["loss"], result.grad_norm)
         return statistics["loss"]
 
-    def report(self, rate: float, grad_norm: float) -> None:
+    def report(self, grad_norm: float) -> None:
         """The log line and the curves of the steps since the last one."""
         interval, progress, train = self.interval, self.progress, self.recipe.train
         line = log_line(
@@ -227,7 +189,7 @@ class Trainer:
             iteration=progress.iteration,
             train_iters=train.train_iters,
             consumed_samples=progress.consumed_samples,
-            learning_rate=rate,
+            learning_rate=self.rate,
             global_batch_size=train.global_batch_size,
             grad_norm=grad_norm,
         )
@@ -235,11 +197,12 @@ class Trainer:
         values = {
             **interval.averages(),
             "grad-norm": grad_norm,
-            "learning-rate": rate,
+            "learning-rate": self.rate,
             "skipped-steps": progress.skipped_steps,
             "iteration-time": interval.seconds / interval.steps,
             "throughput/samples-per-second": interval.samples / interval.seconds,
             "memory/peak-gib": peak_memory_gib(),
+            **self.stragglers.compare(interval.steps),
         }
         self.events.scalars(values, progress.iteration)
         self.interval = Interval()

@@ -7,6 +7,7 @@
                                            and those ending in .broken are damaged ones that were kept aside
     tensorboard/ samples/ train.log        what was measured
     export/ export_ema/                    diffusers pipelines of the finished run
+    anomalies.jsonl failures/              steps to look at; why a start could not go on
     complete.json                          written last: the run reached train_iters and was exported
 
 Everything here is done by rank 0 alone, on plain files.

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from soar_mega.distributed import device
+from soar_mega.phases import phases
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -59,7 +60,8 @@ class StopRequest:
         """Why to stop now, or None. Collective over the world: every rank gets the same answer."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         votes = torch.tensor([self._signal, int(late)], dtype=torch.int32, device=device())
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        with phases.waiting():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         number, is_late = votes.tolist()
         if number:
             return f"signal {signal.Signals(number).name}"

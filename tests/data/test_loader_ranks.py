@@ -103,7 +103,7 @@ def read_until_it_stops(path, kill_rank):
 def test_a_reader_killed_on_one_rank_stops_all_ranks_with_its_message(shards):
     messages = run_ranks(read_until_it_stops, 2, str(shards), 1, timeout=60)
     assert messages[0] == messages[1]
-    assert "killed by signal 9" in messages[0]
+    assert "killed by signal 9" in messages[0] and messages[0].endswith(" (rank 1)")
 
 
 def open_what_one_rank_lacks(path):

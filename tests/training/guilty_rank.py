@@ -3,6 +3,7 @@
 As a program, under torchrun: guilty_rank.py RECIPE RANK ACT PHASE.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -29,6 +30,12 @@ def stop() -> None:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_readers() -> None:
+    for process in multiprocessing.active_children():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
 
 
 PHASES = {"data": (Loader, "__next__"), "learn": (Soar, "loss")}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from guilty_rank import act_in_step_3, die, refuse, spin, stop
+from guilty_rank import act_in_step_3, die, refuse, spin, stop, stop_readers
 from multirank import _SERVER
 from tiny_runs import make_shards, tiny_recipe
 
@@ -65,7 +65,7 @@ def end_of(
     shards: Path, folder: Path, size: int, guilty: int, act: Callable[[], None], phase: str, **layout: int
 ) -> End:
     """What a run without a launcher comes to when one of its ranks acts in step 3; who is left then is killed."""
-    settings = {f"parallel__{key}": value for key, value in layout.items()}
+    settings = {f"parallel__{key}": value for key, value in layout.items()} | {"data__num_workers": int(size == 1)}
     recipe = tiny_recipe(shards, folder / "run", train__step_timeout_minutes=TIMEOUT_MINUTES, **settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,7 +80,7 @@ def end_of(
         time.sleep(0.1)
     began = time.monotonic()
     for rank, process in enumerate(ranks):
-        if rank != guilty:
+        if rank != guilty or size == 1:
             process.join(60)
     seconds = time.monotonic() - began
     ranks[guilty].join(1)
@@ -131,6 +131,7 @@ def test_a_rank_that_hangs(shards: Path, tmp_path: Path) -> None:
     assert "in spin" in end.stacks["rank_00001.txt"] and "distributed_c10d" in end.stacks["rank_00000.txt"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped(shards: Path, tmp_path: Path) -> None:
     end = end_of(shards, tmp_path, 2, 1, stop, "data")
     assert end.codes == [1, None] and end.seconds < 45
@@ -165,6 +166,14 @@ def test_under_torchrun_one_of_four_ranks_ends_all(
     assert len(re.findall(r"(?m)^(\[rank \d\] rank 2 stops|  rank 2 \()", said)) == 1 and re.search(expected, said)
     left = subprocess.run(["pgrep", "-f", str(recipe)], capture_output=True, text=True).stdout
     assert not left
+
+
+@pytest.mark.slow
+def test_a_reader_process_that_hangs(shards: Path, tmp_path: Path) -> None:
+    end = end_of(shards, tmp_path, 1, 0, stop_readers, "data")
+    assert end.codes == [1] and end.seconds < 30
+    (said,) = end.messages
+    assert re.search(r"rank 0 \(process \d+ on \S+\) is in step \d, phase data, at .* for _wait \(workers.py:", said)
 
 
 def state(rank: int, number: int = 7, waits: bool = True, answers: bool = True, place: str = "wait") -> State:

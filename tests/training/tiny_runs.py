@@ -18,8 +18,12 @@ from soar_mega.training.loop import train
 ROOT = Path(__file__).parents[2]
 
 
-def make_shards(folder: Path, samples: int, seed: int) -> Path:
-    """Shards of keyed noise with the shapes of the tiny pipeline: the same numbers with every version of a library."""
+def make_shards(folder: Path, samples: int, seed: int, louder: dict[int, float] | None = None) -> Path:
+    """Shards of keyed noise with the shapes of the tiny pipeline: the same numbers with every version of a library.
+
+    Args:
+        louder: factors on the latents of some samples.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -42,7 +46,7 @@ def make_shards(folder: Path, samples: int, seed: int) -> Path:
             name=f"made-up {i}",
             caption=f"number {i}",
             bucket="16x16",
-            latent_mean=latents[i],
+            latent_mean=latents[i] * (louder or {}).get(i, 1.0),
             latent_std=torch.full((4, 8, 8), 0.1),
             text=text[i],
             pooled=pooled[i],

@@ -1,0 +1,72 @@
+"""The losses of a step sample by sample: which sample is the bad one?"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from soar_mega.data.batch import Batch
+from soar_mega.stages.points import Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointLoss:
+    """One training point."""
+
+    kind: str  # base | aux
+    sigma: float
+    loss: float  # unweighted
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLoss:
+    """One sample of a global batch."""
+
+    position: int  # in the training sequence
+    index: int  # in the data set
+    name: str  # of its source, and where it lies
+    points: list[PointLoss]  # the present ones
+
+    @property
+    def worst(self) -> float:
+        """The largest loss of its points; infinite where one is not finite."""
+        return max((p.loss if math.isfinite(p.loss) else math.inf for p in self.points), default=0.0)
+
+
+def sample_losses(
+    points: Points, losses: Tensor | None, batch: Batch, indices: list[int], worst: int | None = None
+) -> list[SampleLoss]:
+    """The samples of the global batch on rank 0, worst first; nothing on the other ranks. Collective over the world.
+
+    Args:
+        points: all points of this rank's batch.
+        losses: [P] float64 of each point on the last pipeline stage, None elsewhere.
+        indices: of this rank's samples in the data set; read on the last stage's first rank.
+        worst: how many; None: all.
+    """
+    mine: list[SampleLoss] = []
+    if losses is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+        mine = _sorted(_of_this_rank(points, losses, batch, indices))[:worst]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
+    return _sorted([sample for part in gathered or [] for sample in part])[:worst]
+
+
+def _of_this_rank(points: Points, losses: Tensor, batch: Batch, indices: list[int]) -> list[SampleLoss]:
+    found: list[list[PointLoss]] = [[] for _ in indices]
+    columns = (points.sample, points.auxiliary, points.sigma, losses.cpu(), points.count > 0)
+    for sample, auxiliary, sigma, loss, present in zip(*(c.tolist() for c in columns), strict=True):
+        if present:
+            found[sample].append(PointLoss(kind="aux" if auxiliary else "base", sigma=sigma, loss=loss))
+    positions = batch.position.tolist()
+    return [
+        SampleLoss(position=positions[i], index=index, name=batch.names[i], points=found[i])
+        for i, index in enumerate(indices)
+    ]
+
+
+def _sorted(samples: list[SampleLoss]) -> list[SampleLoss]:
+    return sorted(samples, key=lambda sample: (-sample.worst, sample.position))

@@ -1,0 +1,69 @@
+"""What computes the steps of a run: engine, data and progress. Writes nothing."""
+
+from soar_mega.config import Recipe
+from soar_mega.convert import scheduler_shift
+from soar_mega.data.loader import Loader
+from soar_mega.engines import StepResult, make_engine
+from soar_mega.engines.statistics import StepStatistics
+from soar_mega.models.presets import model_sizes
+from soar_mega.phases import phases
+from soar_mega.stages import make_stage
+from soar_mega.training.resume import resume
+from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.schedule import learning_rate
+
+
+class Steps:
+    """A run at some iteration, and how it goes on. Everything is collective over the world.
+
+    Args:
+        run: resumed from when it holds a checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self.recipe = recipe
+        model, train = recipe.model, recipe.train
+        sizes = model_sizes(model)
+        self.sizes = sizes.to_diffusers()
+        self.loader = Loader(
+            recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes
+        )
+        shift = scheduler_shift(model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
+        self.stage = make_stage(recipe.stage, shift)
+        self.engine = make_engine(recipe, sizes)
+        self._keep_average()
+        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
+        if self.progress.loader is not None:
+            self.loader.load_state_dict(self.progress.loader)
+        else:
+            self._keep_average()  # from weights that checkpoint.finetune may have put in
+        self.rate = 0.0  # of the last step
+
+    def _keep_average(self) -> None:
+        """Starts the EMA from the weights of now, where the recipe wants one."""
+        if self.recipe.train.ema_decay > 0:
+            self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+
+    def learn(self) -> StepStatistics:
+        """The first half of a step: its batch and its gradients."""
+        phases.enter("data")
+        self.batch = next(self.loader)
+        phases.enter("answer")
+        answers = self.engine.answer(self.stage.queries, self.batch, weights=self.stage.answer_weights)
+        phases.enter("learn")
+        return self.engine.learn(self.stage.points, self.stage.loss, self.batch, answers)
+
+    def update(self) -> StepResult:
+        """The second half: the weights, and the progress."""
+        phases.enter("optimizer")
+        progress, recipe = self.progress, self.recipe
+        self.rate = learning_rate(recipe.optimizer, progress.iteration, recipe.train.train_iters)
+        result = self.engine.step(self.rate)
+        progress.iteration += 1
+        progress.consumed_samples = self.loader.consumed_samples
+        progress.skipped_steps += not result.ok
+        return result
+
+    def close(self) -> None:
+        """Ends reader processes."""
+        self.loader.close()

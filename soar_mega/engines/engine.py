@@ -159,7 +159,8 @@ class Engine(ABC):
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P]. The shapes are read on all
                 ranks, the values on the first stage.
         """
-        size = min(2 * self.recipe.train.micro_batch_size, len(latents))
+        # an interleaved pipeline would fill up few large micro-batches with empty ones
+        size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
         with self.using(weights):
             timestep = sigma * TRAINING_TIMESTEPS
             return predict_velocity(self._pipeline, latents, timestep, text, pooled, size)

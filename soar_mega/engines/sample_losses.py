@@ -32,8 +32,10 @@ class SampleLoss:
 
     @property
     def worst(self) -> float:
-        """The largest loss of its points; infinite where one is not finite."""
-        return max((p.loss if math.isfinite(p.loss) else math.inf for p in self.points), default=0.0)
+        """The largest loss of its base points; infinite where that of any point is not finite."""
+        if not all(math.isfinite(p.loss) for p in self.points):
+            return math.inf
+        return max((p.loss for p in self.points if p.kind == "base"), default=0.0)
 
 
 def sample_losses(

@@ -16,6 +16,7 @@ from typing import Any
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import StepResult
 from soar_mega.engines.sample_losses import SampleLoss, sample_losses
+from soar_mega.engines.statistics import StepStatistics
 from soar_mega.training.steps import Steps
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ NAMED = 8  # samples
 class LossWindow:
     """The losses of the last steps. Starts empty with each start of a run.
 
-    SOAR's losses are heavy-tailed, so middle and spread are the median and the median absolute deviation.
+    These are the losses of base points: auxiliary ones at small sigma are large by nature, 1/sigma^2 times the error of
+    the rollout. Middle and spread are the median and the median absolute deviation.
 
     Args:
         factor: how many deviations above the median is a spike; 0: nothing is.
@@ -60,11 +62,12 @@ class Anomalies:
         self._path = folder / FILE
         self._window = LossWindow(loss_spike_factor)
 
-    def look(self, steps: Steps, loss: float, result: StepResult) -> None:
-        """Looks at the step that was computed last. Collective over the world: all ranks see the same loss."""
-        limit = self._window.limit()
-        self._window.add(loss)
-        if result.ok and loss <= limit:
+    def look(self, steps: Steps, found: StepStatistics, result: StepResult) -> None:
+        """Looks at the step that was computed last. Collective over the world: all ranks see the same losses."""
+        limit, loss = self._window.limit(), found["loss"]
+        base = found.get("loss/base", loss)
+        self._window.add(base)
+        if result.ok and base <= limit:
             return
         worst = worst_samples(steps, NAMED)
         if not is_rank_zero():
@@ -76,6 +79,7 @@ class Anomalies:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "iteration": steps.progress.iteration,
             "loss": number(loss),
+            "base_loss": number(base),
             "limit": number(limit),
             "grad_norm": number(result.grad_norm),
             "positions": [last - count, last - 1],
@@ -85,7 +89,7 @@ class Anomalies:
             file.write(json.dumps(event) + "\n")
         what = f"skipped: loss {loss}, gradient norm {result.grad_norm}"
         if result.ok:
-            what = f"loss {loss:.6E} is above {limit:.6E}"
+            what = f"base loss {base:.6E} is above {limit:.6E}"
         first = worst[0]
         logger.warning(
             "iteration %d: %s. The largest loss is %.6E, of %s (sample %d of the data, position %d in training); %s "

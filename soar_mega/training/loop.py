@@ -169,7 +169,7 @@ class Trainer(Steps):
         result = self.update()
         seconds = time.perf_counter() - started
         phases.enter("report")
-        self.anomalies.look(self, statistics["loss"], result)
+        self.anomalies.look(self, statistics, result)
         self.skipped_in_a_row = 0 if result.ok else self.skipped_in_a_row + 1
         self.interval.add(statistics, recipe.train.global_batch_size, result.ok, seconds)
         if (

@@ -1,7 +1,6 @@
 """One step of a run computed again, to find the sample or the layer that made it bad. The run folder is only read."""
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
 
@@ -13,14 +12,13 @@ from soar_mega.training.anomalies import worst_samples
 from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.steps import Steps
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """What a step was like."""
 
     step: int
+    start: int  # the iteration of the checkpoint that it was computed from, 0 without one
     loss: float
     grad_norm: float
     was_skipped: bool
@@ -60,7 +58,7 @@ def _iterations(run: RunFolder) -> list[int]:
 
 
 def _computed(steps: Steps, step: int) -> Replay:
-    logger.info("replaying step %d from iteration %d", step, steps.progress.iteration)
+    start = steps.progress.iteration
     while steps.progress.iteration < step - 1:
         steps.learn()
         steps.update()
@@ -70,6 +68,7 @@ def _computed(steps: Steps, step: int) -> Replay:
     result = steps.update()
     return Replay(
         step=step,
+        start=start,
         loss=loss,
         grad_norm=result.grad_norm,
         was_skipped=not result.ok,
@@ -91,7 +90,8 @@ def by_part(norms: dict[str, float]) -> dict[str, float]:
 def as_text(replayed: Replay) -> str:
     """Everything, for a person to read."""
     lines = [
-        f"step {replayed.step}: loss {replayed.loss!r}, gradient norm {replayed.grad_norm!r}"
+        f"step {replayed.step}, computed from iteration {replayed.start}: loss {replayed.loss!r}, "
+        f"gradient norm {replayed.grad_norm!r}"
         + (", skipped: the weights stayed as they were" if replayed.was_skipped else ""),
         "gradient norm by part of the model:",
         *(f"  {norm:12.5E}  {part}" for part, norm in replayed.gradient_norms.items()),

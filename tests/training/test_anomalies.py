@@ -18,7 +18,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.order import Order, Place
 from soar_mega.training import anomalies
 from soar_mega.training.anomalies import LossWindow
-from soar_mega.training.replay import Replay, by_part, replay
+from soar_mega.training.replay import Replay, as_text, by_part, replay
 
 SAMPLES, BATCH, BAD_STEP = 96, 16, 5
 
@@ -64,7 +64,7 @@ def events(recipe: Recipe) -> list[dict[str, Any]]:
 
 def test_a_spike_names_its_sample(spoilt_run: Recipe) -> None:
     (event,) = events(spoilt_run)
-    assert event["kind"] == "loss_spike" and event["iteration"] == BAD_STEP and event["loss"] > event["limit"]
+    assert event["kind"] == "loss_spike" and event["iteration"] == BAD_STEP and event["base_loss"] > event["limit"]
     assert event["positions"] == [64, 79]
     worst = event["worst_samples"][0]
     bad = sample_of_step(BAD_STEP, 6)
@@ -74,7 +74,7 @@ def test_a_spike_names_its_sample(spoilt_run: Recipe) -> None:
     others = [p["loss"] for sample in event["worst_samples"][1:] for p in sample["points"]]
     assert len(event["worst_samples"]) == anomalies.NAMED and loss > 100 * max(others)
     log = (Path(spoilt_run.checkpoint.save) / "train.log").read_text()
-    told = rf"iteration 5: loss .* is above .*made-up {bad} \(.*\(sample {bad} of the data, position 70 in training\)"
+    told = rf"iteration 5: base loss .* is above .*made-up {bad} \(.*\(sample {bad} of the data, position 70 in"
     assert re.search(told, log)
 
 
@@ -85,12 +85,13 @@ def replay_here(recipe: Recipe, step: int) -> Replay | None:
 
 
 # from the checkpoint, and from the start
-@pytest.mark.parametrize("step", [BAD_STEP, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int) -> None:
+@pytest.mark.parametrize(("step", "start"), [(BAD_STEP, 4), pytest.param(2, 0, marks=pytest.mark.slow)])
+def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int, start: int) -> None:
     folder = Path(spoilt_run.checkpoint.save)
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     replayed = run_ranks(replay_here, 2, spoilt_run, step)[0]
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    assert replayed.start == start
     logged = tiny_runs.logged(folder)[step]
     assert (replayed.loss, replayed.grad_norm) == pytest.approx(logged, rel=1e-6)  # the log has seven digits
     if step == BAD_STEP:
@@ -98,6 +99,7 @@ def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int) -> None:
         assert replayed.loss == event["loss"] and replayed.grad_norm == event["grad_norm"]
         assert [s.position for s in replayed.samples[:8]] == [s["position"] for s in event["worst_samples"]]
         assert replayed.samples[0].points[0].loss == event["worst_samples"][0]["points"][0]["loss"]
+    assert f"step {step}, computed from iteration {start}: loss {replayed.loss!r}" in as_text(replayed)
     assert len(replayed.samples) == BATCH and not replayed.was_skipped
     total = math.sqrt(sum(norm * norm for norm in replayed.gradient_norms.values()))
     assert total == pytest.approx(replayed.grad_norm, rel=1e-5)

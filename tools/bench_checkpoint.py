@@ -10,6 +10,7 @@ The first save of each mode is left out. Writes JSON.
 import argparse
 import gc
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -186,6 +187,7 @@ def report(modes: dict[str, Json], out: str | None) -> None:
         "torch": torch.__version__,
         "device": device,
         "processes": data_size(),
+        "load_average": os.getloadavg()[0],  # what else the machine does makes both modes slower
         "ratio": ratio,
         "modes": modes,
     }

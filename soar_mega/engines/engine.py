@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -231,20 +233,24 @@ class Engine(ABC):
             pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
         return pieces
 
+    @cached_property
+    def _shards(self) -> dict[str, ShardedTensor]:
+        """How each tensor of the model is cut, by name; without data."""
+        return {t.key: t.without_data() for t in nested_values(self.layout.sharded_state_dict())}
+
     def _saved_pieces(
         self, prefix: str, parts: Mapping[str, Tensor], divided: bool | None = None
     ) -> list[SavedPiece]:
         """Parts of this rank, flat, by parameter: as pieces of the tensors `prefix`.name of a checkpoint."""
         if divided is None:
             divided = self._main.divided
-        shards = {tensor.key: tensor for tensor in nested_values(self.layout.sharded_state_dict())}
         pieces = []
         for name, flat in parts.items():
-            *model, data = shards[name].replica_id
+            *model, data = self._shards[name].replica_id
             if any(model) or (data and not divided):
                 continue  # another rank has the same
             start = self._main.pieces[name].start if divided else 0
-            pieces.append(SavedPiece(f"{prefix}.{name}", flat.detach(), start, shards[name].without_data()))
+            pieces.append(SavedPiece(f"{prefix}.{name}", flat.detach(), start, self._shards[name]))
         return pieces
 
 

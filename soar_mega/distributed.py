@@ -4,12 +4,15 @@ import itertools
 import math
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from soar_mega import platform
 from soar_mega.config import ParallelConfig
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -142,3 +145,10 @@ def data_size() -> int:
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run; also true where no world has been started."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_on_rank_zero(mine: T) -> list[T]:
+    """The objects of all ranks in order on rank 0, an empty list on the others. Collective over the world."""
+    gathered: list[T | None] | None = [None] * dist.get_world_size() if is_rank_zero() else None
+    dist.gather_object(mine, gathered)
+    return gathered or []  # type: ignore[return-value]

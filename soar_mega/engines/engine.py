@@ -225,11 +225,13 @@ class Engine(ABC):
 
     def _saved_weights(self) -> list[SavedPiece]:
         """This rank's part of all kept copies; of a frozen parameter the whole, from one rank."""
+        if not self.weights:
+            return []
+        frozen = [key for key, p in self.parameters.items() if not p.requires_grad]
+        wholes = {key: self._main.value(key).float().view(-1) for key in frozen}
         pieces = []
         for name, kept in self.weights.items():
             pieces += self._saved_pieces(f"weights.{name}", kept.pieces)
-            frozen = {key: self._main.value(key) for key, p in self.parameters.items() if not p.requires_grad}
-            wholes = {key: value.float().view(-1) for key, value in frozen.items()}
             pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
         return pieces
 

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
+from soar_mega.distributed import gather_on_rank_zero
 from soar_mega.stages.points import Points
 
 
@@ -52,9 +51,7 @@ def sample_losses(
     mine: list[SampleLoss] = []
     if losses is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
         mine = _sorted(_of_this_rank(points, losses, batch, indices))[:worst]
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, gathered, dst=0)
-    return _sorted([sample for part in gathered or [] for sample in part])[:worst]
+    return _sorted([sample for part in gather_on_rank_zero(mine) for sample in part])[:worst]
 
 
 def _of_this_rank(points: Points, losses: Tensor, batch: Batch, indices: list[int]) -> list[SampleLoss]:

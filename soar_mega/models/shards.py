@@ -6,6 +6,7 @@ attention the ranks of a CP group have all tokens and a part of the heads each (
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -69,20 +70,12 @@ def gather(shard: Tensor, length: int, config: TransformerConfig) -> Tensor:
 
 def tokens_to_heads(hidden: Tensor, config: TransformerConfig) -> Tensor:
     """This CP rank's tokens [S / CP, B, F], F head by head -> all tokens of its heads [S, B, F / CP]."""
-    if config.context_parallel_size == 1:
-        return hidden
-    batch = hidden.shape[1]
-    exchanged = tensor_parallel.all_to_all_sp2hp(hidden, group=context_parallel_group())
-    return exchanged.unflatten(0, (-1, batch))
+    return _exchange(tensor_parallel.all_to_all_sp2hp, hidden, config)
 
 
 def heads_to_tokens(context: Tensor, config: TransformerConfig) -> Tensor:
     """All tokens of this CP rank's heads [S, B, F / CP] -> its tokens [S / CP, B, F]."""
-    if config.context_parallel_size == 1:
-        return context
-    batch = context.shape[1]
-    exchanged = tensor_parallel.all_to_all_hp2sp(context, group=context_parallel_group())
-    return exchanged.unflatten(0, (-1, batch))
+    return _exchange(tensor_parallel.all_to_all_hp2sp, context, config)
 
 
 def attention_config(config: TransformerConfig) -> TransformerConfig:
@@ -92,6 +85,13 @@ def attention_config(config: TransformerConfig) -> TransformerConfig:
     config.num_query_groups = config.num_attention_heads
     config.context_parallel_size = 1  # or Transformer Engine would exchange keys and values once more
     return config
+
+
+def _exchange(all_to_all: Callable[..., Tensor], x: Tensor, config: TransformerConfig) -> Tensor:
+    """One of megatron's exchanges, which return [S B, F], over the CP ranks."""
+    if config.context_parallel_size == 1:
+        return x
+    return all_to_all(x, group=context_parallel_group()).unflatten(0, (-1, x.shape[1]))
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from soar_mega.config import CheckpointConfig
-from soar_mega.distributed import device, is_rank_zero
+from soar_mega.distributed import device, gather_on_rank_zero, is_rank_zero
 from soar_mega.training.agreement import PeerFailure, on_rank_zero
 from soar_mega.training.background import Background, attempt
 from soar_mega.training.manifest import Facts, write_manifest
@@ -192,7 +192,8 @@ class Saver:
                 save.file.finish_write(save.writing.outcome())
             for finalize in save.finalize:
                 finalize()
-            files = _gather(save.file.files)
+            parts = gather_on_rank_zero(save.file.files)
+            files = {name: facts for part in parts for name, facts in part.items()}
             on_rank_zero(lambda: _complete(self._run, save, files))
         keep = self._config
         taken = on_rank_zero(lambda: self._run.prune(keep.keep_last, keep.save_retain_interval))
@@ -223,13 +224,6 @@ class Saver:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-
-
-def _gather(files: dict[str, Facts]) -> dict[str, Facts]:
-    """What all ranks have written, on rank 0."""
-    parts: list[dict[str, Facts]] | None = [{}] * dist.get_world_size() if is_rank_zero() else None
-    dist.gather_object(files, parts)
-    return {name: facts for part in parts or [] for name, facts in part.items()}
 
 
 def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from soar_mega.distributed import is_rank_zero
+from soar_mega.distributed import gather_on_rank_zero
 from soar_mega.training.agreement import on_rank_zero
 from soar_mega.training.checkpoint import FAILURES, reason
 
@@ -32,9 +31,7 @@ def check_keys(folder: Path, state: dict[str, Any]) -> None:
     """
     sharded, _ = extract_sharded_base(load_preprocess(state)[0])
     mine = {base.key: _shape(base) for base in nested_values(sharded)}
-    parts: list[Shapes] | None = [{}] * dist.get_world_size() if is_rank_zero() else None
-    dist.gather_object(mine, parts)
-    wanted = {key: shape for part in parts or [] for key, shape in part.items()}
+    wanted = {key: shape for part in gather_on_rank_zero(mine) for key, shape in part.items()}
     on_rank_zero(lambda: _refuse_differences(folder, wanted))
 
 

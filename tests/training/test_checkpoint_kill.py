@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import tiny_runs
 from multirank import run_ranks
-from tiny_runs import logged, make_shards, tiny_recipe
+from tiny_runs import logged, tiny_recipe
 
 from soar_mega import platform
 from soar_mega.config import Recipe
@@ -34,11 +34,6 @@ ITERATIONS, INTERVAL, RANKS = 8, 2, 2
 ACTS = 60  # of rank 0 in a run: somewhat more
 TENSORS = 60  # that a rank writes at a time: somewhat more
 _CONTEXT = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,12 @@ import tiny_runs
 import torch
 from multirank import RankFailure, run_ranks
 from safetensors.torch import load_file
-from tiny_runs import ROOT, held_out, logged, make_shards, tiny_recipe
+from tiny_runs import ROOT, held_out, logged, tiny_recipe
 
 from soar_mega import distributed
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.training.loop import Trainer
 from soar_mega.training.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 import tiny_runs
 from guilty_rank import act_in_step_3, die, refuse, spin, stop, stop_readers
 from multirank import _SERVER
-from tiny_runs import make_shards, tiny_recipe
+from tiny_runs import tiny_recipe
 
 from soar_mega import platform
 from soar_mega.config import Recipe, recipe_to_yaml
@@ -26,11 +26,6 @@ from soar_mega.training.roll_call import State
 from soar_mega.training.watchdog import is_lost_connection
 
 TIMEOUT_MINUTES = 0.1
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)
 
 
 def _warnings(file: Path) -> logging.Handler:

@@ -106,6 +106,31 @@ def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int, start: int)
     assert {"layers.0", "layers.3"} <= set(replayed.gradient_norms)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"engine": "deepspeed", "zero_stage": 1},
+        {"engine": "deepspeed", "zero_stage": 3},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ],
+    ids=lambda layout: "-".join(str(value) for value in layout.values()),
+)
+def test_a_replay_at_every_kind_of_layout(spoilt: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
+    settings = {f"parallel__{key}": value for key, value in layout.items()}
+    recipe = tiny_recipe(
+        spoilt, tmp_path / "run", train__train_iters=BAD_STEP, checkpoint__save_interval=BAD_STEP - 1, **settings
+    )
+    assert run_ranks(run_with_a_short_window, 2, recipe) == [0, 0]
+    (event,) = events(recipe)
+    replayed = run_ranks(replay_here, 2, recipe, BAD_STEP)[0]
+    assert replayed.start == BAD_STEP - 1
+    assert (replayed.loss, replayed.grad_norm) == (event["loss"], event["grad_norm"])
+    assert replayed.samples[0].index == sample_of_step(BAD_STEP, 6) and len(replayed.samples) == BATCH
+
+
 def test_a_loss_that_is_not_finite_is_told_of(tmp_path: Path) -> None:
     bad = sample_of_step(2, 0)
     shards = make_shards(tmp_path / "data", SAMPLES, seed=1, louder={bad: 1e25})

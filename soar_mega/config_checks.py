@@ -1,10 +1,9 @@
 """What a recipe may say: the range of each setting, and the settings that must fit each other."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.config import ParallelConfig, Recipe
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds, and how to say so
 
@@ -99,7 +98,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_recipe(recipe: "Recipe") -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raise a ValueError that names the setting and what would be right, unless the recipe can be run.
 
     What depends on the number of processes or on files is checked where these are known.
@@ -126,7 +125,7 @@ def _require(holds: object, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_model(recipe: "Recipe") -> None:
+def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     _require(
         bool(model.pipeline) != bool(model.preset),
@@ -147,7 +146,7 @@ def _check_model(recipe: "Recipe") -> None:
     _require(recipe.data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
 
 
-def _check_batch(recipe: "Recipe") -> None:
+def _check_batch(recipe: Recipe) -> None:
     train = recipe.train
     _require(
         train.global_batch_size % train.micro_batch_size == 0,
@@ -156,7 +155,7 @@ def _check_batch(recipe: "Recipe") -> None:
     )
 
 
-def _check_parallel(recipe: "Recipe") -> None:
+def _check_parallel(recipe: Recipe) -> None:
     parallel = recipe.parallel
     _require(
         not parallel.overlap_param_gather
@@ -167,7 +166,7 @@ def _check_parallel(recipe: "Recipe") -> None:
     check_pipeline(parallel)
 
 
-def check_pipeline(parallel: "ParallelConfig") -> None:
+def check_pipeline(parallel: ParallelConfig) -> None:
     """Raise a ValueError for a pipeline that is not possible for any number of layers."""
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     several = parallel.pipeline_model_parallel_size > 1
@@ -192,7 +191,7 @@ def check_pipeline(parallel: "ParallelConfig") -> None:
         )
 
 
-def _check_deepspeed(recipe: "Recipe") -> None:
+def _check_deepspeed(recipe: Recipe) -> None:
     parallel = recipe.parallel
     if parallel.engine != "deepspeed":
         for key in ("offload_optimizer", "offload_parameters"):
@@ -230,7 +229,7 @@ def _check_deepspeed(recipe: "Recipe") -> None:
     )
 
 
-def _check_optimizer(recipe: "Recipe") -> None:
+def _check_optimizer(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
     _require(
         optimizer.min_lr <= optimizer.lr,
@@ -252,7 +251,7 @@ def _check_optimizer(recipe: "Recipe") -> None:
         _require(factor >= 0, f"optimizer.lr_multipliers.{pattern} is {factor}: it must be at least 0")
 
 
-def _check_checkpoint(recipe: "Recipe") -> None:
+def _check_checkpoint(recipe: Recipe) -> None:
     checkpoint = recipe.checkpoint
     _require(
         checkpoint.save,
@@ -273,7 +272,7 @@ def _check_checkpoint(recipe: "Recipe") -> None:
     )
 
 
-def _check_logging(recipe: "Recipe") -> None:
+def _check_logging(recipe: Recipe) -> None:
     logging = recipe.logging
     for key in ("eval_interval", "drift_interval"):
         _require(

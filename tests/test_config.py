@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from soar_mega.config import Recipe, load_recipe, recipe_to_yaml
+from soar_mega.config import Recipe
 from soar_mega.config_checks import RULES
+from soar_mega.recipe import load_recipe, recipe_to_yaml
 
 SMALLEST = """
 model: {pipeline: some/pipeline}

@@ -199,7 +199,7 @@ class Demo:
         """What the report tells about the runs themselves."""
         from walk.curves import loss_curves
 
-        from soar_mega.config import load_recipe
+        from soar_mega.recipe import load_recipe
 
         runs = {}
         for arm in ARMS:

@@ -46,7 +46,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.config import load_recipe
+    from soar_mega.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from soar_mega.config import Recipe, load_recipe
+from soar_mega.config import Recipe
 from soar_mega.launch.slurm import Resources, resources
+from soar_mega.recipe import load_recipe
 
 KINDS = ("train", "evaluate", "export", "command")
 STARTS = ("export", "export_ema", "checkpoint")

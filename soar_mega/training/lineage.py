@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import soar_mega
-from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.config import Recipe
+from soar_mega.recipe import recipe_to_yaml
 from soar_mega.training.resume import find_checkpoint
 from soar_mega.training.run_folder import RunFolder, write_durably
 

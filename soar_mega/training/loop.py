@@ -10,9 +10,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from soar_mega import distributed
-from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.config import Recipe
 from soar_mega.convert import save_pipeline, save_transformer
 from soar_mega.phases import phases
+from soar_mega.recipe import recipe_to_yaml
 from soar_mega.training.agreement import on_rank_zero, world
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.checkpoint import Saved, Saver

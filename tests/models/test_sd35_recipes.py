@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.config import load_recipe
+from soar_mega.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes/sd35_medium"
 

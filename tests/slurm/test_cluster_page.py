@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from soar_mega.cli import build_parser
-from soar_mega.config import load_recipe
 from soar_mega.launch.chain import load_chain
+from soar_mega.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()

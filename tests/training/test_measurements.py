@@ -9,7 +9,7 @@ from multirank import run_ranks
 from PIL import Image
 from tiny_runs import ROOT, make_shards, tiny_recipe
 
-from soar_mega.config import load_recipe
+from soar_mega.recipe import load_recipe
 from soar_mega.training.samples import grid
 
 

@@ -19,8 +19,9 @@ from multirank import _SERVER
 from tiny_runs import tiny_recipe
 
 from soar_mega import platform
-from soar_mega.config import Recipe, recipe_to_yaml
+from soar_mega.config import Recipe
 from soar_mega.phases import Phases
+from soar_mega.recipe import recipe_to_yaml
 from soar_mega.training.failure_report import failure_report
 from soar_mega.training.roll_call import State
 from soar_mega.training.watchdog import is_lost_connection

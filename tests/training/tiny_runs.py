@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from soar_mega.config import Recipe, load_recipe
+from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import EMPTY_FILE, EncodedSample, ShardWriter, write_dataset_file
 from soar_mega.flow import normal
+from soar_mega.recipe import load_recipe
 from soar_mega.training.loop import train
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,154 @@
+"""Recipes: settings read from YAML, with trailing ``group.key=value`` overrides.
+
+A recipe is the whole description of a run. Unknown keys, wrong types and impossible values are errors that name
+the key and say what would be right.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soar_mega.config import Recipe
+from soar_mega.config_checks import check_recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply overrides such as ``train.train_iters=100``, and check the whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key, a value or a combination is wrong; the message names the key and what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    recipe = Recipe()
+    for group, settings in _mapping(
+        _read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)
+    ).items():
+        for key, value in _mapping(settings, f"{path}: {group}").items():
+            _set(recipe, f"{group}.{key}", value, str(path))
+    for override in overrides:
+        _override(recipe, override)
+    check_recipe(recipe)
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe with every value written out; `load_recipe` of this text gives an equal recipe."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected `key: value` lines, found {value!r}")
+    return value
+
+
+def _override(recipe: Recipe, text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(
+            f"{text!r} is not an override: write group.key=value, for example train.train_iters=100"
+        )
+    # text is taken as it stands: a path may hold any character that YAML gives a meaning
+    is_text = _kinds(recipe).get(name) is str
+    _set(recipe, name, value if is_text else _read_yaml(value, name), "command line")
+
+
+def _kinds(recipe: Recipe) -> dict[str, Any]:
+    """The type of every setting: {"train.seed": int, ...}."""
+    groups = {group.name: getattr(recipe, group.name) for group in dataclasses.fields(recipe)}
+    return {
+        f"{group}.{key}": kind
+        for group, settings in groups.items()
+        for key, kind in typing.get_type_hints(type(settings)).items()
+    }
+
+
+def _set(recipe: Recipe, name: str, value: Any, where: str) -> None:
+    kinds = _kinds(recipe)
+    if name not in kinds:
+        raise ValueError(f"{where}: unknown key {name!r}: {_advice(name, list(kinds))}")
+    group, _, key = name.partition(".")
+    setattr(getattr(recipe, group), key, _convert(value, kinds[name], f"{where}: {name}"))
+
+
+def _advice(name: str, known: list[str]) -> str:
+    """What the writer of an unknown key probably meant."""
+    group, _, key = name.rpartition(".")
+    groups = list(dict.fromkeys(other.partition(".")[0] for other in known))
+    namesakes = [other for other in known if other.partition(".")[2] == key]
+    close = namesakes or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    if group in groups:
+        return f"the keys of {group} are {', '.join(k.partition('.')[2] for k in known if k.startswith(group + '.'))}"
+    return f"the groups are {', '.join(groups)}"
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it)"}
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """A YAML value as the declared type of its setting."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if origin in (list, dict):
+        raise ValueError(f"{where}: expected a {'list' if origin is list else 'mapping'}, found {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and int(value) == value:
+        return int(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise ValueError(f"{where}: expected {_WORDS[kind]}, found {value!r}")

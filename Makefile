@@ -39,8 +39,9 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
+# Two files at a time: half of the tests' time is waiting for other processes.
 test: lint
-	$(TEST)
+	$(TEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(TEST) -m slow --timeout 1800

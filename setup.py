@@ -41,7 +41,14 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+        ],
         # Compiled against the torch at hand: see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.13", "flash-attn>=2.7"],
     },

@@ -1,5 +1,6 @@
 """Each CPU stand-in is needed: without it, the named failure occurs. When it no longer does, the stand-in can go."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,25 @@ def without_fused_adam():
             optimizer.load_state_dict(loaded["optimizer"])
 
 
+def gather_over_one_rank():
+    """Sync parameters as megatron does; fails if that takes threads besides those of this thread's own operations."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    from megatron.core import parallel_state
+
+    start_world(ParallelConfig())
+    torch.set_num_threads(2)
+    parameters = torch.ones(1 << 17).mul(2.0)
+    threads = len(os.listdir("/proc/self/task"))
+    group = parallel_state.get_data_parallel_group()
+    buffers.dist_all_gather_func(parameters, parameters[:], group=group, async_op=False)
+    assert len(os.listdir("/proc/self/task")) == threads, "a second pool of threads"
+
+
+def without_one_rank_gather():
+    with platform.without("one_rank_gather"):
+        gather_over_one_rank()
+
+
 NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver"
 FAILURES = {
     "current_device": (without_current_device, 2, NO_CUDA),
@@ -167,6 +187,7 @@ FAILURES = {
     "tensor_cuda": (without_tensor_cuda, 1, NO_CUDA),
     "random_state": (without_random_state, 1, NO_CUDA),
     "fused_adam": (without_fused_adam, 1, "step"),
+    "one_rank_gather": (without_one_rank_gather, 1, "a second pool of threads"),
 }
 
 
@@ -203,6 +224,10 @@ def test_all_stand_ins_together():
     [(ok, norm, (weight, resumed))] = run_ranks(save_and_load, 1, timeout=60)
     assert ok and norm > 0
     torch.testing.assert_close(weight, resumed, rtol=0, atol=0)
+
+
+def test_one_rank_needs_no_second_pool_of_threads():
+    run_ranks(gather_over_one_rank, 1, timeout=60)
 
 
 def test_cpu_adam_equals_torch():

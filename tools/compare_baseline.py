@@ -232,6 +232,7 @@ def print_table(case: Case, results: list[Result]) -> None:
 def report(case: Case, results: list[Result]) -> dict[str, Any]:
     return {
         "tool": "compare_baseline",
+        "command": " ".join(["python", *sys.argv]),
         "date": str(date.today()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),

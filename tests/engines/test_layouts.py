@@ -22,7 +22,7 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "pp2-vpp2": ((1, 2), 2, {"model": {"recompute_granularity": "selective"}} | VPP2),
     "pp2-vpp2-cp2": ((1, 2), 4, {"context_parallel_size": 2, "model": {"recompute_granularity": "full"}} | VPP2),
     "tp2-pp2-vpp2-sp": ((2, 2), 4, {"sequence_parallel": True, "model": {"recompute_granularity": "full"}} | VPP2),
-    "dp2-plain-optimizer": ((1, 1), 2, {"use_distributed_optimizer": False}),
+    "pp2-vpp2-dp2-plain-optimizer": ((1, 2), 4, {"use_distributed_optimizer": False} | VPP2),
 }
 
 

@@ -63,11 +63,11 @@ def folder(tmp_path):
         ({"layout": (1, 2), **VPP2}, {"layout": (1, 1)}),
         ({"context_parallel_size": 2}, {"layout": (2, 1)}),
         (
-            {"layout": (1, 1), "use_distributed_optimizer": False},
+            {"layout": (1, 2), "use_distributed_optimizer": False, **VPP2},
             {"layout": (2, 1), "use_distributed_optimizer": False},
         ),
     ],
-    ids=["tp2dp2-to-pp2-vpp2", "pp2-vpp2-to-dp2", "cp2-to-tp2", "plain-optimizer-to-tp2"],
+    ids=["tp2dp2-to-pp2-vpp2", "pp2-vpp2-to-dp2", "cp2-to-tp2", "plain-optimizer-pp2-vpp2-to-tp2"],
 )
 def test_training_goes_on_at_another_layout(folder, saved, loaded):
     processes = 4 if "sequence_parallel" in saved else 2

@@ -13,14 +13,13 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
 
 from soar_mega import platform
 from soar_mega.config import (
@@ -175,17 +174,12 @@ def report(modes: dict[str, Json], out: str | None) -> None:
         )
     ratio = modes["async"]["median_blocked_seconds"] / modes["sync"]["median_blocked_seconds"]
     print(f"asynchronous / synchronous: {ratio:.3f}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    path = Path(
-        out or f"benchmarks/results/{date.today()}-{device.lower().replace(' ', '-')}-checkpoint.json"
-    )
+    source = origin("bench_checkpoint")
+    device = source["device"].lower().replace(" ", "-")
+    path = Path(out or f"benchmarks/results/{source['date']}-{device}-checkpoint.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "tool": "bench_checkpoint",
-        "command": " ".join(["python", *sys.argv]),
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "device": device,
+        **source,
         "processes": data_size(),
         "load_average": os.getloadavg()[0],  # what else the machine does makes both modes slower
         "ratio": ratio,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from kernel_traffic import Counter, Traffic
+from origin import origin
 from torch import Tensor
 
 from soar_mega.kernels import correction_loss, rollout_renoise
@@ -187,10 +188,8 @@ def main() -> None:
     path = Path(args.out or f"benchmarks/results/{date.today()}-{'gpu' if gpu else 'cpu'}-kernels.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        "tool": "bench_kernels",
-        "date": str(date.today()),
+        **origin("bench_kernels"),
         "device": device,
-        "torch": torch.__version__,
         "copy_bandwidth": copy,
         "rows": [asdict(row) for row in rows],
     }

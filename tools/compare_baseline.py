@@ -26,6 +26,7 @@ from baseline.case import Case, make_case
 from baseline.worker import Arm, Worker
 from kernel_traffic import both_forms
 from kernel_traffic import table as traffic_table
+from origin import origin
 
 from soar_mega.config import StageConfig
 
@@ -231,12 +232,8 @@ def print_table(case: Case, results: list[Result]) -> None:
 
 def report(case: Case, results: list[Result]) -> dict[str, Any]:
     return {
-        "tool": "compare_baseline",
-        "command": " ".join(["python", *sys.argv]),
-        "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **origin("compare_baseline"),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "model": case.name,
         "transformer": case.transformer,
         "stage": asdict(case.stage),

@@ -92,3 +92,12 @@ def wait_forever():
 def test_ranks_that_hang_are_stopped():
     with pytest.raises(RankFailure, match="did not finish in time"):
         run_ranks(wait_forever, 2, timeout=8)
+
+
+def gathered_ranks():
+    start_world(ParallelConfig())
+    return distributed.gather_on_rank_zero(f"rank {dist.get_rank()}")
+
+
+def test_rank_zero_has_the_objects_of_all_in_order():
+    assert run_ranks(gathered_ranks, 3) == [["rank 0", "rank 1", "rank 2"], [], []]

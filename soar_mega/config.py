@@ -57,6 +57,7 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_rollout: bool = False  # the rollout's answers travel while the answer pass goes on, not after it
     zero_stage: int = 2  # with engine=deepspeed: 0 | 1 (optimizer) | 2 (and gradients) | 3 (and parameters are cut)
     offload_optimizer: bool = False  # with engine=deepspeed: optimizer states and step on the CPU
     offload_parameters: bool = False  # with engine=deepspeed and zero_stage=3: parameters rest on the CPU

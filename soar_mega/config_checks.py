@@ -163,6 +163,15 @@ def _check_parallel(recipe: Recipe) -> None:
         "parallel.overlap_param_gather needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true",
     )
+    _require(
+        not parallel.overlap_rollout
+        or (
+            parallel.pipeline_model_parallel_size > 1
+            and (parallel.virtual_pipeline_model_parallel_size or 1) == 1
+        ),
+        "parallel.overlap_rollout needs parallel.pipeline_model_parallel_size=2 or more, not interleaved "
+        "(parallel.virtual_pipeline_model_parallel_size=1): set it to false",
+    )
     check_pipeline(parallel)
 
 

@@ -60,13 +60,11 @@ class Phases:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a collective whose result is needed at once: the time in it is not this process's own."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # its own work ends here; the result would be waited for anyway
+        _finish_computing()  # its own work ends here; the result would be waited for anyway
         began, self.is_waiting = time.monotonic(), True
         try:
             yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _finish_computing()
         finally:
             self.is_waiting = False
             self._waited += time.monotonic() - began
@@ -75,6 +73,12 @@ class Phases:
         """Own seconds by phase of the steps since the last call."""
         taken, self._seconds = self._seconds, {}
         return taken
+
+
+def _finish_computing() -> None:
+    """Wait for what this process computes on a GPU. The device as a whole may hold messages that peers still owe."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().record_event().synchronize()
 
 
 phases = Phases()

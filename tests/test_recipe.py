@@ -115,6 +115,7 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
             ["train.global_batch_size (32)", "multiple of train.micro_batch_size (3)"],
         ),
         ("parallel.overlap_param_gather=true", ["parallel.overlap_grad_reduce=true"]),
+        ("parallel.overlap_rollout=true", ["parallel.pipeline_model_parallel_size=2", "set it to false"]),
         ("model.preset=sd35_medium", ["model.pipeline", "one of the two"]),
         ("model.pipeline=", ["model.pipeline", "model.preset"]),
         ("data.path=", ["data.path is empty"]),

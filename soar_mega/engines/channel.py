@@ -1,89 +1,137 @@
-"""How the answers of the rollout pass get from the last pipeline stage, which computes them, to the first.
+"""How the answers of the rollout pass get from the last pipeline rank, which computes them, to the first.
 
-The messages move on groups of two ranks while the pipeline goes on with other micro-batches.
+NCCL has rules that gloo has not. What a device is told to do starts in the order in which it was told; a message takes
+its place in that order and keeps it until both ends have come to it. So both ends put each message at a place where
+nothing that the other end still has to do before it can depend on what comes behind it:
+
+- BatchedChannel: one message with all answers, when the answer pass is over on this rank. The pass needs no answer.
+- OverlappedChannel: messages of a few answers while the pass goes on. The first rank takes a message when as many
+  micro-batches have followed its answers as there are ranks between the two ends: these hold one each, so none of the
+  pass stands still, whatever order a device keeps.
 """
+
+from abc import ABC, abstractmethod
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.distributed import device, is_first_stage, is_last_stage
+from soar_mega.config import ParallelConfig
+from soar_mega.distributed import device
 
-# On CUDA, receives wait on a stream in the order of the sends: a few ahead hide the latency, all would hold memory.
-CUDA_WINDOW = 4
+WINDOW = 4  # answers in a message of the overlapped channel, or one for each pipeline rank
 
 
-class RolloutChannel:
-    """Sends answer i from the last stage to the first stage of the same tensor-, context- and data-parallel rank.
+class RolloutChannel(ABC):
+    """Carries answer i from the last pipeline rank to the first of the same tensor-, context- and data-parallel rank.
 
-    Both ends call `open` with the same arguments, then `send` on the last stage and `wait` on the first. On gloo all
-    receives are posted when the channel opens and matched by tag; on CUDA they are posted a few ahead, on a stream
-    of their own, and matched by order.
+    In an answer pass all ranks of the pipeline call `open` and at the end `end_pass`; in between the last one calls
+    `send` with each answer in turn, and the first one `advance` before each forward. Afterwards `wait` hands out an
+    answer at both ends.
     """
 
     def __init__(self) -> None:
-        self._group, self._source, self._target = _last_to_first_group()
-        self._stream = torch.cuda.Stream() if device().type == "cuda" else None
+        self._group, self._last, self._first = _last_to_first_group()
         self._count = 0
         self._shape: tuple[int, ...] = ()
-        self._sent: list[tuple[dist.Work, Tensor]] = []
-        self._posted: dict[int, tuple[dist.Work, Tensor]] = {}
-        self._next = 0
+        self._moved = 0  # answers that are in a message by now
+        self._answers: dict[int, Tensor] = {}
+        self._messages: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
+        self._warm_up()
 
     def open(self, count: int, shape: tuple[int, ...]) -> None:
         """Announce `count` answers, each float32 of `shape`."""
-        assert not self._sent and not self._posted, "the channel is still carrying earlier answers"
-        self._count, self._shape, self._next = count, shape, 0
-        if is_first_stage():
-            self._post(count if self._stream is None else CUDA_WINDOW)
+        assert not self._answers, "the channel is still carrying earlier answers"
+        self._count, self._shape, self._moved = count, shape, 0
 
     def send(self, i: int, velocity: Tensor) -> None:
-        """Start sending answer i; returns at once."""
-        assert is_last_stage() and velocity.dtype == torch.float32 and tuple(velocity.shape) == self._shape
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            work = dist.isend(velocity, self._target, group=self._group, tag=i)
-        assert work is not None
-        self._sent = [(w, v) for w, v in self._sent if not w.is_completed()]
-        self._sent.append((work, velocity))  # a tensor must live until it has been sent
+        """Answer i, as the last rank has computed it; returns at once."""
+        assert velocity.dtype == torch.float32 and tuple(velocity.shape) == self._shape
+        self._answers[i] = velocity
+
+    @abstractmethod
+    def advance(self, forwards: int) -> None:
+        """On the first rank, after `forwards` forwards of the pass: start the messages that are due."""
+
+    def end_pass(self) -> None:
+        """Start the messages that are left: this rank's part of the answer pass is over."""
+        self._move(self._count)
 
     def wait(self, i: int) -> Tensor:
-        """Answer i, when it has arrived."""
-        assert is_first_stage()
-        self._post(i + 1 + CUDA_WINDOW)
-        work, velocity = self._posted.pop(i)
-        work.wait()
-        return velocity
+        """Answer i, when it has arrived at the first rank, or left the last one. The channel lets go of it."""
+        works = self._messages.pop(i)
+        while works:
+            works.pop().wait()
+        return self._answers.pop(i)
 
     def close(self) -> None:
-        """Finish all messages, also the answers that nobody asked for."""
-        self._post(self._count)
-        for work, _ in [*self._posted.values(), *self._sent]:
-            work.wait()
-        self._posted.clear()
-        self._sent.clear()
+        """Finish all messages, also of answers that nobody asked for."""
+        for i in list(self._messages):
+            self.wait(i)
+        self._answers.clear()
 
-    def _post(self, until: int) -> None:
-        """Post the receives of all answers before `until`; nothing off the first stage."""
-        if not is_first_stage():
+    def _move(self, until: int) -> None:
+        """One message of the answers before `until` that are in none yet; nothing on the ranks in between."""
+        answers = range(self._moved, until)
+        if self._group is None or not answers:
             return
-        while self._next < min(until, self._count):
-            with torch.cuda.stream(self._stream):
-                buffer = torch.empty(self._shape, dtype=torch.float32, device=device())
-                work = dist.irecv(buffer, self._source, group=self._group, tag=self._next)
-            assert work is not None
-            if self._stream is not None:
-                buffer.record_stream(torch.cuda.current_stream())
-            self._posted[self._next] = (work, buffer)
-            self._next += 1
+        self._moved = until
+        sends = dist.get_rank() == self._last
+        if not sends:
+            for i in answers:
+                self._answers[i] = torch.empty(self._shape, dtype=torch.float32, device=device())
+        operation = dist.isend if sends else dist.irecv
+        peer = self._first if sends else self._last
+        # gloo sends each answer for itself, told apart by its tag; NCCL all of them at once
+        parts = [dist.P2POp(operation, self._answers[i], peer, self._group, tag=i) for i in answers]
+        self._messages |= dict.fromkeys(answers, dist.batch_isend_irecv(parts))
+
+    def _warm_up(self) -> None:
+        """An answer of one number: at the first message NCCL makes a communicator, and the host waits for both ends."""
+        self.open(1, (1,))
+        if dist.get_rank() == self._last:
+            self.send(0, torch.zeros(1, device=device()))
+        self.end_pass()
+        self.close()
+
+
+class BatchedChannel(RolloutChannel):
+    """All answers in one message, after the pass."""
+
+    def advance(self, forwards: int) -> None:
+        """No message is due during the pass."""
+
+
+class OverlappedChannel(RolloutChannel):
+    """Messages of a few answers each while the pass goes on. Not for an interleaved pipeline."""
+
+    def __init__(self) -> None:
+        ranks = parallel_state.get_pipeline_model_parallel_world_size()
+        self._between = ranks - 2
+        self._window = max(WINDOW, ranks)
+        super().__init__()
+
+    def send(self, i: int, velocity: Tensor) -> None:
+        super().send(i, velocity)
+        if (i + 1) % self._window == 0:
+            self._move(i + 1)
+
+    def advance(self, forwards: int) -> None:
+        answers = forwards - self._between
+        if answers > 0 and answers % self._window == 0:
+            self._move(answers)
+
+    def end_pass(self) -> None:
+        for until in range(self._moved + self._window, self._count, self._window):
+            self._move(until)  # the last rank made a message of these
+        super().end_pass()
 
 
 class Answers:
     """The answers of a batch, by micro-batch of samples: a lazy handle on the stages that need them.
 
-    The last stage keeps what it computed, the first one waits for a message when it needs it, others hold nothing.
+    The first and the last pipeline rank wait for a message when they need what is in it, others hold nothing.
     Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's samples, then their v_uncond where wanted.
     """
 
@@ -94,13 +142,14 @@ class Answers:
         self._kept: dict[int, Tensor] = {}
 
     def put(self, i: int, velocity: Tensor) -> None:
-        """Answer i, as the last stage has computed it."""
-        self._kept[i] = velocity
-        if self._channel is not None:
+        """Answer i, as the last pipeline rank has computed it."""
+        if self._channel is None:
+            self._kept[i] = velocity
+        else:
             self._channel.send(i, velocity)
 
     def get(self, i: int) -> Tensor:
-        """Answer i, waiting for it where it was computed elsewhere."""
+        """Answer i, waiting for its message where there are several pipeline ranks."""
         if i not in self._kept:
             assert self._channel is not None
             self._kept[i] = self._channel.wait(i)
@@ -147,13 +196,15 @@ class Answers:
         return v_uncond, v_cond
 
 
-def make_channel() -> RolloutChannel | None:
+def make_channel(parallel: ParallelConfig) -> RolloutChannel | None:
     """The channel of this world, or None without pipeline parallelism. Collective over the world."""
-    return RolloutChannel() if parallel_state.get_pipeline_model_parallel_world_size() > 1 else None
+    if parallel.pipeline_model_parallel_size == 1:
+        return None
+    return OverlappedChannel() if parallel.overlap_rollout else BatchedChannel()
 
 
 def _last_to_first_group() -> tuple[dist.ProcessGroup | None, int, int]:
-    """This rank's group of two (None on middle stages), and the global ranks of the last and the first stage."""
+    """This rank's group of two (None on the ranks in between), and the global ranks of the last and the first."""
     mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)

@@ -68,7 +68,7 @@ class Engine(ABC):
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer)
         self.weights: dict[str, KeptWeights] = {}
-        self._channel = make_channel()
+        self._channel = make_channel(recipe.parallel)
         self._answers: Answers | None = None
         self._loss = 0.0
         self.learned: tuple[Points, Tensor | None]

@@ -123,7 +123,9 @@ def answer_pass(
         channel.open(count, (rows, *batch.latent_shape))
 
     def inputs(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, sample = step
+        i, sample = step
+        if channel is not None:
+            channel.advance(i)
         dropped = queries.dropped[sample]
         if queries.unconditional:
             sample, dropped = torch.cat([sample, sample]), torch.cat([dropped, torch.ones_like(dropped)])
@@ -135,6 +137,8 @@ def answer_pass(
             answers.put(step[0], velocity.float().contiguous())
 
     pipeline.predict(inputs, outputs, steps, rows, latent_size(batch), batch.text_length)
+    if channel is not None:
+        channel.end_pass()
     return answers
 
 

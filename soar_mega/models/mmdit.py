@@ -250,6 +250,7 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         # two messages between the same two ranks in one batch are mixed up (PP 2), silently on gloo
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
+        batch_p2p_sync=False,  # old versions of torch need it; it has the host wait for all messages
         sequence_parallel=is_sequence_parallel(parallel),
         # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
         use_cpu_initialization=model.attention_backend == "sdpa",

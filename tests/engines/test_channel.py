@@ -1,20 +1,30 @@
 """Answers on their way from the last stage to the first: nobody waits without need, and nothing is left behind."""
 
+import functools
+
+import nccl_rules
 import pytest
 import torch
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
-from multirank import run_ranks
+from multirank import RankFailure, run_ranks
 
 from soar_mega.config import StageConfig
 from soar_mega.distributed import is_first_stage
-from soar_mega.engines.channel import Answers
+from soar_mega.engines import channel
+from soar_mega.engines.channel import Answers, OverlappedChannel, RolloutChannel
 from soar_mega.stages import make_stage
+
+ANSWERS = (1, 4, 8, 33)
 
 
 def order_of_events(recipe):
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
     events = []
-    wait, forward = engine._channel.wait, engine._pipeline.forward
+    move, wait, forward = engine._channel._move, engine._channel.wait, engine._pipeline.forward
+
+    def noted_move(until):
+        events.append(f"message until {until}")
+        move(until)
 
     def noted_wait(i):
         events.append(f"wait {i}")
@@ -26,22 +36,37 @@ def order_of_events(recipe):
         return forward(chunk, *arguments)
 
     batch = make_batch(0)
+    engine._channel._move, engine._channel.wait, engine._pipeline.forward = (
+        noted_move,
+        noted_wait,
+        noted_forward,
+    )
     answers = engine.answer(stage.queries, batch)
-    engine._channel.wait, engine._pipeline.forward = noted_wait, noted_forward
+    during, events[:] = list(events), []
     engine.learn(stage.points, stage.loss, batch, answers)
-    return events, answers._kept, engine._channel._sent, engine._channel._posted
+    return during, events, answers._kept, engine._channel._answers, engine._channel._messages
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_the_first_stage_waits_for_an_answer_just_before_it_needs_it(chunks):
-    recipe = make_recipe((1, 2), virtual_pipeline_model_parallel_size=chunks)
-    first, last = run_ranks(order_of_events, 2, recipe)
-    events = first[0]
-    # base points (eight, three at a time) come first; the third micro-batch holds the first auxiliary point
-    assert events[:4] == ["forward", "forward", "wait 0", "forward"]
-    assert [e for e in events if e != "forward"] == [f"wait {i}" for i in range(4)]
-    assert events.count("forward") == last[0].count("forward") == len(last[0]) == 14
-    assert not any(first[1:]) and not any(last[1:])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"overlap_rollout": True}, {"virtual_pipeline_model_parallel_size": 2}],
+    ids=["batched", "overlapped", "two-chunks"],
+)
+def test_an_answer_is_waited_for_just_before_it_is_needed(settings):
+    for _, events, *left in run_ranks(order_of_events, 2, make_recipe((1, 2), **settings)):
+        # base points (eight, three at a time) come first; the third micro-batch holds the first auxiliary point
+        assert events[:4] == ["forward", "forward", "wait 0", "forward"]
+        assert [e for e in events if e != "forward"] == [f"wait {i}" for i in range(4)]
+        assert events.count("forward") == 14
+        assert not any(left)
+
+
+def test_overlapped_answers_travel_while_the_pass_goes_on():
+    recipe = make_recipe((1, 2), train={"micro_batch_size": 1}, overlap_rollout=True)
+    first, last = (ranks[0] for ranks in run_ranks(order_of_events, 2, recipe))
+    # eight answers, four in a message; nothing is left for the last rank to start at the end
+    during = [*["forward"] * 4, "message until 4", *["forward"] * 4, "message until 8"]
+    assert first == during and last == [*during, "message until 8"]
 
 
 def answers_nobody_asked_for(recipe):
@@ -52,12 +77,14 @@ def answers_nobody_asked_for(recipe):
     answers = engine.answer(stage.queries, batch)
     engine.learn(plain.points, plain.loss, batch, answers)  # these points need no answer
     answers = engine.answer(stage.queries, batch)
-    latest = answers.get(2) if is_first_stage() else answers._kept[2]  # out of order
+    latest = answers.get(2)  # out of order
     found = engine.velocity(batch.latents, torch.full((8,), 0.5), batch.text, batch.pooled)
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
 
-@pytest.mark.parametrize("settings", [{}, VPP2], ids=["one-chunk", "two-chunks"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"overlap_rollout": True}, VPP2], ids=["batched", "overlapped", "two-chunks"]
+)
 def test_answers_that_nobody_asks_for_do_no_harm(settings):
     alone = make_recipe(train=settings.get("train"))
     [(one, expected, loss)] = run_ranks(answers_nobody_asked_for, 1, alone)
@@ -79,3 +106,83 @@ def test_velocities_are_taken_by_sample_and_only_where_wanted():
     v_uncond, v_cond = answers.velocities(sample, wanted)
     assert v_cond.flatten().tolist() == [3, 0, 2] and v_uncond.flatten().tolist() == [103, 0, 102]
     assert answers.velocities(sample, torch.zeros(3, dtype=torch.bool)) == (None, None)
+
+
+def steps_under_rules(pipeline, settings, answers, rules=None, old=False):
+    """The loss of a step with each number of answers, for each of the settings, after it the gradient norm."""
+    if rules is not None:
+        nccl_rules.emulate(rules, patience=2.5 if old and rules else 90.0)
+    if old:
+        channel.OverlappedChannel = EarlyReceives
+    losses = {}
+    for name, setting in settings.items():
+        train = {"micro_batch_size": 1, "points_per_micro_batch": 15}
+        recipe = make_recipe((1, pipeline), train=train, **setting)
+        engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
+        engine.model.config.batch_p2p_sync = old
+        for count in answers:
+            statistics, result = iterate(engine, stage, make_batch(count, count, invalid=None))
+            losses[name, count] = statistics["loss"], result.grad_norm
+    return losses
+
+
+class EarlyReceives(OverlappedChannel):
+    """What works on gloo: the first rank posts receives before the pass, as the first thing on their communicator."""
+
+    def _warm_up(self):
+        pass
+
+    def open(self, count, shape):
+        RolloutChannel.open(self, count, shape)
+        self._post(4)
+
+    def send(self, i, velocity):
+        RolloutChannel.send(self, i, velocity)
+        self._move(i + 1)
+
+    def advance(self, forwards):
+        pass
+
+    def end_pass(self):
+        pass
+
+    def wait(self, i):
+        self._post(i + 5)
+        return super().wait(i)
+
+    def close(self):
+        self._post(self._count)
+        super().close()
+
+    def _post(self, until):
+        while is_first_stage() and self._moved < min(until, self._count):
+            self._move(self._moved + 1)
+
+
+@functools.cache
+def expected_losses():
+    [losses] = run_ranks(steps_under_rules, 1, 1, {"alone": {}}, ANSWERS)
+    return losses
+
+
+@pytest.mark.parametrize("pipeline", [2, 4])
+def test_both_channels_keep_to_the_rules_of_nccl(pipeline):
+    settings = {"batched": {}, "overlapped": {"overlap_rollout": True}}
+    ranks = run_ranks(steps_under_rules, pipeline, pipeline, settings, ANSWERS, nccl_rules.RULES)
+    for losses in ranks:
+        for (name, count), found in losses.items():
+            assert found == pytest.approx(expected_losses()["alone", count], rel=1e-5), (
+                f"{name}, {count} answers"
+            )
+
+
+@pytest.mark.parametrize("rule", nccl_rules.RULES)
+def test_each_rule_stops_receives_that_are_posted_before_the_pass(rule):
+    with pytest.raises(RankFailure, match="Hang: rank . waits for"):
+        run_ranks(steps_under_rules, 2, 2, {"early": {"overlap_rollout": True}}, (8,), (rule,), True)
+
+
+def test_without_these_rules_early_receives_pass():
+    found, _ = run_ranks(steps_under_rules, 2, 2, {"early": {"overlap_rollout": True}}, ANSWERS, (), True)
+    for count in ANSWERS:
+        assert found["early", count] == pytest.approx(expected_losses()["alone", count], rel=1e-5)

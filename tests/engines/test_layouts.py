@@ -15,7 +15,7 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "pp2": ((1, 2), 2, {}),
     "dp2": ((1, 1), 2, {}),
     "pp4": ((1, 4), 4, {}),
-    "pp2-dp2-overlap": ((1, 2), 4, OVERLAP),
+    "pp2-dp2-overlap": ((1, 2), 4, {"overlap_rollout": True, **OVERLAP}),
     "cp2-plain-optimizer": ((1, 1), 2, {"context_parallel_size": 2, "use_distributed_optimizer": False}),
     "cp2-dp2-overlap": ((1, 1), 4, {"context_parallel_size": 2, **OVERLAP}),
     "tp2-cp2-sp": ((2, 1), 4, {"context_parallel_size": 2, "sequence_parallel": True}),

@@ -16,7 +16,7 @@ class Batch:
 
     seed: int
     position: Tensor  # [B] int64
-    valid: Tensor  # [B] bool: False where the sample could not be read anywhere; such samples get weight and count 0
+    valid: Tensor  # [B] bool: False for samples that count for nothing, such as one that could not be read anywhere
     latent_shape: tuple[int, int, int]  # (C, H, W)
     text_length: int  # tokens of a prompt
     latents: Tensor | None = None  # [B, C, H, W] float32, scaled as the transformer expects

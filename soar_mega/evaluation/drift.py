@@ -92,7 +92,7 @@ def held_out_drift(
     steps: int,
     guidance_scale: float,
 ) -> list[DriftResult]:
-    """Drift over held-out batches, one result per span.
+    """Drift of the valid samples of held-out batches, one result per span.
 
     The noise endpoint is keyed by (seed, "drift", position), so that every model and every step of training is measured
     on the same states.
@@ -103,13 +103,12 @@ def held_out_drift(
         z1 = normal(batch.seed, "drift", batch.position, 0, batch.latent_shape).to(batch.latents)
         cond, uncond = branches(velocity, batch)
         for part, (sigma_a, sigma_b) in zip(parts, spans, strict=True):
-            part.append(drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale))
-    none = torch.zeros(0, dtype=torch.float64)  # a data-parallel rank may have no held-out batch
+            found = drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale)
+            part.append(
+                DriftResult(error=found.error[batch.valid].cpu(), on_ray=found.on_ray[batch.valid].cpu())
+            )
     return [
-        DriftResult(
-            error=torch.cat([p.error.cpu() for p in part] or [none]),
-            on_ray=torch.cat([p.on_ray.cpu() for p in part] or [none]),
-        )
+        DriftResult(error=torch.cat([p.error for p in part]), on_ray=torch.cat([p.on_ray for p in part]))
         for part in parts
     ]
 

@@ -39,8 +39,9 @@ class HeldOut:
         totals = torch.zeros(QUARTILES + 1, dtype=torch.float64)
         with engine.using(self._weights):
             for batch in self._my_batches(samples):
-                totals[:-1] += quartile_losses(engine.velocity, batch, self._schedule).sum(dim=0).cpu()
-                totals[-1] += len(batch)
+                losses = quartile_losses(engine.velocity, batch, self._schedule)[batch.valid]
+                totals[:-1] += losses.sum(dim=0).cpu()
+                totals[-1] += len(losses)
         means = _shares(totals)
         named = {f"validation/loss_q{q + 1}": value for q, value in enumerate(means)}
         return {"validation/loss": sum(means) / QUARTILES, **named}
@@ -60,10 +61,18 @@ class HeldOut:
         return values
 
     def _my_batches(self, samples: int) -> Iterator[Batch]:
-        """This data-parallel rank's share of the first `samples` held-out samples."""
+        """This data-parallel rank's share of the first `samples` held-out samples, as many batches on every rank.
+
+        A forward may gather parameters from all replicas, so each makes as many. A rank without a group of its own in
+        the last round repeats the last group, of which then no sample is valid.
+        """
         groups = self._shards.one_bucket_groups(samples, self._batch_size)
-        for group in groups[distributed.data_rank() :: distributed.data_size()]:
-            yield on_device(self._shards.batch(group, SEED))
+        for first in range(0, len(groups), distributed.data_size()):
+            mine = first + distributed.data_rank()
+            batch = self._shards.batch(groups[min(mine, len(groups) - 1)], SEED)
+            if mine >= len(groups):
+                batch = dataclasses.replace(batch, valid=torch.zeros_like(batch.valid))
+            yield on_device(batch)
 
 
 def quartile_losses(velocity: ModelVelocity, batch: Batch, schedule: Schedule) -> Tensor:

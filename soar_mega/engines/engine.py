@@ -157,8 +157,8 @@ class Engine(ABC):
     ) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
 
-        A forward may gather parameters from all replicas, so each must make as many: as many calls, of at most
-        micro_batch_size states or of as many on all. H, W, S and the values may differ.
+        A forward may gather parameters from all replicas, so all must make the same number of them: the same number
+        of calls, each of at most micro_batch_size states, or of the same number of states on all. Shapes may differ.
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P]. The shapes are read on all

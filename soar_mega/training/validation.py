@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.config import LoggingConfig
-from soar_mega.data.batch import Batch
+from soar_mega.data.batch import Batch, on_device
 from soar_mega.data.shards import ShardSet
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import ModelVelocity, held_out_drift
@@ -61,10 +60,10 @@ class HeldOut:
         return values
 
     def _my_batches(self, samples: int) -> Iterator[Batch]:
-        """This data-parallel rank's share of the first `samples` held-out samples, as many batches on every rank.
+        """This data-parallel rank's share of the first `samples` held-out samples, in as many batches as the others'.
 
-        A forward may gather parameters from all replicas, so each makes as many. A rank without a group of its own in
-        the last round repeats the last group, of which then no sample is valid.
+        Forwards may be collective over the replicas. A rank that is left without a group of its own in the last round
+        repeats the last group, with no valid sample.
         """
         groups = self._shards.one_bucket_groups(samples, self._batch_size)
         for first in range(0, len(groups), distributed.data_size()):
@@ -92,16 +91,6 @@ def quartile_losses(velocity: ModelVelocity, batch: Batch, schedule: Schedule) -
         error = velocity(state, sigma, batch.text, batch.pooled) - (z1 - batch.latents)
         losses.append(error.double().square().flatten(1).mean(dim=1))
     return torch.stack(losses, dim=1)
-
-
-def on_device(batch: Batch) -> Batch:
-    """The batch with its tensors on this process's device."""
-    moved: dict[str, Any] = {
-        f.name: value.to(distributed.device())
-        for f in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor)
-    }
-    return dataclasses.replace(batch, **moved)
 
 
 def _shares(totals: Tensor) -> list[float]:

@@ -12,7 +12,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.shards import open_shards
 from soar_mega.distributed import start_world
 from soar_mega.training.run_folder import RunFolder
-from soar_mega.training.steps import Steps
+from soar_mega.training.steps import Steps, make_loader
 from soar_mega.training.validation import HeldOut
 
 ONE, THREE = 3, 10  # samples: in batches of 4 of one shape, one batch, and three of which the last is short
@@ -29,7 +29,7 @@ WORLDS: dict[str, tuple[int, list[dict[str, Any]]]] = {  # processes, and the se
 def measure(recipe: Recipe) -> list[dict[str, float]]:
     """Loss and drift before a step, and after it by the weights of now and by their average."""
     start_world(recipe.parallel)
-    steps = Steps(recipe, RunFolder(recipe.checkpoint.save))
+    steps = Steps(recipe, RunFolder(recipe.checkpoint.save), make_loader(recipe))
     shards, logging = open_shards(recipe.data.validation_path), recipe.logging
 
     def take(weights: str, of_loss: int, of_drift: int) -> dict[str, float]:
@@ -37,10 +37,11 @@ def measure(recipe: Recipe) -> list[dict[str, float]]:
         settings = replace(logging, drift_samples=of_drift)
         return held_out.loss(steps.engine, of_loss) | held_out.drift(steps.engine, settings)
 
-    before = take("current", ONE, THREE)
+    before = take("current", THREE, ONE)
     steps.learn()
     steps.update()
-    return [before, take("current", THREE, ONE), take("ema", ONE, THREE)]
+    # the first forward after a step may be the one that gathers its parameters
+    return [before, take("current", ONE, THREE), take("ema", THREE, ONE)]
 
 
 def measure_each(recipes: list[Recipe]) -> list[list[dict[str, float]]]:

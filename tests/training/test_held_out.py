@@ -78,7 +78,7 @@ def test_measurements_are_those_of_one_process(
     name: str, made: Path, expected: list[dict[str, float]]
 ) -> None:
     processes, settings = WORLDS[name]
-    for rank in run_ranks(measure_each, processes, [recipe_of(made, one) for one in settings], timeout=90):
+    for rank in run_ranks(measure_each, processes, [recipe_of(made, one) for one in settings]):
         for setting, found in zip(settings, rank, strict=True):
             for here, there in zip(found, expected, strict=True):
                 assert here == pytest.approx(there, rel=1e-5), setting

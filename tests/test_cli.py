@@ -3,16 +3,21 @@
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from soar_mega import __version__
 from soar_mega.cli import build_parser, doctor, main
+from soar_mega.data.batch import Batch
 from soar_mega.data.canvases import write_image_folder
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +112,7 @@ def test_other_ranks_let_rank_0_speak_first(
         (["evaluate", "nowhere"], "nowhere is not a diffusers pipeline folder"),
         (["evaluate", BASE, BASE], "given twice"),
         (["evaluate", BASE, "--held-out", "nowhere"], "nowhere"),
+        (["evaluate", BASE, "--drift-samples", "0"], "--drift-samples must be at least 1"),
         (["prepare", "nowhere", "out", "--pipeline", BASE], "nowhere"),
         (["convert", "nowhere", "out"], "nowhere: no such folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
@@ -264,6 +270,47 @@ def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.
     assert report["real"]["verifier_accuracy"] > 0.95
     said = capsys.readouterr().out
     assert "soar " in said and "real canvases" in said and "0.90 -> 0.65" in said
+
+
+def test_drift_is_measured_without_text_encoders(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    for weights in tmp_path.glob("base/text_encoder*/*.safetensors"):
+        weights.unlink()
+    out = tmp_path / "metrics.json"
+    settings = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
+    command = ["evaluate", str(tmp_path / "base"), *settings, "--out", str(out)]
+    assert main(command) == 1 and "text_encoder" in capsys.readouterr().err  # canvases are drawn from prompts
+    config = tmp_path / "base" / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))  # no canvases
+    assert main(command) == 0
+    [measured] = json.loads(out.read_text())["pipelines"].values()
+    assert "guidance" not in measured and len(measured["drift"]["spans"]) == 3
+
+
+def test_drift_is_measured_on_the_device_of_the_transformer(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noted(velocity: Any, batches: Iterable[Batch], *arguments: Any) -> list[Any]:
+        seen.extend(batch.latents.device.type for batch in batches if batch.latents is not None)
+        return []
+
+    monkeypatch.setattr("soar_mega.evaluation.pipelines.encode_prompts", lambda *arguments: None)
+    monkeypatch.setattr("soar_mega.evaluation.pipelines.held_out_drift", noted)
+    monkeypatch.setattr("soar_mega.data.batch.device", lambda: torch.device("meta"))
+    arguments = [
+        "--held-out",
+        str(road / "shards"),
+        "--drift-samples",
+        "4",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    assert main(["evaluate", BASE, *arguments]) == 0
+    assert seen == ["meta"]
 
 
 @pytest.mark.slow

@@ -150,12 +150,15 @@ class Demo:
         start_process()
         torch.set_num_threads(1)  # these forwards are too small to share
 
+        from soar_mega.data.prompts import encode_prompts
         from soar_mega.evaluation.generate import Generator, image_grid, save_image
 
-        prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_PER_PROMPT)]
         for arm, path in self.samples().items():
+            prompts = encode_prompts(self.pipeline_of(arm), SAMPLE_PROMPTS)
             generator = Generator.load(self.pipeline_of(arm))
-            images = generator.images(prompts, steps=20, guidance_scale=GUIDANCE)
+            images = generator.images(
+                prompts, steps=20, guidance_scale=GUIDANCE, num_images_per_prompt=SAMPLES_PER_PROMPT
+            )
             save_image(image_grid(images, SAMPLES_PER_PROMPT), path, scale=2)
 
     def check_export(self) -> None:

@@ -48,6 +48,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(arguments: argparse.Namespace) -> int:
     pipelines = _named(arguments.pipelines)
+    if arguments.drift_samples < 1:
+        raise ValueError("--drift-samples must be at least 1")
 
     from soar_mega.cli.process import start_process
 

@@ -57,15 +57,23 @@ def run(arguments: argparse.Namespace) -> int:
     start_process()
 
     from soar_mega.data.info import bucket_size
+    from soar_mega.data.prompts import encode_prompts
     from soar_mega.evaluation.generate import Generator, image_grid, save_image
+    from soar_mega.models.mmdit import DTYPES
 
-    generator = Generator.load(arguments.pipeline, arguments.dtype, arguments.max_sequence_length)
+    size = bucket_size(arguments.size) if arguments.size else None
+    # before the transformer is loaded: it need not share the device with the text encoders
+    encoded = encode_prompts(
+        arguments.pipeline, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
+    )
+    generator = Generator.load(arguments.pipeline, arguments.dtype)
     images = generator.images(
-        [prompt for prompt in prompts for _ in range(arguments.count)],
+        encoded,
         steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
+        num_images_per_prompt=arguments.count,
         seed=arguments.seed,
-        size=bucket_size(arguments.size) if arguments.size else None,
+        size=size,
         solver=arguments.solver,
         batch_size=arguments.batch_size,
     )

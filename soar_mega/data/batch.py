@@ -1,8 +1,11 @@
 """One rank's share of a global batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import Tensor
+
+from soar_mega.distributed import device
 
 
 @dataclass(kw_only=True)
@@ -16,7 +19,7 @@ class Batch:
 
     seed: int
     position: Tensor  # [B] int64
-    valid: Tensor  # [B] bool: False where the sample could not be read anywhere; such samples get weight and count 0
+    valid: Tensor  # [B] bool: False for samples that count for nothing, such as one that could not be read anywhere
     latent_shape: tuple[int, int, int]  # (C, H, W)
     text_length: int  # tokens of a prompt
     latents: Tensor | None = None  # [B, C, H, W] float32, scaled as the transformer expects
@@ -28,3 +31,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.position)
+
+
+def on_device(batch: Batch) -> Batch:
+    """The batch with its tensors on this process's device."""
+    moved: dict[str, Any] = {
+        f.name: value.to(device())
+        for f in fields(batch)
+        if isinstance(value := getattr(batch, f.name), Tensor)
+    }
+    return replace(batch, **moved)

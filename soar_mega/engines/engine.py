@@ -157,6 +157,9 @@ class Engine(ABC):
     ) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
 
+        A forward may gather parameters from all replicas, so all must make the same number of them: the same number
+        of calls, each of at most micro_batch_size states, or of the same number of states on all. Shapes may differ.
+
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P]. The shapes are read on all
                 ranks, the values on the first stage.

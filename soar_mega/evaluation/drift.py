@@ -92,35 +92,37 @@ def held_out_drift(
     steps: int,
     guidance_scale: float,
 ) -> list[DriftResult]:
-    """Drift over held-out batches, one result per span.
+    """Drift of the valid samples of held-out batches, one result per span.
 
     The noise endpoint is keyed by (seed, "drift", position), so that every model and every step of training is measured
     on the same states.
     """
     parts: list[list[DriftResult]] = [[] for _ in spans]
     for batch in batches:
-        assert batch.latents is not None
+        assert batch.latents is not None and batch.text is not None and batch.pooled is not None
+        assert batch.empty_text is not None and batch.empty_pooled is not None
         z1 = normal(batch.seed, "drift", batch.position, 0, batch.latent_shape).to(batch.latents)
-        cond, uncond = branches(velocity, batch)
+        cond, uncond = branches(velocity, batch.text, batch.pooled, batch.empty_text, batch.empty_pooled)
         for part, (sigma_a, sigma_b) in zip(parts, spans, strict=True):
-            part.append(drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale))
-    none = torch.zeros(0, dtype=torch.float64)  # a data-parallel rank may have no held-out batch
+            found = drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale)
+            part.append(
+                DriftResult(error=found.error[batch.valid].cpu(), on_ray=found.on_ray[batch.valid].cpu())
+            )
     return [
-        DriftResult(
-            error=torch.cat([p.error.cpu() for p in part] or [none]),
-            on_ray=torch.cat([p.on_ray.cpu() for p in part] or [none]),
-        )
+        DriftResult(error=torch.cat([p.error for p in part]), on_ray=torch.cat([p.on_ray for p in part]))
         for part in parts
     ]
 
 
-def branches(velocity: ModelVelocity, batch: Batch) -> tuple[Velocity, Velocity]:
-    """The conditional and the unconditional velocity of a batch, as functions of latents and sigma."""
-    assert batch.text is not None and batch.pooled is not None
-    assert batch.empty_text is not None and batch.empty_pooled is not None
-    text, pooled = batch.text, batch.pooled
-    empty_text = batch.empty_text.expand_as(text)
-    empty_pooled = batch.empty_pooled.expand_as(pooled)
+def branches(
+    velocity: ModelVelocity,
+    text: Tensor,  # [B, S, D]
+    pooled: Tensor,  # [B, P]
+    empty_text: Tensor,  # [S, D] or [1, S, D], of the empty prompt
+    empty_pooled: Tensor,  # [P] or [1, P]
+) -> tuple[Velocity, Velocity]:
+    """The conditional and the unconditional velocity at prompts, as functions of latents and sigma."""
+    empty_text, empty_pooled = empty_text.expand_as(text), empty_pooled.expand_as(pooled)
 
     def cond(latents: Tensor, sigma: Tensor) -> Tensor:
         return velocity(latents, sigma, text, pooled)

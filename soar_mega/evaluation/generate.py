@@ -1,6 +1,5 @@
-"""Images from a pipeline folder: its transformer in our implementation, our sampler, its encoders and decoder."""
+"""Images from a pipeline folder: its transformer in our implementation, our sampler, its decoder."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +7,11 @@ import torch
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
-from soar_mega.data.encoders import Encoders
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
+from soar_mega.data.prompts import EncodedPrompts
+from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
+from soar_mega.evaluation.drift import branches
 from soar_mega.flow import Schedule, guided, normal, sample
 
 
@@ -17,26 +19,21 @@ from soar_mega.flow import Schedule, guided, normal, sample
 class Generator:
     """A pipeline that is ready to draw. Make it by `Generator.load`."""
 
+    facts: EncoderFacts
     transformer: torch.nn.Module
-    encoders: Encoders
+    decoder: Decoder
     schedule: Schedule
 
     @staticmethod
-    def load(
-        pipeline: str | Path, dtype: str = "fp32", max_sequence_length: int | None = None
-    ) -> "Generator":
-        """From a diffusers SD3 pipeline folder, on this process's device.
+    def load(pipeline: str | Path, dtype: str = "fp32") -> "Generator":
+        """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
 
-        Args:
-            dtype: fp32 or bf16, of the transformer and the text encoders.
-            max_sequence_length: T5 tokens of a prompt; None takes what the T5 tokenizer allows, at most 256. It should
-                be the length that the model was trained with.
+        Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        transformer = load_diffusers(pipeline, dtype).to(device()).eval()
-        torch_dtype = next(transformer.parameters()).dtype
         return Generator(
-            transformer=transformer,
-            encoders=Encoders.from_pipeline(pipeline, device(), torch_dtype, max_sequence_length),
+            facts=encoder_facts(Path(pipeline)),
+            transformer=load_diffusers(pipeline, dtype).to(device()).eval(),
+            decoder=Decoder.load(Path(pipeline)),
             schedule=Schedule(scheduler_shift(pipeline)),
         )
 
@@ -54,7 +51,7 @@ class Generator:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
-        facts = self.encoders.facts
+        facts = self.facts
         multiple, largest = facts.size_multiple, facts.largest_side
         if width % multiple or height % multiple or min(width, height) < 1 or max(width, height) > largest:
             raise ValueError(
@@ -64,52 +61,36 @@ class Generator:
 
     def images(
         self,
-        prompts: Sequence[str],
+        prompts: EncodedPrompts,
         *,
         steps: int,
         guidance_scale: float,
+        num_images_per_prompt: int = 1,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         solver: str = "euler",
         batch_size: int = 32,
     ) -> Tensor:
-        """One image per prompt -> [N, 3, height, width] in [0, 1], on the CPU.
+        """Images of each prompt in turn -> [N, 3, height, width] in [0, 1], on the CPU.
 
         Args:
             seed: image i starts from the noise of (seed, "sample", i), whatever the batch size.
             size: (width, height) in pixels; None draws the transformer's own sample size.
         """
-        default = self.encoders.facts.default_resolution
+        default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
-        batches = self._batches(prompts, shape, steps, guidance_scale, seed, solver, batch_size)
-        return torch.cat([self.encoders.decode(latents).float().cpu() for latents in batches])
-
-    def _batches(
-        self,
-        prompts: Sequence[str],
-        shape: tuple[int, int, int],
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-        solver: str,
-        batch_size: int,
-    ) -> Iterator[Tensor]:
-        """Latents [B, C, H, W] of a batch of prompts after another."""
         sigmas = self.schedule.inference_sigmas(steps)
-        empty_text, empty_pooled = self.encoders.encode_prompts([""])  # [1, S, D], [1, P]
-        for start in range(0, len(prompts), batch_size):
-            texts = list(prompts[start : start + batch_size])
-            text, pooled = self.encoders.encode_prompts(texts)  # [B, S, D], [B, P]
-            position = torch.arange(start, start + len(texts))
+        empty_text, empty_pooled = prompts.empty_text.to(device()), prompts.empty_pooled.to(device())
+        images = []
+        for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
+            row = position // num_images_per_prompt
+            text, pooled = prompts.text[row].to(device()), prompts.pooled[row].to(device())
+            cond, uncond = branches(self.velocity, text, pooled, empty_text, empty_pooled)
             noise = normal(seed, "sample", position, 0, shape).to(device())
-
-            def cond(z: Tensor, s: Tensor, text: Tensor = text, pooled: Tensor = pooled) -> Tensor:
-                return self.velocity(z, s, text, pooled)
-
-            def uncond(z: Tensor, s: Tensor) -> Tensor:
-                return self.velocity(z, s, empty_text.expand(len(z), -1, -1), empty_pooled.expand(len(z), -1))
-
-            yield sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver)
+            images.append(
+                self.decoder.decode(sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver))
+            )
+        return torch.cat(images)
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.data.batch import on_device
 from soar_mega.data.canvases import CANVAS
+from soar_mega.data.encoder_facts import encoder_facts
+from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.data.shards import ShardSet, open_shards
 from soar_mega.evaluation.benchmark import Result, benchmark_prompts, real_canvases, score
 from soar_mega.evaluation.drift import held_out_drift
 from soar_mega.evaluation.energy import energy_to_real
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.verifier import Verifier
+from soar_mega.models.mmdit import DTYPES
 
 DRIFT_BATCH = 32  # samples whose velocities are predicted together
 
@@ -46,18 +50,23 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
     shards = (
         open_shards(plan.held_out) if plan.held_out else None
     )  # first: a wrong path is found before minutes pass
-    generator = Generator.load(folder, plan.dtype)
-    resolution = generator.encoders.facts.default_resolution
+    resolution = encoder_facts(Path(folder)).default_resolution
     draws_canvases = resolution == CANVAS
     if not draws_canvases and shards is None:
         raise ValueError(
             f"{folder} draws {resolution} pixels and the benchmark reads {CANVAS}: "
             "name held-out shards (--held-out) to measure drift"
         )
-    measured: dict[str, Any] = {"folder": str(folder)}
+    prompts = None
     if draws_canvases:
+        # text encoders are there for images alone, and gone before the transformer comes
+        texts = [prompt.text for prompt in benchmark_prompts(plan.prompts_per_category)]
+        prompts = encode_prompts(folder, texts, DTYPES[plan.dtype])
+    generator = Generator.load(folder, plan.dtype)
+    measured: dict[str, Any] = {"folder": str(folder)}
+    if prompts is not None:
         measured["guidance"] = {
-            f"{scale:g}": _images(generator, plan, scale) for scale in plan.guidance_scales
+            f"{scale:g}": _images(generator, prompts, plan, scale) for scale in plan.guidance_scales
         }
     if shards is not None:
         measured["drift"] = _drift(generator, shards, plan)
@@ -78,10 +87,11 @@ def result_to_json(result: Result) -> dict[str, Any]:
     return {name: dataclasses.asdict(value) for name, value in named.items()}
 
 
-def _images(generator: Generator, plan: Plan, guidance_scale: float) -> dict[str, Any]:
-    prompts = benchmark_prompts(plan.prompts_per_category)
+def _images(
+    generator: Generator, prompts: EncodedPrompts, plan: Plan, guidance_scale: float
+) -> dict[str, Any]:
     images = generator.images(
-        [prompt.text for prompt in prompts],
+        prompts,
         steps=plan.steps,
         guidance_scale=guidance_scale,
         seed=plan.seed,
@@ -89,7 +99,7 @@ def _images(generator: Generator, plan: Plan, guidance_scale: float) -> dict[str
     )
     energy = energy_to_real(images, per_category=plan.prompts_per_category)
     return {
-        "benchmark": result_to_json(score(images, prompts)),
+        "benchmark": result_to_json(score(images, benchmark_prompts(plan.prompts_per_category))),
         "energy_distance": {"value": energy.value, "standard_error": energy.standard_error},
     }
 
@@ -99,7 +109,7 @@ def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]
     scale = max(plan.guidance_scales)
     results = held_out_drift(
         generator.velocity,
-        [shards.batch(group, plan.seed) for group in groups],
+        (on_device(shards.batch(group, plan.seed)) for group in groups),
         plan.drift_spans,
         plan.drift_steps,
         scale,

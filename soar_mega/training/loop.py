@@ -22,8 +22,9 @@ from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.progress import progress_bar
 from soar_mega.training.run_folder import RunFolder, write_durably
+from soar_mega.training.samples import encode_sample_prompts
 from soar_mega.training.signals import StopRequest
-from soar_mega.training.steps import Steps
+from soar_mega.training.steps import Steps, make_loader
 from soar_mega.training.stragglers import Stragglers
 from soar_mega.training.tensorboard import Events, peak_memory_gib
 from soar_mega.training.watchdog import Watchdog, reports_folder
@@ -111,7 +112,9 @@ class Trainer(Steps):
     """The steps of a run, and what is kept of them. Everything is collective over the world."""
 
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
-        super().__init__(recipe, run)
+        loader = make_loader(recipe)
+        prompts = encode_sample_prompts(recipe, loader.info)  # before the engine takes the device's memory
+        super().__init__(recipe, run, loader)
         self.run = run
         self.saved = self.progress.iteration  # of the newest checkpoint
         self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
@@ -119,7 +122,7 @@ class Trainer(Steps):
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
         self.events = Events(on_disk, self.progress.iteration)
         schedule, info = self.stage.schedule, self.loader.info
-        self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, self.events)
+        self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
         self.interval = Interval()
         self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor)
         self.stragglers = Stragglers(recipe.logging.straggler_factor)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.shards import open_shards
 from soar_mega.engines import Engine
 from soar_mega.flow import Schedule
@@ -19,6 +20,9 @@ class Measurements:
     """Validation loss, drift and sample grids of a run, by the EMA weights where they are kept: those are what is used.
 
     Collective over the world.
+
+    Args:
+        prompts: of sample grids; None: none are drawn.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class Measurements:
         engine: Engine,
         schedule: Schedule,
         info: DatasetInfo,
+        prompts: EncodedPrompts | None,
         events: Events,
     ) -> None:
         self._settings = recipe.logging
@@ -40,8 +45,8 @@ class Measurements:
             shards = open_shards(recipe.data.validation_path, recipe.model.pipeline)
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
         self._grid: SampleGrid | None = None
-        if self._settings.sample_interval:
-            self._grid = SampleGrid(recipe.model.pipeline, self._settings, info, schedule, weights)
+        if prompts is not None:
+            self._grid = SampleGrid(recipe.model.pipeline, prompts, self._settings, info, schedule, weights)
 
     def take(self, iteration: int) -> None:
         """Takes what is due after `iteration` steps."""

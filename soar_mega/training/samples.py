@@ -8,75 +8,86 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from soar_mega.config import LoggingConfig
+from soar_mega.config import LoggingConfig, Recipe
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines import Engine
-from soar_mega.evaluation.drift import Velocity
+from soar_mega.evaluation.drift import branches
 from soar_mega.flow import Schedule, guided, normal, sample
 from soar_mega.training.agreement import on_rank_zero
 
 if TYPE_CHECKING:
-    from soar_mega.data.encoders import Encoders
+    from soar_mega.data.vae import Decoder
 
 SEED = 0  # not the run's: grids of all runs start from the same noise
 SMALLEST_SHOWN = 96  # pixels: smaller images are enlarged
 
 
-class SampleGrid:
-    """Prompts encoded once, and images made of them by the weights of the moment.
+def encode_sample_prompts(recipe: Recipe, info: DatasetInfo) -> EncodedPrompts | None:
+    """The prompts of a run's sample grids, encoded by rank 0; None where it draws none. Collective over the world.
 
-    Rank 0 encodes and decodes; every rank takes part in sampling, all replicas with the same numbers. The images
-    have the size of the data set's largest bucket.
+    No encoder is left on return, so this should come before the engine takes the device's memory.
 
     Args:
-        info: of the data set: sizes of latents and text.
+        info: of the data set: length and type of its text.
+    """
+    if not recipe.logging.sample_interval:
+        return None
+    dtype, length = info.torch_text_dtype(), info.max_sequence_length
+    return on_rank_zero(
+        lambda: encode_prompts(recipe.model.pipeline, recipe.logging.sample_prompts, dtype, length)
+    )
+
+
+class SampleGrid:
+    """Images that the weights of the moment make of prompts.
+
+    Every rank takes part in sampling, all replicas with the same numbers; rank 0 decodes. The images have the size of
+    the data set's largest bucket.
+
+    Args:
+        info: of the data set: sizes of latents.
         weights: which of the engine's weights are shown.
     """
 
     def __init__(
-        self, pipeline: str, settings: LoggingConfig, info: DatasetInfo, schedule: Schedule, weights: str
+        self,
+        pipeline: str,
+        prompts: EncodedPrompts,
+        settings: LoggingConfig,
+        info: DatasetInfo,
+        schedule: Schedule,
+        weights: str,
     ) -> None:
-        self._settings = settings
+        self._prompts = prompts
+        self._guidance_scale = settings.sample_guidance_scale
         self._sigmas = schedule.inference_sigmas(settings.sample_steps)
         self._latent_shape = info.latent_shape(max(info.buckets, key=lambda bucket: info.buckets[bucket]))
         self._weights = weights
-        self._encoders: Encoders | None = None
-        self._text, self._pooled = on_rank_zero(lambda: self._encode(pipeline, info))
+        self._decoder: Decoder | None = None
+        on_rank_zero(lambda: self._load_decoder(pipeline))
 
-    def _encode(self, pipeline: str, info: DatasetInfo) -> tuple[Tensor, Tensor]:
-        from soar_mega.data.encoders import (
-            Encoders,
-        )  # brings diffusers and transformers, which most runs do not need
+    def _load_decoder(self, pipeline: str) -> None:
+        from soar_mega.data.vae import Decoder  # brings diffusers, which most runs do not need
 
-        self._encoders = Encoders.from_pipeline(
-            pipeline, device(), info.torch_text_dtype(), info.max_sequence_length
-        )
-        text, pooled = self._encoders.encode_prompts([*self._settings.sample_prompts, ""])
-        self._encoders.text_encoders.clear()  # only the decoder is needed from here on
-        return text.cpu(), pooled.cpu()
+        self._decoder = Decoder.load(Path(pipeline))
 
     @torch.no_grad()
     def draw(self, engine: Engine) -> Tensor | None:
         """The grid of all prompts [3, H, W] in [0, 1] on rank 0, None elsewhere. Collective over the world."""
-        count = len(self._text) - 1
-        start = normal(SEED, "sample", torch.arange(count), 0, self._latent_shape, device())
-        cond = self._velocity(engine, self._text[:-1], self._pooled[:-1])
-        uncond = self._velocity(
-            engine, self._text[-1:].expand(count, -1, -1), self._pooled[-1:].expand(count, -1)
-        )
+        prompts = self._prompts
+        start = normal(SEED, "sample", torch.arange(len(prompts)), 0, self._latent_shape, device())
+        conditions = (prompts.text, prompts.pooled, prompts.empty_text, prompts.empty_pooled)
+        cond, uncond = branches(engine.velocity, *(tensor.to(device()) for tensor in conditions))
         with engine.using(self._weights):
-            latents = sample(guided(cond, uncond, self._settings.sample_guidance_scale), start, self._sigmas)
+            latents = sample(guided(cond, uncond, self._guidance_scale), start, self._sigmas)
         if not is_rank_zero():
             return None
-        assert self._encoders is not None
-        images = self._encoders.decode(latents).cpu()
+        assert self._decoder is not None
+        images = self._decoder.decode(latents)
         enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
         return grid(images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1))
-
-    def _velocity(self, engine: Engine, text: Tensor, pooled: Tensor) -> Velocity:
-        text, pooled = text.to(device()), pooled.to(device())
-        return lambda latents, sigma: engine.velocity(latents, sigma, text, pooled)
 
 
 def grid(images: Tensor, gap: int = 2) -> Tensor:

@@ -13,22 +13,27 @@ from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.schedule import learning_rate
 
 
+def make_loader(recipe: Recipe) -> Loader:
+    """The samples of a run, from its first on."""
+    model, train = recipe.model, recipe.train
+    sizes = model_sizes(model)
+    return Loader(recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes)
+
+
 class Steps:
     """A run at some iteration, and how it goes on. Everything is collective over the world.
 
     Args:
         run: resumed from when it holds a checkpoint.
+        loader: as `make_loader` made it.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, loader: Loader) -> None:
         self.recipe = recipe
-        model, train = recipe.model, recipe.train
-        sizes = model_sizes(model)
+        sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
-        self.loader = Loader(
-            recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes
-        )
-        shift = scheduler_shift(model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
+        self.loader = loader
+        shift = scheduler_shift(recipe.model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()

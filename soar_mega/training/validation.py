@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.config import LoggingConfig
-from soar_mega.data.batch import Batch
+from soar_mega.data.batch import Batch, on_device
 from soar_mega.data.shards import ShardSet
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import ModelVelocity, held_out_drift
@@ -39,8 +38,9 @@ class HeldOut:
         totals = torch.zeros(QUARTILES + 1, dtype=torch.float64)
         with engine.using(self._weights):
             for batch in self._my_batches(samples):
-                totals[:-1] += quartile_losses(engine.velocity, batch, self._schedule).sum(dim=0).cpu()
-                totals[-1] += len(batch)
+                losses = quartile_losses(engine.velocity, batch, self._schedule)[batch.valid]
+                totals[:-1] += losses.sum(dim=0).cpu()
+                totals[-1] += len(losses)
         means = _shares(totals)
         named = {f"validation/loss_q{q + 1}": value for q, value in enumerate(means)}
         return {"validation/loss": sum(means) / QUARTILES, **named}
@@ -60,10 +60,18 @@ class HeldOut:
         return values
 
     def _my_batches(self, samples: int) -> Iterator[Batch]:
-        """This data-parallel rank's share of the first `samples` held-out samples."""
+        """This data-parallel rank's share of the first `samples` held-out samples, in as many batches as the others'.
+
+        Forwards may be collective over the replicas. A rank that is left without a group of its own in the last round
+        repeats the last group, with no valid sample.
+        """
         groups = self._shards.one_bucket_groups(samples, self._batch_size)
-        for group in groups[distributed.data_rank() :: distributed.data_size()]:
-            yield on_device(self._shards.batch(group, SEED))
+        for first in range(0, len(groups), distributed.data_size()):
+            mine = first + distributed.data_rank()
+            batch = self._shards.batch(groups[min(mine, len(groups) - 1)], SEED)
+            if mine >= len(groups):
+                batch = dataclasses.replace(batch, valid=torch.zeros_like(batch.valid))
+            yield on_device(batch)
 
 
 def quartile_losses(velocity: ModelVelocity, batch: Batch, schedule: Schedule) -> Tensor:
@@ -83,16 +91,6 @@ def quartile_losses(velocity: ModelVelocity, batch: Batch, schedule: Schedule) -
         error = velocity(state, sigma, batch.text, batch.pooled) - (z1 - batch.latents)
         losses.append(error.double().square().flatten(1).mean(dim=1))
     return torch.stack(losses, dim=1)
-
-
-def on_device(batch: Batch) -> Batch:
-    """The batch with its tensors on this process's device."""
-    moved: dict[str, Any] = {
-        f.name: value.to(distributed.device())
-        for f in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor)
-    }
-    return dataclasses.replace(batch, **moved)
 
 
 def _shares(totals: Tensor) -> list[float]:

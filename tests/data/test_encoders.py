@@ -1,5 +1,6 @@
 """The encoders give what diffusers' own pipeline gives, bit by bit."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -7,13 +8,22 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusion3Pipeline
 
 from soar_mega.data.encoder_facts import encoder_facts, fingerprints
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.prompts import BATCH, encode_prompts
+from soar_mega.data.text_encoder import TextEncoder
+from soar_mega.data.vae import Decoder
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
-PROMPTS = ["a red 3 left of a green 7", "", "two 4", "words that were never seen, and many more of them than ten"]
+PROMPTS = [
+    "a red 3 left of a green 7",
+    "",
+    "two 4",
+    "words that were never seen, and many more of them than ten",
+]
 
 
 def without_t5(folder: Path) -> Path:
@@ -48,6 +58,7 @@ def test_a_missing_t5_gives_zeros_as_in_diffusers(tmp_path):
     expected_text, expected_pooled = diffusers_prompts(folder, 6, text_encoder_3=None, tokenizer_3=None)
     assert torch.equal(text, expected_text) and torch.equal(pooled, expected_pooled)
     assert text[:, 10:].eq(0).all()
+    assert torch.equal(encode_prompts(folder, PROMPTS, max_sequence_length=6).text, text)
     assert encoder_facts(folder).text_shape == (10 + 256, 64)
 
 
@@ -56,9 +67,33 @@ def test_the_default_length_is_what_the_t5_tokenizer_allows():
     assert facts.max_sequence_length == 10 and facts.text_shape == (20, 64)
 
 
+def test_prompts_that_are_encoded_once_are_the_same_and_leave_no_encoder(monkeypatch):
+    alive = []
+    load = TextEncoder.load
+
+    def loaded(*arguments):
+        alive.append(living_text_encoders())
+        return load(*arguments)
+
+    prompts = [f"{i} times" for i in range(BATCH + 2)]
+    text, pooled = Encoders.from_pipeline(BASE, dtype=torch.bfloat16).encode_prompts([*prompts, ""])
+    gc.collect()
+    before = living_text_encoders()
+    monkeypatch.setattr(TextEncoder, "load", loaded)
+    once = encode_prompts(BASE, prompts, torch.bfloat16)
+    assert alive == [before] * 3 and living_text_encoders() == before
+    torch.testing.assert_close(torch.cat([once.text, once.empty_text]), text)
+    torch.testing.assert_close(torch.cat([once.pooled, once.empty_pooled]), pooled)
+
+
+def living_text_encoders() -> int:
+    return sum(issubclass(type(thing), transformers.PreTrainedModel) for thing in gc.get_objects())
+
+
 def test_images_are_encoded_and_decoded_with_shift_and_scale():
-    encoders = Encoders.from_pipeline(BASE, text=False)
-    vae, config = encoders.vae, encoders.vae.config
+    encoders, decoder = Encoders.from_pipeline(BASE, text=False), Decoder.load(BASE)
+    vae = diffusers.AutoencoderKL.from_pretrained(BASE / "vae")
+    config = vae.config
     images = torch.rand(2, 3, 16, 12) * 2 - 1
     mean, std = encoders.encode_images(images)
     with torch.no_grad():
@@ -67,7 +102,7 @@ def test_images_are_encoded_and_decoded_with_shift_and_scale():
     assert config.shift_factor and config.scaling_factor != 1, "the test needs factors that matter"
     torch.testing.assert_close(mean / config.scaling_factor + config.shift_factor, posterior.mean)
     torch.testing.assert_close(std / config.scaling_factor, posterior.std)
-    torch.testing.assert_close(encoders.decode(mean), (decoded * 0.5 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(decoder.decode(mean), (decoded * 0.5 + 0.5).clamp(0, 1))
     assert mean.shape == (2, 4, 8, 6)
 
 
@@ -82,7 +117,12 @@ def test_a_fingerprint_changes_with_weights_and_config_and_only_then(tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(BASE, folder)
     before = fingerprints(folder)
-    assert before == fingerprints(BASE) and set(before) == {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    assert before == fingerprints(BASE) and set(before) == {
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    }
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

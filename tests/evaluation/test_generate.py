@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.evaluation.generate import Generator, image_grid, save_image
 from soar_mega.flow import normal
 
@@ -20,8 +21,15 @@ def generator() -> Generator:
     return Generator.load(BASE)
 
 
+@pytest.fixture(scope="module")
+def prompts() -> EncodedPrompts:
+    return encode_prompts(BASE, PROMPTS)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_images_are_those_of_diffusers(generator: Generator, guidance_scale: float) -> None:
+def test_images_are_those_of_diffusers(
+    generator: Generator, prompts: EncodedPrompts, guidance_scale: float
+) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -34,28 +42,39 @@ def test_images_are_those_of_diffusers(generator: Generator, guidance_scale: flo
         latents=normal(7, "sample", torch.arange(len(PROMPTS)), 0, (4, 8, 8)),
         output_type="pt",
     ).images
-    ours = generator.images(PROMPTS, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2)
+    ours = generator.images(prompts, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2)
     assert ours.shape == (len(PROMPTS), 3, 16, 16)
     assert ours.std() > 0.01  # not all one colour, which anything would agree on
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_an_image_depends_on_its_place_and_seed_alone(generator: Generator) -> None:
+def test_an_image_depends_on_its_place_and_seed_alone(generator: Generator, prompts: EncodedPrompts) -> None:
     def draw(seed: int, batch_size: int) -> torch.Tensor:
-        return generator.images(PROMPTS, steps=2, guidance_scale=1.0, seed=seed, batch_size=batch_size)
+        return generator.images(prompts, steps=2, guidance_scale=1.0, seed=seed, batch_size=batch_size)
 
     torch.testing.assert_close(draw(0, 1), draw(0, 3), atol=1e-5, rtol=0)
     assert (draw(0, 3) - draw(1, 3)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("size", [(18, 16), (16, 0), (16, 1024), (-16, 16)])
-def test_a_size_that_cannot_be_drawn_is_refused(generator: Generator, size: tuple[int, int]) -> None:
+def test_a_size_that_cannot_be_drawn_is_refused(
+    generator: Generator, prompts: EncodedPrompts, size: tuple[int, int]
+) -> None:
     with pytest.raises(ValueError, match=f"multiples of 4 up to 32 pixels, not {size[0]}x{size[1]}"):
-        generator.images(PROMPTS, steps=1, guidance_scale=1.0, size=size)
+        generator.images(prompts, steps=1, guidance_scale=1.0, size=size)
 
 
-def test_a_wide_image_is_wide(generator: Generator) -> None:
-    assert generator.images(["a red 3"], steps=1, guidance_scale=1.0, size=(32, 16)).shape == (1, 3, 16, 32)
+def test_a_prompt_has_its_images_side_by_side(generator: Generator, prompts: EncodedPrompts) -> None:
+    twice = generator.images(prompts, steps=2, guidance_scale=3.0, num_images_per_prompt=2, batch_size=3)
+    doubled = encode_prompts(BASE, [prompt for prompt in PROMPTS for _ in range(2)])
+    torch.testing.assert_close(
+        twice, generator.images(doubled, steps=2, guidance_scale=3.0), atol=1e-5, rtol=0
+    )
+    assert (twice[0] - twice[1]).abs().max() > 0.05
+
+
+def test_a_wide_image_is_wide(generator: Generator, prompts: EncodedPrompts) -> None:
+    assert generator.images(prompts, steps=1, guidance_scale=1.0, size=(32, 16)).shape == (3, 3, 16, 32)
 
 
 def test_grid_and_file_keep_every_pixel(tmp_path: Path) -> None:

@@ -19,17 +19,22 @@ from soar_mega.training.loop import train
 ROOT = Path(__file__).parents[2]
 
 
-def make_shards(folder: Path, samples: int, seed: int, louder: dict[int, float] | None = None) -> Path:
+def make_shards(
+    folder: Path, samples: int, seed: int, louder: dict[int, float] | None = None, square: int | None = None
+) -> Path:
     """Shards of keyed noise with the shapes of the tiny pipeline: the same numbers with every version of a library.
 
     Args:
         louder: factors on the latents of some samples.
+        square: how many there are before wide ones follow; None: all are square.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
+    square = samples if square is None else square
+    sizes = {"16x16": square, "32x16": samples - square}
     info = DatasetInfo(
-        buckets={"16x16": samples},
+        buckets={bucket: count for bucket, count in sizes.items() if count},
         latent_channels=4,
         vae_scale_factor=2,
         text_shape=(20, 64),
@@ -39,16 +44,19 @@ def make_shards(folder: Path, samples: int, seed: int, louder: dict[int, float] 
         encoders={},
     )
     position = torch.arange(samples + 1)
-    latents = normal(seed, "latents", position, 0, (4, 8, 8))
+    latents = {
+        bucket: normal(seed, "latents", position, 0, info.latent_shape(bucket)) for bucket in info.buckets
+    }
     text, pooled = normal(seed, "text", position, 0, (20, 64)), normal(seed, "pooled", position, 0, (64,))
     writer = ShardWriter(folder, 0)
     for i in range(samples):
+        bucket = "16x16" if i < square else "32x16"
         sample = EncodedSample(
             name=f"made-up {i}",
             caption=f"number {i}",
-            bucket="16x16",
-            latent_mean=latents[i] * (louder or {}).get(i, 1.0),
-            latent_std=torch.full((4, 8, 8), 0.1),
+            bucket=bucket,
+            latent_mean=latents[bucket][i] * (louder or {}).get(i, 1.0),
+            latent_std=torch.full(info.latent_shape(bucket), 0.1),
             text=text[i],
             pooled=pooled[i],
         )

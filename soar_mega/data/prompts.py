@@ -1,0 +1,73 @@
+"""Prompts that are encoded once, before what draws them takes the memory."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
+from soar_mega.distributed import device
+
+BATCH = 32  # prompts that are encoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompts:
+    """What the text encoders made of prompts and of the empty prompt, on the CPU."""
+
+    text: Tensor  # [N, S, D]
+    pooled: Tensor  # [N, P]
+    empty_text: Tensor  # [1, S, D]
+    empty_pooled: Tensor  # [1, P]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+def encode_prompts(
+    pipeline: str | Path,
+    prompts: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int | None = None,
+) -> EncodedPrompts:
+    """Encode prompts with one text encoder of a pipeline folder after another, on this process's device.
+
+    The device never holds more than one of them, and none on return.
+
+    Args:
+        dtype: of the text encoders and of the embeddings they make.
+        max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
+
+    Raises:
+        ValueError: a part of the folder is missing or damaged; OSError: its weights cannot be read.
+    """
+    from soar_mega.data.text_encoder import joined, parts  # brings transformers, which most runs do not need
+
+    folder = Path(pipeline)
+    facts = encoder_facts(folder, max_sequence_length)
+    every = [*prompts, ""]
+    outputs = [_encoded_by(part, folder, facts, dtype, every) for part in parts(folder)]
+    text, pooled = (tensor.to(dtype) for tensor in joined(outputs, facts))
+    return EncodedPrompts(text=text[:-1], pooled=pooled[:-1], empty_text=text[-1:], empty_pooled=pooled[-1:])
+
+
+def _encoded_by(
+    part: str, folder: Path, facts: EncoderFacts, dtype: torch.dtype, prompts: list[str]
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens and pooled of all prompts by one text encoder, of which nothing is left on the device afterwards."""
+    from soar_mega.data.text_encoder import TextEncoder
+
+    encoder = TextEncoder.load(folder, part, facts, device(), dtype)
+    tokens, pooled = [], []
+    for start in range(0, len(prompts), BATCH):
+        of_tokens, of_prompts = encoder.encode(prompts[start : start + BATCH])
+        tokens.append(of_tokens.cpu())
+        pooled += [] if of_prompts is None else [of_prompts.cpu()]
+    del encoder, of_tokens, of_prompts
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return torch.cat(tokens), torch.cat(pooled) if pooled else None

@@ -1,0 +1,71 @@
+"""The halves of a pipeline's VAE, each without the other, in float32: images to latents, latents to images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from soar_mega.distributed import device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoder:
+    """Images to latents, on the device where it lies."""
+
+    vae: Any  # AutoencoderKL without its decoder
+
+    @staticmethod
+    def load(folder: Path, device: torch.device) -> "ImageEncoder":
+        """From a pipeline folder. OSError: its weights cannot be read."""
+        vae = _load(folder)
+        vae.decoder = None
+        return ImageEncoder(vae=vae.to(device))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of their latents [B, C, h, w] float32.
+
+        Both are scaled as the transformer expects: (z - shift_factor) scaling_factor.
+        """
+        posterior = self.vae.encode(images.to(self.vae.device, torch.float32)).latent_dist
+        shift, scale = _shift_and_scale(self.vae)
+        return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Latents to images. It computes on this process's device and lies on the CPU meanwhile."""
+
+    vae: Any  # AutoencoderKL without its encoder
+
+    @staticmethod
+    def load(folder: Path) -> "Decoder":
+        """From a pipeline folder. OSError: its weights cannot be read."""
+        vae = _load(folder)
+        vae.encoder = None
+        return Decoder(vae=vae)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the transformer makes them -> images [B, 3, H, W] in [0, 1] on the CPU.
+
+        One after the other: the activations of a megapixel take gigabytes.
+        """
+        shift, scale = _shift_and_scale(self.vae)
+        self.vae.to(device())
+        scaled = latents.to(device(), torch.float32) / scale + shift
+        images = torch.cat([self.vae.decode(one).sample.cpu() for one in scaled.split(1)])
+        self.vae.to("cpu")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _load(folder: Path) -> Any:
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+def _shift_and_scale(vae: Any) -> tuple[float, float]:
+    return vae.config.get("shift_factor") or 0.0, vae.config["scaling_factor"]

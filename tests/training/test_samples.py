@@ -1,0 +1,74 @@
+"""Sample grids: what they show, and what rank 0 holds for them."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from multirank import run_ranks
+from tiny_runs import ROOT, make_shards, tiny_recipe
+from torch import Tensor
+
+from soar_mega.config import Recipe
+from soar_mega.data.prompts import encode_prompts
+from soar_mega.distributed import start_world
+from soar_mega.training import samples, steps
+from soar_mega.training.loop import Trainer
+from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.samples import grid
+
+PROMPTS = ["a red 3", "a blue 7", "two 4"]
+FROZEN = ("AutoencoderKL", "CLIPTextModelWithProjection", "T5EncoderModel")
+
+
+def living() -> list[Any]:
+    """The pipeline's frozen models in this process; a rank that has none need not import their classes."""
+    return [thing for thing in gc.get_objects() if type(thing).__name__ in FROZEN]
+
+
+def draw(recipe: Recipe) -> tuple[list[str], list[str], Tensor | None]:
+    """In which order a run starts, which halves of a VAE there are afterwards, and the first grid."""
+    events: list[str] = []
+    encode_prompts, make_engine = samples.encode_prompts, steps.make_engine
+
+    def encode_noted(*arguments: Any) -> Any:
+        events.append("prompts")
+        return encode_prompts(*arguments)
+
+    def make_noted(*arguments: Any) -> Any:
+        events.append(f"engine beside {len(living())}")
+        return make_engine(*arguments)
+
+    samples.encode_prompts, steps.make_engine = encode_noted, make_noted
+    start_world(recipe.parallel)
+    trainer = Trainer(recipe, RunFolder(recipe.checkpoint.save))
+    halves = [name for each in living() for name in ("encoder", "decoder") if getattr(each, name, None)]
+    image = trainer.measurements._grid.draw(trainer.engine)  # type: ignore[union-attr]
+    trainer.close()
+    return events, halves, image
+
+
+def test_a_grid_shows_the_prompts_and_no_encoder_stays(tmp_path: Path) -> None:
+    """Under ZeRO 3 each forward waits for the other replica; encoders are gone before the engine comes."""
+    recipe = tiny_recipe(
+        make_shards(tmp_path / "shards", 4, seed=1),
+        tmp_path / "run",
+        train__global_batch_size=4,
+        train__micro_batch_size=1,
+        parallel__engine="deepspeed",
+        parallel__zero_stage=3,
+        logging__sample_interval=1,
+        logging__sample_prompts=f"[{', '.join(PROMPTS)}]",
+        logging__sample_steps=2,
+    )
+    (*first, image), second = run_ranks(draw, 2, recipe)
+    assert first == [["prompts", "engine beside 0"], ["decoder"]]
+    assert second == (["engine beside 0"], [], None)
+    from soar_mega.evaluation.generate import Generator  # imports what the second rank does without
+
+    base = ROOT / "recipes/tiny/base"
+    images = Generator.load(base).images(
+        encode_prompts(base, PROMPTS), steps=2, guidance_scale=recipe.logging.sample_guidance_scale
+    )
+    enlarged = images.repeat_interleave(6, dim=-2).repeat_interleave(6, dim=-1)
+    torch.testing.assert_close(image, grid(enlarged), atol=1e-4, rtol=0)

@@ -45,14 +45,21 @@ class MainWeights:
     Args:
         pieces: of the trained parameters that this rank has a part of.
         divided: whether the data-parallel (and context-parallel) ranks have different parts.
+        complete: has the ranks give each other the parts of the parameters that they have written, in one go.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], pieces: Mapping[str, Piece], divided: bool
+        self,
+        parameters: Mapping[str, Parameter],
+        pieces: Mapping[str, Piece],
+        divided: bool,
+        complete: Callable[[], None],
     ) -> None:
         self.parameters = parameters
         self.pieces = pieces
         self.divided = divided
+        self._complete = complete
+        self._shown: Callable[[str], Tensor] | None = None  # in place of the main copies
 
     def gather(self, part: Callable[[str], Tensor], name: str) -> Tensor:
         """The whole float32 tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
@@ -91,17 +98,33 @@ class MainWeights:
     def replaced(self, part: Callable[[str], Tensor]) -> Iterator[None]:
         """The model computes with other trained weights: `part(name)` is this rank's flat piece of each.
 
+        The optimizer must not step meanwhile. Contexts may be nested; each goes back to what was there before it.
         Collective over the data-parallel group.
         """
-        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        saved = {name: p.detach().clone() for name, p in trained.items()}
-        for name in trained:
-            self.set_value(name, self.gather(part, name))
+        outer, before = self._shown, self._shown or self._main_parts()
+        self._show(part)
         try:
             yield
         finally:
-            for name, tensor in saved.items():
-                self.set_value(name, tensor)
+            self._show(before)
+            self._shown = outer
+
+    @torch.no_grad()
+    def _show(self, part: Callable[[str], Tensor]) -> None:
+        for name in self.pieces:
+            self._held(name).copy_(part(name))
+        self._complete()
+        self._shown = part
+
+    def _held(self, name: str) -> Tensor:
+        """This rank's piece of what the model computes with, a flat view: the main copy, rounded to the model's type."""
+        return self.pieces[name].of(self.parameters[name].detach())
+
+    def _main_parts(self) -> Callable[[str], Tensor]:
+        """The main copies by name; those that are the parameters themselves are copied, to outlive them."""
+        mains = {name: piece.flat for name, piece in self.pieces.items()}
+        is_same = {name: main.data_ptr() == self._held(name).data_ptr() for name, main in mains.items()}
+        return {name: main.clone() if is_same[name] else main for name, main in mains.items()}.__getitem__
 
 
 class KeptWeights:

@@ -153,13 +153,6 @@ class DeepSpeedEngine(Engine):
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
 
-    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
-        if weights != "current":
-            return self.weights[weights].full()
-        if self._stage < 3:
-            return None
-        return {name: self._main.value(name).cpu() for name in self.parameters}
-
     def _sync(self) -> None:
         """A step returns when all parameters are complete."""
 
@@ -281,7 +274,9 @@ def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory communication at the first use, for minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also where a single process was started without torchrun
+    os.environ.setdefault(
+        "LOCAL_RANK", "0"
+    )  # it insists, also where a single process was started without torchrun
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -88,7 +88,10 @@ class MegatronEngine(Engine):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             parts = {name: state[kind].view(-1) for name, state in states.items()}
             pieces += self._saved_pieces(f"optimizer.state.{kind}", parts)
-        kept = {**distributed.state_dict(), "param_state_sharding_type": metadata["distrib_optim_sharding_type"]}
+        kept = {
+            **distributed.state_dict(),
+            "param_state_sharding_type": metadata["distrib_optim_sharding_type"],
+        }
         return kept, pieces
 
     @torch.no_grad()
@@ -101,10 +104,6 @@ class MegatronEngine(Engine):
         for name, tensors in state["weights"].items():
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
-
-    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
-        self._sync()
-        return None if weights == "current" else self.weights[weights].full()
 
     def _clear_gradients(self) -> None:
         for chunk in self._ddp:
@@ -150,9 +149,7 @@ def _finalize_gradients(*args: Any, **kwargs: Any) -> None:
         finalize_model_grads(*args, **kwargs)
 
 
-def _optimizer(
-    ddp: list[DistributedDataParallel], parameters: dict[str, Parameter], recipe: Recipe
-) -> Any:
+def _optimizer(ddp: list[DistributedDataParallel], parameters: dict[str, Parameter], recipe: Recipe) -> Any:
     settings = recipe.optimizer
     config = OptimizerConfig(
         optimizer="adam",

@@ -61,12 +61,12 @@ class MainWeights:
         self._complete = complete
         self._shown: Callable[[str], Tensor] | None = None  # in place of the main copies
 
-    def gather(self, part: Callable[[str], Tensor], name: str) -> Tensor:
-        """The whole float32 tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
+    def gather(self, part: Callable[[str], Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
 
         `part(name)` gives this rank's flat piece of it. Collective over the data-parallel group.
         """
-        whole = torch.zeros(self.shape(name), dtype=torch.float32, device=device())
+        whole = torch.zeros(self.shape(name), dtype=dtype, device=device())
         if name in self.pieces:
             self.pieces[name].of(whole).copy_(part(name))
         if self.divided:
@@ -117,7 +117,7 @@ class MainWeights:
         self._shown = part
 
     def _held(self, name: str) -> Tensor:
-        """This rank's piece of what the model computes with, a flat view: the main copy, rounded to the model's type."""
+        """This rank's piece of what the model computes with, a flat view: the main copy in the model's type."""
         return self.pieces[name].of(self.parameters[name].detach())
 
     def _main_parts(self) -> Callable[[str], Tensor]:
@@ -142,16 +142,15 @@ class KeptWeights:
             for name, kept in self.pieces.items():
                 kept.lerp_(self._main.pieces[name].flat, 1.0 - self.decay)
 
-    def whole(self, name: str) -> Tensor:
-        """This rank's float32 tensor of a parameter; a frozen one is as it is. Collective over data parallelism."""
+    def value(self, name: str) -> Tensor:
+        """A parameter as the model would compute with it, whole: in the model's type, and a frozen one as it is.
+
+        Collective over the data-parallel group.
+        """
         parameter = self._main.parameters[name]
         if not parameter.requires_grad:
-            return self._main.value(name).float()
-        return self._main.gather(self.pieces.__getitem__, name)
-
-    def full(self) -> dict[str, Tensor]:
-        """This rank's tensors by global name, as `convert` takes them. Collective over data parallelism."""
-        return {name: self.whole(name) for name in self._main.parameters}
+            return self._main.value(name)
+        return self._main.gather(self.pieces.__getitem__, name, parameter.dtype)
 
     def assign(self, name: str, whole: Tensor) -> None:
         """Set this rank's piece from a whole tensor."""

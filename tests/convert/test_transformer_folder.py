@@ -17,6 +17,7 @@ from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
 from soar_mega.models.chunks import build_chunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import build_model
+from soar_mega.models.names import named_tensors
 
 
 def equal(ours, theirs):
@@ -59,8 +60,10 @@ def save_from_layout(folder, parallel):
     load_weights(model, folder)
     held = [*model.parameters(), *model.buffers()]
     save_transformer(model, folder / "ours", max_shard_size=50_000)
-    ema = {name: torch.full_like(p, 0.5) for name, p in model.named_parameters() if "mlp" in name}
-    save_transformer(model, folder / "ema", tensors=ema)
+    ours = named_tensors(model)
+    save_transformer(
+        model, folder / "ema", lambda name: torch.full_like(ours[name], 0.5) if "mlp" in name else ours[name]
+    )
     return sum(sizes), sum(t.numel() for t in held), max(sizes)
 
 

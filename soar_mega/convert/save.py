@@ -48,17 +48,15 @@ def save_transformer(
             writer = _start_folder(model, table, Path(folder), max_shard_size)
         except OSError as error:
             failure = error
+    heads = model.sizes.num_attention_heads
     for entry in table:
         full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
-        if full is None or writer is None or failure is not None:
-            continue
-        try:
-            for key, part in zip(
-                entry.keys, parts(full, entry, model.sizes.num_attention_heads), strict=True
-            ):
-                writer.write(key, part.reshape(entry.shape))
-        except OSError as error:
-            failure = error  # the peers still send: take part until the end
+        if full is not None and writer is not None and failure is None:
+            try:
+                _write(writer, entry, full, heads)
+            except OSError as error:
+                failure = error  # the peers still send: take part until the end
+        del full  # before the next one comes
     _finish(writer, failure, folder)
 
 
@@ -69,6 +67,11 @@ def _start_folder(
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]
     return Writer(folder, plan, model.config.params_dtype, max_shard_size)
+
+
+def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
+    for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
+        writer.write(key, part.reshape(entry.shape))
 
 
 def _collect(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside the context, and keeps the most that lived at once.
 
-    What existed before, and views of it (a file that is mapped into memory too), count nothing.
+    What existed before, and views of it (a file that is mapped into memory too), count nothing; nor do meta tensors.
     """
 
     def __init__(self) -> None:
@@ -19,8 +19,8 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         known = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage._cdata not in known:
                 known.add(storage._cdata)
@@ -34,4 +34,5 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+    return [tensor.untyped_storage() for tensor in tensors]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,14 @@ def save_from_layout(folder, parallel):
     distributed.start_world(parallel)
     config = MMDiTConfig.from_diffusers(folder)
     model = build_chunks(config, ModelConfig(dtype="fp32"), parallel)
-    sizes = []
+    sizes, earlier = [], []
     read = Reader.read
 
     def counting(self, *args):
+        assert all(tensor() is None for tensor in earlier), "each is in its place before the next is read"
         tensor = read(self, *args)
         sizes.append(tensor.numel())
+        earlier.append(weakref.ref(tensor))
         return tensor
 
     Reader.read = counting

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -215,9 +216,21 @@ def transformer_bytes(pipeline: Path) -> bytes:
     return b"".join(weights[key].numpy().tobytes() for key in sorted(weights))
 
 
+def weight_bytes(pipeline: Path) -> tuple[int, int]:
+    """Of all weights of a pipeline, and of the largest one."""
+    weights = load_file(pipeline / "transformer/diffusion_pytorch_model.safetensors")
+    sizes = [tensor.nbytes for tensor in weights.values()]
+    return sum(sizes), max(sizes)
+
+
 def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
     assert main(["convert", str(road / "run"), str(tmp_path / "current")]) == 0
-    assert main(["convert", str(road / "run/iter_0000002"), str(tmp_path / "ema"), "--ema"]) == 0
+    with LiveBytes() as live:
+        assert main(["convert", str(road / "run/iter_0000002"), str(tmp_path / "ema"), "--ema"]) == 0
+    size, largest = weight_bytes(road / "run/export_ema")
+    assert (
+        live.peak < 2 * largest + 2**14 < size / 4
+    )  # one tensor, and the part of a tensor that is being read
     current, ema = transformer_bytes(tmp_path / "current"), transformer_bytes(tmp_path / "ema")
     assert current == transformer_bytes(road / "run/export")
     assert ema == transformer_bytes(road / "run/export_ema")

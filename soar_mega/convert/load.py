@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert.mapping import Entry, entries, fuse
+from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Reader
 from soar_mega.distributed import start_world
 from soar_mega.models.chunks import ModelChunks
@@ -41,7 +41,7 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
 
 @torch.no_grad()
 def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
-    """Fill this rank's part of a model from a diffusers folder, without ever holding more than one whole tensor.
+    """Fill this rank's part of a model from a diffusers folder, each tensor straight into its place.
 
     Raises:
         ValueError: keys that are missing, unknown or of another shape, each with its file; the same on every rank.
@@ -53,20 +53,21 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
         _check(table, reader)
         for entry in table:
             if entry.name in local:
-                target = local[entry.name]
-                target.copy_(_read_shard(entry, reader, target, model.sizes))
+                _fill(local[entry.name], entry, reader, model.sizes.num_attention_heads)
     assert not set(local) - {entry.name for entry in table}
 
 
-def _read_shard(entry: Entry, reader: Reader, target: Tensor, config: MMDiTConfig) -> Tensor:
+def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
+    """Read this rank's rows or columns of a tensor."""
     dim, group = partition_dim(target), tensor_parallel_group()
-    heads = config.num_attention_heads
     if dim is None or group is None or group.size() == 1:
-        return fuse([reader.read(key) for key in entry.keys], heads)
-    width = entry.shape[dim] // group.size()
-    start = width * group.rank()
-    parts = [reader.read(key, dim, start, start + width) for key in entry.keys]
-    return fuse(parts, heads // group.size())
+        cut: tuple[int, ...] = ()
+    else:
+        width = entry.shape[dim] // group.size()
+        cut = dim, width * group.rank(), width * (group.rank() + 1)
+        heads //= group.size()
+    for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
+        place.copy_(reader.read(key, *cut).reshape(place.shape))
 
 
 def _check(table: list[Entry], reader: Reader) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from soar_mega.models.config import MMDiTConfig
@@ -48,18 +47,15 @@ def entries(config: MMDiTConfig) -> list[Entry]:
     return table
 
 
-def fuse(parts: list[Tensor], heads: int) -> Tensor:
-    """q, k, v [heads x D, ...] -> [heads x 3 x D, ...]; a single tensor is returned as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
+def parts(tensor: Tensor, entry: Entry, heads: int) -> list[Tensor]:
+    """Where the content of each of an entry's keys is in our tensor: views, of q, k and v each [heads, D, ...].
 
-
-def split(fused: Tensor, count: int, heads: int) -> list[Tensor]:
-    """The inverse of `fuse`: `count` tensors, contiguous."""
-    if count == 1:
-        return [fused.contiguous()]
-    return [part.flatten(0, 1).contiguous() for part in fused.unflatten(0, (heads, count, -1)).unbind(1)]
+    Args:
+        heads: that the tensor has, which are fewer in a shard.
+    """
+    if len(entry.keys) == 1:
+        return [tensor]
+    return list(tensor.unflatten(0, (heads, len(entry.keys), -1)).unbind(1))
 
 
 def _layer(config: MMDiTConfig, number: int) -> list[Entry]:

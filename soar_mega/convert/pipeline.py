@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def save_pipeline(
     model: MMDiT | ModelChunks,
     source_pipeline: str | Path,
     folder: str | Path,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a pipeline folder: our transformer, every other part copied from `source_pipeline`.
 
@@ -45,7 +46,7 @@ def save_pipeline(
     the same name is replaced.
 
     Args:
-        tensors: this rank's shards under global parameter names, in place of the parameters (an EMA).
+        tensors: this rank's shard by global name, in place of the model's own tensors (an EMA); see `save_transformer`.
 
     Raises:
         OSError: rank 0 could not write; raised on every rank.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.convert.mapping import Entry, entries, split
+from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Writer
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.gather import full_tensor
@@ -22,14 +22,17 @@ MAX_SHARD_SIZE = 5 * 10**9
 def save_transformer(
     model: MMDiT | ModelChunks,
     folder: str | Path,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: Callable[[str], Tensor] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
 
+    A rank holds no more than one whole tensor and its own shard of it at any time.
+
     Args:
         folder: the transformer folder; made by rank 0, which does all the writing.
-        tensors: this rank's shards under global parameter names, to be written in place of the parameters (an EMA).
+        tensors: this rank's shard by global name, to be written in place of the model's own tensor (an EMA). Asked for
+            each in turn, in the same order by all data-parallel ranks, so that it may be collective over them.
         max_shard_size: bytes of tensors in one file.
 
     Raises:
@@ -38,9 +41,6 @@ def save_transformer(
     table = entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
-    replaced = tensors or {}
-    unknown = sorted(set(replaced) - {entry.name for entry in table})
-    assert not unknown, f"no parameters of these names: {unknown}"
     failure: OSError | None = None
     writer: Writer | None = None
     if dist.get_rank() == 0:
@@ -48,24 +48,30 @@ def save_transformer(
             writer = _start_folder(model, table, Path(folder), max_shard_size)
         except OSError as error:
             failure = error
+    heads = model.sizes.num_attention_heads
     for entry in table:
-        full = _collect(entry, model, owners[entry.name], local, replaced)
-        if full is None or writer is None or failure is not None:
-            continue
-        try:
-            parts = split(full, len(entry.keys), model.sizes.num_attention_heads)
-            for key, part in zip(entry.keys, parts):
-                writer.write(key, part)
-        except OSError as error:
-            failure = error  # the peers still send: take part until the end
+        full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
+        if full is not None and writer is not None and failure is None:
+            try:
+                _write(writer, entry, full, heads)
+            except OSError as error:
+                failure = error  # the peers still send: take part until the end
+        del full  # before the next one comes
     _finish(writer, failure, folder)
 
 
-def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
+def _start_folder(
+    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
+) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]
     return Writer(folder, plan, model.config.params_dtype, max_shard_size)
+
+
+def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
+    for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
+        writer.write(key, part.reshape(entry.shape))
 
 
 def _collect(
@@ -73,16 +79,17 @@ def _collect(
     model: MMDiT | ModelChunks,
     owner: int,
     local: dict[str, Tensor],
-    replaced: dict[str, Tensor],
+    tensors: Callable[[str], Tensor],
 ) -> Tensor | None:
     """The whole tensor on rank 0, None elsewhere."""
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-        return None
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     full: Tensor | None = None
     if pipeline.rank() == owner:
-        parameter = local[entry.name]
-        full = full_tensor(replaced.get(entry.name, parameter), like=parameter).to(model.config.params_dtype)
+        full = tensors(entry.name).detach().to(model.config.params_dtype)  # all data-parallel ranks take part
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return None
+    if full is not None:
+        full = full_tensor(full, like=local[entry.name])
     if owner == 0 or parallel_state.get_tensor_model_parallel_rank() != 0:
         return full if dist.get_rank() == 0 else None
     if pipeline.rank() == owner:

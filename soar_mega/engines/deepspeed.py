@@ -24,12 +24,11 @@ from soar_mega.distributed import data_size, device
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.parameter_groups import learning_rate_factors
 from soar_mega.engines.pipeline import Pipeline
-from soar_mega.engines.weights import MainWeights
 from soar_mega.engines.zero import (
     MOMENTS,
-    PartitionedWeights,
     drop_gradients,
     local_gradient,
+    main_weights,
     scale_gradient,
     zero_pieces,
 )
@@ -98,12 +97,7 @@ class DeepSpeedEngine(Engine):
         self._pieces = zero_pieces(self._deepspeed, self._stage, self.parameters, optimizer.param_groups)
         for piece in self._pieces.values():
             _start_moments(optimizer, piece.owner)
-        if self._stage == 3:
-            self._main: MainWeights = PartitionedWeights(
-                self.parameters, self._pieces, self._deepspeed.optimizer
-            )
-        else:
-            self._main = MainWeights(self.parameters, self._pieces, divided=self._stage > 0)
+        self._main = main_weights(self._deepspeed, self._stage, self.parameters, self._pieces)
         self._pipeline = Accumulation([self._deepspeed])
 
     def step(self, lr: float) -> StepResult:
@@ -158,13 +152,6 @@ class DeepSpeedEngine(Engine):
         for name, tensors in state["weights"].items():
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
-
-    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
-        if weights != "current":
-            return self.weights[weights].full()
-        if self._stage < 3:
-            return None
-        return {name: self._main.value(name).cpu() for name in self.parameters}
 
     def _sync(self) -> None:
         """A step returns when all parameters are complete."""

@@ -89,10 +89,6 @@ class Engine(ABC):
         """Take over what dist_checkpointing has loaded into `sharded_state_dict(is_loading=True)`."""
 
     @abstractmethod
-    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
-        """This rank's weights by global name, as `convert` takes them; None: as `model` holds them."""
-
-    @abstractmethod
     def _clear_gradients(self) -> None: ...
 
     @abstractmethod
@@ -186,6 +182,16 @@ class Engine(ABC):
             )
         self._sync()
         return self.weights[name].swapped_in()
+
+    def tensors(self, weights: str = "current") -> Callable[[str], Tensor]:
+        """This rank's shard of a tensor by its global name, as `convert` asks for them one after another.
+
+        A call is collective over the data-parallel group, for what the ranks of it hold in parts is put together then.
+        """
+        self._sync()
+        value = self._main.value if weights == "current" else self.weights[weights].value
+        buffers = dict(self.model.named_buffers())
+        return lambda name: buffers[name] if name in buffers else value(name)
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""

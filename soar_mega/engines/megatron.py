@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from soar_mega.config import Recipe
 from soar_mega.distributed import device
 from soar_mega.engines.engine import Engine, StepResult
-from soar_mega.engines.megatron_weights import main_weights
+from soar_mega.engines.megatron_weights import gather_parameters, main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
@@ -34,7 +34,7 @@ class MegatronEngine(Engine):
         super().__init__(recipe, config)
         self._ddp = _data_parallel(self.model, recipe)
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)
-        self._main = main_weights(self.parameters, self.optimizer)
+        self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._pipeline = Pipeline(self._ddp)
 
     def step(self, lr: float) -> StepResult:
@@ -105,10 +105,6 @@ class MegatronEngine(Engine):
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
 
-    def tensors(self, weights: str = "current") -> dict[str, Tensor] | None:
-        self._sync()
-        return None if weights == "current" else self.weights[weights].full()
-
     def _clear_gradients(self) -> None:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
@@ -122,8 +118,7 @@ class MegatronEngine(Engine):
 
     def _sync(self) -> None:
         if self.recipe.parallel.overlap_param_gather:
-            for chunk in self._ddp:
-                chunk.start_param_sync(force_sync=True)
+            gather_parameters(self._ddp)
 
 
 def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataParallel]:

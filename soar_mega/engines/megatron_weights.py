@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch.nn import Parameter
@@ -10,12 +11,25 @@ from torch.nn import Parameter
 from soar_mega.engines.weights import MainWeights, Piece
 
 
-def main_weights(parameters: dict[str, Parameter], optimizer: Any) -> MainWeights:
-    """The main copies behind a chain of megatron's optimizers, by global parameter name."""
+def main_weights(
+    parameters: dict[str, Parameter], optimizer: Any, chunks: list[DistributedDataParallel]
+) -> MainWeights:
+    """The main copies behind a chain of megatron's optimizers, by global parameter name.
+
+    The distributed optimizer's parameters are views of the buffers of `chunks`, which are gathered bucket by bucket.
+    """
     names = {id(parameter): name for name, parameter in parameters.items()}
     chain = optimizer.chained_optimizers
     pieces = {names[id(p)]: piece for one in chain for p, piece in _pieces(one)}
-    return MainWeights(parameters, pieces, any(isinstance(one, DistributedOptimizer) for one in chain))
+    divided = any(isinstance(one, DistributedOptimizer) for one in chain)
+    return MainWeights(parameters, pieces, divided, complete=lambda: gather_parameters(chunks))
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Have the ranks' parts of all parameters complete; nothing is divided with the plain optimizer. Collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _pieces(optimizer: Any) -> Iterator[tuple[Parameter, Piece]]:

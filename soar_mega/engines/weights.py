@@ -45,21 +45,28 @@ class MainWeights:
     Args:
         pieces: of the trained parameters that this rank has a part of.
         divided: whether the data-parallel (and context-parallel) ranks have different parts.
+        complete: has the ranks give each other the parts of the parameters that they have written, in one go.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], pieces: Mapping[str, Piece], divided: bool
+        self,
+        parameters: Mapping[str, Parameter],
+        pieces: Mapping[str, Piece],
+        divided: bool,
+        complete: Callable[[], None],
     ) -> None:
         self.parameters = parameters
         self.pieces = pieces
         self.divided = divided
+        self._complete = complete
+        self._shown: Callable[[str], Tensor] | None = None  # in place of the main copies
 
-    def gather(self, part: Callable[[str], Tensor], name: str) -> Tensor:
-        """The whole float32 tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
+    def gather(self, part: Callable[[str], Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole tensor of this tensor- and pipeline-parallel rank, in the parameter's shape.
 
         `part(name)` gives this rank's flat piece of it. Collective over the data-parallel group.
         """
-        whole = torch.zeros(self.shape(name), dtype=torch.float32, device=device())
+        whole = torch.zeros(self.shape(name), dtype=dtype, device=device())
         if name in self.pieces:
             self.pieces[name].of(whole).copy_(part(name))
         if self.divided:
@@ -91,17 +98,33 @@ class MainWeights:
     def replaced(self, part: Callable[[str], Tensor]) -> Iterator[None]:
         """The model computes with other trained weights: `part(name)` is this rank's flat piece of each.
 
+        The optimizer must not step meanwhile. Contexts may be nested; each goes back to what was there before it.
         Collective over the data-parallel group.
         """
-        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        saved = {name: p.detach().clone() for name, p in trained.items()}
-        for name in trained:
-            self.set_value(name, self.gather(part, name))
+        outer, before = self._shown, self._shown or self._main_parts()
+        self._show(part)
         try:
             yield
         finally:
-            for name, tensor in saved.items():
-                self.set_value(name, tensor)
+            self._show(before)
+            self._shown = outer
+
+    @torch.no_grad()
+    def _show(self, part: Callable[[str], Tensor]) -> None:
+        for name in self.pieces:
+            self._held(name).copy_(part(name))
+        self._complete()
+        self._shown = part
+
+    def _held(self, name: str) -> Tensor:
+        """This rank's piece of what the model computes with, a flat view: the main copy in the model's type."""
+        return self.pieces[name].of(self.parameters[name].detach())
+
+    def _main_parts(self) -> Callable[[str], Tensor]:
+        """The main copies by name; those that are the parameters themselves are copied, to outlive them."""
+        mains = {name: piece.flat for name, piece in self.pieces.items()}
+        is_same = {name: main.data_ptr() == self._held(name).data_ptr() for name, main in mains.items()}
+        return {name: main.clone() if is_same[name] else main for name, main in mains.items()}.__getitem__
 
 
 class KeptWeights:
@@ -119,16 +142,15 @@ class KeptWeights:
             for name, kept in self.pieces.items():
                 kept.lerp_(self._main.pieces[name].flat, 1.0 - self.decay)
 
-    def whole(self, name: str) -> Tensor:
-        """This rank's float32 tensor of a parameter; a frozen one is as it is. Collective over data parallelism."""
+    def value(self, name: str) -> Tensor:
+        """A parameter as the model would compute with it, whole: in the model's type, and a frozen one as it is.
+
+        Collective over the data-parallel group.
+        """
         parameter = self._main.parameters[name]
         if not parameter.requires_grad:
-            return self._main.value(name).float()
-        return self._main.gather(self.pieces.__getitem__, name)
-
-    def full(self) -> dict[str, Tensor]:
-        """This rank's tensors by global name, as `convert` takes them. Collective over data parallelism."""
-        return {name: self.whole(name) for name in self._main.parameters}
+            return self._main.value(name)
+        return self._main.gather(self.pieces.__getitem__, name, parameter.dtype)
 
     def assign(self, name: str, whole: Tensor) -> None:
         """Set this rank's piece from a whole tensor."""

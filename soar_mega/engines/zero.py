@@ -4,8 +4,7 @@ At stage 0 they are whole. At stages 1 and 2 the parameters of a group lie in on
 data-parallel rank owns a range; at stage 3 each parameter, its computing copy too, is cut into equal parts.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +118,38 @@ def drop_gradients(engine: Any, stage: int) -> None:
                 held[group] = None
 
 
+def main_weights(
+    engine: Any, stage: int, parameters: dict[str, Parameter], pieces: dict[str, ZeroPiece]
+) -> MainWeights:
+    """The main copies behind DeepSpeed's engine."""
+    if stage == 3:
+        return PartitionedWeights(parameters, pieces, engine.optimizer)
+    divided = stage > 0
+    flat = _flat_parameters(engine.optimizer) if divided else []
+    return MainWeights(parameters, pieces, divided, complete=lambda: _gather(flat))
+
+
+def _flat_parameters(optimizer: Any) -> list[Tensor]:
+    """At stages 1 and 2: the vectors that the parameters are views of, one for each group."""
+    has_own_name = hasattr(optimizer, "bf16_groups_flat")  # bf16 at stage 1
+    flat: list[Tensor] = optimizer.bf16_groups_flat if has_own_name else optimizer.bit16_groups_flat
+    return flat
+
+
+def _gather(flat: list[Tensor]) -> None:
+    group = parallel_state.get_data_parallel_group()
+    if group.size() > 1:
+        for vector in flat:
+            dist.all_gather_into_tensor(vector, vector.chunk(group.size())[group.rank()], group=group)
+
+
 class PartitionedWeights(MainWeights):
     """At stage 3 a parameter is empty outside a forward: its parts are read and written where they lie."""
 
     def __init__(
         self, parameters: dict[str, Parameter], pieces: dict[str, ZeroPiece], optimizer: Any
     ) -> None:
-        super().__init__(parameters, pieces, divided=True)
+        super().__init__(parameters, pieces, divided=True, complete=lambda: None)  # a forward gathers
         self._optimizer = optimizer
 
     def shape(self, name: str) -> torch.Size:
@@ -146,22 +170,12 @@ class PartitionedWeights(MainWeights):
         start, count = partition(p)
         p.ds_tensor[:count].copy_(whole.reshape(-1)[start : start + count])
 
-    @contextmanager
-    def replaced(self, part: Callable[[str], Tensor]) -> Iterator[None]:
+    def _show(self, part: Callable[[str], Tensor]) -> None:
         self._release()
-        saved: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, piece in self.pieces.items():
-                held = self.parameters[name].ds_tensor[: piece.main.numel()]  # type: ignore[attr-defined]
-                saved[name] = held.clone()
-                held.copy_(part(name))
-        try:
-            yield
-        finally:
-            self._release()
-            with torch.no_grad():
-                for name, tensor in saved.items():
-                    self.parameters[name].ds_tensor[: len(tensor)].copy_(tensor)  # type: ignore[attr-defined]
+        super()._show(part)
+
+    def _held(self, name: str) -> Tensor:
+        return self.parameters[name].ds_tensor[: self.pieces[name].main.numel()]  # type: ignore[attr-defined]
 
     def _release(self) -> None:
         """Have no parameter gathered: what a forward finds gathered it does not read again."""

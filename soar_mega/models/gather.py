@@ -19,9 +19,18 @@ def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     tensor = tensor.detach()
     if dim is None or group is None or group.size() == 1:
         return tensor
-    shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(shards, tensor.contiguous(), group=group)
-    return torch.cat(shards, dim=dim)
+    shape = list(tensor.shape)
+    shape[dim] *= group.size()
+    full = tensor.new_empty(shape)
+    # shard by shard into its place: gathering them in a list would hold everything twice
+    for rank, place in enumerate(full.chunk(group.size(), dim=dim)):
+        if rank == group.rank():
+            place.copy_(tensor)
+        shard = place.contiguous()  # rows are sent from and to where they belong
+        dist.broadcast(shard, group=group, group_src=rank)
+        if shard is not place:
+            place.copy_(shard)
+    return full
 
 
 def local_shard(full: Tensor, like: Tensor) -> Tensor:

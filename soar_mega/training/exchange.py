@@ -1,22 +1,26 @@
 """Between checkpoints of a run and diffusers folders, outside of a run."""
 
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, save_pipeline, save_transformer
+from soar_mega.convert.mapping import entries
 from soar_mega.distributed import start_world
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.models.names import global_parameter_names
 from soar_mega.training import resume
 from soar_mega.training.checkpoint import Progress, Saver
 from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.strict import check_keys
 
 
 def checkpoint_to_diffusers(
@@ -44,10 +48,13 @@ def checkpoint_to_diffusers(
         )
     start_world(ParallelConfig())
     resume.verify(folder)
-    sizes = MMDiTConfig.from_diffusers(resume.read_description(folder)["model"])
-    model = build_model(sizes, ModelConfig(dtype=settings.get("dtype", "fp32")), ParallelConfig())
-    _load_current(model, folder)  # also for the EMA, which has no copy of the position table
-    tensors = _load_ema(model, folder) if ema else None
+    description = resume.read_description(folder)
+    if ema and "ema" not in description["kept_weights"]:
+        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
+    sizes = MMDiTConfig.from_diffusers(description["model"])
+    dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
+    model = build_model(sizes, dtype, ParallelConfig(), meta=True)
+    tensors = StoredTensors(folder, model, ema)
     if parts:
         save_pipeline(model, parts, out, tensors)
     else:
@@ -92,22 +99,41 @@ def _run_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-@torch.no_grad()
-def _load_current(model: MMDiT, folder: Path) -> None:
-    state = model.sharded_state_dict()
-    targets = {
-        key: value.data for key, value in state.items() if isinstance(getattr(value, "data", None), Tensor)
-    }
-    for key, tensor in resume.read_tensors(folder, {"model": state})["model"].items():
-        if key in targets:
-            targets[key].copy_(tensor)
+class StoredTensors:
+    """The weights of a checkpoint by name, asked for once each in the order of `convert`.
 
+    They are read a few at a time: as many as are no more bytes than the largest one.
 
-def _load_ema(model: MMDiT, folder: Path) -> dict[str, Tensor]:
-    if "ema" not in resume.read_description(folder)["kept_weights"]:
-        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    wanted = sharded_copy(
-        model.sharded_state_dict(), "ema", lambda p: torch.empty(p.shape, dtype=torch.float32)
-    )
-    loaded = resume.read_tensors(folder, {"kept": wanted})["kept"]
-    return {name: loaded[name] for name in global_parameter_names(model)}
+    Raises:
+        ValueError: names or shapes in the checkpoint are not those of the model.
+    """
+
+    def __init__(self, folder: Path, model: MMDiT, ema: bool) -> None:
+        """
+        Args:
+            model: on the meta device.
+            ema: the EMA in place of the parameters; the position table has none.
+        """
+        self._folder = folder
+        state = model.sharded_state_dict()
+        kept = sharded_copy(state, "ema", lambda p: torch.empty_like(p, dtype=torch.float32)) if ema else {}
+        check_keys(folder, {"model": state, "kept": kept})
+        stored = state | kept
+        self._folder = folder
+        self._waiting = deque((entry.name, stored[entry.name]) for entry in entries(model.sizes))
+        self._limit = max(tensor.data.nbytes for _, tensor in self._waiting)
+        self._read: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if not self._read:
+            self._read = resume.read_checked(self._folder, {"weights": self._next_few()})["weights"]
+        return self._read.pop(name)
+
+    def _next_few(self) -> dict[str, ShardedTensor]:
+        few: dict[str, ShardedTensor] = {}
+        room = self._limit
+        while self._waiting and (nbytes := self._waiting[0][1].data.nbytes) <= room:
+            room -= nbytes
+            name, tensor = self._waiting.popleft()
+            few[name] = replace(tensor, data=torch.empty(tensor.local_shape, dtype=tensor.dtype))
+        return few

@@ -150,6 +150,11 @@ def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
             other ranks than the first it may be a PeerFailure.
     """
     check_keys(folder, state)
+    return read_checked(folder, state)
+
+
+def read_checked(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """As `read_tensors`, for some of what `check_keys` has compared. Collective."""
     try:
         return dist_checkpointing.load(state, str(folder))
     except FAILURES as error:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
 from soar_mega.models.chunks import build_chunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import build_model
+from soar_mega.models.names import named_tensors
 
 
 def equal(ours, theirs):
@@ -47,20 +49,24 @@ def save_from_layout(folder, parallel):
     distributed.start_world(parallel)
     config = MMDiTConfig.from_diffusers(folder)
     model = build_chunks(config, ModelConfig(dtype="fp32"), parallel)
-    sizes = []
+    sizes, earlier = [], []
     read = Reader.read
 
     def counting(self, *args):
+        assert all(tensor() is None for tensor in earlier), "each is in its place before the next is read"
         tensor = read(self, *args)
         sizes.append(tensor.numel())
+        earlier.append(weakref.ref(tensor))
         return tensor
 
     Reader.read = counting
     load_weights(model, folder)
     held = [*model.parameters(), *model.buffers()]
     save_transformer(model, folder / "ours", max_shard_size=50_000)
-    ema = {name: torch.full_like(p, 0.5) for name, p in model.named_parameters() if "mlp" in name}
-    save_transformer(model, folder / "ema", tensors=ema)
+    ours = named_tensors(model)
+    save_transformer(
+        model, folder / "ema", lambda name: torch.full_like(ours[name], 0.5) if "mlp" in name else ours[name]
+    )
     return sum(sizes), sum(t.numel() for t in held), max(sizes)
 
 

@@ -5,6 +5,7 @@ from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, mak
 from megatron.core import dist_checkpointing
 
 from soar_mega.models.gather import full_tensor
+from soar_mega.models.names import global_parameter_names
 from soar_mega.stages import make_stage
 from soar_mega.training.rank_file import save_tensors
 
@@ -28,9 +29,10 @@ def megatron_recipe(tensor_parallel: int = 1, **settings):
     return make_recipe((tensor_parallel, 1), train={"points_per_micro_batch": 7}, **settings)
 
 
-def whole(engine, tensors):
-    """Tensors in the single-process layout."""
-    return {name: full_tensor(t, like=engine.parameters[name]).clone() for name, t in tensors.items()}
+def whole(engine, weights):
+    """All parameters in the single-process layout."""
+    tensors = engine.tensors(weights)
+    return {name: full_tensor(tensors(name), like=p).clone() for name, p in engine.parameters.items()}
 
 
 def behaviour(recipe) -> dict:
@@ -67,10 +69,7 @@ def behaviour(recipe) -> dict:
     assert not engine.step(1e-3).ok
     look("after steps that are not finite")
     norms.append(iterate(engine, stage, make_batch(4))[1].grad_norm)
-    tensors = engine.tensors()
-    if tensors is None:
-        tensors = {name: p.detach() for name, p in engine.parameters.items()}
-    found["ema"], found["current"] = whole(engine, engine.tensors("ema")), whole(engine, tensors)
+    found["ema"], found["current"] = whole(engine, "ema"), whole(engine, "current")
     return found | {"norms": norms, "step": max(g["step"] for g in groups(engine))}
 
 
@@ -83,7 +82,7 @@ def link(recipe, loaded: str | None, saved: str, iterations: range) -> tuple[lis
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
     engine.keep_weights("ema", decay=0.9)
     if loaded is not None:
-        blank = {name: t.zero_() for name, t in (engine.tensors("ema") or {}).items()}
+        blank = {name: torch.zeros(p.shape) for name, p in global_parameter_names(engine.layout).items()}
         engine.load_weights({"model": blank})
         engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), loaded))
     numbers: list[float] = []
@@ -91,4 +90,4 @@ def link(recipe, loaded: str | None, saved: str, iterations: range) -> tuple[lis
         statistics, result = iterate(engine, stage, make_batch(i))
         numbers += [statistics["loss"], result.grad_norm]
     save_tensors(engine.sharded_state_dict(), saved)
-    return numbers, whole(engine, engine.tensors("ema"))
+    return numbers, whole(engine, "ema")

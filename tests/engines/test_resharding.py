@@ -17,6 +17,10 @@ def whole(engine, tensors) -> dict[str, torch.Tensor]:
     return {name: full_tensor(t, like=engine.parameters[name]).clone() for name, t in tensors.items()}
 
 
+def ema(engine) -> dict[str, torch.Tensor]:
+    return whole(engine, {name: engine.tensors("ema")(name) for name in engine.parameters})
+
+
 def run(engine, recipe, iterations) -> list[float]:
     stage = make_stage(recipe.stage, shift=1.0)
     return [iterate(engine, stage, make_batch(i))[1].grad_norm for i in iterations]
@@ -27,7 +31,7 @@ def save_and_go_on(recipe, folder):
     engine.keep_weights("ema", decay=0.9)
     run(engine, recipe, range(2))
     save_tensors(engine.sharded_state_dict(), folder)
-    return run(engine, recipe, range(2, 4)), whole(engine, engine.weights["ema"].full())
+    return run(engine, recipe, range(2, 4)), ema(engine)
 
 
 def load_and_go_on(recipe, folder):
@@ -37,7 +41,7 @@ def load_and_go_on(recipe, folder):
             parameter.zero_()
     engine.keep_weights("ema", decay=0.9)
     engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), folder))
-    return run(engine, recipe, range(2, 4)), whole(engine, engine.weights["ema"].full())
+    return run(engine, recipe, range(2, 4)), ema(engine)
 
 
 def load_weights_alone(recipe, folder, name):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.convert.mapping import entries, split
+from soar_mega.convert.mapping import entries, parts
 from soar_mega.models.config import MMDiTConfig
 
 SMALL: dict[str, Any] = {
@@ -78,8 +78,8 @@ def to_peer_names(config: MMDiTConfig, tensors: dict[str, Tensor]) -> dict[str, 
     result = {}
     for entry in entries(config):
         if entry.name in tensors:
-            parts = split(tensors[entry.name], len(entry.keys), config.num_attention_heads)
-            result.update(zip(entry.keys, parts))
+            found = parts(tensors[entry.name], entry, config.num_attention_heads)
+            result.update({key: part.reshape(entry.shape) for key, part in zip(entry.keys, found)})
     return result
 
 

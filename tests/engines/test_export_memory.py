@@ -1,0 +1,73 @@
+"""At the end of a run the weights go into files tensor by tensor, whatever parts of them a rank holds."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from engine_cases import SIZES, make_recipe, start_engine
+from live_bytes import LiveBytes
+from multirank import run_ranks
+from safetensors.torch import load_file
+
+from soar_mega.convert import save_transformer
+from soar_mega.convert.safetensors_file import SINGLE
+from soar_mega.models.names import global_parameter_names
+
+WIDE = replace(SIZES, attention_head_dim=32, caption_projection_dim=128)
+NOISE = 2**14  # messages between the ranks
+BF16 = {"dtype": "bf16"}
+CASES = {  # processes, recipes
+    "megatron-tp2-pp2-dp2": (8, [make_recipe((2, 2), model=BF16)]),
+    "zero1-2-3-dp2": (2, [make_recipe(model=BF16, engine="deepspeed", zero_stage=n) for n in (1, 2, 3)]),
+}
+
+
+def export(recipes, folder) -> list[int]:
+    """Writes weights that are all zero and an EMA that is not -> the most bytes that were held for each."""
+    peaks = []
+    for number, recipe in enumerate(recipes):
+        engine = start_engine(recipe, WIDE)
+        engine.keep_weights("ema", decay=0.9)
+        shapes = global_parameter_names(engine.layout)
+        engine.load_weights({"model": {name: torch.zeros(p.shape) for name, p in shapes.items()}})
+        for weights in ("current", "ema"):
+            with LiveBytes() as live:
+                save_transformer(
+                    engine.model, folder / f"{number}-{weights}", patient(engine.tensors(weights), live)
+                )
+            peaks.append(live.peak)
+    return peaks
+
+
+def patient(tensors, live):
+    """gloo's threads let go of a tensor a moment after they are done with it: wait for that before the next one."""
+    deadline = time.monotonic() + 5.0
+
+    def asked(name):
+        while live.now > NOISE and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return tensors(name)
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks(export, 1, [make_recipe(model=BF16)], folder)
+    return load_file(folder / "0-ema" / SINGLE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_rank_holds_more_than_the_largest_tensor_and_a_shard(case, tmp_path, whole):
+    processes, recipes = CASES[case]
+    largest = max(tensor.nbytes for tensor in whole.values())  # the nine modulations of a layer
+    limit = largest + largest // 2
+    assert sum(tensor.nbytes for tensor in whole.values()) > 8 * limit
+    for peaks in run_ranks(export, processes, recipes, tmp_path):
+        assert max(peaks) <= limit + NOISE, peaks
+    for number in range(len(recipes)):
+        ema, current = (load_file(tmp_path / f"{number}-{name}" / SINGLE) for name in ("ema", "current"))
+        assert ema.keys() == whole.keys() and all(ema[key].equal(whole[key]) for key in whole)
+        assert [key for key in current if current[key].any()] == ["pos_embed.pos_embed"]

@@ -7,8 +7,12 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
 export HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
 
-# One thread pool per rank, no larger than its cores; none of it goes to logs that nobody can read.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+# Without GPUs a rank computes on all of its cores. Where it has one, the cores are for those who must not wait: Python,
+# NCCL, the readers, the writer of a checkpoint. parallel.offload_optimizer computes on the CPU all the same: give it more
+# with --cpus-per-task, and set this when you submit.
+threads="${SLURM_CPUS_PER_TASK:-1}"
+[[ -n ${SLURM_GPUS_PER_NODE:-} ]] && threads=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 export PYTHONUNBUFFERED=1
 
 # Tensor parallelism overlaps communication with computation only when kernels start in order.

@@ -39,13 +39,17 @@ def replay(recipe: Recipe, step: int) -> Replay | None:
     """
     with world(recipe):
         if not 1 <= step <= recipe.train.train_iters:
-            raise ValueError(f"--replay-step {step}: the steps of this run are 1 to {recipe.train.train_iters}")
+            raise ValueError(
+                f"--replay-step {step}: the steps of this run are 1 to {recipe.train.train_iters}"
+            )
         run = RunFolder(recipe.checkpoint.save)
         before = on_rank_zero(lambda: max((i for i in _iterations(run) if i < step), default=None))
         if before is not None:
             source = dataclasses.replace(recipe.checkpoint, load=str(run.checkpoint(before)), finetune=False)
             recipe = dataclasses.replace(recipe, checkpoint=source)
-        steps = Steps(recipe, RunFolder(run.path / "replay"))  # a folder that is never made: not the run's to resume
+        steps = Steps(
+            recipe, RunFolder(run.path / "replay")
+        )  # a folder that is never made: not the run's to resume
         try:
             computed = _computed(steps, step)
             return computed if is_rank_zero() else None

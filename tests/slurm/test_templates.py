@@ -141,6 +141,8 @@ def test_rank(tmp_path: Path) -> None:
 
     assert rank("echo $RANK $LOCAL_RANK $WORLD_SIZE").stdout == "3 1 4\n"
     assert [rank(f"exit {code}").returncode for code in (0, 75, 3)] == [0, 0, 3]
+    limits = rank("ulimit -S -l; ulimit -H -l; ulimit -S -c").stdout.split()
+    assert limits[0] == limits[1] and limits[2] == "0"
     assert rank("kill -USR1 $$; exit 4").returncode == 4, "a rank that does not listen yet survives"
 
 
@@ -159,6 +161,14 @@ def test_cores_of_a_gpu_job_are_not_for_computing() -> None:
     gpus = {"SLURM_CPUS_PER_TASK": "6", "SLURM_GPUS_PER_NODE": "8"}
     assert sourced("$OMP_NUM_THREADS", **gpus) == "1"
     assert sourced("$OMP_NUM_THREADS", OMP_NUM_THREADS="3", **gpus) == "3"
+
+
+def test_what_is_compiled_stays_on_the_node() -> None:
+    caches = "$TRITON_CACHE_DIR $TORCH_EXTENSIONS_DIR"
+    mine = f"soar_mega-{os.getuid()}-7"
+    assert sourced(caches, SLURM_JOB_ID="7") == f"/tmp/{mine}/triton /tmp/{mine}/torch_extensions"
+    given = {"SLURM_JOB_ID": "7", "SLURM_TMPDIR": "/scratch", "TORCH_EXTENSIONS_DIR": "/built"}
+    assert sourced(caches, **given) == f"/scratch/{mine}/triton /built"
 
 
 def test_offline_is_the_default_and_the_shell_wins() -> None:

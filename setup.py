@@ -17,9 +17,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ stands at the top level of the repository and is imported as soar_mega.kernels.
+    # kernels/ stands at the top level of the repository and is imported as soar_mega.kernels. Folders are looked for,
+    # not named: the Docker image installs the dependencies before the sources are there.
     package_dir={"soar_mega.kernels": "kernels"},
-    packages=[*find_packages(include=["soar_mega", "soar_mega.*"]), "soar_mega.kernels", "soar_mega.kernels.source"],
+    packages=[
+        *find_packages(include=["soar_mega", "soar_mega.*"]),
+        *(f"soar_mega.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
+    ],
     install_requires=[
         "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
         "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring their own; only launches import it

@@ -61,7 +61,6 @@ class ParallelConfig:
     zero_stage: int = 2  # with engine=deepspeed: 0 | 1 (optimizer) | 2 (and gradients) | 3 (and parameters are cut)
     offload_optimizer: bool = False  # with engine=deepspeed: optimizer states and step on the CPU
     offload_parameters: bool = False  # with engine=deepspeed and zero_stage=3: parameters rest on the CPU
-    distributed_timeout_minutes: float = 10.0
 
 
 @dataclass(kw_only=True)
@@ -76,6 +75,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0: no EMA
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = 10.0  # a step that takes longer ends the run, with a report; null: any time
+    phase_timeout_minutes: float | None = 60.0  # likewise the start, measurements, a checkpoint, the export: each
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
 
 

@@ -1,10 +1,12 @@
 """The process world: torch.distributed, megatron's parallel groups, and this process's place in them."""
 
+import contextlib
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,9 @@ from soar_mega.config import ParallelConfig
 
 T = TypeVar("T")
 
+START_TIMEOUT = timedelta(minutes=10)  # until all processes are there; also of collectives without a watchdog
+_timeout = START_TIMEOUT  # of the world that runs
+
 
 def device() -> torch.device:
     """The device of this process: its own GPU, or the CPU."""
@@ -22,10 +27,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
+def start_world(parallel: ParallelConfig, seed: int = 42, timeout: timedelta = START_TIMEOUT) -> None:
     """Start torch.distributed (from torchrun's environment, or a world of one) and megatron's groups in it.
 
     Does nothing when the same layout has been started before.
+
+    Args:
+        timeout: how long a rank waits for others in a collective. That all processes start is waited for 10 minutes.
 
     Raises:
         ValueError: the layout does not fit the number of processes, or another layout is running in this process.
@@ -54,14 +62,15 @@ def start_world(parallel: ParallelConfig, seed: int = 42) -> None:
         return
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(world_size, *wanted)
-    _init_process_group(timedelta(minutes=parallel.distributed_timeout_minutes))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
+    _init_process_group(timeout)
+    with _made_like_ours():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            create_gloo_process_groups=False,
+        )
     # a plain Python process on the CPU has no stand-ins; its model draws nothing from megatron's generators
     if torch.cuda.is_available() or platform.is_installed():
         model_parallel_cuda_manual_seed(seed)
@@ -88,7 +97,9 @@ def check_layout(world_size: int, tensor: int, pipeline: int, context: int = 1) 
         return
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     possible = [x for x in itertools.product(divisors, repeat=3) if world_size % math.prod(x) == 0]
-    t, p, c = min(possible, key=lambda x: (sum(abs(a - b) for a, b in zip(x, sizes, strict=True)), -x[0], -x[1]))
+    t, p, c = min(
+        possible, key=lambda x: (sum(abs(a - b) for a, b in zip(x, sizes, strict=True)), -x[0], -x[1])
+    )
     processes = max(1, round(world_size / math.prod(sizes))) * math.prod(sizes)
     raise ValueError(
         f"TP x PP x CP = {_product(sizes)} does not divide the {world_size} process(es) of this run. Nearest for "
@@ -102,16 +113,49 @@ def _product(sizes: tuple[int, ...]) -> str:
 
 
 def _init_process_group(timeout: timedelta) -> None:
+    global _timeout
     if dist.is_initialized():
         return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    _timeout = timeout
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl"
+        # torch ends a process whose NCCL thread is stuck in a call of CUDA for 8 minutes, without a word about others
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(timeout.total_seconds())))
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    store.set_timeout(timeout)  # in which a rank waits for another one's address
+    store = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def new_group(ranks: list[int]) -> dist.ProcessGroup | None:
+    """A group of ranks for tensors on their devices; it waits as long as the world does. Collective over the world.
+
+    On GPUs the world alone also has gloo, for tensors on the CPU: a group of its own would connect all of its members
+    once more, each with each.
+    """
+    with _made_like_ours():
+        return dist.new_group(ranks)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _made_like_ours() -> Iterator[None]:
+    """megatron cannot be told the backend of its groups, and forgets the timeout of some."""
+    make = dist.new_group
+
+    def make_for_device(*args: Any, **kwargs: Any) -> Any:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        return make(*args, **(kwargs | {"backend": backend, "timeout": _timeout}))
+
+    dist.new_group = make_for_device
+    try:
+        yield
+    finally:
+        dist.new_group = make
 
 
 def is_first_stage() -> bool:

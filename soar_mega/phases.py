@@ -37,6 +37,12 @@ class Phases:
         self._waited = 0.0  # in this phase
         self._seconds: dict[str, float] = {}
 
+    @property
+    def began(self) -> float:
+        """When the step began, or where none is under way the phase: by time.monotonic()."""
+        began = self.step_began
+        return self.entered if began is None else began
+
     def begin_step(self, step: int, phase: str) -> None:
         """Begins a step with its first phase."""
         self.enter(phase)

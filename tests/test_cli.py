@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -169,6 +170,18 @@ def test_doctor_tells_versions_and_reasons(
     monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-library"))
     assert main(["doctor"]) == 1
     assert "no-such-library      MISSING" in capsys.readouterr().out
+
+
+def test_doctor_counts_the_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(48)))
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.cores_per_process(8) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert doctor.cores_per_process(8) == 3
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert doctor.cores_per_process(8) == 1
+    assert "TOO FEW" in doctor.cores(3) and "num_workers=2" in doctor.cores(6)
 
 
 def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:

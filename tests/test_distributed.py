@@ -1,5 +1,8 @@
 """Layouts that are not possible are refused with one that is; starting a world twice is harmless."""
 
+import os
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +25,14 @@ def test_possible_layouts(layout):
             (4, 3, 1),
             r"tensor_model_parallel_size=[24] .*pipeline_model_parallel_size=1 .*; or start 3 processes",
         ),
-        ((2, 2, 2), r"tensor_model_parallel_size=2 .*pipeline_model_parallel_size=1 .*; or start 4 processes"),
-        ((1, 1, 4), r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1 .*; or start 4 processes"),
+        (
+            (2, 2, 2),
+            r"tensor_model_parallel_size=2 .*pipeline_model_parallel_size=1 .*; or start 4 processes",
+        ),
+        (
+            (1, 1, 4),
+            r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1 .*; or start 4 processes",
+        ),
         (
             (4, 2, 1, 4),
             r"tensor_model_parallel_size=1 .*pipeline_model_parallel_size=1 .*context_parallel_size=4; or start 8",
@@ -47,6 +56,44 @@ def test_a_world_of_one_starts_in_a_plain_process_and_only_once():
         start_world(ParallelConfig(tensor_model_parallel_size=2))
     stop_world()
     assert not dist.is_initialized()
+    stop_world()
+
+
+def test_all_groups_and_the_store_wait_as_long_as_is_asked():
+    stop_world()
+    start_world(ParallelConfig(), timeout=timedelta(minutes=123))
+    groups = list(dist.distributed_c10d._world.pg_map)
+    options = [group._get_backend(torch.device("cpu")).options for group in groups]
+    assert len(groups) > 5 and {option._timeout for option in options} == {timedelta(minutes=123)}
+    assert dist.distributed_c10d._get_default_store().timeout == timedelta(minutes=123)
+    stop_world()
+
+
+def test_on_gpus_the_world_alone_has_gloo(monkeypatch):
+    """CUDA is emulated: what is asked of torch is written down, and made with gloo."""
+    stop_world()
+    init, new, asked = dist.init_process_group, dist.new_group, []
+
+    def init_process_group(backend, **kwargs):
+        asked.append(backend)
+        init("gloo", **kwargs)
+
+    def make(*args, backend=None, timeout=None, **kwargs):
+        asked.append(backend)
+        assert timeout == timedelta(minutes=123)
+        return new(*args, backend="gloo", **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(dist, "new_group", make)
+    monkeypatch.setenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "")
+    monkeypatch.delenv("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC")
+    start_world(ParallelConfig(), timeout=timedelta(minutes=123))
+    distributed.new_group([0])
+    assert asked[0] == "cpu:gloo,cuda:nccl" and len(asked) > 5 and set(asked[1:]) == {"nccl"}
+    assert dist.new_group is make
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == str(123 * 60)
     stop_world()
 
 

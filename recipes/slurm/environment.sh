@@ -7,9 +7,19 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
 export HF_DATASETS_OFFLINE="${HF_DATASETS_OFFLINE:-1}"
 
-# One thread pool per rank, no larger than its cores; none of it goes to logs that nobody can read.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+# Without GPUs a rank computes on all of its cores. Where it has one, the cores are for those who must not wait: Python,
+# NCCL, the readers, the writer of a checkpoint. parallel.offload_optimizer computes on the CPU all the same: give it more
+# with --cpus-per-task, and set this when you submit.
+threads="${SLURM_CPUS_PER_TASK:-1}"
+[[ -n ${SLURM_GPUS_PER_NODE:-} ]] && threads=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 export PYTHONUNBUFFERED=1
+
+# What is compiled at run time goes to the node's own disk: on a home over NFS the ranks of all nodes write the same files
+# at once, and find half of one, or a lock that nobody holds any more. (torch.compile keeps its own in /tmp already.)
+local_cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/soar_mega-$UID-${SLURM_JOB_ID:-0}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$local_cache/triton}"
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$local_cache/torch_extensions}" # DeepSpeed's Adam for the CPU
 
 # Tensor parallelism overlaps communication with computation only when kernels start in order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
@@ -19,13 +29,12 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 #export NCCL_SOCKET_IFNAME=ib0
 #export NCCL_IB_HCA=mlx5
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# A collective that takes longer than parallel.distributed_timeout_minutes ends the rank, and with it the job step; the
-# flight recorder writes which collective each rank was in.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+# The flight recorder keeps the last collectives of each rank: a run that ends because one hangs leaves them in failures/
+# of its folder. NCCL's own timeouts are set by the run, from train.step_timeout_minutes and train.phase_timeout_minutes.
 export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
-export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
-# gloo carries small agreements between ranks (and everything on CPUs); it needs the same card.
+# gloo carries small agreements between ranks (and everything on CPUs). It takes the card that the node's own name leads to:
+# name the card where that is 127.0.1.1 (getent hosts "$(hostname)") or not the one above.
 #export GLOO_SOCKET_IFNAME=ib0
 
 # What a container sees beside the folder that the job was submitted from: models, data, scratch.

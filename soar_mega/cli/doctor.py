@@ -55,7 +55,10 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)"
     )
     parser.add_argument(
-        "--virtual-pipeline", type=int, default=1, help="model chunks per pipeline rank (default: %(default)s)"
+        "--virtual-pipeline",
+        type=int,
+        default=1,
+        help="model chunks per pipeline rank (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -127,6 +130,28 @@ def devices() -> Iterator[str]:
         ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "MISSING"
     )
     yield f"CUDA {torch.version.cuda}, NCCL {nccl}"
+    yield cores(cores_per_process(torch.cuda.device_count()))
+
+
+def cores_per_process(processes: int) -> int:
+    """The cores of each process here: as many processes as torchrun has started, or as given."""
+    mine = len(os.sched_getaffinity(0))
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # the job has said how many a process has
+        return min(mine, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return mine // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+
+
+def cores(count: int) -> str:
+    """For how many reader processes the cores of a process with a GPU are enough."""
+    from soar_mega.launch.slurm import cpus_wanted
+
+    needed = cpus_wanted(0)
+    if count < needed:
+        return (
+            f"CPU: {count} cores per process, which is TOO FEW: a rank keeps {needed} busy, and one more for each of "
+            "data.num_workers; give jobs more (--cpus-per-task), or run fewer processes"
+        )
+    return f"CPU: {count} cores per process, enough for data.num_workers={count - needed}"
 
 
 def examine(name: str) -> tuple[bool, str]:

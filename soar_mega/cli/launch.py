@@ -41,7 +41,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes-per-node", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, help="(default: one per process; 0 without GPUs)")
-    parser.add_argument("--cpus-per-task", type=int, default=1, help="per process (default: %(default)s)")
+    parser.add_argument(
+        "--cpus-per-task",
+        type=int,
+        help="per process (default: data.num_workers + 4, what a rank keeps busy)",
+    )
     parser.add_argument("--time", default="04:00:00", help="limit of one start (default: %(default)s)")
     parser.add_argument(
         "--signal-seconds", type=int, default=300, help="save so long before the limit (default: %(default)s)"
@@ -82,15 +86,18 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     _check_layout(recipe, wanted.processes)
     save = Path(recipe.checkpoint.save)
-    sweep = []
+    sweep, num_workers = [], recipe.data.num_workers
     for index, words in enumerate(read_sweep(arguments.sweep)):
         words = [*words, f"checkpoint.save={save / str(index)}"]
-        _check_layout(load_recipe(arguments.recipe, [*arguments.overrides, *words]), wanted.processes)
+        element = load_recipe(arguments.recipe, [*arguments.overrides, *words])
+        _check_layout(element, wanted.processes)
+        num_workers = max(num_workers, element.data.num_workers)
         sweep.append((words, save / str(index) / "complete.json"))
     job = slurm.Job(
         name=save.name,
         arguments=["train", arguments.recipe, *arguments.overrides],
         marker=save / "complete.json",
+        num_workers=num_workers,
         sweep=sweep,
     )
     if arguments.dry_run:

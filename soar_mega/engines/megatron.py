@@ -166,4 +166,4 @@ def _optimizer(ddp: list[DistributedDataParallel], parameters: dict[str, Paramet
     )
     overrides = {} if settings.decay_all else get_standard_config_overrides(config)
     overrides.update(learning_rate_overrides(parameters, settings))  # type: ignore[arg-type]
-    return get_megatron_optimizer(config, ddp, config_overrides=overrides)
+    return get_megatron_optimizer(config, ddp, config_overrides=overrides, use_gloo_process_groups=False)

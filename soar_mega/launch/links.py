@@ -120,6 +120,8 @@ def _settings(link: Link) -> Json:
         return {"arguments": link.arguments}
     recipe = dataclasses.asdict(link.recipe)
     del recipe["parallel"], recipe["logging"], recipe["data"]["num_workers"]
+    for key in ("exit_duration_in_mins", "step_timeout_minutes", "phase_timeout_minutes"):
+        del recipe["train"][key]
     for key in ("save_interval", "async_save", "keep_last", "save_retain_interval"):
         del recipe["checkpoint"][key]
     return {f"{group}.{key}": value for group, keys in recipe.items() for key, value in keys.items()}

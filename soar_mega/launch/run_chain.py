@@ -119,6 +119,7 @@ def job(chain: Chain, link: Link) -> slurm.Job:
             name=name,
             arguments=link.arguments,
             marker=link.folder / MARKER,
+            num_workers=link.recipe.data.num_workers if link.recipe else 0,
             before=[*here, "--begin", link.name],
             after=[*here, "--end", link.name],
         )

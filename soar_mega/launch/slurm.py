@@ -1,5 +1,6 @@
 """Jobs of SLURM: a template of recipes/slurm filled in, and handed to sbatch."""
 
+import logging
 import re
 import shlex
 import subprocess
@@ -10,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 TEMPLATES = Path(__file__).resolve().parents[2] / "recipes" / "slurm"
+# of a rank beside its reader processes: its main thread, the one of the backward pass, NCCL's, what writes a checkpoint
+OWN_CPUS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +25,7 @@ class Resources:
     nodes: int = 1
     processes_per_node: int = 8
     gpus_per_node: int | None = None  # None: one for each process; 0: a cluster without GPUs
-    cpus_per_task: int = 1
+    cpus_per_task: int | None = None  # None: what a rank keeps busy (`cpus_wanted`)
     time: str = "04:00:00"  # of one start; the job is requeued until it is complete
     signal_seconds: int = 300  # so long before the end of its time a job is asked to save
     retries: int = 0  # failures after which a job is requeued all the same
@@ -32,7 +37,8 @@ class Resources:
     python: str = ""  # of the virtual environment; the one of this process when empty
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.processes_per_node < 1 or self.cpus_per_task < 1:
+        cpus = 1 if self.cpus_per_task is None else self.cpus_per_task
+        if min(self.nodes, self.processes_per_node, cpus) < 1:
             raise ValueError("nodes, processes per node and CPUs per task must be at least 1")
         seconds = time_seconds(self.time)
         if not 30 <= self.signal_seconds < seconds:
@@ -57,6 +63,7 @@ class Job:
     name: str
     arguments: list[str]  # of the soar-mega command that all ranks run
     marker: Path  # written last by the command; its folder holds the script and the logs, in slurm/
+    num_workers: int = 0  # reader processes of a rank
     sweep: list[tuple[list[str], Path]] = field(
         default_factory=list
     )  # further arguments and the marker, per array index
@@ -77,11 +84,16 @@ def resources(settings: Mapping[str, Any], where: str) -> Resources:
     for key, value in settings.items():
         if key not in kinds:
             raise ValueError(f"{where}: unknown key {key!r}; the keys are {', '.join(kinds)}")
-        kind = list if key == "sbatch" else int if key == "gpus_per_node" else kinds[key]
+        kind = list if key == "sbatch" else int if key in ("gpus_per_node", "cpus_per_task") else kinds[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             advice = ' (write it in quotes: "04:00:00")' if key == "time" else ""
             raise ValueError(f"{where}: {key}: expected {kind.__name__}, found {value!r}{advice}")
     return Resources(**settings)
+
+
+def cpus_wanted(num_workers: int) -> int:
+    """The CPUs that a rank with a GPU and so many reader processes keeps busy."""
+    return num_workers + OWN_CPUS
 
 
 def time_seconds(text: str) -> int:
@@ -105,6 +117,13 @@ def render(job: Job, wanted: Resources) -> str:
     """The job script. ValueError when the template is missing or has a word that nothing fills in."""
     folder = Path.cwd() / job.folder
     gpus = wanted.processes_per_node if wanted.gpus_per_node is None else wanted.gpus_per_node
+    cpus = wanted.cpus_per_task or cpus_wanted(job.num_workers)
+    if gpus and cpus < cpus_wanted(job.num_workers):
+        logger.warning(
+            "%s: with %d CPUs per task the GPUs will wait: a rank keeps %d busy (%d, and data.num_workers=%d). "
+            "Leave --cpus-per-task (cpus_per_task in a chain) out to ask for that many",
+            *(job.name, cpus, cpus_wanted(job.num_workers), OWN_CPUS, job.num_workers),
+        )
     options = {"gpus-per-node": gpus, "partition": wanted.partition, "account": wanted.account}
     more = [f"--{name}={value}" for name, value in options.items() if value] + wanted.sbatch
     if job.sweep:
@@ -113,7 +132,7 @@ def render(job: Job, wanted: Resources) -> str:
         "JOB_NAME": re.sub(r"[^\w.-]+", "_", job.name),
         "NODES": wanted.nodes,
         "PROCESSES_PER_NODE": wanted.processes_per_node,
-        "CPUS_PER_TASK": wanted.cpus_per_task,
+        "CPUS_PER_TASK": cpus,
         "TIME": wanted.time,
         "SIGNAL_SECONDS": wanted.signal_seconds,
         "RETRIES": wanted.retries,

@@ -14,6 +14,7 @@ from soar_mega import distributed
 from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import is_rank_zero
+from soar_mega.training.limits import collective_timeout
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 def world(recipe: Recipe) -> Iterator[None]:
     """Starts the world of a run and stops it; an exception ends the process where there are others (end_process)."""
     try:
-        distributed.start_world(recipe.parallel, recipe.train.seed)
+        timeout = collective_timeout(recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
+        distributed.start_world(recipe.parallel, recipe.train.seed, timeout)
         yield
     except Exception as error:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -65,7 +67,7 @@ def end_process(error: Exception) -> NoReturn:
 
     For failures before a watchdog is there: gloo connections break with the process, torchrun ends all processes of a
     run within seconds of the first failure (and kills after 30 s those that do not follow its SIGTERM), srun does so
-    with --kill-on-bad-exit. parallel.distributed_timeout_minutes bounds what is left.
+    with --kill-on-bad-exit. The timeout of collectives (limits.py) bounds what is left.
     """
     if not is_quiet(error):
         say_why(error)
@@ -81,9 +83,7 @@ def say_why(error: Exception, where: str = "") -> None:
     """Logs why this rank stops; with the traceback unless a user can set it right."""
     expected = isinstance(error, ValueError | OSError | PeerFailure)
     with_trace = not expected or os.environ.get("SOAR_MEGA_TRACEBACK")
-    logger.error(
-        "rank %d stops%s: %s", dist.get_rank(), where, error, exc_info=error if with_trace else None
-    )
+    logger.error("rank %d stops%s: %s", dist.get_rank(), where, error, exc_info=error if with_trace else None)
 
 
 def leave() -> NoReturn:

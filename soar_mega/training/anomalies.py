@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 FILE = "anomalies.jsonl"
 WINDOW, LEAST = 100, 20  # losses that are compared with, at most and at least
-SMALLEST_SPREAD = 0.01  # of the median: losses that hardly differ are no reason to warn of the first that does
+SMALLEST_SPREAD = (
+    0.01  # of the median: losses that hardly differ are no reason to warn of the first that does
+)
 NAMED = 8  # samples
 
 

@@ -1,6 +1,6 @@
 """What a team reads when a run ends because ranks died, stopped or hang: one message, from what all ranks said last."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from soar_mega.training.roll_call import State
@@ -8,20 +8,22 @@ from soar_mega.training.roll_call import State
 NAMED = 8  # ranks that are told of one by one
 
 
-def failure_report(why: str, states: Sequence[State], now: float) -> str:
+def failure_report(why: str, states: Sequence[State], silences: Mapping[int, float]) -> str:
     """The message: what was noticed, which ranks are to blame, and where the others are.
 
     Args:
         states: of all ranks, where the store still has them; those that do not answer were stopped or are gone.
-        now: time.time().
+        silences: for at least how many seconds a rank has said nothing.
     """
     silent = [state for state in states if not state.answers]
     living = [state for state in states if state.answers]
     blamed = [] if silent else behind(living)
     lines = [f"the run ends: {why}"]
     if not states:
-        lines.append("the store of the run does not answer: rank 0, or torchrun's agent which keeps it, is gone")
-    lines += [f"{_who(s)} {_last_seen(s, now)}" for s in silent[:NAMED]]
+        lines.append(
+            "the store of the run does not answer: rank 0, or torchrun's agent which keeps it, is gone"
+        )
+    lines += [f"{_who(s)} {_last_seen(s, silences.get(s.rank, 0.0))}" for s in silent[:NAMED]]
     waited = "; the others wait for it" if len(living) > len(blamed) else ""
     lines += [f"{_who(s)} is in {_where(s)} for {s.seconds:.0f} s{waited}" for s in blamed[:NAMED]]
     more = len(silent) + len(blamed) - NAMED
@@ -55,10 +57,10 @@ def _where(state: State) -> str:
     return f"step {state.step}, phase {state.phase}{place}"
 
 
-def _last_seen(state: State, now: float) -> str:
+def _last_seen(state: State, silence: float) -> str:
     return (
         "gives no sign of life: killed (out of memory?), stopped, its node lost, or native code keeps Python from "
-        f"running. Last seen {max(0.0, now - state.time):.0f} s ago in {_where(state)}"
+        f"running. Last seen at least {silence:.0f} s ago in {_where(state)}"
     )
 
 

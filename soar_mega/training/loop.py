@@ -60,7 +60,7 @@ def _run(recipe: Recipe, stop: StopRequest) -> int:
         if on_rank_zero(lambda: _is_complete(run, recipe)):
             return COMPLETE
         on_rank_zero(lambda: _prepare_folder(run, recipe))
-        stack.enter_context(Watchdog(reports_folder(run.path), recipe.train.step_timeout_minutes))
+        stack.enter_context(Watchdog(reports_folder(run.path), recipe.train))
         trainer = Trainer(recipe, run)
         stack.callback(trainer.close)
         # what there is by now stays: megatron has garbage collected at each save, which would walk over all of it

@@ -3,12 +3,15 @@
 import logging
 from pathlib import Path
 
+from torch import Tensor
+
 from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.shards import open_shards
 from soar_mega.engines import Engine
 from soar_mega.flow import Schedule
+from soar_mega.training.agreement import on_rank_zero
 from soar_mega.training.samples import SampleGrid, write_png
 from soar_mega.training.tensorboard import Events
 from soar_mega.training.validation import HeldOut
@@ -61,9 +64,13 @@ class Measurements:
             self._events.scalars(values, iteration)
         if self._grid is not None and _due(settings.sample_interval, iteration):
             image = self._grid.draw(self._engine)
-            if image is not None:
-                self._events.image("samples", image, iteration)
-                write_png(image, self._folder / "samples" / f"iter_{iteration:07d}.png")
+            # the others wait here, and not in their next step, which has less time
+            on_rank_zero(lambda: self._show(image, iteration))
+
+    def _show(self, image: Tensor | None, iteration: int) -> None:
+        assert image is not None
+        self._events.image("samples", image, iteration)
+        write_png(image, self._folder / "samples" / f"iter_{iteration:07d}.png")
 
 
 def _due(interval: int, iteration: int) -> bool:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ class State:
     rank: int
     host: str
     pid: int
-    time: float  # of its host's clock
+    said: int  # how often it has said where it was: clocks of two hosts cannot be compared
     step: int
     phase: str
     number: int  # of the phase; all ranks go through the same ones
@@ -53,7 +54,8 @@ class RollCall:
 
     def __init__(self, main_thread: int) -> None:
         self._main_thread = main_thread
-        self._lock, self._answered = threading.Lock(), False
+        self._lock, self._answered, self._said = threading.Lock(), False, 0
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: its number, and when it was new here
         # a connection of its own: the main thread may be waiting on the other one
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set_timeout(STORE_TIMEOUT)
@@ -63,11 +65,12 @@ class RollCall:
     def say(self, answers: bool = False, error: BaseException | None = None) -> None:
         """Tells all ranks where this one is; an answer says where its main thread is, or where the error was raised."""
         place, communicates = self._place(error) if answers else ("", False)
+        self._said += 1
         state = State(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
-            time=time.time(),
+            said=self._said,
             step=phases.step,
             phase=phases.phase,
             number=phases.number,
@@ -78,7 +81,9 @@ class RollCall:
         )
         with self._lock:
             self._answered |= answers
-            if state.answers == self._answered:  # what the watching thread says later does not replace an answer
+            if (
+                state.answers == self._answered
+            ):  # what the watching thread says later does not replace an answer
                 self._store.set(str(self.rank), json.dumps(dataclasses.asdict(state)))
 
     def call(self, why: str) -> None:
@@ -100,7 +105,26 @@ class RollCall:
     def states(self) -> list[State]:
         """What each rank said last, in order; all ranks must have said something."""
         said = self._store.multi_get([str(rank) for rank in range(self.world_size)])
-        return [State(**json.loads(text)) for text in said]
+        states = [State(**json.loads(text)) for text in said]
+        now = time.monotonic()
+        for state in states:
+            if state.rank not in self._seen or self._seen[state.rank][0] != state.said:
+                self._seen[state.rank] = state.said, now
+        return states
+
+    def silences(self) -> dict[int, float]:
+        """Seconds by rank since it was last seen to say something: by this rank, which has looked at `states`, or by
+        the one that has told (`tell_silences`) because it looks all the time."""
+        now = time.monotonic()
+        mine = {rank: now - when for rank, (_, when) in self._seen.items()}
+        told = json.loads(self._get("silences") or "{}")
+        return mine | {
+            int(rank): seconds for rank, seconds in told.items() if seconds > mine.get(int(rank), 0.0)
+        }
+
+    def tell_silences(self, silences: Mapping[int, float]) -> None:
+        """Tells all ranks who is silent, for the one that will write the report."""
+        self._store.set("silences", json.dumps(silences))
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None

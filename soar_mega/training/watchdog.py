@@ -1,8 +1,8 @@
 """A thread per rank that ends a run which cannot go on, with one message that says which rank it was, and where.
 
-Three things end a run: a rank raises; the connection to a rank breaks, because it died; a step takes too long, because
-a rank hangs. Whoever notices calls the roll (roll_call.py). Every rank that lives answers, writes the stacks of its
-threads and leaves; one of them says what was found (failure_report.py):
+Three things end a run: a rank raises; the connection to a rank breaks, because it died; a step, or what is done between
+steps, takes too long (limits.py), because a rank hangs. Whoever notices calls the roll (roll_call.py). Every rank that
+lives answers, writes the stacks of its threads and leaves; one of them says what was found (failure_report.py):
 
     failures/20261122-023351/report.txt          the message
     failures/20261122-023351/rank_00002.txt      what rank 2 raised, or its Python stacks
@@ -24,15 +24,23 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from soar_mega.config import TrainConfig
 from soar_mega.phases import phases
 from soar_mega.training.agreement import is_quiet, leave, on_rank_zero, say_why
 from soar_mega.training.failure_report import failure_report
+from soar_mega.training.limits import (
+    Limit,
+    ending_seconds,
+    grace_seconds,
+    last_resort_seconds,
+    limit,
+    poll_seconds,
+)
 from soar_mega.training.roll_call import RollCall, State
 from soar_mega.training.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-FIRST_STEPS, FIRST_STEPS_FACTOR = 2, 3  # these compile, and allocate memory
 SILENCE_SECONDS = 20.0  # until rank 0 warns; torchrun and srun leave 30 s between SIGTERM and SIGKILL
 STDERR = 2  # the number of the file: nothing of Python's that could be held
 LOST_POLLS = 3  # polls without an answer of the store
@@ -47,20 +55,16 @@ class Watchdog:
 
     Args:
         folder: of this start's reports; made when there is something to write.
-        step_timeout_minutes: the longest time of a step (the first two may take three times as long); None: any.
-            Checkpoints, measurements and the export are not steps: parallel.distributed_timeout_minutes bounds each
-            wait in them. Time in which the process was stopped as a whole does not count.
+        train: the limits. Time in which the process was stopped as a whole does not count.
     """
 
-    def __init__(self, folder: Path, step_timeout_minutes: float | None) -> None:
+    def __init__(self, folder: Path, train: TrainConfig) -> None:
         self._folder = folder
-        self._minutes = step_timeout_minutes
+        self._train = train
         self._roll = RollCall(threading.get_ident())
         self._ending = threading.Lock()
         self._stopped = threading.Event()
-        # the store of 10,000 ranks gets 1000 messages a second
-        self._poll = 1.0 + self._roll.world_size / 500
-        self._grace = 2.0 * self._poll + 3.0
+        self._poll, self._grace = poll_seconds(self._roll.world_size), grace_seconds(self._roll.world_size)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._missed: set[int] = set()
 
@@ -97,12 +101,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are the main thread's
-        lived, began, last, unanswered = 0.0, phases.step_began, time.monotonic(), 0
+        lived, began, last, unanswered = 0.0, phases.began, time.monotonic(), 0
         while not self._stopped.wait(self._poll):
-            now = time.monotonic()
+            # in this order: what begins between the two lines has its whole time
+            allowed = limit(self._train, phases)
+            begins, now = phases.began, time.monotonic()
             # a process that was stopped (ctrl-Z, SIGSTOP) has not used its time
-            lived = lived + min(now - last, 2.0 * self._poll) if phases.step_began == began else 0.0
-            began, last = phases.step_began, now
+            lived = lived + min(now - last, 2.0 * self._poll) if begins == began else 0.0
+            began, last = begins, now
             try:
                 self._roll.say()
                 raised, why, unanswered = self._roll.confession(), self._roll.called(), 0
@@ -119,30 +125,34 @@ class Watchdog:
             if why is not None:
                 self._begin_end()
                 self._call_roll(why)
-            limit = self._limit()
-            if limit is not None and began is not None and lived > limit:
+            if allowed is not None and lived > allowed.seconds:
                 self._begin_end()
-                self._call_roll(
-                    f"step {phases.step} takes longer than {limit / 60:g} minutes (train.step_timeout_minutes)"
-                )
-            if limit is not None and self._roll.world_size > 1:
-                # the last resort, in C: native code that holds Python's lock also holds this thread
-                faulthandler.dump_traceback_later(2 * limit + self._grace, exit=True, file=STDERR)
+                minutes = allowed.seconds / 60.0
+                self._call_roll(f"{allowed.of} takes longer than {minutes:g} minutes ({allowed.setting})")
+            if self._roll.world_size > 1 and not self._ending.locked():
+                self._wind_last_resort(allowed)
 
-    def _limit(self) -> float | None:
-        if self._minutes is None:
-            return None
-        return 60.0 * self._minutes * (FIRST_STEPS_FACTOR if phases.steps_begun <= FIRST_STEPS else 1)
+    def _wind_last_resort(self, allowed: Limit | None) -> None:
+        """Native code that holds Python's lock also holds this thread: then C ends the process."""
+        if allowed is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            seconds = last_resort_seconds(allowed.seconds, self._roll.world_size)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
     def _look_for_the_silent(self) -> None:
         """Warns, once for each rank, before a launcher's patience with the others ends."""
-        for state in self._roll.states():
-            silence = time.time() - state.time
-            if silence > SILENCE_SECONDS + 2.0 * self._poll and state.rank not in self._missed:
+        states = self._roll.states()
+        patience = SILENCE_SECONDS + 2.0 * self._poll
+        silences = {rank: silence for rank, silence in self._roll.silences().items() if silence > patience}
+        if silences or self._missed:
+            self._roll.tell_silences(silences)
+        for state in (states[rank] for rank in silences):
+            if state.rank not in self._missed:
                 self._missed.add(state.rank)
                 logger.warning(
                     "rank %d (process %d on %s) has given no sign of life for %.0f s: last seen in step %d, phase %s",
-                    *(state.rank, state.pid, state.host, silence, state.step, state.phase),
+                    *(state.rank, state.pid, state.host, silences[state.rank], state.step, state.phase),
                 )
 
     def _begin_end(self) -> None:
@@ -150,11 +160,12 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the other one ends the process
         # whatever blocks from here on (a full pipe, a file system): the process ends
-        faulthandler.dump_traceback_later(2.0 * self._grace + 20.0, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(ending_seconds(self._roll.world_size), exit=True, file=STDERR)
 
     def _call_roll(self, why: str, error: Exception | None = None) -> NoReturn:
         """Calls the roll or answers it, tells the result unless another rank does, and ends the process."""
         states: list[State] = []
+        silences: dict[int, float] = {}
         raised = None
         with contextlib.suppress(RuntimeError):
             raised = self._roll.confession()
@@ -168,8 +179,9 @@ class Watchdog:
                 while time.monotonic() < deadline and not all(state.answers for state in states):
                     time.sleep(0.2)
                     states = self._roll.states()
+                silences = self._roll.silences()
                 raised = self._roll.confession()
-            report = f"the run ends: {raised}" if raised else failure_report(why, states, time.time())
+            report = f"the run ends: {raised}" if raised else failure_report(why, states, silences)
             logger.error("%s\n  stacks of the ranks that live: %s", report, self._folder)
             with contextlib.suppress(OSError):
                 self._report().write_text(report + "\n")

@@ -75,6 +75,7 @@ def test_shipped_chains(name: str) -> None:
     assert export.arguments[1] == str(soar.folder)
     assert rl.arguments[2:] == [str(export.product), str(rl.folder)]
     assert job(chain, soar).arguments[0] == "train" and soar.resources.nodes == 2
+    assert job(chain, soar).num_workers == soar.recipe.data.num_workers
     assert job(chain, evaluate).arguments[-2:] == ["--link", "evaluate"] and evaluate.resources.processes == 1
 
 

@@ -94,6 +94,7 @@ class Launched:
     ) -> None:
         self.cluster, self.folder, self.iterations = cluster, work / name, iterations
         size = ["--nodes", "2", "--processes-per-node", str(processes_per_node), "--gpus-per-node", "0"]
+        size += ["--cpus-per-task", "1"]  # a node has four
         size += ["--time", "15", *(["--python", str(HERE / "paced")] if paced else [])]
         words = [*settings(work, iterations), f"checkpoint.save={self.folder}", "checkpoint.export=false"]
         # a later option wins
@@ -253,7 +254,14 @@ def test_container_and_gpus(reference: Launched, cluster: Cluster, work: Path) -
 
 def chain_file(path: Path, work: Path, links: list[dict[str, object]]) -> Path:
     folder = work / path.stem
-    size = {"nodes": 2, "processes_per_node": 1, "gpus_per_node": 0, "time": "00:10:00", "signal_seconds": 60}
+    size = {
+        "nodes": 2,
+        "processes_per_node": 1,
+        "gpus_per_node": 0,
+        "cpus_per_task": 1,
+        "time": "00:10:00",
+        "signal_seconds": 60,
+    }
     content = {"folder": str(folder), "pipeline": "recipes/tiny/base", "slurm": size, "links": links}
     path.write_text(yaml.safe_dump(content))
     return path

@@ -141,14 +141,38 @@ def test_rank(tmp_path: Path) -> None:
 
     assert rank("echo $RANK $LOCAL_RANK $WORLD_SIZE").stdout == "3 1 4\n"
     assert [rank(f"exit {code}").returncode for code in (0, 75, 3)] == [0, 0, 3]
+    limits = rank("ulimit -S -l; ulimit -H -l; ulimit -S -c").stdout.split()
+    assert limits[0] == limits[1] and limits[2] == "0"
     assert rank("kill -USR1 $$; exit 4").returncode == 4, "a rank that does not listen yet survives"
 
 
+def sourced(words: str, **environment: str) -> str:
+    """What words of the shell are after environment.sh."""
+    script = f"source {TEMPLATES}/environment.sh; echo {words}"
+    environment = {"PATH": os.environ["PATH"]} | environment
+    return subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_cores_of_a_gpu_job_are_not_for_computing() -> None:
+    assert sourced("$OMP_NUM_THREADS") == "1"
+    assert sourced("$OMP_NUM_THREADS", SLURM_CPUS_PER_TASK="6") == "6"
+    gpus = {"SLURM_CPUS_PER_TASK": "6", "SLURM_GPUS_PER_NODE": "8"}
+    assert sourced("$OMP_NUM_THREADS", **gpus) == "1"
+    assert sourced("$OMP_NUM_THREADS", OMP_NUM_THREADS="3", **gpus) == "3"
+
+
+def test_what_is_compiled_stays_on_the_node() -> None:
+    caches = "$TRITON_CACHE_DIR $TORCH_EXTENSIONS_DIR"
+    mine = f"soar_mega-{os.getuid()}-7"
+    assert sourced(caches, SLURM_JOB_ID="7") == f"/tmp/{mine}/triton /tmp/{mine}/torch_extensions"
+    given = {"SLURM_JOB_ID": "7", "SLURM_TMPDIR": "/scratch", "TORCH_EXTENSIONS_DIR": "/built"}
+    assert sourced(caches, **given) == f"/scratch/{mine}/triton /built"
+
+
 def test_offline_is_the_default_and_the_shell_wins() -> None:
-    script = f"source {TEMPLATES}/environment.sh; echo $HF_HUB_OFFLINE $TRANSFORMERS_OFFLINE $NCCL_DEBUG"
-    environment = {"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO"}
-    told = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
-    assert told.stdout == "1 1 INFO\n"
+    assert sourced("$HF_HUB_OFFLINE $TRANSFORMERS_OFFLINE $NCCL_DEBUG", NCCL_DEBUG="INFO") == "1 1 INFO"
 
 
 def test_words_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +226,8 @@ def test_time_limits(text: str, seconds: int) -> None:
         ({"time": "4h"}, "write it like sbatch"),
         ({"time": "00:05:00", "signal_seconds": 300}, "less than the time limit of 300 s"),
         ({"nodes": 0}, "at least 1"),
+        ({"cpus_per_task": 0}, "at least 1"),
+        ({"cpus_per_task": "2"}, "expected int"),
         ({"image": "x.sif"}, "go together"),
         ({"template": "container"}, "go together"),
         ({"nodes": "2"}, "expected int"),
@@ -226,6 +252,27 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, capsys: pytest.Captur
     assert "#SBATCH --signal=B:USR1@300\n" in text and "#SBATCH --requeue\n" in text
     assert f"tensor_model_parallel_size=2 checkpoint.save={tmp_path}/x" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_gets_the_cores_that_it_keeps_busy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--nodes", "1", "--dry-run", f"checkpoint.save={tmp_path}/x", "data.num_workers=3"]
+
+    def cpus(*more: str) -> str:
+        assert main([*LAUNCH, *words, *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "--cpus-per-task" in line]
+        return line
+
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("data.num_workers=5\ndata.num_workers=1\n")
+    assert cpus() == "#SBATCH --cpus-per-task=7"
+    assert cpus("--sweep", str(sweep)) == "#SBATCH --cpus-per-task=9"
+    assert cpus("--cpus-per-task", "8") == "#SBATCH --cpus-per-task=8"
+    assert cpus("--cpus-per-task", "2", "--gpus-per-node", "0") == "#SBATCH --cpus-per-task=2"
+    assert not caplog.messages
+    assert cpus("--cpus-per-task", "2") == "#SBATCH --cpus-per-task=2"
+    assert "a rank keeps 7 busy (4, and data.num_workers=3)" in caplog.text
 
 
 def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 from soar_mega.data.loader import Loader
 from soar_mega.stages.soar import Soar
+from soar_mega.training.checkpoint import Saver
 from soar_mega.training.loop import Trainer
+from soar_mega.training.measurements import Measurements
 
 
 def refuse() -> None:
@@ -38,11 +40,18 @@ def stop_readers() -> None:
         os.kill(process.pid, signal.SIGSTOP)
 
 
-PHASES = {"data": (Loader, "__next__"), "learn": (Soar, "loss")}
+PHASES = {
+    "data": (Loader, "__next__"),
+    "learn": (Soar, "loss"),
+    "measurements": (Measurements, "take"),
+    "checkpoint": (Saver, "poll"),
+    "export": (Trainer, "export"),
+}
+SHORT_MINUTES = 0.03  # of a phase that is not a step, from where a rank acts in it
 
 
 def act_in_step_3(act: Callable[[], None], phase: str) -> None:
-    """Has this process act in a phase of its run."""
+    """Has this process act in a phase of its run: in step 3, or after step 2."""
     trainers: list[Trainer] = []
     step = Trainer.step
 
@@ -56,6 +65,7 @@ def act_in_step_3(act: Callable[[], None], phase: str) -> None:
 
     def with_act(self: object, *args: object) -> object:
         if trainers and trainers[0].progress.iteration == 2:
+            trainers[0].recipe.train.phase_timeout_minutes = SHORT_MINUTES
             act()
         return whole(self, *args)
 

@@ -1,15 +1,20 @@
 """What a run writes beside its weights: curves, images, its configuration."""
 
+import time
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
+import torch.distributed as dist
 from multirank import run_ranks
 from PIL import Image
 from tiny_runs import ROOT, make_shards, tiny_recipe
 
+from soar_mega.config import LoggingConfig, ParallelConfig
+from soar_mega.distributed import start_world
 from soar_mega.recipe import load_recipe
+from soar_mega.training.measurements import Measurements
 from soar_mega.training.samples import grid
 
 
@@ -54,6 +59,35 @@ def test_curves_images_and_configuration(tmp_path: Path) -> None:
         assert picture.size == (198, 198)  # four prompts, enlarged to 96 pixels, with gaps of 2
         assert len(picture.getcolors(100_000)) > 10
     assert load_recipe(tmp_path / "run" / "run_config.yaml") == recipe
+
+
+class SlowEvents:
+    """Curves on a slow disk."""
+
+    def image(self, *args: object) -> None:
+        time.sleep(0.5)
+
+
+class Squares:
+    """A grid of one sample."""
+
+    def draw(self, engine: object) -> torch.Tensor | None:
+        return torch.zeros(3, 4, 4) if dist.get_rank() == 0 else None
+
+
+def whether_the_grid_is_there(folder: Path) -> bool:
+    start_world(ParallelConfig())
+    measurements = Measurements.__new__(Measurements)
+    measurements._settings, measurements._folder = LoggingConfig(sample_interval=1), folder
+    measurements._engine, measurements._held_out = None, None  # type: ignore[assignment]
+    measurements._events, measurements._grid = SlowEvents(), Squares()  # type: ignore[assignment]
+    measurements.take(1)
+    return (folder / "samples" / "iter_0000001.png").exists()
+
+
+def test_all_ranks_wait_for_the_grid(tmp_path: Path) -> None:
+    """In the phase of the measurements: the next step has less time."""
+    assert run_ranks(whether_the_grid_is_there, 2, tmp_path) == [True, True]
 
 
 def test_grid() -> None:

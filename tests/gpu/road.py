@@ -129,7 +129,9 @@ def verbs_on(finished: Path, held_out: Path, folder: Path) -> None:
     pictures = [np.asarray(Image.open(folder / f"{place}.png")).astype(int) for place in ("here", "cpu")]
     assert pictures[0].std() > 10  # something is drawn
     assert abs(pictures[0] - pictures[1]).max() <= 4  # of 255: convolutions of a GPU may round to tf32
-    said = [json.loads((folder / f"{place}.json").read_text())["pipelines"]["run"] for place in ("here", "cpu")]
+    said = [
+        json.loads((folder / f"{place}.json").read_text())["pipelines"]["run"] for place in ("here", "cpu")
+    ]
     for here, there in zip(said[0]["drift"]["spans"], said[1]["drift"]["spans"], strict=True):
         assert here["absolute"] == pytest.approx(there["absolute"], rel=1e-4)
     assert said[0]["guidance"].keys() == said[1]["guidance"].keys()

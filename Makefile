@@ -17,7 +17,7 @@ endif
 # The tests are many small processes: one thread each.
 TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-.PHONY: setup lint test test-slow test-slurm demo base study clean
+.PHONY: setup lint test test-slow test-gpu test-slurm demo base study clean
 
 setup: $(READY)
 
@@ -39,12 +39,18 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-# Two files at a time: half of the tests' time is waiting for other processes.
+# Two files at a time: half of the tests' time is waiting for other processes. These tests see no GPU; tests/gpu does, and
+# says that it was skipped where there is none.
 test: lint
 	$(TEST) -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST) tests/gpu
 
 test-slow: $(READY)
 	$(TEST) -m slow --timeout 1800
+
+# tools/gpu_check.sh runs them side by side, and the demo, and writes down what came out.
+test-gpu: $(READY)
+	$(TEST) tests/gpu
 
 # A real SLURM on this machine (root; installed where it is missing). Elsewhere the tests say that they were not run.
 test-slurm: $(READY)

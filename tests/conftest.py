@@ -1,14 +1,19 @@
-"""One thread per process and the CPU stand-ins, before any test imports megatron."""
+"""One thread per process, no GPU, and the CPU stand-ins, before any test imports megatron.
+
+tests/gpu is a run of its own (`make test-gpu`): its pytest.ini keeps pytest from reading this file there.
+"""
 
 import importlib.util
 import os
 import pkgutil
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same tests on every machine. It must be said before the first use of CUDA, and the processes of a test inherit it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+if importlib.util.find_spec("triton"):
     # Triton decides when a function is read whether it can be interpreted: its own when megatron imports it, ours at
     # the first launch, in whichever test that is. All are read here. Without the variable in the environment the
     # kernels run as their eager twins; tests/kernels sets it where it interprets.
@@ -23,3 +28,5 @@ from soar_mega import platform
 
 torch.set_num_threads(1)
 platform.install()
+
+collect_ignore = ["gpu"]

@@ -13,8 +13,6 @@ from soar_mega import platform
 from soar_mega.config import ParallelConfig
 from soar_mega.distributed import start_world
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without CUDA")
-
 
 def small_engine():
     """A column-parallel layer under DDP and the distributed optimizer: (config, ddp, optimizer)."""

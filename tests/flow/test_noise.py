@@ -116,18 +116,6 @@ def test_numbers_do_not_depend_on_the_batch_they_are_drawn_in():
     assert normal(1, "noise", position[:0], 0, (2, 3)).shape == (0, 2, 3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_numbers_do_not_depend_on_the_device():
-    position, point = torch.tensor([3, 2**33, 10]), torch.tensor([0, 1, 5])
-    on_gpu = normal(1, "noise", position, point, (1000,), device="cuda")
-    assert on_gpu.is_cuda
-    torch.testing.assert_close(
-        on_gpu.cpu(), normal(1, "noise", position, point, (1000,)), rtol=3e-7, atol=3e-7
-    )
-    assert torch.equal(uniform(1, "t", position.cuda(), point, 5).cpu(), uniform(1, "t", position, point, 5))
-
-
 def test_every_part_of_the_key_and_counter_matters():
     def draw(seed=1, stream="noise", position=5, point=0):
         return normal(seed, stream, torch.tensor([position]), point, (4,))[0]

@@ -1,4 +1,4 @@
-"""What runs on a GPU only, with the helpers of tests/kernels."""
+"""What runs on a GPU only: `make test-gpu`, or tools/gpu_check.sh, which also writes down what came out."""
 
 import sys
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from soar_mega import platform
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "kernels"))
+sys.path[:0] = [str(HERE.parent / folder) for folder in ("kernels", "models", "training")]  # their helpers
+platform.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(skip)
+    if not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -4,21 +4,12 @@ import adaln_cases
 import pytest
 import qk_cases
 import torch
-from guards import worst
+from guards import assert_close
 
 from soar_mega.kernels.adaln import adaln
 
 ADALN = [(19, 3, 40), (1, 2, 7), (5, 1, 64), (77, 2, 1536), (33, 1, 2432), (64, 2, 3072)]
 QK = [((7, 2, 3, 16), True), ((5, 3, 1, 12), True), ((333, 2, 24, 64), False), ((80, 2, 24, 128), True)]
-
-
-def assert_close(found, exact, name):
-    """float32 to 5e-7 of the largest entry; each bfloat16 entry is float32's, rounded once."""
-    if found.dtype == torch.float32:
-        assert worst(found, exact) < 5e-7, name
-        return
-    error = (found.double() - exact).abs()
-    assert bool((error <= exact.abs() * 2**-8 + 1e-6 * exact.abs().amax()).all()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

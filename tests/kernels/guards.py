@@ -50,13 +50,6 @@ def canaries() -> Iterator[None]:
         assert not bool((inside == canary).any()), "part of an output was never written"
 
 
-def below_power_of_two(largest: Tensor) -> float:
-    """The factor that brings `largest` just below a power of two, where bfloat16 truncated (as the interpreter does
-    instead of rounding) is off by at most 4e-3 of it; just above one it would be 8e-3.
-    """
-    return 0.99 * 2.0 ** math.ceil(math.log2(float(largest))) / float(largest)
-
-
 def worst(found: Tensor, expected: Tensor) -> float:
     """Largest error relative to the largest entry; NaN anywhere is infinitely wrong."""
     found, expected = found.detach(), expected.detach()
@@ -66,9 +59,18 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().amax() / expected.double().abs().amax())
 
 
-def stored(expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a kernel leaves in memory that computes exactly: rounded to nearest, but truncated by the interpreter."""
-    if dtype == torch.bfloat16 and interpreted():
-        bits = expected.float().view(torch.int32)
-        return (bits & ~0xFFFF).view(torch.float32).to(dtype)
-    return expected.to(dtype)
+def assert_close(found: Tensor, exact: Tensor, name: str = "") -> None:
+    """What a kernel stored is `exact` (float64), computed in float32 and rounded to nearest once.
+
+    A float32 entry is off by 5e-7 of the largest entry at most, a bfloat16 entry by half of its own last digit more.
+    The interpreter cuts bfloat16 off instead of rounding it: a whole digit.
+    """
+    assert found.dtype in (torch.float32, torch.bfloat16) and exact.dtype == torch.float64
+    assert found.shape == exact.shape, (name, found.shape, exact.shape)
+    error, allowed = (found.detach().double() - exact).abs(), 5e-7 * exact.abs().amax()
+    if found.dtype == torch.bfloat16:
+        # an entry in [2^(e - 1), 2^e) has 8 binary digits: the last one is 2^(e - 8)
+        last_digit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 8)
+        allowed = 2 * allowed + last_digit * (1.0 if interpreted() else 0.5)
+    excess = float((error - allowed).amax())  # NaN where anything is
+    assert excess <= 0.0, f"{name}: off by {float(error.amax()):.3g}, {excess:.3g} more than allowed"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adaln_cases import case, exact, outcome, upstream
-from guards import canaries, guarded, stored, worst
+from guards import assert_close, canaries, guarded, worst
 
 from soar_mega.kernels.adaln import adaln, plain_adaln
 
@@ -14,13 +14,13 @@ SHAPES = [(19, 3, 40), (1, 2, 7), (5, 1, 64)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_a_branch_matches_float64(backend, shape):
     for name, (mine, theirs) in outcome(shape, torch.float32).items():
-        assert worst(mine, theirs) < 5e-7, name
+        assert_close(mine, theirs, name)
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2])
 def test_bf16_matches_float64(interpreted, shape):
     for name, (mine, theirs) in outcome(shape, torch.bfloat16).items():
-        assert worst(mine, stored(theirs, torch.bfloat16)) < 5e-3, name
+        assert_close(mine, theirs, name)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

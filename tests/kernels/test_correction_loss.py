@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from guards import below_power_of_two, canaries, guarded, worst
+from guards import assert_close, canaries, guarded, worst
 
 from soar_mega.flow import normal
 from soar_mega.kernels import correction_loss
@@ -40,8 +40,6 @@ def test_losses_and_gradients_match_float64(backend, shape, batch, per_sample, d
     velocity, sources, rows = case(shape, batch, per_sample, dtype)
     weight = torch.linspace(0.5, 2.0, batch * per_sample, dtype=torch.float64).view(batch, per_sample)
     upstream = 2.0 ** torch.arange(batch * per_sample).view(batch, per_sample)  # exact in bfloat16
-    slope = oracle_gradient(velocity, sources, rows, weight)
-    weight *= below_power_of_two(slope.abs().amax())
     with canaries():
         losses = correction_loss(
             velocity, *sources[:4], rows, eps=sources[4], z1_aux=sources[5], weight=weight
@@ -51,7 +49,7 @@ def test_losses_and_gradients_match_float64(backend, shape, batch, per_sample, d
     gradient = oracle_gradient(velocity, sources, rows, weight * upstream)
     assert losses.dtype == torch.float32 and velocity.grad.dtype == dtype
     assert worst(losses, expected * weight) < 5e-7
-    assert worst(velocity.grad, gradient) < (5e-7 if dtype == torch.float32 else 5e-3)
+    assert_close(velocity.grad, gradient)
 
 
 def test_drawn_noise_is_the_noise_of_flow(backend):

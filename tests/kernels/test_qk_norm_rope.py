@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from guards import stored, worst
+from guards import assert_close, worst
 from qk_cases import case, outcome
 
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
@@ -23,13 +23,13 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(("shape", "rotary"), CASES)
 def test_matches_float64(backend, shape, rotary):
     for name, (mine, theirs) in outcome(shape, rotary, torch.float32).items():
-        assert worst(mine, theirs) < 5e-7, name
+        assert_close(mine, theirs, name)
 
 
 @pytest.mark.parametrize(("shape", "rotary"), CASES[:2])
 def test_bf16_matches_float64(interpreted, shape, rotary):
     for name, (mine, theirs) in outcome(shape, rotary, torch.bfloat16).items():
-        assert worst(mine, stored(theirs, torch.bfloat16)) < 5e-3, name
+        assert_close(mine, theirs, name)
 
 
 def test_equals_flux_in_diffusers(backend):

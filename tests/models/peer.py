@@ -1,5 +1,6 @@
 """diffusers' transformer as the peer that our model must equal."""
 
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,28 @@ SMALL: dict[str, Any] = {
     "dual_attention_layers": (0, 2),
     "qk_norm": "rms_norm",
 }
+
+
+def random_case(seed: int) -> tuple[dict[str, Any], tuple[int, int], int, int]:
+    """A small configuration with a latent size, a batch and a text length; odd seeds have no QK norm."""
+    draw = random.Random(seed)
+    heads, width, layers = draw.choice([2, 3, 4]), draw.choice([4, 8]), draw.choice([1, 2, 3])
+    patch, table = draw.choice([1, 2]), draw.choice([6, 9])
+    changes = {
+        "sample_size": patch * draw.choice([4, 7]),
+        "patch_size": patch,
+        "in_channels": draw.choice([3, 4]),
+        "out_channels": draw.choice([3, 4]),
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": width,
+        "caption_projection_dim": heads * width,
+        "pos_embed_max_size": table,
+        "dual_attention_layers": tuple(n for n in range(layers) if draw.random() < 0.5),
+        "qk_norm": None if seed % 2 else "rms_norm",
+    }
+    size = (patch * draw.randint(2, table), patch * draw.randint(2, table))
+    return changes, size, draw.randint(1, 3), draw.randint(1, 9)
 
 
 def make_peer(seed: int = 0, **changes: Any) -> Any:

@@ -1,7 +1,5 @@
 """The single-process model against diffusers, and what it does with impossible input."""
 
-import random
-
 import pytest
 import torch
 from peer import (
@@ -9,6 +7,7 @@ from peer import (
     gradient_errors,
     make_inputs,
     make_peer,
+    random_case,
     relative_error,
     run_peer,
     save_peer,
@@ -21,28 +20,6 @@ from soar_mega.models import specs
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import position_table
 from soar_mega.models.mmdit import build_model
-
-
-def random_case(seed):
-    """A small configuration with a latent size, a batch and a text length; odd seeds have no QK norm."""
-    draw = random.Random(seed)
-    heads, width, layers = draw.choice([2, 3, 4]), draw.choice([4, 8]), draw.choice([1, 2, 3])
-    patch, table = draw.choice([1, 2]), draw.choice([6, 9])
-    changes = {
-        "sample_size": patch * draw.choice([4, 7]),
-        "patch_size": patch,
-        "in_channels": draw.choice([3, 4]),
-        "out_channels": draw.choice([3, 4]),
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "attention_head_dim": width,
-        "caption_projection_dim": heads * width,
-        "pos_embed_max_size": table,
-        "dual_attention_layers": tuple(n for n in range(layers) if draw.random() < 0.5),
-        "qk_norm": None if seed % 2 else "rms_norm",
-    }
-    size = (patch * draw.randint(2, table), patch * draw.randint(2, table))
-    return changes, size, draw.randint(1, 3), draw.randint(1, 9)
 
 
 def gradients(model):

@@ -7,7 +7,6 @@ import bench_kernels
 import pytest
 
 
-@pytest.mark.skipif(bench_kernels.torch.cuda.is_available(), reason="measures on a GPU")
 def test_predictions_without_a_gpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "kernels.json"
     monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--only", "512 px N=6", "--out", str(out)])

@@ -67,8 +67,8 @@ def make_shards(
     return folder
 
 
-def tiny_recipe(shards: Path, save: Path, name: str = "soar", **overrides: Any) -> Recipe:
-    """A short run of a tiny recipe that logs each step; `group__key=value` for anything else."""
+def tiny_words(shards: Path, save: Path, **overrides: Any) -> list[str]:
+    """The overrides of a short run of a tiny recipe that logs each step; `group__key=value` for anything else."""
     settings = {
         "model.pipeline": ROOT / "recipes" / "tiny" / "base",
         "data.path": shards,
@@ -87,7 +87,12 @@ def tiny_recipe(shards: Path, save: Path, name: str = "soar", **overrides: Any) 
         "logging.sample_interval": 0,
     }
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.yaml", [f"{k}={v}" for k, v in settings.items()])
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def tiny_recipe(shards: Path, save: Path, name: str = "soar", **overrides: Any) -> Recipe:
+    """The recipe of such a run."""
+    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.yaml", tiny_words(shards, save, **overrides))
 
 
 def run(recipe: Recipe) -> int:

@@ -1,0 +1,34 @@
+"""One small random model on this process's device against diffusers on the CPU in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer import gradient_errors, make_inputs, random_case, relative_error, run_peer, save_peer, to_peer_names
+
+from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.convert import load_weights
+from soar_mega.distributed import device, start_world
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.mmdit import build_model
+
+
+def errors(folder: Path, seed: int, settings: ModelConfig, **changes: Any) -> tuple[float, float]:
+    """Relative errors of the velocity and of the worst parameter's gradient; `changes` are sizes that must hold."""
+    drawn, size, batch, text = random_case(seed)
+    peer = save_peer(folder, seed, **(drawn | changes))
+    start_world(ParallelConfig())
+    model = build_model(MMDiTConfig.from_diffusers(folder), settings, ParallelConfig())
+    load_weights(model, folder)
+    inputs = make_inputs(model.sizes, size, batch, text)
+    ours, theirs = model(*(x.to(device()) for x in inputs)), run_peer(peer, inputs)
+    assert ours.device.type == device().type and ours.dtype == torch.float32
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights.to(device())).sum().backward()
+    (theirs * weights).sum().backward()
+    found = {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+    wanted = {name: p.grad for name, p in peer.named_parameters()}
+    return (
+        relative_error(ours.detach().cpu(), theirs),
+        max(gradient_errors(to_peer_names(model.sizes, found), wanted).values()),
+    )

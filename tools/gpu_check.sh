@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that is checked on one GPU, side by side, in about five minutes. It prints a summary last and writes
+# benchmarks/results/<date>-<gpu>-check.json, from which tools/gpu_page.py makes docs/gpu.md. Exit code 0: all passed;
+# 1: something failed; 2: there is no CUDA device, and nothing was run.
+#
+#   tools/gpu_check.sh                          in .venv, or where there is none with python3
+#   SOAR_PYTHON=python tools/gpu_check.sh       in the active environment (the Docker image, for instance)
+#
+# On a machine without network or an installed soar_mega it needs a torch with CUDA, transformers, accelerate,
+# scikit-learn, tensorboard, pytest and pytest-timeout. What is in .whl is used besides: wheels, and an archive of
+# Transformer Engine (te-*.tar.xz). Filled like this on a machine with network (14 MB, for Python 3.12):
+#
+#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .whl -c constraints.txt megatron-core \
+#       diffusers webdataset braceexpand hjson pydantic pydantic_core annotated-types typing-inspection \
+#       importlib_metadata zipp
+#   .venv/bin/python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w .whl deepspeed
+#
+# Variables: OUT is a folder that receives the JSON and logs.tar.gz; SOAR_MEGA_COMMIT names the commit of a copy
+# without .git.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${SOAR_PYTHON:-.venv/bin/python}
+command -v "$python" > /dev/null || python=python3
+
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+carried=$(mktemp -d)
+trap 'rm -rf "$carried"' EXIT
+if compgen -G '.whl/*.whl' > /dev/null; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$carried" .whl/*.whl
+    export PYTHONPATH=$carried:$PYTHONPATH
+fi
+if compgen -G '.whl/te-*.tar.xz' > /dev/null; then
+    mkdir "$carried/te"
+    tar xJf .whl/te-*.tar.xz -C "$carried/te"
+    export PYTHONPATH=$PYTHONPATH:$carried/te
+fi
+if ! "$python" -c 'import soar_mega.kernels' 2> /dev/null; then
+    ln -s ../kernels soar_mega/kernels # an installed package maps this folder (setup.py)
+    trap 'rm -rf "$carried" soar_mega/kernels' EXIT
+fi
+"$python" tools/gpu_check.py

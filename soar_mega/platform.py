@@ -91,6 +91,11 @@ def _synchronize() -> list[Replacement]:
     return [(torch.cuda, "synchronize", lambda device=None: None)]
 
 
+def _current_stream() -> list[Replacement]:
+    # megatron-core 0.19 asks for it before it looks whether a gradient has an event to wait for
+    return [(torch.cuda, "current_stream", lambda device=None: None)]
+
+
 def _factories() -> list[Replacement]:
     # schedules and gradient norms write the literal device="cuda"
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -182,6 +187,7 @@ def _one_rank_gather() -> list[Replacement]:
 STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "current_device": _current_device,
     "synchronize": _synchronize,
+    "current_stream": _current_stream,
     "factories": _factories,
     "tensor_type": _tensor_type,
     "tensor_cuda": _tensor_cuda,

@@ -1,8 +1,9 @@
-"""CPU stand-ins for the CUDA calls that megatron-core makes unconditionally, so that every path runs on gloo.
+"""Stand-ins for what megatron-core takes for granted: CUDA calls on a CPU, so that every path runs on gloo, and an Adam
+in the form of apex's and Transformer Engine's where neither is there, on a GPU too.
 
-`install()` does nothing on a machine with CUDA. It is called by the soar-mega process and by the test runner, never by
-importing the library. All stand-ins of the project are in this file; tests/test_platform.py switches each one off and
-expects the failure that makes it necessary.
+`install()` is called by the soar-mega process and by the test runner, never by importing the library. All stand-ins of
+the project are in this file; tests/test_platform.py switches each one off and expects the failure that makes it
+necessary.
 """
 
 import functools
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 from torch.utils._device import _device_constructors
 
 Replacement = tuple[Any, str, Any]  # owner, attribute, stand-in
@@ -26,11 +28,11 @@ _CUDA_TYPES = {
 }
 
 
-class CpuFusedAdam(torch.optim.Optimizer):
+class FusedAdam(torch.optim.Optimizer):
     """AdamW as in apex and Transformer Engine: the step counter lives in the parameter group, not in a tensor's state.
 
     megatron's distributed optimizer loads its checkpoints only into an optimizer of this shape. The update is
-    torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101).
+    torch.optim.AdamW's (Loshchilov & Hutter, arXiv 1711.05101), in one fused operation for each group.
     """
 
     def __init__(
@@ -41,30 +43,42 @@ class CpuFusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("only decoupled weight decay (AdamW) is supported on the CPU")
+        if not adam_w_mode or capturable:
+            raise ValueError(
+                "decoupled weight decay (AdamW) outside of a CUDA graph is all there is without Transformer Engine"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            beta1, beta2 = group["betas"]
-            correction1 = 1.0 - beta1 ** group["step"]
-            correction2 = 1.0 - beta2 ** group["step"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                p.mul_(1.0 - group["lr"] * group["weight_decay"])
-                state["exp_avg"].lerp_(p.grad, 1.0 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                denominator = (state["exp_avg_sq"].sqrt() / correction2**0.5).add_(group["eps"])
-                p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+            steps_before = group.get("step", 0)
+            group["step"] = steps_before + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw(
+                params,
+                [p.grad for p in params],  # type: ignore[misc]
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                # the operation counts up one number for each tensor
+                list(torch.full((len(params),), float(steps_before), device=params[0].device).unbind()),
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
 
 
 def _current_device() -> list[Replacement]:
@@ -75,6 +89,11 @@ def _current_device() -> list[Replacement]:
 def _synchronize() -> list[Replacement]:
     # default pipeline p2p and checkpoint saves synchronise the device
     return [(torch.cuda, "synchronize", lambda device=None: None)]
+
+
+def _current_stream() -> list[Replacement]:
+    # megatron-core 0.19 asks for it before it looks whether a gradient has an event to wait for
+    return [(torch.cuda, "current_stream", lambda device=None: None)]
 
 
 def _factories() -> list[Replacement]:
@@ -133,16 +152,16 @@ def _random_state() -> list[Replacement]:
 
 
 def _fused_adam() -> list[Replacement]:
-    # with torch's AdamW the distributed optimizer saves checkpoints that it cannot load
+    # with torch's AdamW the distributed optimizer saves checkpoints that it cannot load: `assert len(steps) == 1`
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return []
     return [
-        (optimizer, "Adam", CpuFusedAdam),
+        (optimizer, "Adam", FusedAdam),
         (optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        (distributed_optimizer, "Adam", CpuFusedAdam),
+        (distributed_optimizer, "Adam", FusedAdam),
         (distributed_optimizer, "HAVE_APEX_OR_TE", True),
         (distributed_optimizer, "USING_APEX_OPTIMIZER", True),
     ]
@@ -168,6 +187,7 @@ def _one_rank_gather() -> list[Replacement]:
 STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "current_device": _current_device,
     "synchronize": _synchronize,
+    "current_stream": _current_stream,
     "factories": _factories,
     "tensor_type": _tensor_type,
     "tensor_cuda": _tensor_cuda,
@@ -175,18 +195,23 @@ STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "fused_adam": _fused_adam,
     "one_rank_gather": _one_rank_gather,
 }
+ON_CUDA = ("fused_adam",)
 _installed: dict[str, list[tuple[Replacement, Any]]] = {}  # name -> (replacement, original)
 
 
 def install() -> None:
-    """Put the stand-ins in place. Does nothing when CUDA is available or when they are in place already."""
-    if torch.cuda.is_available() or _installed:
+    """Put the stand-ins in place, with CUDA only those of ON_CUDA. Does nothing when they are in place already."""
+    if _installed:
         return
+    on_cuda = torch.cuda.is_available()
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": known and handled here
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
         for name, replacements in STAND_INS.items():
-            _put(name, replacements())
+            if name in ON_CUDA or not on_cuda:
+                _put(name, replacements())
+    if on_cuda:
+        return
     # with one generator for both, every fork of the tracker looks like a mistake to megatron
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from soar_mega.config import Recipe
 from soar_mega.distributed import data_size, device
+from soar_mega.engines.adam_steps import kept_steps, saved_steps
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.parameter_groups import learning_rate_factors
 from soar_mega.engines.pipeline import Pipeline
@@ -121,7 +122,7 @@ class DeepSpeedEngine(Engine):
         state = {
             "model": self._sharded_model(is_loading),
             "optimizer": {
-                "optimizer": {"param_groups": _megatron_groups(self.optimizer)},
+                **kept_steps(self.optimizer),
                 "param_state_sharding_type": "fully_reshardable",
             },
         }
@@ -146,10 +147,9 @@ class DeepSpeedEngine(Engine):
             for kind, tensor in tensors.items():
                 if key in self._pieces:
                     self._state(key, kind).copy_(self._pieces[key].of(tensor))
-        step = max(group["step"] for group in state["optimizer"]["optimizer"]["param_groups"])
         for moments in self.optimizer.state.values():
-            moments["step"].fill_(step)
-        for name, tensors in state["weights"].items():
+            moments["step"].fill_(saved_steps(state["optimizer"]))
+        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
 
@@ -253,14 +253,6 @@ def _groups(parameters: dict[str, Parameter], recipe: Recipe) -> list[dict[str, 
         }
         for (factor, decay), names in groupby(trained, key=multipliers)
     ]
-
-
-def _megatron_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups as megatron's optimizer keeps them in a checkpoint."""
-    step = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
-    kept = ("lr", "betas", "eps", "weight_decay", "lr_mult", "wd_mult")
-    rest = {"is_expert_parallel": False, "is_decoupled_lr": False, "default_config": True, "step": step}
-    return [{key: group[key] for key in kept} | rest for group in optimizer.param_groups]
 
 
 def _start_moments(optimizer: torch.optim.Optimizer, owner: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from soar_mega.config import Recipe
 from soar_mega.distributed import device
+from soar_mega.engines.adam_steps import for_adam, kept_steps
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import gather_parameters, main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
@@ -88,11 +89,8 @@ class MegatronEngine(Engine):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             parts = {name: state[kind].view(-1) for name, state in states.items()}
             pieces += self._saved_pieces(f"optimizer.state.{kind}", parts)
-        kept = {
-            **distributed.state_dict(),
-            "param_state_sharding_type": metadata["distrib_optim_sharding_type"],
-        }
-        return kept, pieces
+        sharding_type = metadata["distrib_optim_sharding_type"]
+        return kept_steps(distributed.optimizer) | {"param_state_sharding_type": sharding_type}, pieces
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,8 +98,9 @@ class MegatronEngine(Engine):
         for key, tensor in state["model"].items():
             if isinstance(tensor, Tensor):
                 targets[key].data.copy_(tensor)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, tensors in state["weights"].items():
+        [optimizer] = self.optimizer.chained_optimizers
+        optimizer.load_state_dict(for_adam(state["optimizer"], optimizer.optimizer))
+        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
 

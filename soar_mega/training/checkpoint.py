@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -46,6 +47,7 @@ FAILURES = (
     ValueError,
     KeyError,
     EOFError,
+    pickle.UnpicklingError,
     CheckpointingException,
     CheckpointException,
 )

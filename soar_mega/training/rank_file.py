@@ -110,7 +110,9 @@ class RankFiles(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
         self._pieces = pieces
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: Any, checkpoint_dir: str | Path, async_strategy: str = "mcore"
+    ) -> AsyncRequest:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         self.file = RankFile(checkpoint_dir)
         planner = _Planner(self._pieces)

@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.core import __version__ as megatron_version
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from packaging.version import Version
 
 from soar_mega.distributed import gather_on_rank_zero
 from soar_mega.training.agreement import on_rank_zero
 from soar_mega.training.checkpoint import FAILURES, reason
 
 NAMED = 20  # of the things that are wrong, in an error message
+COMMON_STATE = "common_state"  # megatron-core 0.19 keeps under this key what 0.16 to 0.18 keep in common.pt
 EXTRA_STATE = "_extra_state"  # Transformer Engine's, which is made anew
 
 Shapes = Mapping[str, tuple[int, ...] | None]  # of whole tensors by name; None for what is no tensor
@@ -40,7 +43,9 @@ def differences(saved: Shapes, wanted: Shapes) -> list[str]:
     groups = sorted({_group(key) for key in wanted})
     lines = []
     for group in groups:
-        there = {key for key in saved if _group(key) == group and not key.endswith(EXTRA_STATE)}
+        there = {
+            key for key in saved if _group(key) == group and not key.endswith((EXTRA_STATE, COMMON_STATE))
+        }
         here = {key for key in wanted if _group(key) == group}
         missing, extra = sorted(here - saved.keys()), sorted(there - here)
         shapes = [
@@ -64,6 +69,13 @@ def _refuse_differences(folder: Path, wanted: Shapes) -> None:
         held = load_sharded_metadata(str(folder))
     except FAILURES as error:
         raise ValueError(f"{folder}: this checkpoint cannot be read ({reason(error)})") from error
+    if any(base.key == COMMON_STATE for base in held.values()) and Version(megatron_version) < Version(
+        "0.19"
+    ):
+        raise ValueError(
+            f"{folder} was written with megatron-core 0.19 or newer, and {megatron_version}, which is installed here, "
+            "cannot read it: resume where that version is (it needs Python 3.12 or newer)"
+        )
     found = differences({base.key: _shape(base) for base in held.values()}, wanted)
     if found:
         advice = (

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from soar_mega.config import ParallelConfig
-from soar_mega.distributed import device
+from soar_mega.distributed import device, new_group
 
 WINDOW = 4  # answers in a message of the overlapped channel, or one for each pipeline rank
 
@@ -210,7 +210,7 @@ def _last_to_first_group() -> tuple[dist.ProcessGroup | None, int, int]:
     dist.all_gather_object(everyone, mine)
     own = None
     for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        group = dist.new_group([ranks[0], ranks[-1]])  # every rank takes part in making every group
+        group = new_group([ranks[0], ranks[-1]])  # every rank takes part in making every group
         if list(ranks) == mine and dist.get_rank() in (ranks[0], ranks[-1]):
             own = group
     return own, mine[-1], mine[0]

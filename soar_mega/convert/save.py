@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.convert.mapping import Entry, entries, split
 from soar_mega.convert.safetensors_file import Writer
+from soar_mega.distributed import device
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.mmdit import MMDiT
@@ -61,7 +62,9 @@ def save_transformer(
     _finish(writer, failure, folder)
 
 
-def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
+def _start_folder(
+    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
+) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]
@@ -82,7 +85,10 @@ def _collect(
     full: Tensor | None = None
     if pipeline.rank() == owner:
         parameter = local[entry.name]
-        full = full_tensor(replaced.get(entry.name, parameter), like=parameter).to(model.config.params_dtype)
+        shard = replaced.get(entry.name, parameter).to(
+            device()
+        )  # may be kept on the CPU, where NCCL takes nothing
+        full = full_tensor(shard, like=parameter).to(model.config.params_dtype)
     if owner == 0 or parallel_state.get_tensor_model_parallel_rank() != 0:
         return full if dist.get_rank() == 0 else None
     if pipeline.rank() == owner:

@@ -61,7 +61,7 @@ def small_engine():
     optimizer_config = OptimizerConfig(
         optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0
     )
-    return config, ddp, get_megatron_optimizer(optimizer_config, [ddp])
+    return config, ddp, get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=False)
 
 
 def one_step(ddp, optimizer):

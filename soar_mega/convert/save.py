@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Writer
+from soar_mega.distributed import device
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.mmdit import MMDiT
@@ -85,7 +86,8 @@ def _collect(
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     full: Tensor | None = None
     if pipeline.rank() == owner:
-        full = tensors(entry.name).detach().to(model.config.params_dtype)  # all data-parallel ranks take part
+        # all data-parallel ranks take part; what is kept on the CPU must leave it, where NCCL takes nothing
+        full = tensors(entry.name).detach().to(device(), model.config.params_dtype)
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
     if full is not None:

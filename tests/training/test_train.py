@@ -136,9 +136,7 @@ def test_resumed_at_another_layout(shards: Path, reference: Path, killed: Path, 
         assert resumed[iteration] == pytest.approx(whole[iteration], rel=1e-5)
 
 
-def test_resumed_with_another_batch_size(
-    shards: Path, reference: Path, killed: Path, tmp_path: Path
-) -> None:
+def test_resumed_with_another_batch_size(shards: Path, reference: Path, killed: Path, tmp_path: Path) -> None:
     """Two steps of half the size, between which nothing moves, see the samples and the noise of the whole one."""
     folder = copied(killed, tmp_path)
     halves = {"train__global_batch_size": 8, "train__train_iters": 7, "optimizer__lr": 0.0}

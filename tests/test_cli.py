@@ -184,6 +184,11 @@ def test_doctor_counts_the_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -
     assert "TOO FEW" in doctor.cores(3) and "num_workers=2" in doctor.cores(6)
 
 
+def test_doctor_knows_a_pair_of_versions_that_fails() -> None:
+    assert "numpy<2.4" in (doctor.unusable_pair("3.6.0", "2.4.0") or "")
+    assert doctor.unusable_pair("3.7.1", "2.4.6") is doctor.unusable_pair("3.6.0", "2.3.5") is None
+
+
 def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine("transformer-engine")[0] is False or doctor.installed("transformer-engine")
     monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil.no_such_part", "a test", False))

@@ -101,7 +101,7 @@ def _collect(
     if pipeline.rank() != 0:
         return None
     rows = entry.shape[0] * len(entry.keys)
-    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=_any_device(model))
+    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=device())
     dist.recv(full, group=pipeline, group_src=owner)
     return full
 
@@ -112,10 +112,6 @@ def _owners(local: dict[str, Tensor]) -> dict[str, int]:
     held: list[list[str]] = [[] for _ in range(group.size())]
     dist.all_gather_object(held, list(local), group=group)
     return {name: rank for rank, names in enumerate(held) for name in names}
-
-
-def _any_device(model: MMDiT | ModelChunks) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _finish(writer: Writer | None, failure: OSError | None, folder: str | Path) -> None:

@@ -116,6 +116,12 @@ def zero_part(engine: Any, stage: int, p: Any, groups: list[dict[str, Any]]) -> 
     return ZeroPart(groups[mapping.param_group_index]["params"][0], ours.start, whole.start, whole.numel)
 
 
+def flat_parameters(optimizer: Any) -> list[Tensor]:
+    """At the stages 1 and 2: the vectors that the parameters are views of, one for each group."""
+    is_bf16_at_stage_1 = hasattr(optimizer, "bf16_groups_flat")
+    return optimizer.bf16_groups_flat if is_bf16_at_stage_1 else optimizer.bit16_groups_flat
+
+
 def partition(p: Any) -> tuple[int, int]:
     """At stage 3: first element and number of elements of this rank's part of a parameter, without padding."""
     start = p.ds_tensor.ds_numel * dist.get_rank(p.ds_process_group)

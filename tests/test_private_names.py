@@ -64,8 +64,9 @@ HELD = {
         "_hp_mapping",
     ],
     "deepspeed.utils.mixed_precision_linkage": ["_index_in_param_group"],
+    "deepspeed.runtime.bf16_optimizer": ["bf16_groups_flat"],
     "deepspeed.runtime.zero.stage_1_and_2": [
-        "averaged_gradients", "all_grad_tensors", "micro_step_id", "cpu_offload",
+        "bit16_groups_flat", "averaged_gradients", "all_grad_tensors", "micro_step_id", "cpu_offload",
     ],
     "deepspeed.runtime.zero.stage3": [
         "grad_position", "fp32_partitioned_groups_flat", "averaged_gradients", "micro_step_id",

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from soar_mega.distributed import device
 from soar_mega.engines.weights import MainWeights, Piece
-from soar_mega.private_names import forget_gradients, partition, zero_gradient, zero_part
+from soar_mega.private_names import flat_parameters, forget_gradients, partition, zero_gradient, zero_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -101,15 +101,8 @@ def main_weights(
     if stage == 3:
         return PartitionedWeights(parameters, pieces, engine.optimizer)
     divided = stage > 0
-    flat = _flat_parameters(engine.optimizer) if divided else []
+    flat = flat_parameters(engine.optimizer) if divided else []
     return MainWeights(parameters, pieces, divided, complete=lambda: _gather(flat))
-
-
-def _flat_parameters(optimizer: Any) -> list[Tensor]:
-    """At stages 1 and 2: the vectors that the parameters are views of, one for each group."""
-    has_own_name = hasattr(optimizer, "bf16_groups_flat")  # bf16 at stage 1
-    flat: list[Tensor] = optimizer.bf16_groups_flat if has_own_name else optimizer.bit16_groups_flat
-    return flat
 
 
 def _gather(flat: list[Tensor]) -> None:

@@ -150,9 +150,9 @@ def _fused_adam() -> list[Replacement]:
 
 def _parameter_gather() -> list[Replacement]:
     # gloo gathers into a second buffer of the whole size and copies that back, which takes several times as long as to
-    # send each rank's part into its place. Over one rank it would still copy the parameters onto themselves, in a
-    # thread of its own with a second OpenMP pool: libgomp then counts more threads than cores and puts them to sleep
-    # between operations
+    # send each rank's part into its place (at once, also where megatron would wait for it later). Over one rank it
+    # would still copy the parameters onto themselves, in a thread of its own with a second OpenMP pool: libgomp then
+    # counts more threads than cores, puts them to sleep between operations, and training takes half as long again
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
     def gather_parameters(output: torch.Tensor, shard: torch.Tensor, group: Any, async_op: bool) -> None:

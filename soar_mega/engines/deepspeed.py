@@ -274,9 +274,7 @@ def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory communication at the first use, for minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault(
-        "LOCAL_RANK", "0"
-    )  # it insists, also where a single process was started without torchrun
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also where a single process was started without torchrun
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=model,

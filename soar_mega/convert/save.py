@@ -28,7 +28,7 @@ def save_transformer(
 ) -> None:
     """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
 
-    A rank holds no more than one whole tensor and its own shard of it at any time.
+    Beside its part of the model a rank holds one whole tensor at a time, and a shard or a third (of q, k, v) of it.
 
     Args:
         folder: the transformer folder; made by rank 0, which does all the writing.
@@ -61,9 +61,7 @@ def save_transformer(
     _finish(writer, failure, folder)
 
 
-def _start_folder(
-    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
-) -> Writer:
+def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]

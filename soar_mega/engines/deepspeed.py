@@ -266,9 +266,8 @@ def _start_moments(optimizer: torch.optim.Optimizer, owner: Tensor) -> None:
 def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     without_shared_memory()
-    os.environ.setdefault(
-        "LOCAL_RANK", "0"
-    )  # it insists, also where a single process was started without torchrun
+    # it insists, also where a single process was started without torchrun
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -34,7 +34,7 @@ def scheduler_shift(folder: str | Path) -> float:
 
 def is_pipeline(folder: str | Path) -> bool:
     """Whether a folder has a model_index.json, which says of what a pipeline consists."""
-    return Path(folder, INDEX).is_file()
+    return bool(str(folder)) and Path(folder, INDEX).is_file()
 
 
 def pipeline_parts(folder: str | Path) -> dict[str, int]:
@@ -75,10 +75,9 @@ def copy_parts(source: Path, names: Iterable[str], target: Path) -> None:
 
 def _files_below(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
+        around = {os.path.realpath(each) for each in (Path(parent), *Path(parent).parents)}
         for inner in folders:
-            if os.path.realpath(Path(parent, inner)) in map(
-                os.path.realpath, (parent, *Path(parent).parents)
-            ):
+            if os.path.realpath(Path(parent, inner)) in around:
                 raise ValueError(f"{Path(parent, inner)} is a link to a folder around it: remove it")
         yield from (Path(parent, name) for name in names)
 

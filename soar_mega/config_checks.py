@@ -155,6 +155,16 @@ def _check_batch(recipe: Recipe) -> None:
     )
 
 
+def check_replicas(global_batch_size: int, replicas: int) -> None:
+    """Raise a ValueError unless the samples of a step can be dealt out evenly."""
+    nearest = max(1, round(global_batch_size / replicas)) * replicas
+    _require(
+        global_batch_size % replicas == 0,
+        f"train.global_batch_size ({global_batch_size}) must be a multiple of the {replicas} data-parallel replicas: "
+        f"nearest is {nearest}",
+    )
+
+
 def _check_parallel(recipe: Recipe) -> None:
     parallel = recipe.parallel
     _require(

@@ -22,6 +22,7 @@ from soar_mega import __version__
 from soar_mega.cli import build_parser, doctor, main
 from soar_mega.data.batch import Batch
 from soar_mega.data.canvases import write_image_folder
+from soar_mega.outputs import MARKER
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/tiny/base")
@@ -251,9 +252,8 @@ def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
     assert current == transformer_bytes(road / "run/export")
     assert ema == transformer_bytes(road / "run/export_ema")
     assert len({current, ema, transformer_bytes(Path(BASE))}) == 3
-    assert sorted(p.name for p in (tmp_path / "ema").iterdir()) == sorted(
-        p.name for p in Path(BASE).iterdir()
-    )
+    there = {p.name for p in (tmp_path / "ema").iterdir()}
+    assert there == {MARKER, *(p.name for p in Path(BASE).iterdir())}
 
 
 def test_diffusers_to_checkpoint_and_back_is_bitwise(
@@ -276,6 +276,39 @@ def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:
     arguments = ["--prompts", str(prompts), "--count", "3", "--steps", "1", "--scale", "2", "--out", str(out)]
     assert main(["sample", str(road / "run/export"), *arguments]) == 0
     assert Image.open(out).size == (3 * 16 * 2, 2 * 16 * 2)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("grid", "is not the name of a picture"),
+        ("grid.bmp", "is not the name of a picture"),
+        ("folder.png", "is a folder"),
+        ("mine.png", "was not written by this program"),
+        ("mine.png/grid.png", "File exists"),
+    ],
+)
+def test_where_results_go_is_tried_first(
+    tmp_path: Path,
+    out: str,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "mine.png").write_text("mine")
+    commands = {
+        "soar_mega.data.prompts.encode_prompts": ["sample", BASE, "--prompt", "a 3"],
+        "soar_mega.evaluation.pipelines.evaluate_pipeline": ["evaluate", BASE],
+    }
+    for work, command in commands.items():
+        if command[0] == "evaluate" and "picture" in words:
+            continue
+        monkeypatch.setattr(work, lambda *arguments: pytest.fail("computed in vain"))
+        assert main([*command, "--out", str(tmp_path / out)]) == 1
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "mine.png"]
 
 
 def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

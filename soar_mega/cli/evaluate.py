@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
 Measure pipeline folders and compare them.
 
@@ -55,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_process()
 
+    from soar_mega.outputs import check_file, write_file
+
+    check_file(arguments.out, MARK)  # before anything is computed
+
     from soar_mega.evaluation.pipelines import Plan, evaluate_pipeline, evaluate_real
 
     plan = Plan(
@@ -68,14 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
     measured = {name: evaluate_pipeline(folder, plan) for name, folder in pipelines.items()}
-    report: dict[str, Any] = {"plan": dataclasses.asdict(plan), "pipelines": measured}
+    report: dict[str, Any] = {
+        "written_by": MARK.decode(),
+        "plan": dataclasses.asdict(plan),
+        "pipelines": measured,
+    }
     if any("guidance" in each for each in measured.values()):
         report["real"] = evaluate_real(plan)
-    path = Path(arguments.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(table(report)))
-    print(f"\nall numbers are in {path}")
+    write_file(arguments.out, json.dumps(report, indent=1).encode() + b"\n", MARK)
+    print(f"\nall numbers are in {arguments.out}")
     return 0
 
 

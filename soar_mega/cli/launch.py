@@ -6,10 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from soar_mega.config import Recipe
+from typing import Any
 
 HELP = """\
 Submit a training run to SLURM. It is requeued until it is complete: at its time limit, when it is preempted, when a
@@ -79,25 +76,27 @@ def _take_overrides_anywhere(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from soar_mega.launch import slurm
+    from soar_mega.launch.checks import check_data, check_fit, check_model
     from soar_mega.recipe import load_recipe
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    _check_layout(recipe, wanted.processes)
     save = Path(recipe.checkpoint.save)
-    sweep, num_workers = [], recipe.data.num_workers
+    sweep, recipes = [], []
     for index, words in enumerate(read_sweep(arguments.sweep)):
         words = [*words, f"checkpoint.save={save / str(index)}"]
-        element = load_recipe(arguments.recipe, [*arguments.overrides, *words])
-        _check_layout(element, wanted.processes)
-        num_workers = max(num_workers, element.data.num_workers)
+        recipes.append(load_recipe(arguments.recipe, [*arguments.overrides, *words]))
         sweep.append((words, save / str(index) / "complete.json"))
+    for each in recipes or [recipe]:
+        check_fit(each, wanted.processes)
+        check_model(each)
+        check_data(each)
     job = slurm.Job(
         name=save.name,
         arguments=["train", arguments.recipe, *arguments.overrides],
         marker=save / "complete.json",
-        num_workers=num_workers,
+        num_workers=max(each.data.num_workers for each in recipes or [recipe]),
         sweep=sweep,
     )
     if arguments.dry_run:
@@ -109,22 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
     number = slurm.submit(job, wanted)
     print(f"job {number}: {job.folder}/job.sbatch, logs beside it")
     return 0
-
-
-def _check_layout(recipe: "Recipe", processes: int) -> None:
-    """What the run would refuse at its start: a layout that fits neither the processes nor the model."""
-    from soar_mega import distributed
-    from soar_mega.models import layout
-    from soar_mega.models.presets import model_sizes
-
-    parallel = recipe.parallel
-    distributed.check_layout(
-        processes,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    layout.check_layout(model_sizes(recipe.model), parallel)
 
 
 def read_sweep(path: str | None) -> list[list[str]]:

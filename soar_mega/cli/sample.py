@@ -24,7 +24,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("pipeline", help="diffusers pipeline folder, for example export/ of a run")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it again for more rows")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
-    parser.add_argument("--out", default="grid.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="grid.png", help="the picture to write: png, jpg or webp (default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="sampler steps (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.5, help="(default: %(default)s)")
@@ -58,9 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from soar_mega.data.info import bucket_size
     from soar_mega.data.prompts import encode_prompts
-    from soar_mega.evaluation.generate import Generator, image_grid, save_image
+    from soar_mega.evaluation.generate import Generator, check_image_path, image_grid, save_image
     from soar_mega.models.mmdit import DTYPES
 
+    check_image_path(arguments.out)  # before anything is computed
     size = bucket_size(arguments.size) if arguments.size else None
     # before the transformer is loaded: it need not share the device with the text encoders
     encoded = encode_prompts(

@@ -1,12 +1,14 @@
 """Weights between diffusers folders and megatron layouts."""
 
+from soar_mega.convert.export import save_pipeline, save_transformer
 from soar_mega.convert.load import load_diffusers, load_weights
-from soar_mega.convert.pipeline import read_pipeline_config, save_pipeline, scheduler_shift
-from soar_mega.convert.save import save_transformer
+from soar_mega.convert.pipeline import is_pipeline, pipeline_parts, read_pipeline_config, scheduler_shift
 
 __all__ = [
+    "is_pipeline",
     "load_diffusers",
     "load_weights",
+    "pipeline_parts",
     "read_pipeline_config",
     "save_pipeline",
     "save_transformer",

@@ -1,16 +1,14 @@
-"""Whole diffusers pipeline folders."""
+"""What a diffusers pipeline folder holds beside its transformer."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from torch import Tensor
-
-from soar_mega.convert.save import on_rank_zero, save_transformer
-from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import MMDiT
+
+INDEX = "model_index.json"
 
 
 def read_pipeline_config(folder: str | Path) -> MMDiTConfig:
@@ -34,42 +32,62 @@ def scheduler_shift(folder: str | Path) -> float:
     return float(content.get("shift", 1.0))
 
 
-def save_pipeline(
-    model: MMDiT | ModelChunks,
-    source_pipeline: str | Path,
-    folder: str | Path,
-    tensors: Callable[[str], Tensor] | None = None,
-) -> None:
-    """Write a pipeline folder: our transformer, every other part copied from `source_pipeline`.
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether a folder has a model_index.json, which says of what a pipeline consists."""
+    return bool(str(folder)) and Path(folder, INDEX).is_file()
 
-    A collective over the whole world. The folder appears under its name only when it is complete; an older one of
-    the same name is replaced.
 
-    Args:
-        tensors: this rank's shard by global name, in place of the model's own tensors (an EMA); see `save_transformer`.
+def pipeline_parts(folder: str | Path) -> dict[str, int]:
+    """The files that a pipeline needs beside its transformer: model_index.json, and what is in the folders it names.
+
+    Each is opened once, so that copying them later will not fail for what can be seen now.
+
+    Returns:
+        Sizes in bytes by names within the folder.
 
     Raises:
-        OSError: rank 0 could not write; raised on every rank.
+        ValueError: model_index.json is none, or a part of it is missing, or a link leads nowhere.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    on_rank_zero(lambda: _copy_parts(Path(source_pipeline), partial), partial)
-    save_transformer(model, partial / "transformer", tensors)
-    on_rank_zero(lambda: _replace(partial, folder), folder)
+    index = folder / INDEX
+    try:
+        content = dict(json.loads(index.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{index} cannot be read: {error}") from error
+    files = {INDEX: index}
+    for name, kind in content.items():
+        # what begins with _ and a plain value are settings; [null, null] is a part that this pipeline does without
+        if name.startswith("_") or name == "transformer" or not isinstance(kind, list) or None in kind:
+            continue
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise ValueError(f"{index} names the part {name}, but {folder / name} is missing")
+        files.update({file.relative_to(folder).as_posix(): file for file in _files_below(folder / name)})
+    return {name: _readable_size(file) for name, file in files.items()}
 
 
-def _copy_parts(source: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(
-        source, target, ignore=lambda parent, _: ["transformer"] if Path(parent) == source else []
-    )
+def copy_parts(source: Path, names: Iterable[str], target: Path) -> None:
+    """Copies files of a pipeline; links are followed, and permissions are those of new files."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
-def _replace(partial: Path, folder: Path) -> None:
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        around = {os.path.realpath(each) for each in (Path(parent), *Path(parent).parents)}
+        for inner in folders:
+            if os.path.realpath(Path(parent, inner)) in around:
+                raise ValueError(f"{Path(parent, inner)} is a link to a folder around it: remove it")
+        yield from (Path(parent, name) for name in names)
+
+
+def _readable_size(file: Path) -> int:
+    if file.is_symlink() and not file.exists():
+        raise ValueError(
+            f"{file} is a link to {os.readlink(file)}, which is missing: the pipeline is not complete"
+        )
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
+    with open(file, "rb"):
+        return file.stat().st_size

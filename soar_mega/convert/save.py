@@ -20,7 +20,7 @@ from soar_mega.models.names import named_tensors
 MAX_SHARD_SIZE = 5 * 10**9
 
 
-def save_transformer(
+def write_transformer(
     model: MMDiT | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
@@ -31,7 +31,7 @@ def save_transformer(
     Beside its part of the model a rank holds one whole tensor at a time, and a shard or a third (of q, k, v) of it.
 
     Args:
-        folder: the transformer folder; made by rank 0, which does all the writing.
+        folder: the transformer folder, new or empty; made by rank 0, which does all the writing.
         tensors: this rank's shard by global name, to be written in place of the model's own tensor (an EMA). Asked for
             each in turn, in the same order by all data-parallel ranks, so that it may be collective over them.
         max_shard_size: bytes of tensors in one file.
@@ -127,16 +127,17 @@ def _finish(writer: Writer | None, failure: OSError | None, folder: str | Path) 
 
 
 def on_rank_zero(action: Callable[[], None], path: str | Path) -> None:
-    """Let rank 0 do `action`; its OSError is raised on every rank. Waits for it everywhere."""
-    failure: OSError | None = None
+    """Let rank 0 do `action`; its OSError, or a ValueError, is raised on every rank. Waits for it everywhere."""
+    failure: OSError | ValueError | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             failure = error
-    message = [str(failure) if failure is not None else None]
-    dist.broadcast_object_list(message, src=0)
+    told = [None if failure is None else (isinstance(failure, OSError), str(failure))]
+    dist.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
-    if message[0] is not None:
-        raise OSError(f"rank 0 could not write {path}: {message[0]}")
+    if told[0] is not None:
+        is_os_error, message = told[0]
+        raise (OSError if is_os_error else ValueError)(f"rank 0 could not write {path}: {message}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.config import DataConfig
+from soar_mega.config_checks import check_replicas
 from soar_mega.data.batch import Batch
 from soar_mega.data.compatibility import ModelSizes, check_compatible
 from soar_mega.data.info import DataError, DatasetInfo
@@ -77,11 +78,7 @@ class Loader:
         self._max_failed_share = data.max_failed_share
         failure = None
         try:
-            if global_batch_size % self.ranks.data_size:
-                raise ValueError(
-                    f"train.global_batch_size ({global_batch_size}) must be a multiple of the {self.ranks.data_size} "
-                    "data-parallel replicas"
-                )
+            check_replicas(global_batch_size, self.ranks.data_size)
             self._source = _open_source(data, pipeline, self.ranks)
             check_compatible(self._source.info, data.path, pipeline, sizes)
             self._order = Order(seed, self._source.info.buckets)

@@ -1,9 +1,11 @@
 """Images from a pipeline folder: its transformer in our implementation, our sampler, its decoder."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
@@ -13,6 +15,11 @@ from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
 from soar_mega.evaluation.drift import branches
 from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.outputs import check_file, write_file
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
+MARK = b"soar-mega sample"
+_SOFTWARE = 0x0131  # of EXIF: the program that made a picture
 
 
 @dataclass(kw_only=True)
@@ -104,10 +111,27 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
 
 
 def save_image(image: Tensor, path: str | Path, scale: int = 1) -> None:
-    """Writes an image [3, H, W] in [0, 1]; scale repeats pixels, for canvases of 16 x 16."""
-    from PIL import Image
+    """Writes an image [3, H, W] in [0, 1]; scale repeats pixels, for canvases of 16 x 16.
 
+    Raises what `check_image_path` does.
+    """
+    check_image_path(path)
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.numpy()).save(path)
+    picture = BytesIO()
+    exif = Image.Exif()
+    exif[_SOFTWARE] = MARK.decode()
+    Image.fromarray(pixels.numpy()).save(picture, FORMATS[Path(path).suffix.lower()], exif=exif)
+    write_file(path, picture.getvalue(), MARK)
+
+
+def check_image_path(path: str | Path) -> None:
+    """Tries whether `save_image` can write there.
+
+    Raises:
+        ValueError: the name is not that of a picture, or there is something that this program did not write.
+        OSError: it cannot be written.
+    """
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"{path} is not the name of a picture: give one that ends in {', '.join(FORMATS)}")
+    check_file(path, MARK)

@@ -4,9 +4,11 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from soar_mega.launch import slurm
 from soar_mega.launch.chain import Chain, Link
+from soar_mega.launch.checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
 from soar_mega.training.run_folder import MARKER, TRACKER
 
@@ -23,8 +25,12 @@ def run_local(chain: Chain, processes: int) -> None:
         processes: ranks of a train link.
 
     Raises:
-        ValueError: a link failed; the message holds the end of its log.
+        ValueError: a link could not run, which is found before the first one does, or it failed; the message then
+            holds the end of its log.
     """
+    for link in chain.links:
+        if not (link.folder / COMPLETED).exists():
+            _check(link, processes)
     for number, link in enumerate(chain.links):
         try:
             if run_link(chain, link, processes) == UNFINISHED:
@@ -32,6 +38,16 @@ def run_local(chain: Chain, processes: int) -> None:
         except (ValueError, OSError) as error:
             rest = ", ".join(each.name for each in chain.links[number + 1 :])
             raise ValueError(f"{error}" + (f"\nnot started because of it: {rest}" if rest else "")) from error
+
+
+def _check(link: Link, processes: int) -> None:
+    """ValueError where a train link would refuse to start, as far as that is known before its turn comes."""
+    if link.recipe is None:
+        return
+    check_fit(link.recipe, processes)
+    made_here = link.folder.parent in Path(link.recipe.data.path).parents  # by a link before it
+    if not made_here:
+        check_data(link.recipe)
 
 
 def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
@@ -130,10 +146,11 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
     """Submits what is not done, each link waiting for the one before. Returns links and job numbers.
 
     Raises:
-        ValueError: a link is in the queue already, or SLURM refuses one; then none stays submitted.
+        ValueError: a link is in the queue already, or could not run, or SLURM refuses one; then none stays submitted.
     """
     links = to_do(chain)
     for link in links:
+        _check(link, link.resources.processes)
         running = slurm.queued(link.folder / "slurm")
         if running is not None:
             raise ValueError(f"link {link.name} is job {running}: wait for it, or end it with scancel")

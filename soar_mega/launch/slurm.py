@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soar_mega.outputs import write_file
+
 logger = logging.getLogger(__name__)
+
+MARK = b"# written by soar-mega"  # the last line of job scripts
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "recipes" / "slurm"
 # of a rank beside its reader processes: its main thread, the one of the backward pass, NCCL's, what writes a checkpoint
@@ -136,7 +140,7 @@ def render(job: Job, wanted: Resources) -> str:
         "TIME": wanted.time,
         "SIGNAL_SECONDS": wanted.signal_seconds,
         "RETRIES": wanted.retries,
-        "LOG": folder / ("%A_%a.log" if job.sweep else "%j.log"),
+        "LOG": _directive(f"{folder}/".replace("%", "%%") + ("%A_%a.log" if job.sweep else "%j.log")),
         "SBATCH_LINES": "\n".join(f"#SBATCH {line}" for line in more),
         "DIRECTORY": shlex.quote(str(Path.cwd())),
         "TEMPLATES": shlex.quote(str(TEMPLATES)),
@@ -163,6 +167,11 @@ def render(job: Job, wanted: Resources) -> str:
     return "\n".join(filled for line, filled in lines if filled or not line) + "\n"
 
 
+def _directive(text: str) -> str:
+    """A value of an #SBATCH line as sbatch reads it: it ends at a space unless that has a backslash before it."""
+    return re.sub(r"[^\w./%:=@,+-]", r"\\\g<0>", text)
+
+
 def _sweep(elements: Sequence[tuple[list[str], Path]]) -> str:
     """The choice of an array's element."""
     if not elements:
@@ -186,13 +195,11 @@ def submit(job: Job, wanted: Resources, after: str | None = None) -> str:
         after: a job that must succeed first; if it fails, this one is cancelled.
 
     Raises:
-        ValueError: SLURM refuses, with its own words.
+        ValueError: SLURM refuses, with its own words, or there is a job script that this program did not write.
         FileNotFoundError: there is no sbatch here.
     """
     script = job.folder / "job.sbatch"
-    text = render(job, wanted)
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text)
+    write_file(script, render(job, wanted).encode() + MARK + b"\n", MARK)
     dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     number = _call("sbatch", "--parsable", *dependency, str(script)).split(";")[0].strip()
     (job.folder / "job_id").write_text(number + "\n")

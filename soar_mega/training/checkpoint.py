@@ -34,11 +34,17 @@ from soar_mega.training.agreement import PeerFailure, on_rank_zero
 from soar_mega.training.background import Background, attempt
 from soar_mega.training.manifest import Facts, write_manifest
 from soar_mega.training.rank_file import RankFile, Written, plan_save
-from soar_mega.training.run_folder import DELETED, TEMPORARY, RunFolder, sync_folder, write_durably
+from soar_mega.training.run_folder import (
+    DELETED,
+    DESCRIPTION,
+    TEMPORARY,
+    RunFolder,
+    sync_folder,
+    write_durably,
+)
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = "checkpoint.json"
 FORMAT = 1
 # CheckpointException is a BaseException: torch wants a failed checkpoint to be noticed
 FAILURES = (
@@ -242,6 +248,8 @@ def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:
             sync_file(file)
     write_manifest(temporary, files)
     replaced = final.with_name(final.name + DELETED)
+    if final.exists() and not (final / DESCRIPTION).is_file():
+        run.set_aside(iteration)  # not one of ours
     if final.exists():
         # complete, but a crash kept the tracker from naming it, or it is of a run that was set back
         shutil.rmtree(replaced, ignore_errors=True)

@@ -11,12 +11,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
-from soar_mega.convert import load_diffusers, save_pipeline, save_transformer
+from soar_mega.convert import (
+    is_pipeline,
+    load_diffusers,
+    pipeline_parts,
+    save_pipeline,
+    save_transformer,
+)
 from soar_mega.convert.mapping import entries
 from soar_mega.distributed import start_world
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.outputs import OutputFolder, refuse_overlap
 from soar_mega.training import resume
 from soar_mega.training.checkpoint import Progress, Saver
 from soar_mega.training.run_folder import RunFolder
@@ -37,15 +44,13 @@ def checkpoint_to_diffusers(
         Whether a whole pipeline was written; without a pipeline to copy from it is a transformer folder.
 
     Raises:
-        ValueError: no checkpoint, one without EMA weights, or one that cannot be read.
+        ValueError: no checkpoint, one without EMA weights, or one that cannot be read; or `out` holds what this program
+            did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
     settings = _run_config(folder)
-    parts = pipeline or settings.get("pipeline")
-    if parts and not Path(parts, "model_index.json").is_file():
-        raise ValueError(
-            f"{parts} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline"
-        )
+    parts = _parts(pipeline, settings.get("pipeline"))
+    _check_place(out, folder, parts)
     start_world(ParallelConfig())
     resume.verify(folder)
     description = resume.read_description(folder)
@@ -62,6 +67,29 @@ def checkpoint_to_diffusers(
     return bool(parts)
 
 
+def _parts(pipeline: str | Path | None, of_run: str | None) -> str | Path | None:
+    """Where to copy the other parts of a pipeline from; None where the run had a transformer only."""
+    named = pipeline or of_run
+    if not named or is_pipeline(named):
+        return named
+    if named == of_run and Path(named).is_dir():
+        return None
+    raise ValueError(
+        f"{named} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline"
+    )
+
+
+def _check_place(out: str | Path, checkpoint: Path, parts: str | Path | None) -> None:
+    """Nothing is read yet, and nothing that is to be read is replaced. A run's own exports may be made anew."""
+    run = RunFolder(checkpoint.parent)
+    refuse_overlap(out, {"the checkpoint": checkpoint, "the pipeline": parts or ""})
+    if run.is_one() and not run.is_export(out):
+        refuse_overlap(out, {"the run": run.path})
+    if parts:
+        pipeline_parts(parts)
+    OutputFolder(out).check()
+
+
 def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
     """Writes a transformer's weights as the checkpoint of a run at iteration 0, to be named in checkpoint.load together
     with checkpoint.finetune.
@@ -69,13 +97,14 @@ def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
     Raises:
         ValueError: not an SD3 transformer, or `out` holds checkpoints already.
     """
+    refuse_overlap(out, {"the source": source})
     run = RunFolder(out)
-    if run.path.exists() and run.latest() is not None:
+    if run.path.is_dir() and run.iterations():
         raise ValueError(f"{run.path} holds checkpoints already: give another folder")
-    model = load_diffusers(source)
-    run.path.mkdir(parents=True, exist_ok=True)
-    saver = Saver(run, CheckpointConfig(async_save=False, keep_last=0), model.sizes.to_diffusers())
-    saver.save(_Weights(model), Progress())
+    with run.lock():
+        model = load_diffusers(source)
+        saver = Saver(run, CheckpointConfig(async_save=False, keep_last=0), model.sizes.to_diffusers())
+        saver.save(_Weights(model), Progress())
     return run.checkpoint(0)
 
 

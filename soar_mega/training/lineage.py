@@ -15,8 +15,9 @@ from typing import Any
 
 import soar_mega
 from soar_mega.config import Recipe
+from soar_mega.outputs import MARKER
 from soar_mega.recipe import recipe_to_yaml
-from soar_mega.training.resume import find_checkpoint
+from soar_mega.training.resume import find_checkpoint, other_run
 from soar_mega.training.run_folder import RunFolder, write_durably
 
 FILE = "lineage.json"
@@ -49,8 +50,9 @@ def record_start(run: RunFolder, recipe: Recipe, processes: int, iteration: int)
 
 def parent(recipe: Recipe) -> Json | None:
     """The weights that a fresh run of the recipe starts from; None for random ones."""
-    if recipe.checkpoint.load:
-        folder = find_checkpoint(recipe.checkpoint.load)
+    load = other_run(recipe.checkpoint)
+    if load:
+        folder = find_checkpoint(load)
     elif recipe.model.pipeline and recipe.model.init == "pretrained":
         folder = Path(recipe.model.pipeline) / "transformer"
     else:
@@ -64,6 +66,8 @@ def parent(recipe: Recipe) -> Json | None:
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, or of a folder's relative names and their files' hashes, in order.
 
+    Without the marker of an output folder: there are times in it.
+
     Raises:
         FileNotFoundError: there is nothing at this path.
     """
@@ -73,7 +77,9 @@ def content_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    files = sorted(
+        f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file() and f.name != MARKER
+    )
     listing = "".join(f"{content_hash(path / name)}  {name}\n" for name in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from soar_mega import distributed
 from soar_mega.config import Recipe
-from soar_mega.convert import save_pipeline, save_transformer
 from soar_mega.phases import phases
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.training.agreement import on_rank_zero, world
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.checkpoint import Saved, Saver
+from soar_mega.training.export import check_exports, check_places, finish
 from soar_mega.training.lineage import record_start
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
@@ -54,12 +54,14 @@ def train(recipe: Recipe) -> int:
 
 def _run(recipe: Recipe, stop: StopRequest) -> int:
     run = RunFolder(recipe.checkpoint.save)
+    on_rank_zero(lambda: check_places(recipe))
     with contextlib.ExitStack() as stack:
         on_rank_zero(lambda: stack.enter_context(run.lock()))
         stack.enter_context(_log_file(run.path))
         if on_rank_zero(lambda: _is_complete(run, recipe)):
             return COMPLETE
         on_rank_zero(lambda: _prepare_folder(run, recipe))
+        on_rank_zero(lambda: check_exports(recipe))
         stack.enter_context(Watchdog(reports_folder(run.path), recipe.train))
         trainer = Trainer(recipe, run)
         stack.callback(trainer.close)
@@ -95,7 +97,8 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
     said = run.complete()
     if said is None:
         return False
-    if said["iteration"] >= recipe.train.train_iters:
+    exported = said.get("exported", True) or not recipe.checkpoint.export
+    if said["iteration"] >= recipe.train.train_iters and exported:
         logger.info("%s is complete (%d iterations): nothing to do", run.path, said["iteration"])
         return True
     logger.info("%s was complete at iteration %d and goes on", run.path, said["iteration"])
@@ -160,8 +163,7 @@ class Trainer(Steps):
                 self.saver.poll()
         self.save(wait=True)
         phases.leave_step("export")
-        self.export()
-        on_rank_zero(lambda: self.run.mark_complete(progress.iteration, progress.consumed_samples))
+        finish(self.recipe, self.engine, progress.iteration, progress.consumed_samples)
         logger.info("complete: %d iterations", progress.iteration)
         return COMPLETE
 
@@ -236,17 +238,3 @@ class Trainer(Steps):
         """The curve of a checkpoint's cost; what there is on the curves is as durable as the checkpoint."""
         self.events.scalars({"save/blocked-seconds": saved.blocked_seconds}, saved.iteration)
         self.events.flush()
-
-    def export(self) -> None:
-        """Writes export/ and, where an EMA is kept, export_ema/: diffusers pipeline folders."""
-        if not self.recipe.checkpoint.export:
-            return
-        source = self.recipe.model.pipeline
-        exported = {"export": "current"} | ({"export_ema": "ema"} if "ema" in self.engine.weights else {})
-        for name, weights in exported.items():
-            tensors = self.engine.tensors(weights)
-            if source:
-                save_pipeline(self.engine.model, source, self.run.path / name, tensors)
-            else:
-                save_transformer(self.engine.model, self.run.path / name / "transformer", tensors)
-            logger.info("wrote %s", self.run.path / name)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from soar_mega.config import CheckpointConfig
 from soar_mega.distributed import is_rank_zero
 from soar_mega.training.agreement import PeerFailure, on_rank_zero
-from soar_mega.training.checkpoint import DESCRIPTION, FAILURES, FORMAT, Json, Progress, Saveable, reason
+from soar_mega.training.checkpoint import FAILURES, FORMAT, Json, Progress, Saveable, reason
 from soar_mega.training.manifest import problems
-from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.run_folder import DESCRIPTION, RunFolder
 from soar_mega.training.strict import check_keys, listed
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
     own = _newest_good(run)
     if own is not None:
         return _load(own, engine, model)
-    if not config.load:
+    load = other_run(config)
+    if not load:
         return Progress()
-    folder = on_rank_zero(lambda: find_checkpoint(config.load))
+    folder = on_rank_zero(lambda: find_checkpoint(load))
     verify(folder)
     if not config.finetune:
         return _load(folder, engine, model)
@@ -64,6 +66,12 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
         engine.load_weights(read_tensors(folder, engine.weights_state_dict(name)))
     logger.info("started from the %s weights of %s", name, folder)
     return Progress()
+
+
+def other_run(config: CheckpointConfig) -> str:
+    """The run that `checkpoint.load` names, "" where it names this one: that is resumed from as soon as it is there."""
+    is_this_one = os.path.realpath(config.load) == os.path.realpath(config.save)
+    return "" if is_this_one else config.load
 
 
 def _newest_good(run: RunFolder) -> Path | None:

@@ -1,5 +1,6 @@
 """The run folder: its lock, its checkpoints' names, the tracker file and the completion marker.
 
+    run.lock                               the process that writes; where it is, what is named here is this program's
     run_config.yaml                        the recipe with all values resolved
     lineage.json                           what it started from, and the code of each start
     latest_checkpointed_iteration.txt      the iteration to resume from
@@ -8,7 +9,7 @@
     tensorboard/ samples/ train.log        what was measured
     export/ export_ema/                    diffusers pipelines of the finished run
     anomalies.jsonl failures/              steps to look at; why a start could not go on
-    complete.json                          written last: the run reached train_iters and was exported
+    complete.json                          written last: the run reached train_iters; and was exported, or says that not
 
 Everything here is done by rank 0 alone, on plain files.
 """
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "complete.json"
 LOCK = "run.lock"
+DESCRIPTION = "checkpoint.json"  # in each checkpoint
+OWN_NAMES = re.compile(
+    r"iter_\d{7,}(\.\w+)?|run_config\.yaml|lineage\.json|complete\.json|" + re.escape(TRACKER)
+)
 TEMPORARY, DELETED, BROKEN = ".tmp", ".deleted", ".broken"
 
 
@@ -41,6 +46,15 @@ class RunFolder:
     def checkpoint(self, iteration: int) -> Path:
         """The folder of a checkpoint."""
         return self.path / f"iter_{iteration:07d}"
+
+    def is_one(self) -> bool:
+        """Whether this program wrote runs here."""
+        return (self.path / LOCK).exists() or any(self.path.glob(f"iter_*/{DESCRIPTION}"))
+
+    def is_export(self, path: str | Path) -> bool:
+        """Whether a path is, or lies in, an export of this run: export, export_ema, export_500 and so on."""
+        inside = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(self.path)))
+        return inside.parts[:1] != () and inside.parts[0].startswith("export")
 
     def iterations(self) -> list[int]:
         """Iterations whose checkpoint folders are complete, oldest first."""
@@ -109,9 +123,11 @@ class RunFolder:
         marker = self.path / MARKER
         return json.loads(marker.read_text()) if marker.exists() else None
 
-    def mark_complete(self, iteration: int, consumed_samples: int) -> None:
+    def mark_complete(self, iteration: int, consumed_samples: int, exported: bool = True) -> None:
         """Writes the completion marker: the very last act of a run."""
         said = {"iteration": iteration, "consumed_samples": consumed_samples}
+        if not exported:
+            said["exported"] = False
         write_durably(self.path / MARKER, json.dumps(said) + "\n")
 
     def reopen(self) -> None:
@@ -120,8 +136,8 @@ class RunFolder:
 
     def clean(self) -> None:
         """Removes what a crash in the middle of a save or of a removal left."""
-        for entry in self.path.glob("iter_*"):
-            if entry.suffix in (TEMPORARY, DELETED):
+        for entry in self.path.iterdir():
+            if re.fullmatch(rf"iter_\d{{7,}}({re.escape(TEMPORARY)}|{re.escape(DELETED)})", entry.name):
                 shutil.rmtree(entry)
 
     def prune(self, keep_last: int, retain_interval: int = 0) -> list[Path]:
@@ -136,8 +152,9 @@ class RunFolder:
         if retain_interval:
             kept.update(iteration for iteration in self.iterations() if iteration % retain_interval == 0)
         for iteration in self.iterations():
-            if iteration not in kept and iteration != latest:
-                folder = self.checkpoint(iteration)
+            folder = self.checkpoint(iteration)
+            ours = (folder / DESCRIPTION).is_file()
+            if ours and iteration not in kept and iteration != latest:
                 doomed = folder.with_name(folder.name + DELETED)
                 os.rename(folder, doomed)
                 taken.append(doomed)
@@ -148,8 +165,9 @@ class RunFolder:
         """Holds the folder for this process; the lock goes away with the process, however it ends.
 
         Raises:
-            ValueError: another run writes this folder.
+            ValueError: another run writes this folder, or it holds what only looks like a run.
         """
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "a+") as file:
             try:
@@ -168,6 +186,17 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+    def _refuse_foreign(self) -> None:
+        """A run removes and replaces what has certain names: they must be its own."""
+        if not self.path.exists() or self.is_one():
+            return
+        foreign = sorted(entry.name for entry in self.path.iterdir() if OWN_NAMES.fullmatch(entry.name))
+        if foreign:
+            raise ValueError(
+                f"{self.path} holds {foreign[0]}, which this program did not write: give this run a folder of its own "
+                f"with checkpoint.save=... (if it is a run of this program, make an empty file {LOCK} in it)"
+            )
 
 
 def write_durably(path: Path, text: str) -> None:

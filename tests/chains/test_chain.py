@@ -230,3 +230,20 @@ def test_the_tiny_chain_here(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "chain" / "soar" / "lineage.json").read_text())
     assert lineage["parent"]["path"] == str(tmp_path / "chain" / "sft" / "export" / "transformer")
     assert lineage["parent"]["lineage"]["parent"]["path"] == "recipes/tiny/base/transformer"
+
+
+def test_what_the_last_link_would_refuse_is_found_first(tmp_path: Path) -> None:
+    """Before the first link has run; data that a link before it makes in the chain's folder is not there yet."""
+    made = f"data.path={tmp_path}/chain/a/shards"
+    held_out = "data.validation_path=recipes"
+    for override, words in (
+        ("data.path=nowhere", "data.path: nowhere is not there"),
+        ("train.global_batch_size=65", "multiple of the 2 data-parallel replicas"),
+    ):
+        links = [note("a"), train("b", made, held_out, "train.micro_batch_size=1", override)]
+        with pytest.raises(ValueError, match=words):
+            run_local(load_chain(write(tmp_path, links)), 2)
+        assert ran(tmp_path, "a") == 0
+    links = [note("a", code=3), train("b", made, held_out)]
+    with pytest.raises(ValueError, match="link a failed"):
+        run_local(load_chain(write(tmp_path, links)), 2)

@@ -1,14 +1,26 @@
 """Whole pipeline folders."""
 
 import json
+import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
 import torch
-from peer_folder import read_tensors
+from peer_folder import read_tensors, save_small
 
-from soar_mega.convert import load_diffusers, read_pipeline_config, save_pipeline, scheduler_shift
+from soar_mega.convert import (
+    load_diffusers,
+    pipeline_parts,
+    read_pipeline_config,
+    save_pipeline,
+    save_transformer,
+    scheduler_shift,
+)
+from soar_mega.convert.safetensors_file import INDEX, SINGLE
 from soar_mega.models.names import named_tensors
+from soar_mega.outputs import MARKER
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
 
@@ -30,8 +42,10 @@ def test_only_the_transformer_is_new(tmp_path):
 
     for _ in range(2):  # the second time an older folder is replaced
         save_pipeline(model, BASE, tmp_path / "export", tensors=changed)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
-    assert files_below(tmp_path / "export") == files_below(BASE)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    written = files_below(tmp_path / "export")
+    assert len(json.loads(written.pop(MARKER))["files"]) == len(written) + 2  # config and weights
+    assert written == files_below(BASE)
     assert read_pipeline_config(tmp_path / "export") == model.sizes
     ours, theirs = read_tensors(tmp_path / "export/transformer"), read_tensors(BASE / "transformer")
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == ["proj_out.bias"]
@@ -41,9 +55,106 @@ def test_only_the_transformer_is_new(tmp_path):
 def test_an_older_folder_survives_a_failed_export(tmp_path):
     model = load_diffusers(BASE)
     save_pipeline(model, BASE, tmp_path / "export")
-    with pytest.raises(OSError, match="nowhere"):
+    before = files_below(tmp_path / "export")
+    with pytest.raises(ValueError, match="nowhere"):
         save_pipeline(model, tmp_path / "nowhere", tmp_path / "export")
-    assert (tmp_path / "export/model_index.json").exists()
+    assert files_below(tmp_path / "export") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path):
+    """Folders of the names that a conversion uses for itself, one of an unrelated model, and an export with a note."""
+    model = load_diffusers(BASE)
+    save_pipeline(model, BASE, tmp_path / "export")
+    for name in ("models/note", "out.partial/note", "out.old/note", "export/note", ".x.soar_mega-new/note"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    save_pipeline(model, BASE, tmp_path / "out")
+    for target in ("models", "export", "x"):
+        with pytest.raises(ValueError, match="did not write"):
+            save_pipeline(model, BASE, tmp_path / target)
+    for name in ("models/note", "out.partial/note", "out.old/note", "export/note", ".x.soar_mega-new/note"):
+        assert (tmp_path / name).read_text() == name
+
+
+def test_no_mix_with_weights_of_another_layout(tmp_path):
+    """diffusers loads the weights that the old index names, not the new file beside it."""
+    save_small(tmp_path, max_shard_size="100KB")
+    model = load_diffusers(tmp_path)
+    before = read_tensors(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="did not write"):
+        save_transformer(model, tmp_path / "transformer", lambda name: torch.zeros(()))
+    assert read_tensors(tmp_path / "transformer").keys() == before.keys()
+    for size in (50_000, 10**9, 50_000):
+        save_transformer(model, tmp_path / "ours", max_shard_size=size)
+        assert (tmp_path / "ours" / INDEX).exists() == (size == 50_000)
+        assert (tmp_path / "ours" / SINGLE).exists() == (size != 50_000)
+
+
+def copy_of_base(folder):
+    shutil.copytree(BASE, folder)
+    (folder / "transformer/config.json").chmod(0o644)
+    return folder
+
+
+def test_only_what_the_index_names_is_copied(tmp_path):
+    source = copy_of_base(tmp_path / "source")
+    for name in (".git/config", "text_encoders/clip_g.safetensors", "sd3.5_medium.safetensors", "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("large")
+    index = json.loads((source / "model_index.json").read_text())
+    index["text_encoder_3"] = index["tokenizer_3"] = [None, None]
+    (source / "model_index.json").write_text(json.dumps(index))
+    save_pipeline(load_diffusers(source), source, tmp_path / "export")
+    there = {path.name for path in (tmp_path / "export").iterdir()}
+    named = {name for name, kind in index.items() if isinstance(kind, list) and None not in kind}
+    assert there == named | {"model_index.json", MARKER}
+
+
+def test_permissions_are_the_umasks(tmp_path):
+    """A pipeline folder that is protected against writing, of which even directories kept their mode bits."""
+    source = copy_of_base(tmp_path / "source")
+    for path in (*source.rglob("*"), source):
+        path.chmod(0o555 if path.is_dir() else 0o400)
+    old = os.umask(0o027)
+    try:
+        save_pipeline(load_diffusers(source), source, tmp_path / "export")
+    finally:
+        os.umask(old)
+    modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "export").rglob("*")}
+    assert modes == {(True, 0o750), (False, 0o640)}
+
+
+def dangling(source):
+    (source / "vae/config.json").unlink()
+    (source / "vae/config.json").symlink_to("../../blobs/1234")
+
+
+def around(source):
+    (source / "vae/all").symlink_to("..")
+
+
+def outside(source):
+    (source / "model_index.json").write_text('{"../vae": ["diffusers", "AutoencoderKL"]}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dangling, "vae/config.json is a link to ../../blobs/1234, which is missing"),
+        (around, "vae/all is a link to a folder around it"),
+        (outside, r"names the part ../vae"),
+        (lambda source: shutil.rmtree(source / "vae"), "names the part vae, but .* is missing"),
+        (lambda source: (source / "model_index.json").write_text("[1]"), "model_index.json cannot be read"),
+        (lambda source: os.mkfifo(source / "vae/pipe"), "vae/pipe is not a regular file"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_named(tmp_path, damage, message):
+    source = copy_of_base(tmp_path / "source")
+    assert sum(pipeline_parts(source).values()) > 10_000
+    damage(source)
+    with pytest.raises(ValueError, match=message):
+        pipeline_parts(source)
 
 
 def test_scheduler_shift(tmp_path):

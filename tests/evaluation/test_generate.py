@@ -85,7 +85,20 @@ def test_grid_and_file_keep_every_pixel(tmp_path: Path) -> None:
     assert torch.equal(grid[:, :2, 4:], images[1])
     assert torch.equal(grid[:, 2:, :4], images[2])
     assert not grid[:, 2:, 4:].any()
-    save_image(grid, tmp_path / "new" / "grid.png", scale=3)
+    for _ in range(2):  # what it wrote itself it may write again
+        save_image(grid, tmp_path / "new" / "grid.png", scale=3)
     pixels = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert pixels.shape == (12, 24, 3)
     assert np.array_equal(pixels[::3, ::3], (grid * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("name", ["grid.jpg", "grid.webp", "GRID.JPEG"])
+def test_every_format_keeps_the_mark(tmp_path: Path, name: str) -> None:
+    for _ in range(2):
+        save_image(torch.zeros(3, 4, 4), tmp_path / name)
+    assert Image.open(tmp_path / name).size == (4, 4)
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match="was not written by this program"):
+        save_image(torch.zeros(3, 4, 4), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 
 from soar_mega.cli import main
-from soar_mega.launch.slurm import TEMPLATES, Job, Resources, render, resources, time_seconds
+from soar_mega.launch.slurm import TEMPLATES, Job, Resources, render, resources, submit, time_seconds
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ["launch", "slurm", "recipes/tiny/soar.yaml"]
+DATA = ["data.path=recipes", "data.validation_path=recipes"]  # folders that are there
+LAUNCH = ["launch", "slurm", "recipes/tiny/soar.yaml", *DATA]
 
 # Stand-ins: srun does what SRUN says; the others write down how they were called.
 FAKES = {
@@ -305,6 +308,13 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
             "largest possible here is 1",
         ),
         (["train.train_itres=3"], "unknown key"),
+        (
+            ["train.global_batch_size=66", "train.micro_batch_size=1"],
+            "multiple of the 8 data-parallel replicas: nearest is 64",
+        ),
+        (["data.path=recipes/no/train"], "data.path: recipes/no/train is not there: "),
+        (["data.validation_path=nowhere"], "data.validation_path: nowhere is not there"),
+        (["checkpoint.save=recipes/tiny/base/runs"], "lies in model.pipeline"),
         (["--signal-seconds", "20000"], "less than the time limit"),
     ],
 )
@@ -313,6 +323,57 @@ def test_launch_refuses_before_the_queue(
 ) -> None:
     assert main([*LAUNCH, "--nodes", "1", "--dry-run", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_each_run_of_a_sweep_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("data.path=tests\ndata.path=nowhere\n")
+    assert main([*LAUNCH, "--nodes", "1", "--dry-run", "--sweep", str(sweep)]) == 1
+    assert "data.path: nowhere is not there" in capsys.readouterr().err
+
+
+def test_a_part_that_the_export_would_miss_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("recipes/tiny/base", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/vae")
+    words = ["--nodes", "1", "--dry-run", f"model.pipeline={tmp_path}/base"]
+    assert main([*LAUNCH, *words]) == 1
+    assert "names the part vae" in capsys.readouterr().err
+    assert main([*LAUNCH, *words, "checkpoint.export=false"]) == 0
+
+
+def test_data_that_only_the_nodes_have(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a disk that is not mounted here not even the first folder is there."""
+    assert main([*LAUNCH, "--nodes", "1", "--dry-run", "data.path=/no-such-disk/train"]) == 0
+    assert "data.path: /no-such-disk/train is not on this machine" in caplog.text
+
+
+def test_a_run_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch ends a value at a space, takes # for a comment, and replaces %j."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my runs/50% #1", 'it\'s (a) "run"', "plain"):
+        text = render(Job(name="x", arguments=[], marker=Path(folder, "complete.json")), Resources())
+        (line,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
+        [value] = shlex.split(line.removeprefix("#SBATCH --output="))  # sbatch knows the same backslashes
+        assert (
+            value.replace("%%", "\0").replace("%j", "7").replace("\0", "%")
+            == f"{tmp_path}/{folder}/slurm/7.log"
+        )
+    assert line.endswith(f"{tmp_path}/plain/slurm/%j.log"), "no backslashes without need"
+
+
+def test_a_job_script_of_the_users_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("soar_mega.launch.slurm._call", lambda *command: "7")
+    job = Job(name="x", arguments=["train", "r.yaml"], marker=tmp_path / "complete.json")
+    for _ in range(2):
+        assert submit(job, Resources()) == "7"
+    script = tmp_path / "slurm/job.sbatch"
+    assert script.read_text().startswith(render(job, Resources()))
+    script.write_text("mine")
+    with pytest.raises(ValueError, match="job.sbatch was not written by this program"):
+        submit(job, Resources())
+    assert script.read_text() == "mine"
 
 
 def test_without_slurm(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.training.run_folder import RunFolder
+from soar_mega.training.run_folder import DESCRIPTION, LOCK, RunFolder
 
 HOLDER = """
 import sys
@@ -46,12 +46,37 @@ def test_marker(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_crash_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:
-    for name in ("iter_0000001", "iter_0000002.tmp", "iter_0000003.deleted", "samples"):
+    kept = ("iter_0000001", "iter_0000004.broken", "iter_notes.tmp", "samples")
+    for name in (*kept, "iter_0000002.tmp", "iter_0000003.deleted"):
         (tmp_path / name / "inner").mkdir(parents=True)
     run = RunFolder(tmp_path)
     assert run.iterations() == [1]
     run.clean()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["iter_0000001", "samples"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["iter_0000500", "iter_0000500.tmp", "run_config.yaml", "complete.json"])
+def test_a_folder_that_only_looks_like_a_run(tmp_path: Path, name: str) -> None:
+    """What a run removes or replaces by its name may be another program's, as Megatron-LM's checkpoints are."""
+    (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / "notes").touch()
+    with (
+        pytest.raises(ValueError, match=f"{name}, which this program did not write"),
+        RunFolder(tmp_path).lock(),
+    ):
+        pass
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, "notes"])
+    (tmp_path / LOCK).touch()
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_a_checkpoint_that_was_copied_to_a_new_place_makes_it_a_run(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000500").mkdir()
+    (tmp_path / "iter_0000500" / DESCRIPTION).touch()
+    RunFolder(tmp_path).set_latest(500)
+    with RunFolder(tmp_path).lock():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -70,9 +95,11 @@ def test_pruning_never_removes_the_one_to_resume_from(
     run = RunFolder(tmp_path)
     for iteration in (1, 2, 3, 4, 5, 6):
         run.checkpoint(iteration).mkdir()
+        (run.checkpoint(iteration) / DESCRIPTION).touch()
     run.set_latest(2)
+    (tmp_path / "iter_0000000").mkdir()  # not written by this program
     taken = run.prune(keep, retain)
     assert [folder.name for folder in taken] == [
         f"iter_{i:07d}.deleted" for i in range(1, 7) if i not in left
     ]
-    assert run.iterations() == left
+    assert run.iterations() == [0, *left]

@@ -1,0 +1,68 @@
+"""Diffusers folders of a model's weights, written as a whole."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from soar_mega.convert.pipeline import copy_parts, pipeline_parts
+from soar_mega.convert.save import MAX_SHARD_SIZE, on_rank_zero, write_transformer
+from soar_mega.models.chunks import ModelChunks
+from soar_mega.models.mmdit import MMDiT
+from soar_mega.outputs import OutputFolder
+
+
+def save_transformer(
+    model: MMDiT | ModelChunks,
+    folder: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
+
+    A collective over the whole world. The folder appears under its name only when it is complete.
+
+    Raises:
+        ValueError: the folder holds what this program did not write.
+        OSError: rank 0 could not write. Both are raised on every rank.
+    """
+    with _in_place_of(folder) as new:
+        write_transformer(model, new, tensors, max_shard_size)
+
+
+def save_pipeline(
+    model: MMDiT | ModelChunks,
+    source_pipeline: str | Path,
+    folder: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
+
+    A collective over the whole world. The folder appears under its name only when it is complete; an older one that
+    this program wrote is replaced.
+
+    Args:
+        tensors: this rank's shard by global name, in place of the model's own tensors (an EMA), as for
+            `write_transformer`.
+
+    Raises:
+        ValueError: the folder holds what this program did not write, or the source is not complete.
+        OSError: rank 0 could not write. Both are raised on every rank.
+    """
+    source = Path(source_pipeline)
+    with _in_place_of(folder) as new:
+        on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
+        write_transformer(model, new / "transformer", tensors)
+
+
+@contextlib.contextmanager
+def _in_place_of(folder: str | Path) -> Iterator[Path]:
+    """Where to write what is to be at `folder` when all is done."""
+    output = OutputFolder(folder)
+    try:
+        on_rank_zero(output.begin, folder)
+        yield output.new
+        on_rank_zero(output.publish, folder)
+    finally:
+        output.give_up()

@@ -1,0 +1,111 @@
+"""What a run leaves beside its checkpoints: diffusers folders. All that they need is tried before the first step."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from soar_mega.config import Recipe
+from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
+from soar_mega.convert.mapping import entries
+from soar_mega.distributed import is_rank_zero
+from soar_mega.engines import Engine
+from soar_mega.models.mmdit import DTYPES
+from soar_mega.models.presets import model_sizes
+from soar_mega.outputs import OutputFolder, refuse_overlap
+from soar_mega.training.agreement import PeerFailure, on_rank_zero
+from soar_mega.training.resume import other_run
+from soar_mega.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def check_places(recipe: Recipe) -> None:
+    """ValueError where the run folder is, or lies in, what the run reads, or an export would replace it."""
+    inputs = {
+        "model.pipeline": recipe.model.pipeline,
+        "data.path": recipe.data.path,
+        "data.validation_path": recipe.data.validation_path,
+        "checkpoint.load": other_run(recipe.checkpoint),
+    }
+    for name in ("export", "export_ema"):
+        try:
+            refuse_overlap(Path(recipe.checkpoint.save, name), inputs)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.save: {error}") from error
+
+
+def check_exports(recipe: Recipe) -> None:
+    """Tries all that the exports will need, on one process; the run folder is there.
+
+    Raises:
+        ValueError: the pipeline to copy from is not complete, an export would replace what this program did not write,
+            or the disk has too little room.
+        OSError: a part cannot be read, or an export cannot be written.
+    """
+    wanted = _exports(recipe)
+    for name in wanted:
+        OutputFolder(_place(recipe, name)).check()
+    source = recipe.model.pipeline
+    parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
+    elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in entries(model_sizes(recipe.model)))
+    needed = len(wanted) * (parts + elements * DTYPES[recipe.model.dtype].itemsize)
+    free = shutil.disk_usage(recipe.checkpoint.save).free
+    if needed > free:
+        raise ValueError(
+            f"{recipe.checkpoint.save}: the export at the end of the run needs {needed / 2**30:.1f} GiB and the disk "
+            f"has {free / 2**30:.1f} GiB left: make room, or set checkpoint.export=false and export elsewhere with "
+            "`soar-mega convert`"
+        )
+
+
+def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int) -> None:
+    """Exports and writes the completion marker. Collective.
+
+    Raises:
+        OSError: an export could not be written; the run is complete all the same, and says how to make it again. On
+            the other ranks than the first it is a PeerFailure.
+    """
+    run = RunFolder(recipe.checkpoint.save)
+    try:
+        _export(recipe, engine)
+    except (OSError, ValueError) as error:
+        on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples, exported=False))
+        raise (OSError if is_rank_zero() else PeerFailure)(_advice(recipe, error)) from error
+    on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples))
+
+
+def _export(recipe: Recipe, engine: Engine) -> None:
+    source = recipe.model.pipeline
+    for name, weights in _exports(recipe).items():
+        place, tensors = _place(recipe, name), engine.tensors(weights)
+        if is_pipeline(source):
+            save_pipeline(engine.model, source, place, tensors)
+        else:
+            save_transformer(engine.model, place, tensors)
+        logger.info("wrote %s", place)
+
+
+def _exports(recipe: Recipe) -> dict[str, str]:
+    """By name in the run folder: which weights it holds."""
+    if not recipe.checkpoint.export:
+        return {}
+    return {"export": "current"} | ({"export_ema": "ema"} if recipe.train.ema_decay > 0 else {})
+
+
+def _place(recipe: Recipe, name: str) -> Path:
+    """A pipeline, or where there is none to copy from the transformer folder of one."""
+    folder = Path(recipe.checkpoint.save, name)
+    return folder if is_pipeline(recipe.model.pipeline) else folder / "transformer"
+
+
+def _advice(recipe: Recipe, error: Exception) -> str:
+    run = recipe.checkpoint.save
+    commands = [
+        f"soar-mega convert {run} {_place(recipe, name)}" + (" --ema" if weights == "ema" else "")
+        for name, weights in _exports(recipe).items()
+    ]
+    return (
+        f"{run} is trained to its end and saved, but could not be exported: {error}. Set that right, then: "
+        f"{' && '.join(commands)} (or start the run again, which exports what it has)"
+    )

@@ -115,7 +115,7 @@ class CheckpointConfig:
     """The run folder: checkpoints, logs and the completion marker live in it."""
 
     save: str = ""  # the run folder; resumed from when it holds a checkpoint
-    load: str = ""  # another run folder to start from
+    load: str = ""  # another run folder to start from; the same as save: only to resume, if there is something
     finetune: bool = False  # with load: take the weights alone, start at iteration 0
     load_ema: bool = False  # with finetune: start from the EMA weights
     save_interval: int = 500

@@ -209,8 +209,17 @@ def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards/ and run/, made by the command."""
+    """A folder with shards/ and run/, made by the command for a group that shares it."""
     folder = tmp_path_factory.mktemp("road")
+    private = os.umask(0o027)
+    try:
+        walk(folder)
+    finally:
+        os.umask(private)
+    return folder
+
+
+def walk(folder: Path) -> None:
     write_image_folder(folder / "images", 16, seed=0)
     assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline", BASE]) == 0
     overrides = [
@@ -225,7 +234,12 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(f"logging.{name}_interval=0" for name in ("eval", "drift", "sample")),
     ]
     assert main(["train", str(ROOT / "recipes/tiny/soar.yaml"), *overrides]) == 0
-    return folder
+
+
+def test_everything_takes_the_umask(road: Path) -> None:
+    files = sorted((road / "shards").rglob("*")) + sorted((road / "run").rglob("*"))
+    modes = {(path.is_dir(), oct(path.stat().st_mode & 0o777)): path for path in files}
+    assert len(files) > 50 and modes.keys() == {(True, "0o750"), (False, "0o640")}, modes
 
 
 def transformer_bytes(pipeline: Path) -> bytes:

@@ -276,7 +276,7 @@ def main() -> int:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:
         Demo(arguments.folder, QUICK if arguments.quick else Size()).run()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     print(f"\nDone. Open {arguments.folder}/report.html; the numbers are in {arguments.folder}/metrics.json.")

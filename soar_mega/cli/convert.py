@@ -13,7 +13,8 @@ Turn a checkpoint into a diffusers folder, or a diffusers folder into a checkpoi
                                                       checkpoint.load=runs/start checkpoint.finetune=true
 
 A checkpoint can be converted whatever layout it was trained at; a run that is complete has its pipeline in export/
-already. The parts beside the transformer are copied from the pipeline that the run started from.
+already. The parts beside the transformer are copied from the pipeline that the run started from. An older output is
+replaced when it holds nothing but what this program wrote.
 """
 
 

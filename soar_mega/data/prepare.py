@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from soar_mega import distributed
@@ -29,14 +29,17 @@ from soar_mega.data.shard_writer import (
     FORMAT_VERSION,
     shard_name,
     write_dataset_file,
+    write_file,
     write_json,
 )
 from soar_mega.data.shards import read_json
 from soar_mega.data.sources import Item, Reject, list_items
+from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILE = "prepare.json"  # written first
+SETTINGS_FILE = "prepare.json"  # written first: where it is, what is named here is this program's
+LOCK_FILE = ".lock"
 REJECTS_FILE = "rejects.jsonl"
 NAMED = 5  # rejects named in a message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,9 +85,11 @@ def prepare(
         batch_size: images per forward of the encoders.
 
     Raises:
-        ValueError: bad arguments, a folder made with others, or samples that cannot be used, by name.
+        ValueError: bad arguments, a folder made with others or by others, one that the source lies in or around, or
+            samples that cannot be used, by name.
     """
     folder, pipeline = Path(out), Path(pipeline)
+    refuse_overlap(folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline})
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or samples_per_shard < 1:
@@ -107,7 +112,7 @@ def prepare(
     }
     digests = [_digest(chunk) for chunk in chunks]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / LOCK_FILE, "a") as lock:
         _lock(lock, folder)
         if (folder / DATASET_FILE).is_file():
             return _already_finished(folder, settings, digests)
@@ -153,8 +158,11 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     if path.is_file():
         _refuse_other_settings(folder, read_json(path), settings)
-    elif any(folder.glob("shard-*")):
-        raise ValueError(f"{folder} holds shards but no {SETTINGS_FILE}: give another folder")
+    elif others := sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE):
+        raise ValueError(
+            f"{folder} holds {others[0]} but no {SETTINGS_FILE}: it is not a folder that this program began. Give "
+            "another one"
+        )
     write_json(path, settings)
 
 
@@ -193,7 +201,8 @@ def _write_shards(
                 dtype = DTYPES[settings["dtype"]]
                 encoders = Encoders.from_pipeline(pipeline, device, dtype, facts.max_sequence_length)
                 text, pooled = encoders.encode_prompts([""])
-                save_file({"text": text[0].cpu(), "pooled": pooled[0].cpu()}, folder / EMPTY_FILE)
+                # not save_file: what that writes only its owner can read, whatever the umask
+                write_file(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))
             first_key = number * settings["samples_per_shard"]
             rejects += ShardJob(folder, number, first_key, encoders, settings).run(chunk, digest, progress)
     return rejects

@@ -5,9 +5,27 @@ distributed one in the parameter groups. The FusedAdam of Transformer Engine, of
 parameter groups, with a number or a tensor. Nothing else of a saved group is used: all of it is the recipe's.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+
+
+@contextlib.contextmanager
+def started(optimizers: Iterable[Any]) -> Iterator[None]:
+    """Has megatron's optimizers hold their moments, so that they can be saved before the first step: they are zero.
+
+    Taken away again: to torch's Adam a state without a count of steps is none to go on from.
+    """
+    fresh = [one for one in optimizers if one.get_parameters() and not one.optimizer.state]
+    for one in fresh:
+        one.init_state_fn(one.optimizer, one.config)
+    try:
+        yield
+    finally:
+        for one in fresh:
+            one.optimizer.state.clear()
 
 
 def kept_steps(adam: torch.optim.Optimizer) -> dict[str, Any]:

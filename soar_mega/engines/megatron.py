@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from soar_mega.config import Recipe
 from soar_mega.distributed import device
-from soar_mega.engines.adam_steps import for_adam, kept_steps
+from soar_mega.engines.adam_steps import for_adam, kept_steps, started
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import gather_parameters, main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
@@ -72,7 +72,8 @@ class MegatronEngine(Engine):
                 "optimizer": self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata),
                 "weights": {name: self._sharded_weights(name) for name in self.weights},
             }
-        optimizer, pieces = self._saved_optimizer(model, metadata)
+        with started(self.optimizer.chained_optimizers):
+            optimizer, pieces = self._saved_optimizer(model, metadata)
         return {"model": model, "optimizer": optimizer, "pieces": pieces + self._saved_weights()}
 
     def _saved_optimizer(

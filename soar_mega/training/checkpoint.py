@@ -280,15 +280,17 @@ def sync_file(path: Path) -> None:
 
 
 def _save_advice(run: RunFolder, final: Path, error: BaseException) -> str:
-    free = shutil.disk_usage(run.path).free / 2**20
     latest = run.latest()
     previous = "No earlier checkpoint exists."
     if latest is not None:
         previous = f"{run.checkpoint(latest)} is untouched: the run resumes from it."
+    said = f"{final}: this checkpoint could not be written ({reason(error)}). "
+    if not isinstance(_inner(error), OSError):
+        return f"{said}What there was of it is removed. {previous}"
+    free = shutil.disk_usage(run.path).free / 2**20
     return (
-        f"{final}: this checkpoint could not be written ({reason(error)}). Most often the disk is full. What "
-        f"there was of it is removed, which leaves {free:.0f} MiB free on that disk: make room or lower "
-        f"checkpoint.keep_last, then start the run again. {previous}"
+        f"{said}Most often the disk is full. What there was of it is removed, which leaves {free:.0f} MiB free on that "
+        f"disk: make room or lower checkpoint.keep_last, then start the run again. {previous}"
     )
 
 
@@ -297,4 +299,14 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (failure, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {reason(failure)}"
+    if isinstance(error, KeyError):
+        return f"KeyError: {error}"  # which says no more than the key
     return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What happened on the first rank that failed, where torch tells of each."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure, _ = next(iter(error.failures.values()))
+        return _inner(failure)
+    return error

@@ -205,3 +205,25 @@ def test_no_progress_bar_where_nobody_looks(images, tmp_path, capsys, caplog):
         prepare(images, tmp_path / "out", BASE)
     assert capsys.readouterr().err == ""
     assert "7 samples in 1 shards" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("images", "is the source"),
+        ("images/shards", "lies in the source"),
+        (".", "contains the source"),
+        ("pipeline/shards", "lies in the pipeline"),
+        ("mine", "mine holds rejects.jsonl but no prepare.json"),
+    ],
+)
+def test_nothing_of_the_users_is_written_over(images, tmp_path, out, words):
+    (tmp_path / "pipeline").symlink_to(BASE)
+    (tmp_path / "mine").mkdir()
+    for name in ("rejects.jsonl", ".lock"):
+        (tmp_path / "mine" / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        prepare(images, tmp_path / out, tmp_path / "pipeline")
+    assert sorted(tmp_path.rglob("*")) == before and not (BASE / "shards").exists()
+    assert contents(tmp_path / "mine") == {"rejects.jsonl": b"mine", ".lock": b"mine"}

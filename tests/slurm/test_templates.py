@@ -310,7 +310,7 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
         (["train.train_itres=3"], "unknown key"),
         (
             ["train.global_batch_size=66", "train.micro_batch_size=1"],
-            "multiple of the 8 data-parallel replicas: nearest is 64",
+            "the 8 data-parallel replicas: nearest is 64",
         ),
         (["data.path=recipes/no/train"], "data.path: recipes/no/train is not there: "),
         (["data.validation_path=nowhere"], "data.validation_path: nowhere is not there"),

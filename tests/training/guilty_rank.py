@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from soar_mega.data.loader import Loader
 from soar_mega.stages.soar import Soar
+from soar_mega.training import export
 from soar_mega.training.checkpoint import Saver
 from soar_mega.training.loop import Trainer
 from soar_mega.training.measurements import Measurements
@@ -45,7 +46,7 @@ PHASES = {
     "learn": (Soar, "loss"),
     "measurements": (Measurements, "take"),
     "checkpoint": (Saver, "poll"),
-    "export": (Trainer, "export"),
+    "export": (export, "_export"),
 }
 SHORT_MINUTES = 0.03  # of a phase that is not a step, from where a rank acts in it
 

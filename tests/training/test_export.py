@@ -60,6 +60,17 @@ def test_a_run_folder_apart_from_what_is_read(tmp_path: Path, save: str, words: 
     check_places(tiny_recipe(tmp_path / "shards", tmp_path / "elsewhere", **settings))
 
 
+def test_to_load_what_is_to_be_saved_means_to_resume(shards: Path, tmp_path: Path) -> None:
+    """As Megatron's users start their runs: the first time there is nothing to load."""
+    (tmp_path / "link").symlink_to("run")
+    settings = {"checkpoint__export": "false", "checkpoint__load": tmp_path / "link"}
+    assert run_ranks(tiny_runs.run, 1, recipe(shards, tmp_path / "run", **settings)) == [0]
+    more = recipe(shards, tmp_path / "run", train__train_iters=2, **settings)
+    assert run_ranks(tiny_runs.run, 1, more) == [0]
+    assert list(logged(tmp_path / "run")) == [1, 2]
+    assert "resumed from" in (tmp_path / "run/train.log").read_text()
+
+
 def dangling(pipeline: Path, run: Path) -> None:
     (pipeline / "vae/config.json").unlink()
     (pipeline / "vae/config.json").symlink_to("gone")

@@ -200,6 +200,27 @@ def test_bad_steps_are_skipped_and_counted_and_at_last_stop_the_run(
     assert all(torch.equal(first[key], last[key]) and last[key].isfinite().all() for key in weights)
 
 
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_run_that_is_bad_from_its_first_step_is_saved(
+    shards: Path, tmp_path: Path, distributed_optimizer: bool
+) -> None:
+    """Adam has no moments before the first good step. The run stops for what it is, or goes on, or is resumed."""
+    settings: dict[str, Any] = {
+        "train__max_skipped_steps": 2,
+        "checkpoint__save_interval": 1,
+        "parallel__use_distributed_optimizer": distributed_optimizer,
+    }
+    ever = tiny_recipe(shards, tmp_path / "ever", train__train_iters=9, **settings)
+    said = run_ranks(run_with_bad_steps, 1, ever, [0, 1, 2])[0]
+    assert said.startswith("2 steps in a row were skipped") and "lower optimizer.lr" in said
+    assert RunFolder(tmp_path / "ever").latest() == 2
+    once = tiny_recipe(shards, tmp_path / "once", train__train_iters=3, **settings)
+    assert run_ranks(run_with_bad_steps, 1, once, [0]) == ["0"]
+    mended = tiny_recipe(shards, tmp_path / "ever", train__train_iters=3, **settings)
+    assert run_ranks(tiny_runs.run, 1, mended) == [0]
+    assert list(logged(tmp_path / "once")) == [2, 3] and list(logged(tmp_path / "ever"))[-1] == 3
+
+
 def test_two_runs_cannot_share_a_folder(shards: Path, tmp_path: Path) -> None:
     with RunFolder(tmp_path).lock():
         said = run_ranks(refusal, 1, tiny_recipe(shards, tmp_path))[0]

@@ -23,6 +23,7 @@ from soar_mega.config import Recipe
 from soar_mega.distributed import data_size, device
 from soar_mega.engines.adam_steps import kept_steps, saved_steps
 from soar_mega.engines.engine import Engine, StepResult
+from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.parameter_groups import learning_rate_factors
 from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.zero import (
@@ -180,31 +181,26 @@ class DeepSpeedEngine(Engine):
         return piece.flat if kind == "param" else piece.of_owner(self.optimizer.state[piece.owner][kind])
 
     def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
+        sharded = self.layout.sharded_state_dict()
+        if is_loading:
+            return OnDemand(sharded)
         held = named_tensors(self.model)
 
-        def data(name: str, like: Tensor) -> Tensor:
-            if is_loading:
-                return torch.empty(like.shape, dtype=like.dtype)
+        def data(name: str) -> Tensor:
             return self._main.value(name).cpu() if name in self.parameters else held[name].cpu()
 
-        sharded = self.layout.sharded_state_dict()
-        return {name: replace(tensor, data=data(name, tensor.data)) for name, tensor in sharded.items()}
+        return {name: replace(tensor, data=data(name)) for name, tensor in sharded.items()}
 
-    def _sharded_optimizer(self) -> dict[str, Any]:
+    def _sharded_optimizer(self) -> OnDemand:
         """What to load of weights and moments, in the form of megatron's distributed optimizer, fully reshardable."""
         layout = self.layout.sharded_state_dict()
-        return {
-            name: {
-                kind: make_sharded_optimizer_tensor(
-                    layout[name],
-                    torch.empty(self._shapes[name].shape, dtype=torch.float32),
-                    f"optimizer.state.{kind}",
-                )
-                for kind in ("param", *MOMENTS)
-            }
-            for name, parameter in self.parameters.items()
-            if parameter.requires_grad
-        }
+
+        def wanted(name: str, kind: str) -> Any:
+            data = without_room(self._shapes[name])
+            return make_sharded_optimizer_tensor(layout[name], data, f"optimizer.state.{kind}")
+
+        trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        return OnDemand({name: {kind: wanted(name, kind) for kind in ("param", *MOMENTS)} for name in trained})
 
 
 def _is_first_tensor_rank() -> bool:

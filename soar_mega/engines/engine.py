@@ -20,6 +20,7 @@ from soar_mega.convert import load_weights
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
+from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, in_order, learn_pass, predict_velocity
 from soar_mega.engines.saved_pieces import SavedPiece
@@ -81,7 +82,8 @@ class Engine(ABC):
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """All that a checkpoint keeps, for megatron's dist_checkpointing: any layout and any engine can load it.
 
-        To be saved, the parts of optimizer and kept copies come as a list of SavedPiece under `pieces`.
+        To be loaded, what would take much room is an OnDemand. To be saved, the parts of optimizer and kept copies come
+        as a list of SavedPiece under `pieces`.
         """
 
     @abstractmethod
@@ -226,11 +228,9 @@ class Engine(ABC):
         dist.all_gather_object(stages, mine, group=group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def _sharded_weights(self, name: str) -> dict[str, Any]:
+    def _sharded_weights(self, name: str) -> OnDemand:
         """What to load of a kept copy."""
-        return sharded_copy(
-            self.layout.sharded_state_dict(), name, lambda p: torch.empty(p.shape, dtype=torch.float32)
-        )
+        return OnDemand(sharded_copy(self.layout.sharded_state_dict(), name, without_room))
 
     def _saved_weights(self) -> list[SavedPiece]:
         """This rank's part of all kept copies; of a frozen parameter the whole, from one rank."""

@@ -1,13 +1,9 @@
 """Between checkpoints of a run and diffusers folders, outside of a run."""
 
-from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
@@ -20,12 +16,14 @@ from soar_mega.convert import (
 )
 from soar_mega.convert.mapping import entries
 from soar_mega.distributed import start_world
+from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
 from soar_mega.outputs import OutputFolder, refuse_overlap
 from soar_mega.training import resume
 from soar_mega.training.checkpoint import Progress, Saver
+from soar_mega.training.reading import Stream, size
 from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.strict import check_keys
 
@@ -133,35 +131,23 @@ class StoredTensors:
 
     They are read a few at a time: as many as are no more bytes than the largest one.
 
+    Args:
+        model: on the meta device.
+        ema: the EMA in place of the parameters; the position table has none.
+
     Raises:
         ValueError: names or shapes in the checkpoint are not those of the model.
     """
 
     def __init__(self, folder: Path, model: MMDiT, ema: bool) -> None:
-        """
-        Args:
-            model: on the meta device.
-            ema: the EMA in place of the parameters; the position table has none.
-        """
         state = model.sharded_state_dict()
-        kept = sharded_copy(state, "ema", lambda p: torch.empty_like(p, dtype=torch.float32)) if ema else {}
+        kept = sharded_copy(state, "ema", without_room) if ema else {}
         check_keys(folder, {"model": state, "kept": kept})
         stored = state | kept
-        self._folder = folder
-        self._waiting = deque((entry.name, stored[entry.name]) for entry in entries(model.sizes))
-        self._limit = max(tensor.data.nbytes for _, tensor in self._waiting)
-        self._read: dict[str, Tensor] = {}
+        wanted = OnDemand({entry.name: stored[entry.name] for entry in entries(model.sizes)})
+        self._read = Stream(folder, wanted, at_once=max(map(size, wanted.values()))).items()
 
     def __call__(self, name: str) -> Tensor:
-        if not self._read:
-            self._read = resume.read_checked(self._folder, {"weights": self._next_few()})["weights"]
-        return self._read.pop(name)
-
-    def _next_few(self) -> dict[str, ShardedTensor]:
-        few: dict[str, ShardedTensor] = {}
-        room = self._limit
-        while self._waiting and (nbytes := self._waiting[0][1].data.nbytes) <= room:
-            room -= nbytes
-            name, tensor = self._waiting.popleft()
-            few[name] = replace(tensor, data=torch.empty(tensor.local_shape, dtype=tensor.dtype))
-        return few
+        read, tensor = next(self._read)
+        assert read == name
+        return tensor

@@ -9,22 +9,19 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint.api import CheckpointException
 
 from soar_mega.config import CheckpointConfig
-from soar_mega.distributed import is_rank_zero
-from soar_mega.training.agreement import PeerFailure, on_rank_zero
-from soar_mega.training.checkpoint import FAILURES, FORMAT, Json, Progress, Saveable, reason
+from soar_mega.training.agreement import on_rank_zero
+from soar_mega.training.checkpoint import FORMAT, Json, Progress, Saveable
 from soar_mega.training.manifest import problems
+from soar_mega.training.reading import read_tensors
 from soar_mega.training.run_folder import DESCRIPTION, RunFolder
-from soar_mega.training.strict import check_keys, listed
+from soar_mega.training.strict import listed
 
 logger = logging.getLogger(__name__)
 
@@ -151,62 +148,6 @@ def _check_kept(folder: Path, saved: set[str], wanted: set[str]) -> None:
         f"{folder}: {differs} (train.ema_decay): resume it as it was, or start from its weights with checkpoint.load "
         "and checkpoint.finetune=true"
     )
-
-
-def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """What dist_checkpointing finds in a checkpoint for a sharded state dict. Collective.
-
-    Raises:
-        ValueError: names or shapes differ, which is found out before anything is loaded, or a rank cannot read it. On
-            the other ranks than the first it is a PeerFailure.
-    """
-    check_keys(folder, state)
-    # on its own first: a rank that failed at it inside `load` would leave the others waiting
-    _read_together(folder, lambda: _read_common_state(folder))
-    return read_checked(folder, state)
-
-
-def read_checked(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """As `read_tensors`, for some of what `check_keys` has compared. Collective."""
-    return _read_together(folder, lambda: dist_checkpointing.load(state, str(folder)))
-
-
-def _read_together(folder: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `read` gives on this rank; fails on all ranks where it fails on one. Collective.
-
-    From megatron-core 0.18 on the ranks read without each other.
-    """
-    state, failure = {}, None
-    try:
-        state = read()
-    except FAILURES as error:
-        failure = error
-    reports: list[tuple[int, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if failure is None else _report(failure))
-    for rank, report in enumerate(reports):
-        if report is not None:
-            named, said = report
-            # to torch a rank that reads without the others is number 0
-            where = named if reports[named] is not None else rank
-            message = f"{folder}: this checkpoint cannot be read (rank {where}: {said})"
-            raise (ValueError if is_rank_zero() else PeerFailure)(message) from failure
-    return state
-
-
-def _report(failure: BaseException) -> tuple[int, str]:
-    """The rank where a read failed, and why."""
-    if isinstance(failure, CheckpointException) and failure.failures:
-        rank, (inner, _) = next(iter(failure.failures.items()))
-        return rank, reason(inner)
-    return dist.get_rank(), reason(failure)
-
-
-def _read_common_state(folder: Path) -> dict[str, Any]:
-    """What is no tensor: in common.pt, and from megatron-core 0.19 on among the tensors."""
-    try:
-        return dist_checkpointing.load_common_state_dict(str(folder))
-    except AttributeError as error:  # so megatron-core 0.16 fails where there is no such file
-        raise FileNotFoundError(f"{folder / 'common.pt'} is missing") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,13 +1,15 @@
 """What the DeepSpeed engine is compared in with megatron's, importable by other processes."""
 
+from pathlib import Path
+
 import torch
 from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, make_recipe, start_engine
-from megatron.core import dist_checkpointing
 
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.names import global_parameter_names
 from soar_mega.stages import make_stage
 from soar_mega.training.rank_file import save_tensors
+from soar_mega.training.reading import read_tensors
 
 PATTERNS = {  # frozen parameters, learning rates and groups without decay
     "frozen": ["pos_embed*", "layers.0.*"],
@@ -84,7 +86,7 @@ def link(recipe, loaded: str | None, saved: str, iterations: range) -> tuple[lis
     if loaded is not None:
         blank = {name: torch.zeros(p.shape) for name, p in global_parameter_names(engine.layout).items()}
         engine.load_weights({"model": blank})
-        engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), loaded))
+        engine.load_state_dict(read_tensors(Path(loaded), engine.sharded_state_dict(is_loading=True)))
     numbers: list[float] = []
     for i in iterations:
         statistics, result = iterate(engine, stage, make_batch(i))

@@ -1,10 +1,11 @@
-"""At the end of a run the weights go into files tensor by tensor, whatever parts of them a rank holds."""
+"""Weights go into files and come out of them tensor by tensor, whatever parts of them a rank holds."""
 
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from engine_cases import SIZES, make_recipe, start_engine
 from live_bytes import LiveBytes
 from multirank import run_ranks
@@ -13,9 +14,12 @@ from safetensors.torch import load_file
 from soar_mega.convert import save_transformer
 from soar_mega.convert.safetensors_file import SINGLE
 from soar_mega.models.names import global_parameter_names
+from soar_mega.training import reading
+from soar_mega.training.rank_file import save_tensors
 
 WIDE = replace(SIZES, attention_head_dim=32, caption_projection_dim=128)
 NOISE = 2**14  # messages between the ranks
+LARGEST = 9 * 128 * 128 * 4  # bytes in float32: the nine modulations of a layer
 BF16 = {"dtype": "bf16"}
 CASES = {  # processes, recipes
     "megatron-tp2-pp2-dp2": (8, [make_recipe((2, 2), model=BF16)]),
@@ -52,6 +56,30 @@ def patient(tensors, live):
     return asked
 
 
+def load(recipe, folder, at_once) -> tuple[int, int]:
+    """Loads the average, or with DeepSpeed all that a checkpoint holds -> the most bytes held, those of the average."""
+    reading.READ_AT_ONCE = at_once
+    engine = start_engine(recipe, WIDE)
+    engine.keep_weights("ema", decay=0.9)
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    save_tensors(engine.sharded_state_dict(), folder)
+    kept = {name: piece.clone() for name, piece in engine.weights["ema"].pieces.items()}
+    everything = engine.sharded_state_dict(is_loading=True)
+    wanted = everything if recipe.parallel.engine == "deepspeed" else {"weights": everything["weights"]}
+    for piece in engine.weights["ema"].pieces.values():
+        piece.zero_()
+    streams = reading.read_tensors(folder, wanted)
+    with LiveBytes() as live:
+        if recipe.parallel.engine == "deepspeed":
+            engine.load_state_dict(streams)
+        for name, tensor in streams["weights"]["ema"].items():
+            engine.weights["ema"].assign(name, tensor)
+    assert all(engine.weights["ema"].pieces[name].equal(piece) for name, piece in kept.items())
+    return live.peak, sum(map(reading.size, wanted["weights"]["ema"].values()))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -71,3 +99,16 @@ def test_no_rank_holds_more_than_the_largest_tensor_and_a_shard(case, tmp_path, 
         ema, current = (load_file(tmp_path / f"{number}-{name}" / SINGLE) for name in ("ema", "current"))
         assert ema.keys() == whole.keys() and all(ema[key].equal(whole[key]) for key in whole)
         assert [key for key in current if current[key].any()] == ["pos_embed.pos_embed"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [make_recipe((1, 2)), make_recipe(engine="deepspeed", zero_stage=2)],
+    ids=["average", "zero2-everything"],
+)
+def test_a_checkpoint_is_loaded_a_few_tensors_at_a_time(recipe, tmp_path):
+    # with DeepSpeed a main copy and its two moments come together
+    at_once = LARGEST * (3 if recipe.parallel.engine == "deepspeed" else 1)
+    for peak, average in run_ranks(load, 2, recipe, tmp_path / "checkpoint", at_once):
+        assert peak <= at_once + 2 * LARGEST + NOISE  # two for what is being read from a file
+        assert average > 5 * LARGEST

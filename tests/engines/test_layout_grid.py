@@ -5,6 +5,7 @@ A layout saves once; then each loads all checkpoints in turn, so that all ordere
 
 import functools
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from engine_cases import (
     start_engine,
     train_case,
 )
-from megatron.core import dist_checkpointing
 from multirank import run_ranks
 
 from soar_mega.config import Recipe
 from soar_mega.stages import make_stage
 from soar_mega.training.rank_file import save_tensors
+from soar_mega.training.reading import read_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +108,7 @@ def load_each_and_go_on(recipe, folders):
     engine.keep_weights("ema", decay=0.75)
     found = {}
     for name, folder in folders.items():
-        engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), folder))
+        engine.load_state_dict(read_tensors(Path(folder), engine.sharded_state_dict(is_loading=True)))
         found[name] = go_on(engine, recipe)
     return found
 

@@ -1,6 +1,7 @@
 # Every target sets up what it needs, and is quick the second time.
 #   make test                      lint and tests, in a virtual environment in .venv
 #   make demo                      the whole road in one command: runs/demo/report.html
+#   make test-newest               the tests with Python 3.12 or newer and the newest of everything, in .venv-newest
 #   SOAR_PYTHON=python make demo   the same in the active environment, with the torch (CUDA) it already has
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ endif
 # The tests are many small processes: one thread each.
 TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-.PHONY: setup lint test test-slow test-gpu test-slurm demo base study clean
+.PHONY: setup lint test test-newest test-slow test-gpu test-slurm demo base study clean
 
 setup: $(READY)
 
@@ -45,6 +46,20 @@ test: lint
 	$(TEST) -n 2 --dist loadfile --no-loadscope-reorder
 	$(TEST) tests/gpu
 
+# The newest versions that setup.py allows: megatron-core is another one there, and torch a CUDA build of several GB.
+NEWEST := .venv-newest/bin/python
+
+.venv-newest/ready: setup.py
+	@for python in $$NEWEST_PYTHON python3 python3.12 python3.13 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then $$python -m venv .venv-newest && exit; fi; \
+	done; echo "make test-newest needs Python 3.12 or newer: name one in NEWEST_PYTHON" >&2; exit 1
+	$(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade torch
+	$(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	@touch $@
+
+test-newest: .venv-newest/ready
+	OMP_NUM_THREADS=1 $(NEWEST) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test-slow: $(READY)
 	$(TEST) -m slow --timeout 1800
 
@@ -66,4 +81,4 @@ study: $(READY)
 	$(PYTHON) tools/study.py
 
 clean:
-	rm -rf .venv .ready-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .ready-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

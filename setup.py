@@ -26,8 +26,12 @@ setup(
     ],
     install_requires=[
         "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
-        "triton>=3.6; platform_system == 'Linux'",  # CUDA builds of torch bring their own; only launches import it
-        "megatron-core==0.16.1",
+        # CUDA builds of torch bring their own; only launches import it. 3.6 cannot interpret with NumPy 2.4 or newer:
+        # tools/keep_torch.py and `soar-mega doctor` know that pair, which no requirement can exclude
+        "triton>=3.6; platform_system == 'Linux'",
+        "megatron-core==0.16.1; python_version < '3.12'",  # the newest one for Python 3.11
+        # 0.19 announces that the asynchronous save will go, on which training/rank_file.py stands
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "deepspeed==0.19.8",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
         "diffusers>=0.36",
@@ -37,6 +41,7 @@ setup(
         "safetensors>=0.5",
         "webdataset>=1.0",
         "numpy>=2.0",
+        "packaging>=24",
         "pillow>=11",
         "pyyaml>=6.0",
         "scikit-learn>=1.5",
@@ -60,6 +65,7 @@ setup(
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -22,9 +22,11 @@ _timeout = START_TIMEOUT  # of the world that runs
 
 def device() -> torch.device:
     """The device of this process: its own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # srun may show each process its own GPU alone (--gpus-per-task)
+    is_only_one = torch.cuda.device_count() == 1
+    return torch.device("cuda", 0 if is_only_one else int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def start_world(parallel: ParallelConfig, seed: int = 42, timeout: timedelta = START_TIMEOUT) -> None:

@@ -167,19 +167,19 @@ def _fused_adam() -> list[Replacement]:
     ]
 
 
-def _one_rank_gather() -> list[Replacement]:
-    # over one rank gloo would copy the parameters onto themselves, in a thread of its own with a second OpenMP pool:
-    # libgomp then counts more threads than cores, puts them to sleep between operations, and training takes half as
-    # long again
+def _parameter_gather() -> list[Replacement]:
+    # gloo gathers into a second buffer of the whole size and copies that back, which takes several times as long as to
+    # send each rank's part into its place (at once, also where megatron would wait for it later). Over one rank it
+    # would still copy the parameters onto themselves, in a thread of its own with a second OpenMP pool: libgomp then
+    # counts more threads than cores, puts them to sleep between operations, and training takes half as long again
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
-    gather = buffers.dist_all_gather_func
-
-    def gather_parameters(output: torch.Tensor, shard: torch.Tensor, group: Any, async_op: bool) -> Any:
-        if group.size() > 1:
-            return gather(output, shard, group=group, async_op=async_op)
-        assert shard.data_ptr() == output.data_ptr()
-        return None
+    def gather_parameters(output: torch.Tensor, shard: torch.Tensor, group: Any, async_op: bool) -> None:
+        parts = output.chunk(group.size())
+        assert shard.data_ptr() == parts[group.rank()].data_ptr()
+        if len(parts) > 1:
+            for rank, part in enumerate(parts):
+                torch.distributed.broadcast(part, group=group, group_src=rank)
 
     return [(buffers, "dist_all_gather_func", gather_parameters)]
 
@@ -193,7 +193,7 @@ STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "tensor_cuda": _tensor_cuda,
     "random_state": _random_state,
     "fused_adam": _fused_adam,
-    "one_rank_gather": _one_rank_gather,
+    "parameter_gather": _parameter_gather,
 }
 ON_CUDA = ("fused_adam",)
 _installed: dict[str, list[tuple[Replacement, Any]]] = {}  # name -> (replacement, original)

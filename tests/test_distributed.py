@@ -148,3 +148,11 @@ def gathered_ranks():
 
 def test_rank_zero_has_the_objects_of_all_in_order():
     assert run_ranks(gathered_ranks, 3) == [["rank 0", "rank 1", "rank 2"], [], []]
+
+
+@pytest.mark.parametrize(("visible", "index"), [(8, 5), (1, 0)])
+def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one(monkeypatch, visible, index) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert distributed.device() == torch.device("cuda", index)

@@ -1,6 +1,7 @@
 """Each CPU stand-in is needed: without it, the named failure occurs. When it no longer does, the stand-in can go."""
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def small_engine():
     optimizer_config = OptimizerConfig(
         optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=1.0
     )
-    return config, ddp, get_megatron_optimizer(optimizer_config, [ddp])
+    return config, ddp, get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=False)
 
 
 def one_step(ddp, optimizer):
@@ -180,9 +181,33 @@ def gather_over_one_rank():
     assert len(os.listdir("/proc/self/task")) == threads, "a second pool of threads"
 
 
-def without_one_rank_gather():
-    with platform.without("one_rank_gather"):
+def without_parameter_gather():
+    with platform.without("parameter_gather"):
         gather_over_one_rank()
+
+
+def gather_over_two_ranks():
+    """Sync parameters as megatron does; fails if that takes memory besides the parameters'."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    from megatron.core import parallel_state
+
+    start_world(ParallelConfig())
+    group = parallel_state.get_data_parallel_group()
+    parameters = torch.full((2, 1 << 24), float(group.rank())).view(-1)  # 128 MiB
+    mine = parameters.chunk(2)[group.rank()]
+    before = peak_bytes()
+    buffers.dist_all_gather_func(parameters, mine, group=group, async_op=False)
+    assert peak_bytes() - before < parameters.nbytes / 2, "a second copy of the parameters"
+    assert parameters.view(2, -1).mean(dim=1).tolist() == [0.0, 1.0]
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def without_parameter_gather_over_two_ranks():
+    with platform.without("parameter_gather"):
+        gather_over_two_ranks()
 
 
 NO_CUDA = (
@@ -197,7 +222,7 @@ FAILURES = {
     "tensor_cuda": (without_tensor_cuda, 1, NO_CUDA),
     "random_state": (without_random_state, 1, NO_CUDA),
     "fused_adam": (without_fused_adam, 1, "step"),
-    "one_rank_gather": (without_one_rank_gather, 1, "a second pool of threads"),
+    "parameter_gather": (without_parameter_gather, 1, "a second pool of threads"),
 }
 
 
@@ -240,6 +265,12 @@ def test_all_stand_ins_together():
 
 def test_one_rank_needs_no_second_pool_of_threads():
     run_ranks(gather_over_one_rank, 1, timeout=60)
+
+
+def test_ranks_gather_parameters_in_place():
+    run_ranks(gather_over_two_ranks, 2, timeout=60)
+    with pytest.raises(AssertionError, match="a second copy of the parameters"):
+        run_ranks(without_parameter_gather_over_two_ranks, 2, timeout=60)
 
 
 def test_adam_equals_torch():

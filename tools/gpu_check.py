@@ -140,16 +140,21 @@ def has_passed(results: dict[str, dict[str, Any]]) -> bool:
 
 def summary(results: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     """A line per part, then the tests that did not pass and why, or the end of a log that alone can tell."""
-    lines, details = [], []
+    lines: list[str] = []
+    failures: list[str] = []
+    skips: list[str] = []
     for name, part in results.items():
         counts = Counter(test["outcome"] for test in part["tests"])
         counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
         lines.append(f"{part['outcome']:<9} {name:<28} {part['seconds']:5.0f} s  {counted}")
-        odd = [test for test in part["tests"] if test["outcome"] != "passed"]
-        details += [f"  {test['outcome']:<7} {name}::{test['name']}: {test['reason']}" for test in odd]
+        for test in part["tests"]:
+            if test["outcome"] != "passed":
+                told = f"  {test['outcome']:<7} {name}::{test['name']}: {test['reason']}"
+                (failures if test["outcome"] == "failed" else skips).append(told)
         if part["outcome"] != "passed" and not counts["failed"]:
             log = (folder / f"{name}.log").read_text(errors="replace").splitlines()
-            details += [f"  {name} | {line[:160]}" for line in log[-12:]]
+            failures += [f"  {name} | {line[:160]}" for line in log[-12:]]
+    details = [*failures, *skips]
     left_out = len(lines) + len(details) - LINES
     if left_out > 0:
         details = [*details[: -left_out - 1], f"  {left_out + 1} more lines: see the logs"]

@@ -95,7 +95,22 @@ def run(arguments: argparse.Namespace) -> int:
     for name in OPTIONAL:
         usable, words = examine(name)
         print(f"  {name:<20} {'usable' if usable else 'not usable'}: {words}")
+    clash = unusable_pair(installed("triton"), installed("numpy"))
+    if clash:
+        print(f"\n{clash}")
     return 0
+
+
+def unusable_pair(triton: str | None, numpy: str | None) -> str | None:
+    """What is wrong with these versions together, if anything."""
+    from packaging.version import Version
+
+    if not triton or not numpy or Version(triton) >= Version("3.7") or Version(numpy) < Version("2.4"):
+        return None
+    return (
+        f"triton {triton} cannot interpret kernels with NumPy {numpy}, which the tests do without a GPU: install "
+        "numpy<2.4, or a torch that comes with triton 3.7 or newer"
+    )
 
 
 def installed(name: str) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Writer
+from soar_mega.distributed import device
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.mmdit import MMDiT
@@ -27,7 +28,7 @@ def write_transformer(
 ) -> None:
     """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
 
-    A rank holds no more than one whole tensor and its own shard of it at any time.
+    Beside its part of the model a rank holds one whole tensor at a time, and a shard or a third (of q, k, v) of it.
 
     Args:
         folder: the transformer folder, new or empty; made by rank 0, which does all the writing.
@@ -60,9 +61,7 @@ def write_transformer(
     _finish(writer, failure, folder)
 
 
-def _start_folder(
-    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
-) -> Writer:
+def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]
@@ -85,7 +84,8 @@ def _collect(
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     full: Tensor | None = None
     if pipeline.rank() == owner:
-        full = tensors(entry.name).detach().to(model.config.params_dtype)  # all data-parallel ranks take part
+        # all data-parallel ranks take part; what is kept on the CPU must leave it, where NCCL takes nothing
+        full = tensors(entry.name).detach().to(device(), model.config.params_dtype)
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
     if full is not None:
@@ -99,7 +99,7 @@ def _collect(
     if pipeline.rank() != 0:
         return None
     rows = entry.shape[0] * len(entry.keys)
-    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=_any_device(model))
+    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=device())
     dist.recv(full, group=pipeline, group_src=owner)
     return full
 
@@ -110,10 +110,6 @@ def _owners(local: dict[str, Tensor]) -> dict[str, int]:
     held: list[list[str]] = [[] for _ in range(group.size())]
     dist.all_gather_object(held, list(local), group=group)
     return {name: rank for rank, names in enumerate(held) for name in names}
-
-
-def _any_device(model: MMDiT | ModelChunks) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _finish(writer: Writer | None, failure: OSError | None, folder: str | Path) -> None:

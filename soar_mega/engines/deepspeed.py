@@ -37,6 +37,7 @@ from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import partition_dim
 from soar_mega.models.mmdit import build_model
 from soar_mega.models.names import global_parameter_names, named_tensors
+from soar_mega.private_names import without_shared_memory
 
 LARGEST_BUCKET = 5 * 10**8  # elements that are reduced at once; DeepSpeed's default
 
@@ -264,11 +265,9 @@ def _start_moments(optimizer: torch.optim.Optimizer, owner: Tensor) -> None:
 
 def _initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory communication at the first use, for minutes
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault(
-        "LOCAL_RANK", "0"
-    )  # it insists, also where a single process was started without torchrun
+    without_shared_memory()
+    # it insists, also where a single process was started without torchrun
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -26,6 +26,7 @@ from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.phases import phases
+from soar_mega.private_names import distributed_state
 
 
 class MegatronEngine(Engine):
@@ -82,10 +83,7 @@ class MegatronEngine(Engine):
         if not self._main.divided:
             return self.optimizer.sharded_state_dict(model, metadata=metadata), []
         [distributed] = self.optimizer.chained_optimizers
-        states = {
-            name: distributed._get_main_param_and_optimizer_states(self.parameters[name])
-            for name in self._main.pieces
-        }
+        states = {name: distributed_state(distributed, self.parameters[name]) for name in self._main.pieces}
         pieces = []
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             parts = {name: state[kind].view(-1) for name, state in states.items()}

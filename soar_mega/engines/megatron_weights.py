@@ -9,6 +9,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch.nn import Parameter
 
 from soar_mega.engines.weights import MainWeights, Piece
+from soar_mega.private_names import MainCopy, distributed_main_copies, float16_main_copies
 
 
 def main_weights(
@@ -34,20 +35,9 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
 
 def _pieces(optimizer: Any) -> Iterator[tuple[Parameter, Piece]]:
     if isinstance(optimizer, DistributedOptimizer):
-        pairs = [
-            *zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True),
-            *zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
-        ]
-        for parameters, mains in pairs:
-            for parameter, main in zip(parameters, mains, strict=True):
-                start = optimizer._get_model_param_range_map(parameter)["param"].start
-                yield parameter, Piece(main, start)
+        copies = distributed_main_copies(optimizer)
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        for parameters, mains in zip(
-            optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True
-        ):
-            yield from ((p, Piece(main, 0)) for p, main in zip(parameters, mains, strict=True))
-        for parameters in optimizer.fp32_from_fp32_groups:
-            yield from ((p, Piece(p, 0)) for p in parameters)
+        copies = float16_main_copies(optimizer)
     else:
-        yield from ((p, Piece(p, 0)) for p in optimizer.get_parameters())
+        copies = (MainCopy(p, p, 0) for p in optimizer.get_parameters())
+    yield from ((copy.parameter, Piece(copy.main, copy.start)) for copy in copies)

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from soar_mega.distributed import device
 from soar_mega.engines.weights import MainWeights, Piece
+from soar_mega.private_names import flat_parameters, forget_gradients, partition, zero_gradient, zero_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,23 +55,11 @@ def zero_pieces(
 def _piece(engine: Any, stage: int, p: Any, groups: list[dict[str, Any]]) -> ZeroPiece | None:
     if stage == 0:
         return ZeroPiece(p, 0, p, 0)
-    if stage == 3:
-        group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
-        owner = engine.optimizer.fp32_partitioned_groups_flat[group]
-        start, count = partition(p)
-    else:
-        if p._hp_mapping is None:  # the parameter lies in other ranks' ranges
-            return None
-        owner = groups[p._hp_mapping.param_group_index]["params"][0]
-        offset, start = p._hp_mapping.hp_fragment_address.start, p._hp_mapping.lp_fragment_address.start
-        count = p._hp_mapping.lp_fragment_address.numel
-    return ZeroPiece(owner.detach()[offset : offset + count], start, owner, offset) if count else None
-
-
-def partition(p: Any) -> tuple[int, int]:
-    """At stage 3: first element and number of elements of this rank's part of a parameter, without padding."""
-    start = p.ds_tensor.ds_numel * dist.get_rank(p.ds_process_group)
-    return start, max(0, min(p.ds_tensor.ds_numel, p.ds_numel - start))
+    part = zero_part(engine, stage, p, groups)
+    if part is None or not part.count:
+        return None
+    main = part.owner.detach()[part.offset : part.offset + part.count]
+    return ZeroPiece(main, part.start, part.owner, part.offset)
 
 
 def local_gradient(stage: int, parameter: Any, piece: ZeroPiece) -> Tensor:
@@ -94,28 +83,15 @@ def _held_gradient(stage: int, parameter: Any) -> Tensor:
         return parameter.grad
     if stage == 3:
         return safe_get_local_grad(parameter)
-    return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    return zero_gradient(parameter)
 
 
 def drop_gradients(engine: Any, stage: int) -> None:
     """Forget what earlier backwards have accumulated, as DeepSpeed does after a step that it skips."""
     if stage == 0:
         engine.zero_grad()
-        return
-    optimizer = engine.optimizer
-    optimizer.zero_grad()
-    if not hasattr(optimizer, "averaged_gradients"):  # bf16 at stage 1: all is in buffers that are zero now
-        return
-    optimizer.micro_step_id = 0 if stage == 3 else -1
-    offloaded = optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload
-    if offloaded:
-        optimizer.reset_cpu_buffers()
-    elif stage == 3:
-        optimizer.averaged_gradients.clear()
     else:
-        for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for group in held:
-                held[group] = None
+        forget_gradients(engine.optimizer, stage)
 
 
 def main_weights(
@@ -125,15 +101,8 @@ def main_weights(
     if stage == 3:
         return PartitionedWeights(parameters, pieces, engine.optimizer)
     divided = stage > 0
-    flat = _flat_parameters(engine.optimizer) if divided else []
+    flat = flat_parameters(engine.optimizer) if divided else []
     return MainWeights(parameters, pieces, divided, complete=lambda: _gather(flat))
-
-
-def _flat_parameters(optimizer: Any) -> list[Tensor]:
-    """At stages 1 and 2: the vectors that the parameters are views of, one for each group."""
-    has_own_name = hasattr(optimizer, "bf16_groups_flat")  # bf16 at stage 1
-    flat: list[Tensor] = optimizer.bf16_groups_flat if has_own_name else optimizer.bit16_groups_flat
-    return flat
 
 
 def _gather(flat: list[Tensor]) -> None:

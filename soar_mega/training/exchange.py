@@ -143,7 +143,6 @@ class StoredTensors:
             model: on the meta device.
             ema: the EMA in place of the parameters; the position table has none.
         """
-        self._folder = folder
         state = model.sharded_state_dict()
         kept = sharded_copy(state, "ema", lambda p: torch.empty_like(p, dtype=torch.float32)) if ema else {}
         check_keys(folder, {"model": state, "kept": kept})

@@ -21,12 +21,10 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -38,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from soar_mega.engines.saved_pieces import SavedPiece
+from soar_mega.private_names import with_sharded_keys, wrapped_exception, write_item
 from soar_mega.training.manifest import Facts
 
 
@@ -58,7 +57,7 @@ class RankFile(FileSystemWriterAsync):
         self._items = [(item, _on_cpu(planner.resolve_data(item))) for item in plan.items]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._outcome: Written | WRAPPED_EXCEPTION | None = None
+        self._outcome: Any = None  # what was written, or the exception as torch sends it to others
 
     def write(self) -> Written:
         """Writes the file and makes it durable. Needs no other rank, and may run in another process.
@@ -84,11 +83,11 @@ class RankFile(FileSystemWriterAsync):
     def _write_item(self, file: Any, item: WriteItem, data: Any) -> WriteResult:
         if isinstance(data, Tensor) and data.untyped_storage().nbytes() != data.numel() * data.element_size():
             data = data.clone()  # torch.save writes whole storages
-        return _write_item(self.transforms, file, data, item, self._name, self.serialization_format)
+        return write_item(self, file, data, item, self._name)
 
     def finish_write(self, outcome: Written | Exception) -> None:
         """Hands over what `write` has returned or raised, and lets go of the tensors."""
-        self._outcome = _wrap_exception(outcome) if isinstance(outcome, Exception) else outcome
+        self._outcome = wrapped_exception(outcome) if isinstance(outcome, Exception) else outcome
         self._items = []
 
     @property
@@ -96,7 +95,7 @@ class RankFile(FileSystemWriterAsync):
         """Size and hash of what this rank has written, by name."""
         return self._outcome.files if isinstance(self._outcome, Written) else {}
 
-    def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
+    def retrieve_write_results(self) -> Any:
         assert self._outcome is not None
         return self._outcome.results if isinstance(self._outcome, Written) else self._outcome
 
@@ -113,11 +112,10 @@ class RankFiles(TorchDistSaveShardedStrategy):
     def async_save(
         self, sharded_state_dict: Any, checkpoint_dir: str | Path, async_strategy: str = "mcore"
     ) -> AsyncRequest:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         self.file = RankFile(checkpoint_dir)
         planner = _Planner(self._pieces)
         plan, *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(state, False), self.file, planner=planner
+            mcore_to_pyt_state_dict(with_sharded_keys(sharded_state_dict), False), self.file, planner=planner
         )
         return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(*plan)])
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from soar_mega.phases import phases
+from soar_mega.private_names import default_store
 
 ROOT = str(Path(__file__).parents[1])
 STORE_TIMEOUT = timedelta(seconds=10)
@@ -57,7 +58,7 @@ class RollCall:
         self._lock, self._answered, self._said = threading.Lock(), False, 0
         self._seen: dict[int, tuple[int, float]] = {}  # by rank: its number, and when it was new here
         # a connection of its own: the main thread may be waiting on the other one
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        store = default_store().clone()
         store.set_timeout(STORE_TIMEOUT)
         self._store = dist.PrefixStore("roll_call", store)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from soar_mega.config import TrainConfig
 from soar_mega.phases import phases
+from soar_mega.private_names import nccl_trace
 from soar_mega.training.agreement import is_quiet, leave, on_rank_zero, say_why
 from soar_mega.training.failure_report import failure_report
 from soar_mega.training.limits import (
@@ -217,7 +218,7 @@ class Watchdog:
                 faulthandler.dump_traceback(opened, all_threads=True)
         if torch.cuda.is_available() and "nccl" in dist.get_backend():
             with contextlib.suppress(OSError, RuntimeError):
-                recorded = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                recorded = nccl_trace()
                 file.with_suffix(".nccl").write_bytes(recorded)
 
     def _report(self) -> Path:

@@ -184,8 +184,9 @@ def test_nothing_goes_on_from_another_parent_or_with_other_settings(tmp_path: Pa
     changed = load_chain(write(tmp_path, [train("a", "optimizer.lr=1.0"), train("b")]))
     with pytest.raises(ValueError, match=r"optimizer.lr was 0.0005 and is 1.0. Remove .*/a to do it again"):
         begin(changed, changed.link("a"))
-    layout = load_chain(write(tmp_path, [train("a", "parallel.tensor_model_parallel_size=2"), train("b")]))
-    assert why_not_done(layout, layout.link("a")) is None, "the layout makes no difference to the weights"
+    for how in ("parallel.tensor_model_parallel_size=2", "train.step_timeout_minutes=60"):
+        other = load_chain(write(tmp_path, [train("a", how), train("b")]))
+        assert why_not_done(other, other.link("a")) is None, f"{how} makes no difference to the weights"
 
 
 def test_the_marker_holds_the_lineage(tmp_path: Path) -> None:

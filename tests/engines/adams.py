@@ -1,4 +1,4 @@
-"""Engines over each Adam that megatron may find, for tests: torch's, one in the shape of Transformer Engine's, and ours."""
+"""Engines over each Adam that megatron may find: torch's, one in the shape of Transformer Engine's, and ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from soar_mega import platform
 class TransformerEngineAdam(platform.FusedAdam):
     """Keeps what Transformer Engine's FusedAdam keeps; the library itself needs a GPU.
 
-    Written after transformer_engine/pytorch/optimizers/fused_adam.py: each group needs `bias_correction`, and counts its
-    steps from the first one on, where capturable is set with a tensor. state_dict hands out copies.
+    Written after transformer_engine/pytorch/optimizers/fused_adam.py: each group needs `bias_correction`, and counts
+    its steps from the first one on, with a tensor where capturable is set. state_dict hands out copies.
     """
 
     capturable = False

@@ -85,8 +85,7 @@ def killed_and_resumed(case: Case, shards: Path, folder: Path) -> Path:
     resumed_from = re.findall(r"resumed from .*iter_(\d+)", (killed.path / "train.log").read_text())
     assert [int(iteration) for iteration in resumed_from] == [kept]
     for name in (whole, killed):
-        marker = name.complete()
-        assert marker is not None and marker["iteration"] == ITERATIONS
+        assert name.complete() == {"iteration": ITERATIONS, "consumed_samples": 16 * ITERATIONS}
         assert name.iterations() == list(range(INTERVAL, ITERATIONS + 1, INTERVAL))
         for iteration in name.iterations():
             assert manifest.problems(name.checkpoint(iteration)) == []

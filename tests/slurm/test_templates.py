@@ -1,6 +1,7 @@
 """Job scripts without a cluster: what is rendered, and what until_complete.sh decides, with stand-ins for SLURM."""
 
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -144,8 +145,10 @@ def test_rank(tmp_path: Path) -> None:
 
     assert rank("echo $RANK $LOCAL_RANK $WORLD_SIZE").stdout == "3 1 4\n"
     assert [rank(f"exit {code}").returncode for code in (0, 75, 3)] == [0, 0, 3]
-    limits = rank("ulimit -S -l; ulimit -H -l; ulimit -S -c").stdout.split()
-    assert limits[0] == limits[1] and limits[2] == "0"
+    locked, most, core, files = rank("ulimit -S -l; ulimit -H -l; ulimit -S -c; ulimit -S -n").stdout.split()
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert locked == most and core == "0"
+    assert int(files) == (65536 if most_files == resource.RLIM_INFINITY else min(65536, most_files))
     assert rank("kill -USR1 $$; exit 4").returncode == 4, "a rank that does not listen yet survives"
 
 

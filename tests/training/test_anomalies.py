@@ -66,7 +66,11 @@ def events(recipe: Recipe) -> list[dict[str, Any]]:
 
 def test_a_spike_names_its_sample(spoilt_run: Recipe) -> None:
     (event,) = events(spoilt_run)
-    assert event["kind"] == "loss_spike" and event["iteration"] == BAD_STEP and event["base_loss"] > event["limit"]
+    assert (
+        event["kind"] == "loss_spike"
+        and event["iteration"] == BAD_STEP
+        and event["base_loss"] > event["limit"]
+    )
     assert event["positions"] == [64, 79]
     worst = event["worst_samples"][0]
     bad = sample_of_step(BAD_STEP, 6)
@@ -76,7 +80,9 @@ def test_a_spike_names_its_sample(spoilt_run: Recipe) -> None:
     others = [p["loss"] for sample in event["worst_samples"][1:] for p in sample["points"]]
     assert len(event["worst_samples"]) == anomalies.NAMED and loss > 100 * max(others)
     log = (Path(spoilt_run.checkpoint.save) / "train.log").read_text()
-    told = rf"iteration 5: base loss .* is above .*made-up {bad} \(.*\(sample {bad} of the data, position 70 in"
+    told = (
+        rf"iteration 5: base loss .* is above .*made-up {bad} \(.*\(sample {bad} of the data, position 70 in"
+    )
     assert re.search(told, log)
 
 
@@ -123,7 +129,11 @@ def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int, start: int)
 def test_a_replay_at_every_kind_of_layout(spoilt: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
     settings = {f"parallel__{key}": value for key, value in layout.items()}
     recipe = tiny_recipe(
-        spoilt, tmp_path / "run", train__train_iters=BAD_STEP, checkpoint__save_interval=BAD_STEP - 2, **settings
+        spoilt,
+        tmp_path / "run",
+        train__train_iters=BAD_STEP,
+        checkpoint__save_interval=BAD_STEP - 2,
+        **settings,
     )
     assert run_ranks(run_with_a_short_window, 2, recipe) == [0, 0]
     (event,) = events(recipe)
@@ -158,7 +168,10 @@ def test_auxiliary_points_make_no_spike(tmp_path: Path) -> None:
 
 def test_the_worst_sample_is_that_of_the_worst_base_point() -> None:
     def sample(base: float, auxiliary: float) -> SampleLoss:
-        points = [PointLoss(kind="base", sigma=0.5, loss=base), PointLoss(kind="aux", sigma=0.1, loss=auxiliary)]
+        points = [
+            PointLoss(kind="base", sigma=0.5, loss=base),
+            PointLoss(kind="aux", sigma=0.1, loss=auxiliary),
+        ]
         return SampleLoss(position=0, index=0, name="made-up", points=points)
 
     assert sample(2.0, 900.0).worst == 2.0

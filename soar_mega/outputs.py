@@ -15,6 +15,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -140,7 +141,7 @@ def check_file(path: str | Path, mark: bytes) -> None:
     real = _real(path)
     if real.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file")
-    if real.exists() and mark not in real.read_bytes():
+    if real.exists() and not _holds(real, mark):
         raise ValueError(f"{path} was not written by this program: give another name, or move it away")
     real.parent.mkdir(parents=True, exist_ok=True)
     trial = _beside(real, f"new-{os.getpid()}")
@@ -166,6 +167,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _holds(file: Path, mark: bytes) -> bool:
+    if not file.is_file() or file.stat().st_size == 0:
+        return False
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(mark) >= 0
 
 
 def _real(path: str | Path) -> Path:

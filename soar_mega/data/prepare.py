@@ -28,8 +28,8 @@ from soar_mega.data.shard_writer import (
     EMPTY_FILE,
     FORMAT_VERSION,
     shard_name,
+    write_bytes,
     write_dataset_file,
-    write_file,
     write_json,
 )
 from soar_mega.data.shards import read_json
@@ -202,7 +202,7 @@ def _write_shards(
                 encoders = Encoders.from_pipeline(pipeline, device, dtype, facts.max_sequence_length)
                 text, pooled = encoders.encode_prompts([""])
                 # not save_file: what that writes only its owner can read, whatever the umask
-                write_file(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))
+                write_bytes(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))
             first_key = number * settings["samples_per_shard"]
             rejects += ShardJob(folder, number, first_key, encoders, settings).run(chunk, digest, progress)
     return rejects

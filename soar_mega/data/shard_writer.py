@@ -101,11 +101,11 @@ def shard_name(number: int) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object as `write_file` does."""
-    write_file(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+    """Write a JSON object as `write_bytes` does."""
+    write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves either the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

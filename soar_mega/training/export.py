@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def _place(recipe: Recipe, name: str) -> Path:
 def _advice(recipe: Recipe, error: Exception) -> str:
     run = recipe.checkpoint.save
     commands = [
-        f"soar-mega convert {run} {_place(recipe, name)}" + (" --ema" if weights == "ema" else "")
+        shlex.join(["soar-mega", "convert", run, str(_place(recipe, name))] + ["--ema"] * (weights == "ema"))
         for name, weights in _exports(recipe).items()
     ]
     return (

@@ -125,6 +125,7 @@ def test_a_failed_write_is_an_error_on_every_rank(tmp_path):
     mine, theirs = run_ranks(fail_to_save, 2, tmp_path, timeout=60)
     assert "File too large" in mine[0] and "File exists" in mine[1]
     assert all("rank 0 could not write" in message for message in theirs) and len(theirs) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # what there was of it is removed
 
 
 def edit_config(folder, **changes):

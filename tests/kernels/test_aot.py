@@ -36,7 +36,7 @@ def test_every_variant_keeps_its_limits_on_hopper():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"spills": 2}, "2 spills"),
+        ({"spills": 4}, "4 spills"),
         ({"registers": 65}, "65 registers"),
         ({"loads": {128: 2, 64: 8}}, "128-bit loads"),
         ({"stores": {64: 2}}, "128-bit stores"),

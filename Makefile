@@ -38,6 +38,7 @@ setup: $(READY)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check --quiet .
 	$(PYTHON) -m mypy
 
 # Two files at a time: half of the tests' time is waiting for other processes. These tests see no GPU; tests/gpu does, and

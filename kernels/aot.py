@@ -20,7 +20,9 @@ from typing import Any
 
 from soar_mega.kernels.variants import Variant, all_variants
 
-MOST_SPILLS = 2  # instructions: Triton 3.8 has one value of adaln's backward pass wait in memory, 3.6 and 3.7 none
+MOST_SPILLS = (
+    2  # instructions: Triton 3.8 has one value of adaln's backward pass wait in memory, 3.6 and 3.7 none
+)
 MOST_REGISTERS = 64  # of 65,536 per multiprocessor: half of the threads it can hold
 ARCHITECTURES = ("sm_90", "sm_100")
 

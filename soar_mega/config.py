@@ -49,7 +49,9 @@ class ParallelConfig:
     engine: str = "megatron"  # megatron | deepspeed
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1  # tokens of a sample are cut over this many ranks; in attention its heads are
+    context_parallel_size: int = (
+        1  # tokens of a sample are cut over this many ranks; in attention its heads are
+    )
     virtual_pipeline_model_parallel_size: int | None = None  # model chunks per rank, interleaved; None: one
     decoder_first_pipeline_num_layers: int | None = None  # layers on the first rank; None: by their work
     decoder_last_pipeline_num_layers: int | None = None  # layers on the last rank; None: by their work
@@ -58,7 +60,9 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_rollout: bool = False  # the rollout's answers travel while the answer pass goes on, not after it
-    zero_stage: int = 2  # with engine=deepspeed: 0 | 1 (optimizer) | 2 (and gradients) | 3 (and parameters are cut)
+    zero_stage: int = (
+        2  # with engine=deepspeed: 0 | 1 (optimizer) | 2 (and gradients) | 3 (and parameters are cut)
+    )
     offload_optimizer: bool = False  # with engine=deepspeed: optimizer states and step on the CPU
     offload_parameters: bool = False  # with engine=deepspeed and zero_stage=3: parameters rest on the CPU
 
@@ -74,8 +78,12 @@ class TrainConfig:
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
     ema_decay: float = 0.0  # 0: no EMA
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
-    step_timeout_minutes: float | None = 10.0  # a step that takes longer ends the run, with a report; null: any time
-    phase_timeout_minutes: float | None = 60.0  # likewise the start, measurements, a checkpoint, the export: each
+    step_timeout_minutes: float | None = (
+        10.0  # a step that takes longer ends the run, with a report; null: any time
+    )
+    phase_timeout_minutes: float | None = (
+        60.0  # likewise the start, measurements, a checkpoint, the export: each
+    )
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
 
 
@@ -107,7 +115,9 @@ class DataConfig:
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
     num_workers: int = 0  # reader processes per data-parallel rank
-    max_failed_share: float = 0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
+    max_failed_share: float = (
+        0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
+    )
 
 
 @dataclass(kw_only=True)
@@ -115,7 +125,9 @@ class CheckpointConfig:
     """The run folder: checkpoints, logs and the completion marker live in it."""
 
     save: str = ""  # the run folder; resumed from when it holds a checkpoint
-    load: str = ""  # another run folder to start from; the same as save: only to resume, if there is something
+    load: str = (
+        ""  # another run folder to start from; the same as save: only to resume, if there is something
+    )
     finetune: bool = False  # with load: take the weights alone, start at iteration 0
     load_ema: bool = False  # with finetune: start from the EMA weights
     save_interval: int = 500

@@ -74,7 +74,9 @@ def test_vae_keeps_what_canvases_say_and_its_latents_are_standard(pipeline):
     real = torch.from_numpy(real_canvases(prompts))
     config = pipeline.vae.config
     posterior = pipeline.vae.encode(real * 2 - 1).latent_dist
-    latents = (posterior.sample(torch.Generator().manual_seed(0)) - config.shift_factor) * config.scaling_factor
+    latents = (
+        posterior.sample(torch.Generator().manual_seed(0)) - config.shift_factor
+    ) * config.scaling_factor
     assert latents.shape == (len(real), 4, 8, 8)
     assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1
     decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample

@@ -210,9 +210,7 @@ def without_parameter_gather_over_two_ranks():
         gather_over_two_ranks()
 
 
-NO_CUDA = (
-    "Torch not compiled with CUDA enabled|Found no NVIDIA driver|Cannot re-initialize CUDA in forked subprocess"
-)
+NO_CUDA = "Torch not compiled with CUDA enabled|Found no NVIDIA driver|Cannot re-initialize CUDA in forked subprocess"
 FAILURES = {
     "current_device": (without_current_device, 2, NO_CUDA),
     "synchronize": (without_synchronize, 2, NO_CUDA),

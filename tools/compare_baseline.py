@@ -136,7 +136,8 @@ def choose_rows(case: Case, sizes: list[int] | None) -> list[Row]:
         return Row(name, PublishedArm, (case, procedure_of(case, **habits), micro, online), micro)
 
     def ours(name: str, points: int) -> Row:
-        samples = min(max(1, points // 2), case.batch_size)  # of a guided forward, which has two rows for each
+        # of a guided forward, which has two rows for each
+        samples = min(max(1, points // 2), case.batch_size)
         return Row(name, OurArm, (case, samples, points), points)
 
     best = fastest([published("published procedure", size) for size in sizes])
@@ -151,7 +152,10 @@ def choose_rows(case: Case, sizes: list[int] | None) -> list[Row]:
     if case.pipeline:
         rows.insert(1, published("  with online encoders", micro, online=True))
     rows.append(ours("soar_mega, forwards as large as the first row's", micro))
-    return [*rows, fastest([ours("soar_mega", size * (case.stage.num_auxiliary_points + 1)) for size in sizes])]
+    return [
+        *rows,
+        fastest([ours("soar_mega", size * (case.stage.num_auxiliary_points + 1)) for size in sizes]),
+    ]
 
 
 def fastest(rows: list[Row]) -> Row:

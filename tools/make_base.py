@@ -79,7 +79,9 @@ def train_transformer() -> None:
     write_image_folder(images, PRETRAINING_IMAGES, seed=1, noisy=True)
     _soar_mega("prepare", str(images), str(WORK / "shards"), "--pipeline", str(BASE), "--batch-size", "64")
     _soar_mega("train", "recipes/tiny/pretrain.yaml")
-    shutil.copytree(WORK / "pretrain" / "export_ema" / "transformer", BASE / "transformer", dirs_exist_ok=True)
+    shutil.copytree(
+        WORK / "pretrain" / "export_ema" / "transformer", BASE / "transformer", dirs_exist_ok=True
+    )
     log.info("the tiny pipeline is complete: %s", BASE)
 
 
@@ -93,7 +95,9 @@ def _soar_mega(*arguments: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
     part.add_argument("--transformer", action="store_true", help="only the transformer")

@@ -14,7 +14,8 @@ def start_process() -> None:
     # loading a local folder needs no progress bar per encoder
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    faulthandler.enable(file=2)  # a crash in native code shows where Python was, on stderr whatever stands for it
+    # a crash in native code shows where Python was, on stderr whatever stands for it
+    faulthandler.enable(file=2)
     # when a rank dies, torch's C++ parts would warn with forty frames of theirs where one message says what happened
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")

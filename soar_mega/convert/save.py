@@ -61,7 +61,9 @@ def write_transformer(
     _finish(writer, failure, folder)
 
 
-def _start_folder(model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int) -> Writer:
+def _start_folder(
+    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
+) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
     plan = [(key, entry.shape) for entry in table for key in entry.keys]

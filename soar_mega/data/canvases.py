@@ -142,7 +142,9 @@ def place(rng: np.random.Generator, caption: Caption) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def render(rng: np.random.Generator, cells: tuple[Cell, ...], split: str = "generator") -> NDArray[np.float32]:
+def render(
+    rng: np.random.Generator, cells: tuple[Cell, ...], split: str = "generator"
+) -> NDArray[np.float32]:
     """Draws cells with random scans of the split -> [3, 16, 16] in [0, 1]."""
     images, labels = scans(split)
     canvas = np.zeros((3, CANVAS, CANVAS), dtype=np.float32)

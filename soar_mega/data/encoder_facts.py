@@ -89,7 +89,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give a diffusers SD3 pipeline folder") from error
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give a diffusers SD3 pipeline folder"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     assert isinstance(config, dict)

@@ -142,7 +142,9 @@ class Loader:
                 "data.path, or start a new run from the weights (checkpoint.load and checkpoint.finetune=true)"
             )
         if state["seed"] != self.seed:
-            raise ValueError(f"the run was started with train.seed={state['seed']}, not {self.seed}: keep it to resume")
+            raise ValueError(
+                f"the run was started with train.seed={state['seed']}, not {self.seed}: keep it to resume"
+            )
         self._place = Place(consumed=int(state["consumed_samples"]), streams=dict(state["buckets"]))
         self._failed = int(state["failed_samples"])
         self._ahead = self._place

@@ -37,7 +37,10 @@ class Stretch:
         assert self.count % parts == 0
         size = self.count // parts
         return Stretch(
-            bucket=self.bucket, first=self.first + index * size, position=self.position + index * size, count=size
+            bucket=self.bucket,
+            first=self.first + index * size,
+            position=self.position + index * size,
+            count=size,
         )
 
     def positions(self) -> torch.Tensor:

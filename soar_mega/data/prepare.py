@@ -89,11 +89,15 @@ def prepare(
             samples that cannot be used, by name.
     """
     folder, pipeline = Path(out), Path(pipeline)
-    refuse_overlap(folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline})
+    refuse_overlap(
+        folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline}
+    )
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if batch_size < 1 or samples_per_shard < 1:
-        raise ValueError(f"batch_size ({batch_size}) and samples_per_shard ({samples_per_shard}) must be at least 1")
+        raise ValueError(
+            f"batch_size ({batch_size}) and samples_per_shard ({samples_per_shard}) must be at least 1"
+        )
     facts = encoder_facts(pipeline, max_sequence_length)
     sizes = _bucket_choice(buckets, resolution, facts)
     items, listed_rejects = list_items(Path(source), Path(images) if images is not None else None)
@@ -117,8 +121,12 @@ def prepare(
         if (folder / DATASET_FILE).is_file():
             return _already_finished(folder, settings, digests)
         _start(folder, settings)
-        rejects = listed_rejects + _write_shards(folder, pipeline, facts, chunks, digests, settings, skip_invalid)
-        return _finish(folder, facts, settings, digests, rejects, len(items) + len(listed_rejects), skip_invalid)
+        rejects = listed_rejects + _write_shards(
+            folder, pipeline, facts, chunks, digests, settings, skip_invalid
+        )
+        return _finish(
+            folder, facts, settings, digests, rejects, len(items) + len(listed_rejects), skip_invalid
+        )
 
 
 def _bucket_choice(buckets: Sequence[str], resolution: int | None, facts: EncoderFacts) -> list[str]:
@@ -141,7 +149,9 @@ def _lock(file: Any, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(f"another `soar-mega prepare` is writing {folder}: wait, or give another folder") from error
+        raise ValueError(
+            f"another `soar-mega prepare` is writing {folder}: wait, or give another folder"
+        ) from error
 
 
 def _already_finished(folder: Path, settings: dict[str, Any], digests: list[str]) -> Prepared:

@@ -23,7 +23,9 @@ class ShardJob:
         settings: buckets to choose from and batch_size.
     """
 
-    def __init__(self, folder: Path, number: int, first_key: int, encoders: Encoders, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, number: int, first_key: int, encoders: Encoders, settings: dict[str, Any]
+    ) -> None:
         self._first_key = first_key
         self._encoders = encoders
         self._settings = settings
@@ -64,7 +66,9 @@ class ShardJob:
         batch, self._waiting[bucket] = self._waiting[bucket], []
         if not batch:
             return
-        means, stds = self._encoders.encode_images(to_model_range(torch.stack([pixels for _, _, pixels in batch])))
+        means, stds = self._encoders.encode_images(
+            to_model_range(torch.stack([pixels for _, _, pixels in batch]))
+        )
         texts, pooled = self._encoders.encode_prompts([item.caption for _, item, _ in batch])
         for row, (key, item, _) in enumerate(batch):
             sample = EncodedSample(

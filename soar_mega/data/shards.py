@@ -85,7 +85,9 @@ class ShardSet:
         self.open()
         return [self._names[i] for i in indices]
 
-    def read(self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True) -> Read:
+    def read(
+        self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True
+    ) -> Read:
         """Samples `indices` of one bucket; latents are drawn anew for each of `positions` [B] int64.
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
@@ -129,7 +131,9 @@ class ShardSet:
         bucket = self.bucket_of(int(indices[0]))
         others = [i for i in indices if self.bucket_of(int(i)) != bucket]
         if others:
-            raise ValueError(f"samples {indices[0]} and {others[0]} are not of one bucket: use one_bucket_groups")
+            raise ValueError(
+                f"samples {indices[0]} and {others[0]} are not of one bucket: use one_bucket_groups"
+            )
         positions = torch.tensor([int(i) for i in indices])
         read = self.read(bucket, indices, positions, seed)
         if read.failures:
@@ -171,7 +175,9 @@ class ShardSet:
         if len(content) < size:
             raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
         if zlib.crc32(content) != checksum:
-            raise SampleError(f"the checksum of its {part} is wrong: the shard was damaged after it was written")
+            raise SampleError(
+                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
+            )
         return load_tensors(content)
 
     def _file(self, shard: int) -> FileIO:
@@ -193,12 +199,16 @@ class ShardSet:
         path = self.path / f"{shard['name']}.tar"
         index = read_json(path.with_suffix(".json"))
         if index.get("format_version") != FORMAT_VERSION or len(index["samples"]) != shard["samples"]:
-            raise ValueError(f"{path.with_suffix('.json')} does not belong to this {DATASET_FILE}: prepare again")
+            raise ValueError(
+                f"{path.with_suffix('.json')} does not belong to this {DATASET_FILE}: prepare again"
+            )
         if not path.is_file():
             raise ValueError(f"shard {path} is missing: copy it again or prepare again")
         size = path.stat().st_size
         if size != shard["bytes"]:
-            raise ValueError(f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again")
+            raise ValueError(
+                f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again"
+            )
         samples: list[dict[str, Any]] = index["samples"]
         return samples
 
@@ -225,12 +235,16 @@ def read_dataset_file(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} does not exist: give the folder that `soar-mega prepare` wrote")
     if not path.is_file():
         if any(folder.glob("shard-*")):
-            raise ValueError(f"{folder} is unfinished (no {DATASET_FILE}): run `soar-mega prepare` into it again")
+            raise ValueError(
+                f"{folder} is unfinished (no {DATASET_FILE}): run `soar-mega prepare` into it again"
+            )
         raise ValueError(f"{folder} holds no shards: give a folder that `soar-mega prepare` wrote")
     values = read_json(path)
     version = values.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: prepare again")
+        raise ValueError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: prepare again"
+        )
     return values
 
 

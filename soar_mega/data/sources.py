@@ -56,7 +56,9 @@ def list_items(source: Path, images: Path | None = None) -> tuple[list[Item], li
     found = list(results)
     if not found:
         kinds = " ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"{source} holds no images: images ({kinds}) with captions NAME.txt beside them are expected")
+        raise ValueError(
+            f"{source} holds no images: images ({kinds}) with captions NAME.txt beside them are expected"
+        )
     items = [item for item in found if isinstance(item, Item)]
     return items, [reject for reject in found if isinstance(reject, Reject)]
 

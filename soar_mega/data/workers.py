@@ -98,7 +98,9 @@ class WorkerPool:
             if not process.is_alive() and not connection.poll(0):
                 raise DataError(self._obituary(worker))
             if time.monotonic() > reminder:
-                log.warning("reader process %s still works on %s: is the file system slow?", process.pid, stretch)
+                log.warning(
+                    "reader process %s still works on %s: is the file system slow?", process.pid, stretch
+                )
                 reminder = time.monotonic() + PATIENCE_SECONDS
 
     def _obituary(self, worker: int) -> str:

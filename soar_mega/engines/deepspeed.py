@@ -200,7 +200,9 @@ class DeepSpeedEngine(Engine):
             return make_sharded_optimizer_tensor(layout[name], data, f"optimizer.state.{kind}")
 
         trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
-        return OnDemand({name: {kind: wanted(name, kind) for kind in ("param", *MOMENTS)} for name in trained})
+        return OnDemand(
+            {name: {kind: wanted(name, kind) for kind in ("param", *MOMENTS)} for name in trained}
+        )
 
 
 def _is_first_tensor_rank() -> bool:

@@ -66,8 +66,12 @@ def score(images: ArrayLike, prompts: Sequence[Caption], verifier: Verifier | No
     points: dict[str, list[float]] = {kind: [] for kind in (*CATEGORIES, OCR)}
     for cells, prompt in zip(readings, prompts, strict=True):
         if prompt.kind not in points:
-            raise ValueError(f"prompt {prompt.text!r} is of kind {prompt.kind!r}, which the benchmark does not score")
-        points[prompt.kind].append(read_back(prompt, cells) if prompt.kind == OCR else float(fulfils(prompt, cells)))
+            raise ValueError(
+                f"prompt {prompt.text!r} is of kind {prompt.kind!r}, which the benchmark does not score"
+            )
+        points[prompt.kind].append(
+            read_back(prompt, cells) if prompt.kind == OCR else float(fulfils(prompt, cells))
+        )
     for kind, values in points.items():
         if len(values) < 2:
             raise ValueError(f"the benchmark needs at least 2 prompts of {kind!r}, got {len(values)}")
@@ -90,7 +94,11 @@ def fulfils(prompt: Caption, cells: Sequence[Cell]) -> bool:
     """Whether the cells (in reading order) show every object with its colour, count and position."""
     colours = prompt.colours or (None,) * len(prompt.digits)
     found = [
-        [i for i, cell in enumerate(cells) if cell is not None and cell[1] == digit and colour in (None, cell[0])]
+        [
+            i
+            for i, cell in enumerate(cells)
+            if cell is not None and cell[1] == digit and colour in (None, cell[0])
+        ]
         for digit, colour in zip(prompt.digits, colours, strict=True)
     ]
     if prompt.count > 1:

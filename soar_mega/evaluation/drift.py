@@ -17,9 +17,8 @@ from soar_mega.data.batch import Batch
 from soar_mega.flow import guided, normal, sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, H, W], sigma [B]) -> [B, C, H, W]
-ModelVelocity = Callable[
-    [Tensor, Tensor, Tensor, Tensor], Tensor
-]  # (latents, sigma, text, pooled) -> [B, C, H, W]
+# (latents, sigma, text, pooled) -> [B, C, H, W]
+ModelVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,9 @@ def _jackknife(
     return float((n - 1) / n * np.square(without - without.mean()).sum())
 
 
-def energy_to_real(images: ArrayLike, verifier: Verifier | None = None, per_category: int = 60) -> EnergyDistance:
+def energy_to_real(
+    images: ArrayLike, verifier: Verifier | None = None, per_category: int = 60
+) -> EnergyDistance:
     """Distance of the verifier's features between images generated for benchmark prompts, [N, 3, 16, 16] in [0, 1], and
     canvases drawn from held-out scans for other prompts of the same categories (so the two sets are independent)."""
     verifier = verifier or Verifier.fit()

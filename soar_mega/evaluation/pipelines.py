@@ -47,9 +47,8 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError: nothing can be measured: no canvases, and no held-out shards for drift.
     """
-    shards = (
-        open_shards(plan.held_out) if plan.held_out else None
-    )  # first: a wrong path is found before minutes pass
+    # first: a wrong path is found before minutes pass
+    shards = open_shards(plan.held_out) if plan.held_out else None
     resolution = encoder_facts(Path(folder)).default_resolution
     draws_canvases = resolution == CANVAS
     if not draws_canvases and shards is None:

@@ -89,9 +89,13 @@ def split_cells(images: ArrayLike) -> NDArray[np.float64]:
     """[N, 3, 16, 16] in [0, 1] -> [N, 4, 3, 8, 8], cells in reading order. ValueError for anything else."""
     pixels = np.asarray(images, dtype=np.float64)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, CANVAS, CANVAS):
-        raise ValueError(f"the verifier reads canvases [N, 3, {CANVAS}, {CANVAS}], got shape {list(pixels.shape)}")
+        raise ValueError(
+            f"the verifier reads canvases [N, 3, {CANVAS}, {CANVAS}], got shape {list(pixels.shape)}"
+        )
     if not (pixels.min(initial=0.0) >= 0.0 and pixels.max(initial=0.0) <= 1.0):
-        raise ValueError("the verifier reads images in [0, 1]: map [-1, 1] by (x + 1) / 2, clamp, replace NaN")
+        raise ValueError(
+            "the verifier reads images in [0, 1]: map [-1, 1] by (x + 1) / 2, clamp, replace NaN"
+        )
     grid = pixels.reshape(-1, 3, 2, CELL, 2, CELL)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 4, 3, CELL, CELL)
 

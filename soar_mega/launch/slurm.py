@@ -68,12 +68,10 @@ class Job:
     arguments: list[str]  # of the soar-mega command that all ranks run
     marker: Path  # written last by the command; its folder holds the script and the logs, in slurm/
     num_workers: int = 0  # reader processes of a rank
-    sweep: list[tuple[list[str], Path]] = field(
-        default_factory=list
-    )  # further arguments and the marker, per array index
-    before: list[str] = field(
-        default_factory=list
-    )  # arguments of a soar-mega command that runs once on the first node
+    # further arguments and the marker, per array index
+    sweep: list[tuple[list[str], Path]] = field(default_factory=list)
+    # arguments of a soar-mega command that runs once on the first node
+    before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)  # likewise, when the marker is there
 
     @property

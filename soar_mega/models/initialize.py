@@ -9,11 +9,8 @@ from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import position_table
 from soar_mega.models.gather import full_shape, local_shard
 
-ZERO = (
-    "modulation.linear",
-    "norm_out.linear",
-    "proj_out",
-)  # each layer starts as the identity, the velocity at 0
+# each layer starts as the identity, the velocity at 0
+ZERO = ("modulation.linear", "norm_out.linear", "proj_out")
 
 
 @torch.no_grad()

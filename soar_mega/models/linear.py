@@ -11,9 +11,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
-Output = tuple[
-    Tensor, Tensor | None
-]  # with skip_bias_add the bias is left to the caller, unless it is in already
+# with skip_bias_add the bias is left to the caller, unless it is in already
+Output = tuple[Tensor, Tensor | None]
 
 
 class ColumnLinear(ColumnParallelLinear):

@@ -115,7 +115,9 @@ class Soar:
         """sigma0, sigma1 [B] and whether the step ends above time zero [B]."""
         config = self.config
         draws = uniform(batch.seed, "time", batch.position)[:, 0]
-        u0 = sample_time(config.timestep_density, draws, config.logit_mean, config.logit_std, config.mode_scale)
+        u0 = sample_time(
+            config.timestep_density, draws, config.logit_mean, config.logit_std, config.mode_scale
+        )
         sigma0 = self.schedule.sigma(u0).clamp(min=self.schedule.sigma_min)
         sigma1 = torch.minimum(self.schedule.rollout_end(u0, config.sampling_steps), sigma0)
         return sigma0, sigma1, u0 > 1.0 / config.sampling_steps

@@ -82,9 +82,8 @@ class RollCall:
         )
         with self._lock:
             self._answered |= answers
-            if (
-                state.answers == self._answered
-            ):  # what the watching thread says later does not replace an answer
+            # what the watching thread says later does not replace an answer
+            if state.answers == self._answered:
                 self._store.set(str(self.rank), json.dumps(dataclasses.asdict(state)))
 
     def call(self, why: str) -> None:

@@ -77,7 +77,9 @@ def test_noise_of_the_pretraining_variant_comes_in_the_stated_shares():
     # A wrong caption of a colour kind practically never fits by chance; a shuffled canvas still shows its colours.
     wrong = [not fulfils(c.caption, c.cells) for c in noisy if c.caption.kind == "color_attr"]
     assert np.mean(wrong) == pytest.approx(0.15, abs=0.05)
-    extra = [len([c for c in x.cells if c]) > 2 for x in noisy if x.caption.kind in ("color_attr", "two_object")]
+    extra = [
+        len([c for c in x.cells if c]) > 2 for x in noisy if x.caption.kind in ("color_attr", "two_object")
+    ]
     assert np.mean(extra) == pytest.approx(0.05, abs=0.025)
     empty = [x.image[:, :8, :8] for x in noisy if x.cells[0] is None]
     # Black pixels keep the upper half of Gaussian noise: mean .04/sqrt(2 pi).

@@ -47,7 +47,9 @@ def test_an_exact_fit_is_not_resampled():
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     assert torch.equal(fit(image, 20, 12), torch.from_numpy(pixels).permute(2, 0, 1))
-    assert torch.equal(fit(image, 20, 12, mirrored=True), torch.from_numpy(pixels[:, ::-1].copy()).permute(2, 0, 1))
+    assert torch.equal(
+        fit(image, 20, 12, mirrored=True), torch.from_numpy(pixels[:, ::-1].copy()).permute(2, 0, 1)
+    )
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 12), (12, 20)])

@@ -65,7 +65,10 @@ def test_batches_are_whole_and_in_sequence(loader):
         batch = next(one)
         assert batch.position.tolist() == list(range(4 * step, 4 * step + 4))
         assert batch.valid.all() and len(batch.names) == 4 and batch.text_length == 5
-        assert batch.latents.shape == (4, *batch.latent_shape) and batch.latent_shape in [(4, 8, 8), (4, 10, 6)]
+        assert batch.latents.shape == (4, *batch.latent_shape) and batch.latent_shape in [
+            (4, 8, 8),
+            (4, 10, 6),
+        ]
         # Text and latents are those of the sample that the name says.
         numbers = [float(name.split("image")[1].split(".png")[0]) for name in batch.names]
         assert batch.text[:, 0, 0].tolist() == batch.pooled[:, 0].tolist() == numbers
@@ -137,7 +140,9 @@ def test_failed_samples_are_not_valid_and_are_named(loader, shards, caplog, work
 def test_too_many_failed_samples_stop_the_run(loader, shards):
     damage(shards, {1, 2, 4, 5, 7})
     one = loader(max_failed_share=0.1)
-    with pytest.raises(DataError, match=r"3 samples could not be read, 15\.00% of the data .*image\d\.png .*checksum"):
+    with pytest.raises(
+        DataError, match=r"3 samples could not be read, 15\.00% of the data .*image\d\.png .*checksum"
+    ):
         for _ in range(20):
             next(one)
 

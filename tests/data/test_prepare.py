@@ -109,7 +109,10 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
         prepare(images, out, BASE, samples_per_shard=2)
     message = str(error.value)
     assert "2 of 7 samples cannot be used" in message and "--skip-invalid" in message
-    assert "4.png: has no caption: 4.txt is missing" in message and "2.png: cannot be read as an image" in message
+    assert (
+        "4.png: has no caption: 4.txt is missing" in message
+        and "2.png: cannot be read as an image" in message
+    )
     listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {row["name"] for row in listed} == {"2.png", "4.png"}
     with pytest.raises(ValueError, match="unfinished"):
@@ -157,7 +160,10 @@ def test_the_published_list_brings_its_own_buckets(images, tmp_path):
     source.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=r"2\.jpg: bucket 30x16: width and height must be multiples of 4"):
         prepare(source, tmp_path / "out", BASE, images=jpegs)
-    assert prepare(source, tmp_path / "out", BASE, images=jpegs, skip_invalid=True).buckets == {"16x16": 1, "20x12": 1}
+    assert prepare(source, tmp_path / "out", BASE, images=jpegs, skip_invalid=True).buckets == {
+        "16x16": 1,
+        "20x12": 1,
+    }
 
 
 def test_flips_are_further_samples(images, tmp_path):

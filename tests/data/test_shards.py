@@ -83,7 +83,9 @@ def test_a_batch_of_chosen_samples(shards):
 
 def test_groups_hold_one_bucket_each(tmp_path):
     sizes = [(16, 16), (12, 20), (16, 16), (16, 16), (12, 20)]
-    shard_set = open_shards(make_shards(tmp_path / "s", [make_sample(i, size) for i, size in enumerate(sizes)]))
+    shard_set = open_shards(
+        make_shards(tmp_path / "s", [make_sample(i, size) for i, size in enumerate(sizes)])
+    )
     assert shard_set.one_bucket_groups(5, 2) == [[1, 4], [0, 2], [3]]
     assert shard_set.one_bucket_groups(2, 2) == [[1], [0]]
     assert shard_set.batch([1, 4], seed=0).latent_shape == (4, 10, 6)
@@ -178,7 +180,11 @@ def test_an_index_of_another_data_set_is_refused(shards):
 def test_unfinished_empty_and_missing_folders_are_told_apart(shards, tmp_path):
     (shards / "dataset.json").unlink()
     (tmp_path / "empty").mkdir()
-    for path, word in [(shards, "unfinished"), (tmp_path / "empty", "holds no shards"), (tmp_path / "no", "not exist")]:
+    for path, word in [
+        (shards, "unfinished"),
+        (tmp_path / "empty", "holds no shards"),
+        (tmp_path / "no", "not exist"),
+    ]:
         with pytest.raises(ValueError, match=word):
             open_shards(path)
 

@@ -55,7 +55,10 @@ def test_hugging_face_metadata(tmp_path):
     rows = [{"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"}]
     write_lines(tmp_path / "metadata.jsonl", *rows)
     items, rejects = list_items(tmp_path)
-    assert [(item.name, item.caption) for item in items] == [("x.png", "an x"), ("d/y.png", "a y")] and not rejects
+    assert [(item.name, item.caption) for item in items] == [
+        ("x.png", "an x"),
+        ("d/y.png", "a y"),
+    ] and not rejects
 
 
 def test_the_published_list(tmp_path):

@@ -23,7 +23,9 @@ def echo(job):
     """The first jobs are the slowest."""
     time.sleep(max(0, 0.05 - 0.02 * job.first))
     values = torch.tensor([job.first], dtype=torch.bfloat16)
-    return Read(tensors={"x": values}, names=[f"{os.getpid()}"], failures={0: "bad"} if job.first == 3 else {})
+    return Read(
+        tensors={"x": values}, names=[f"{os.getpid()}"], failures={0: "bad"} if job.first == 3 else {}
+    )
 
 
 @pytest.fixture
@@ -66,7 +68,9 @@ def test_a_killed_reader_is_reported(pools, work):
     if work is not leave_the_pipe_open:
         os.kill(pool.processes[0].pid, signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(DataError, match=rf"pid {pool.processes[0].pid}\) was killed by signal 9 \(out of memory"):
+    with pytest.raises(
+        DataError, match=rf"pid {pool.processes[0].pid}\) was killed by signal 9 \(out of memory"
+    ):
         pool.next()
     assert time.monotonic() - start < 5
 

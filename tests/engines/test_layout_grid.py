@@ -43,11 +43,14 @@ def megatron_layouts() -> dict[str, tuple[int, Recipe]]:
             continue
         names = (("tp", tensor), ("pp", pipeline), ("vpp", chunks), ("cp", context), ("dp", data))
         name = "-".join([f"{key}{n}" for key, n in names if n > 1] + ["sp"] * sequence_parallel) or "one"
-        found[name] = processes, grid_recipe(
-            (tensor, pipeline),
-            sequence_parallel=sequence_parallel,
-            virtual_pipeline_model_parallel_size=chunks,
-            context_parallel_size=context,
+        found[name] = (
+            processes,
+            grid_recipe(
+                (tensor, pipeline),
+                sequence_parallel=sequence_parallel,
+                virtual_pipeline_model_parallel_size=chunks,
+                context_parallel_size=context,
+            ),
         )
     return found
 

@@ -20,8 +20,16 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "cp2-dp2-overlap": ((1, 1), 4, {"context_parallel_size": 2, **OVERLAP}),
     "tp2-cp2-sp": ((2, 1), 4, {"context_parallel_size": 2, "sequence_parallel": True}),
     "pp2-vpp2": ((1, 2), 2, {"model": {"recompute_granularity": "selective"}} | VPP2),
-    "pp2-vpp2-cp2": ((1, 2), 4, {"context_parallel_size": 2, "model": {"recompute_granularity": "full"}} | VPP2),
-    "tp2-pp2-vpp2-sp": ((2, 2), 4, {"sequence_parallel": True, "model": {"recompute_granularity": "full"}} | VPP2),
+    "pp2-vpp2-cp2": (
+        (1, 2),
+        4,
+        {"context_parallel_size": 2, "model": {"recompute_granularity": "full"}} | VPP2,
+    ),
+    "tp2-pp2-vpp2-sp": (
+        (2, 2),
+        4,
+        {"sequence_parallel": True, "model": {"recompute_granularity": "full"}} | VPP2,
+    ),
     "pp2-vpp2-dp2-plain-optimizer": ((1, 2), 4, {"use_distributed_optimizer": False} | VPP2),
 }
 

@@ -121,7 +121,8 @@ def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
 
     monkeypatch.setattr(Sources, "combine", combine)
     learned(make_recipe())
-    assert made == [(4, 2)] * 4 + [(3, 2)] * 14  # queries of both branches, then states: as the model reads them
+    # queries of both branches, then states: as the model reads them
+    assert made == [(4, 2)] * 4 + [(3, 2)] * 14
     made.clear()
     learned(make_recipe(stage=replace(SOAR, fused_kernels=False)))
     assert [size for size, _ in made] == [4] * 4 + [3] * 28  # each micro-batch's targets too

@@ -69,7 +69,8 @@ def test_ocr(cells, points):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "d"), [("", "", 0), ("12", "", 2), ("kitten", "sitting", 3), ("1234", "2341", 2), ("17", "71", 2)]
+    ("a", "b", "d"),
+    [("", "", 0), ("12", "", 2), ("kitten", "sitting", 3), ("1234", "2341", 2), ("17", "71", 2)],
 )
 def test_edit_distance(a, b, d):
     assert edit_distance(a, b) == edit_distance(b, a) == d
@@ -95,8 +96,14 @@ def test_overall_is_the_mean_of_six_categories_with_its_error():
     prompts = benchmark_prompts(8)
     real = real_canvases(prompts)
     # Half of "two_object" and all of OCR are spoilt.
-    spoilt = [kind == "ocr" or (kind == "two_object" and i % 2 == 0) for i, kind in enumerate(p.kind for p in prompts)]
-    clean, result = score(real, prompts), score(np.where(np.array(spoilt)[:, None, None, None], 0, real), prompts)
+    spoilt = [
+        kind == "ocr" or (kind == "two_object" and i % 2 == 0)
+        for i, kind in enumerate(p.kind for p in prompts)
+    ]
+    clean, result = (
+        score(real, prompts),
+        score(np.where(np.array(spoilt)[:, None, None, None], 0, real), prompts),
+    )
     two = result.categories["two_object"]
     assert clean.categories["two_object"].mean == 1.0
     assert (two.mean, two.count) == (0.5, 8)

@@ -19,7 +19,8 @@ def test_gaussians_of_known_energy_distance(mu, sd):
     truth = 2 * mean_distance(mu, 1 + sd**2) - mean_distance(0, 2) - mean_distance(0, 2 * sd**2)
     rng = np.random.default_rng(0)
     estimates = [
-        energy_distance(rng.standard_normal((60, 1)), mu + sd * rng.standard_normal((90, 1))) for _ in range(400)
+        energy_distance(rng.standard_normal((60, 1)), mu + sd * rng.standard_normal((90, 1)))
+        for _ in range(400)
     ]
     values = np.array([e.value for e in estimates])
     spread = values.std(ddof=1)

@@ -95,9 +95,8 @@ def marginal_error(steps: int, eta: float) -> tuple[float, float]:
 def test_flow_sde_keeps_the_marginals_of_the_flow(eta):
     coarse, fine = marginal_error(100, eta), marginal_error(200, eta)
     assert max(coarse[0], fine[0]) < 1e-12
-    assert (
-        coarse[1] < 2e-3 and 1.8 < coarse[1] / fine[1] < 2.2
-    )  # first order in the step, so zero in the limit
+    # first order in the step, so zero in the limit
+    assert coarse[1] < 2e-3 and 1.8 < coarse[1] / fine[1] < 2.2
 
 
 def test_bad_values_are_named():

@@ -71,7 +71,13 @@ def loss_weights(shape):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "context", "sequence", "recompute"),  # with recompute, the embedders are frozen too
+    (
+        "tensor",
+        "pipeline",
+        "context",
+        "sequence",
+        "recompute",
+    ),  # with recompute, the embedders are frozen too
     [
         (2, 1, 1, False, False),
         (2, 1, 1, True, False),

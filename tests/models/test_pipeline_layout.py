@@ -11,7 +11,8 @@ from soar_mega.models.pipeline_layout import rank_layers, stage_layers
 from soar_mega.models.presets import PRESETS
 
 LARGE, MEDIUM = PRESETS["sd35_large"], PRESETS["sd35_medium"]  # 38 equal layers; 24, of which 13 are dual
-TINY = replace(MEDIUM, num_layers=5, dual_attention_layers=(1, 4))  # the most even split in 3 has a slower stage
+# the most even split in 3 has a slower stage
+TINY = replace(MEDIUM, num_layers=5, dual_attention_layers=(1, 4))
 
 
 def pipeline(ranks, chunks=None, first=None, last=None):
@@ -100,10 +101,18 @@ def test_work_is_that_of_the_model():
     [
         (TINY, (6,), "=6 is more than the 5 layers of this model: .* largest possible is 5"),
         (LARGE, (8, 5), "asks for 40 virtual stages, more than the 38 layers .* largest possible here is 4"),
-        (LARGE, (4, None, 36), "num_layers=36 leave fewer than one .* each of the 3 other stages: set at most 35"),
+        (
+            LARGE,
+            (4, None, 36),
+            "num_layers=36 leave fewer than one .* each of the 3 other stages: set at most 35",
+        ),
         (LARGE, (4, 2, 34), "to each of the 6 other stages: set at most 32"),
         (LARGE, (4, None, 20, 17), "each of the 2 other stages: set together at most 36"),
-        (LARGE, (2, None, 20, 10), "do not add up to the 38 .*first_pipeline_num_layers=20 .*last.*_layers=18"),
+        (
+            LARGE,
+            (2, None, 20, 10),
+            "do not add up to the 38 .*first_pipeline_num_layers=20 .*last.*_layers=18",
+        ),
         (LARGE, (2, 2, 20, 30), "do not add up to the 38 .*first_pipeline_num_layers=20 .*last.*_layers=18"),
         (LARGE, (2, 2, 9), "first_pipeline_num_layers=9 must be a multiple of .*=2: nearest is 8"),
         (LARGE, (1, 2), "interleaves the parts of several pipeline ranks: leave it out, or set .*size=2"),

@@ -142,9 +142,8 @@ def test_finetune_takes_weights_alone(tmp_path: Path, load_ema: bool, value: flo
     settings = {"load": str(source.path), "finetune": True, "load_ema": load_ema}
     progress, engine = load(own, **settings)
     assert progress == Progress() and engine.current.tolist() == [value] * 4
-    assert (
-        engine.ema.tolist() == [100.0] * 4
-    )  # untouched here: what follows from new weights is the engine's to decide
+    # untouched here: what follows from new weights is the engine's to decide
+    assert engine.ema.tolist() == [100.0] * 4
     save(own, 7)
     assert load(own, **settings)[0].iteration == 7  # a requeued job continues itself
 

@@ -14,7 +14,8 @@ from soar_mega.config import ParallelConfig
 from soar_mega.training.agreement import PeerFailure
 from soar_mega.training.run_folder import RunFolder
 
-COMMON_STATE, A_TENSOR = 1, 4  # which of the reads fails: first on its own, then in the load, then the tensors'
+# which of the reads fails: first on its own, then in the load, then the tensors'
+COMMON_STATE, A_TENSOR = 1, 4
 
 
 def with_a_failure_on_rank_1(folder: Path, failing: int) -> tuple[type, str]:

@@ -87,7 +87,9 @@ def train_encoder(encoder: nn.Module, tokenizer: CLIPTokenizer | T5Tokenizer, se
     for step in range(STEPS):
         captions = [draw_caption(rng, kinds[rng.integers(len(kinds))]) for _ in range(BATCH)]
         slots = torch.tensor([caption_slots(caption) for caption in captions])
-        outputs = what_the_transformer_sees(encoder, tokenize(tokenizer, [caption.text for caption in captions]))
+        outputs = what_the_transformer_sees(
+            encoder, tokenize(tokenizer, [caption.text for caption in captions])
+        )
         logits = [head(x.mean(1) if x.ndim == 3 else x) for head, x in zip(heads, outputs, strict=True)]
         # The transformer's embedders do not normalise what they take: hold it at a mean square of 1.
         scale = torch.stack([(x.square().mean() - 1).square() for x in outputs]).sum()
@@ -100,7 +102,14 @@ def train_encoder(encoder: nn.Module, tokenizer: CLIPTokenizer | T5Tokenizer, se
         if step % 100 == 0 or step == STEPS - 1:
             right = " ".join(f"{_all_right(x, slots):.3f}" for x in logits)
             name = type(encoder).__name__
-            log.info("%s step %d/%d | loss %.4f | captions fully right %s", name, step + 1, STEPS, loss.item(), right)
+            log.info(
+                "%s step %d/%d | loss %.4f | captions fully right %s",
+                name,
+                step + 1,
+                STEPS,
+                loss.item(),
+                right,
+            )
     return encoder.eval().requires_grad_(False)
 
 

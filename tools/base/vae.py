@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 STEPS, BATCH, LEARNING_RATE, KL_WEIGHT = 600, 48, 3e-3, 2e-4
 
 
-def canvas_images(seed: int, start: int, count: int, *, noise: float = 0.0, split: str = "generator") -> Tensor:
+def canvas_images(
+    seed: int, start: int, count: int, *, noise: float = 0.0, split: str = "generator"
+) -> Tensor:
     """Canvases as the VAE takes them: [count, 3, 16, 16] in [-1, 1]."""
     images = np.stack([make_canvas(seed, start + i, split=split).image for i in range(count)])
     if noise:
@@ -58,7 +60,9 @@ def train_vae(seed: int = 0) -> AutoencoderKL:
         schedule.step()
         if step % 50 == 0 or step == STEPS - 1:
             psnr = -10 * np.log10(mse.item() / 4)
-            log.info("VAE step %d/%d | mse %.5f (%.1f dB) | kl %.3f", step + 1, STEPS, mse.item(), psnr, kl.item())
+            log.info(
+                "VAE step %d/%d | mse %.5f (%.1f dB) | kl %.3f", step + 1, STEPS, mse.item(), psnr, kl.item()
+            )
     return standardise(vae.eval())
 
 

@@ -7,7 +7,20 @@ from soar_mega.data.canvases import COLOURS, COUNTS
 
 # "a red 3 left of a green 7" with its begin and end tokens; T5 has one token less.
 TEXT_LENGTH = 10
-WORDS = ("a", "an", "and", "left", "right", "of", "above", "below", "the", "number", *COLOURS, *COUNTS.values())
+WORDS = (
+    "a",
+    "an",
+    "and",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    "the",
+    "number",
+    *COLOURS,
+    *COUNTS.values(),
+)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -6,11 +6,13 @@ tests/gpu is a run of its own (`make test-gpu`): its pytest.ini keeps pytest fro
 import importlib.util
 import os
 import pkgutil
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 # The same tests on every machine. It must be said before the first use of CUDA, and the processes of a test inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import pytest
 import torch
 
 if importlib.util.find_spec("triton"):
@@ -30,3 +32,11 @@ torch.set_num_threads(1)
 platform.install()
 
 collect_ignore = ["gpu"]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up training data for the tiny model, which nobody changes."""
+    from tiny_runs import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("data") / "train", 48, seed=1)

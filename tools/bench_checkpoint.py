@@ -22,6 +22,9 @@ import torch
 from origin import origin
 
 from soar_mega import platform
+from soar_mega.checkpoints.checkpoint import Progress, Saved, Saver
+from soar_mega.checkpoints.manifest import MANIFEST
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import (
     CheckpointConfig,
     ModelConfig,
@@ -35,13 +38,10 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, is_rank_zero, start_world, stop_world
 from soar_mega.engines import make_engine
 from soar_mega.engines.engine import Engine
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import normal
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.stages import make_stage
-from soar_mega.training.agreement import on_rank_zero
-from soar_mega.training.checkpoint import Progress, Saved, Saver
-from soar_mega.training.manifest import MANIFEST
-from soar_mega.training.run_folder import RunFolder
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 16, 16), 8, 32, 32
 BATCH = 4  # samples per data-parallel rank

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_process()
 
-    from soar_mega.training.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
+    from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
 
     if from_diffusers:
         print(f"wrote {diffusers_to_checkpoint(source, arguments.out)}")

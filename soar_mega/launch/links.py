@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from soar_mega.checkpoints.lineage import code_version, content_hash
+from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.launch.chain import Chain, Link
-from soar_mega.training.lineage import code_version, content_hash
-from soar_mega.training.run_folder import RunFolder, write_durably
 
 BEGUN, COMPLETED, FAILURE = "link.json", "completed.json", "failure.txt"
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from soar_mega.checkpoints.run_folder import MARKER, TRACKER
 from soar_mega.launch import slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
-from soar_mega.training.run_folder import MARKER, TRACKER
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""A run: its loop, checkpoints, measurements, logs and signals."""
+"""A run: its loop, steps, measurements, logs and export."""

@@ -6,17 +6,17 @@ import shlex
 import shutil
 from pathlib import Path
 
+from soar_mega.checkpoints.resume import other_run
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
 from soar_mega.convert.mapping import entries
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
+from soar_mega.faults.agreement import PeerFailure, on_rank_zero
 from soar_mega.models.mmdit import DTYPES
 from soar_mega.models.presets import model_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
-from soar_mega.training.agreement import PeerFailure, on_rank_zero
-from soar_mega.training.resume import other_run
-from soar_mega.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -10,24 +10,24 @@ from pathlib import Path
 import torch.distributed as dist
 
 from soar_mega import distributed
+from soar_mega.checkpoints.checkpoint import Saved, Saver
+from soar_mega.checkpoints.lineage import record_start
+from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.config import Recipe
+from soar_mega.faults.agreement import on_rank_zero, world
+from soar_mega.faults.signals import StopRequest
+from soar_mega.faults.stragglers import Stragglers
+from soar_mega.faults.watchdog import Watchdog, reports_folder
 from soar_mega.phases import phases
 from soar_mega.recipe import recipe_to_yaml
-from soar_mega.training.agreement import on_rank_zero, world
 from soar_mega.training.anomalies import Anomalies
-from soar_mega.training.checkpoint import Saved, Saver
 from soar_mega.training.export import check_exports, check_places, finish
-from soar_mega.training.lineage import record_start
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.progress import progress_bar
-from soar_mega.training.run_folder import RunFolder, write_durably
 from soar_mega.training.samples import encode_sample_prompts
-from soar_mega.training.signals import StopRequest
 from soar_mega.training.steps import Steps, make_loader
-from soar_mega.training.stragglers import Stragglers
 from soar_mega.training.tensorboard import Events, peak_memory_gib
-from soar_mega.training.watchdog import Watchdog, reports_folder
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from soar_mega.data.info import DatasetInfo
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.shards import open_shards
 from soar_mega.engines import Engine
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule
-from soar_mega.training.agreement import on_rank_zero
 from soar_mega.training.samples import SampleGrid, write_png
 from soar_mega.training.tensorboard import Events
 from soar_mega.training.validation import HeldOut

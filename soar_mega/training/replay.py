@@ -4,12 +4,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines.sample_losses import SampleLoss
-from soar_mega.training.agreement import on_rank_zero, world
+from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.training.anomalies import worst_samples
-from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.steps import Steps, make_loader
 
 

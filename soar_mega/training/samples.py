@@ -14,8 +14,8 @@ from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import branches
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule, guided, normal, sample
-from soar_mega.training.agreement import on_rank_zero
 
 if TYPE_CHECKING:
     from soar_mega.data.vae import Decoder

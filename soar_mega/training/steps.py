@@ -1,5 +1,7 @@
 """What computes the steps of a run: engine, data and progress. Writes nothing."""
 
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
@@ -8,8 +10,6 @@ from soar_mega.engines.statistics import StepStatistics
 from soar_mega.models.presets import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
-from soar_mega.training.resume import resume
-from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.schedule import learning_rate
 
 

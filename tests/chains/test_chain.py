@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.launch.chain import Chain, load_chain
 from soar_mega.launch.links import begin, end, why_not_done
 from soar_mega.launch.run_chain import command, job, run_local, status
-from soar_mega.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 

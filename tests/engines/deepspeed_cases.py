@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, make_recipe, start_engine
 
+from soar_mega.checkpoints.rank_file import save_tensors
+from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.names import global_parameter_names
 from soar_mega.stages import make_stage
-from soar_mega.training.rank_file import save_tensors
-from soar_mega.training.reading import read_tensors
 
 PATTERNS = {  # frozen parameters, learning rates and groups without decay
     "frozen": ["pos_embed*", "layers.0.*"],

@@ -16,12 +16,12 @@ import torch
 from engine_cases import SIZES, iterate, make_batch, make_recipe, start_engine
 
 from soar_mega import distributed, platform
+from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import CheckpointConfig, StageConfig
 from soar_mega.engines.adam_steps import kept_steps
 from soar_mega.stages import make_stage
-from soar_mega.training.checkpoint import Progress, Saver
-from soar_mega.training.resume import resume
-from soar_mega.training.run_folder import RunFolder
 
 DATA = Path(__file__).parent / "data"
 SMALL = replace(SIZES, num_layers=1, dual_attention_layers=(), pos_embed_max_size=4)

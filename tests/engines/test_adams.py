@@ -9,10 +9,10 @@ from adams import adam
 from engine_cases import iterate, make_batch, make_recipe, start_engine
 from multirank import run_ranks
 
+from soar_mega.checkpoints.rank_file import save_tensors
+from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.config import StageConfig
 from soar_mega.stages import make_stage
-from soar_mega.training.rank_file import save_tensors
-from soar_mega.training.reading import read_tensors
 
 SFT = StageConfig(name="sft")
 # parameter groups of three kinds

@@ -20,10 +20,10 @@ from engine_cases import (
 )
 from multirank import run_ranks
 
+from soar_mega.checkpoints.rank_file import save_tensors
+from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.config import Recipe
 from soar_mega.stages import make_stage
-from soar_mega.training.rank_file import save_tensors
-from soar_mega.training.reading import read_tensors
 
 pytestmark = pytest.mark.slow
 

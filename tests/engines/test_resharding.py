@@ -8,11 +8,11 @@ import torch.distributed as dist
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import run_ranks
 
+from soar_mega.checkpoints import reading
+from soar_mega.checkpoints.rank_file import save_tensors
+from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.models.gather import full_tensor
 from soar_mega.stages import make_stage
-from soar_mega.training import reading
-from soar_mega.training.rank_file import save_tensors
-from soar_mega.training.reading import read_tensors
 
 
 def whole(engine, tensors) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from tiny_runs import logged, tiny_words
 from verbs import LIMIT, Verb, run
 
-from soar_mega.training import manifest
-from soar_mega.training.run_folder import RunFolder
+from soar_mega.checkpoints import manifest
+from soar_mega.checkpoints.run_folder import RunFolder
 
 RECIPE = "recipes/tiny/soar.yaml"
 ITERATIONS, INTERVAL, KILLED = 30, 5, 12

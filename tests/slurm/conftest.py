@@ -1,11 +1,6 @@
 """Where SLURM cannot be installed, its tests say so in capital letters."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # for tiny_runs
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,7 @@ from multirank import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import logged, make_shards, tiny_recipe
 
-from soar_mega.training.exchange import checkpoint_to_diffusers
+from soar_mega.checkpoints.exchange import checkpoint_to_diffusers
 
 ZERO_3 = {"parallel__engine": "deepspeed", "parallel__zero_stage": 3}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -13,11 +13,11 @@ from multirank import RankFailure, run_ranks
 from tiny_runs import ROOT, logged, tiny_recipe
 
 from soar_mega import outputs
+from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.training.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
 from soar_mega.training.export import check_exports, check_places
 from soar_mega.training.loop import Trainer
-from soar_mega.training.run_folder import RunFolder
 
 BASE = ROOT / "recipes/tiny/base"
 

@@ -8,10 +8,10 @@ import pytest
 from multirank import run_ranks
 from tiny_runs import make_shards, tiny_recipe
 
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.shards import open_shards
 from soar_mega.distributed import start_world
-from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.steps import Steps, make_loader
 from soar_mega.training.validation import HeldOut
 

@@ -9,12 +9,12 @@ from multirank import run_ranks
 from tiny_runs import ROOT, make_shards, tiny_recipe
 from torch import Tensor
 
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.prompts import encode_prompts
 from soar_mega.distributed import start_world
 from soar_mega.training import samples, steps
 from soar_mega.training.loop import Trainer
-from soar_mega.training.run_folder import RunFolder
 from soar_mega.training.samples import grid
 
 PROMPTS = ["a red 3", "a blue 7", "two 4"]

@@ -10,8 +10,8 @@ from multirank import run_ranks
 
 from soar_mega import distributed
 from soar_mega.config import ParallelConfig
+from soar_mega.faults.stragglers import PATIENCE, Stragglers
 from soar_mega.phases import phases
-from soar_mega.training.stragglers import PATIENCE, Stragglers
 
 
 def compared(slow: list[bool], factor: float) -> tuple[list[dict[str, float]], list[str]]:
@@ -20,7 +20,7 @@ def compared(slow: list[bool], factor: float) -> tuple[list[dict[str, float]], l
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("soar_mega.training.stragglers").addHandler(handler)
+    logging.getLogger("soar_mega.faults.stragglers").addHandler(handler)
     stragglers, found = Stragglers(factor), []
     for is_slow in slow:
         for step in range(2):

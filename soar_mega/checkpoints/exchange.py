@@ -6,6 +6,11 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.reading import Stream, size
+from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.checkpoints.strict import check_keys
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import (
     is_pipeline,
@@ -21,11 +26,6 @@ from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
 from soar_mega.outputs import OutputFolder, refuse_overlap
-from soar_mega.training import resume
-from soar_mega.training.checkpoint import Progress, Saver
-from soar_mega.training.reading import Stream, size
-from soar_mega.training.run_folder import RunFolder
-from soar_mega.training.strict import check_keys
 
 
 def checkpoint_to_diffusers(

@@ -9,11 +9,11 @@ import torch
 from stand_in import MODEL, Weights, load, progress, save
 
 from soar_mega import distributed
+from soar_mega.checkpoints.checkpoint import Saver
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.checkpoints.strict import differences
 from soar_mega.config import CheckpointConfig, ParallelConfig
-from soar_mega.training.checkpoint import Saver
-from soar_mega.training.resume import resume
-from soar_mega.training.run_folder import RunFolder
-from soar_mega.training.strict import differences
 
 
 @pytest.fixture(autouse=True)

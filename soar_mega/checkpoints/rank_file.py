@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from soar_mega.checkpoints.manifest import Facts
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.private_names import with_sharded_keys, wrapped_exception, write_item
-from soar_mega.training.manifest import Facts
 
 
 @dataclass

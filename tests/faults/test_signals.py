@@ -8,7 +8,7 @@ from multirank import run_ranks
 
 from soar_mega import distributed
 from soar_mega.config import ParallelConfig
-from soar_mega.training.signals import StopRequest, held_back
+from soar_mega.faults.signals import StopRequest, held_back
 
 
 def votes(ask_rank: int) -> list[str | None]:

@@ -25,11 +25,9 @@ import torch
 import torch.distributed as dist
 
 from soar_mega.config import TrainConfig
-from soar_mega.phases import phases
-from soar_mega.private_names import nccl_trace
-from soar_mega.training.agreement import is_quiet, leave, on_rank_zero, say_why
-from soar_mega.training.failure_report import failure_report
-from soar_mega.training.limits import (
+from soar_mega.faults.agreement import is_quiet, leave, on_rank_zero, say_why
+from soar_mega.faults.failure_report import failure_report
+from soar_mega.faults.limits import (
     Limit,
     ending_seconds,
     grace_seconds,
@@ -37,8 +35,10 @@ from soar_mega.training.limits import (
     limit,
     poll_seconds,
 )
-from soar_mega.training.roll_call import RollCall, State
-from soar_mega.training.signals import STOP_SIGNALS
+from soar_mega.faults.roll_call import RollCall, State
+from soar_mega.faults.signals import STOP_SIGNALS
+from soar_mega.phases import phases
+from soar_mega.private_names import nccl_trace
 
 logger = logging.getLogger(__name__)
 

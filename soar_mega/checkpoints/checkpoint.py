@@ -28,13 +28,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from soar_mega.config import CheckpointConfig
-from soar_mega.distributed import device, gather_on_rank_zero, is_rank_zero
-from soar_mega.training.agreement import PeerFailure, on_rank_zero
-from soar_mega.training.background import Background, attempt
-from soar_mega.training.manifest import Facts, write_manifest
-from soar_mega.training.rank_file import RankFile, Written, plan_save
-from soar_mega.training.run_folder import (
+from soar_mega.checkpoints.background import Background, attempt
+from soar_mega.checkpoints.manifest import Facts, write_manifest
+from soar_mega.checkpoints.rank_file import RankFile, Written, plan_save
+from soar_mega.checkpoints.run_folder import (
     DELETED,
     DESCRIPTION,
     TEMPORARY,
@@ -42,6 +39,9 @@ from soar_mega.training.run_folder import (
     sync_folder,
     write_durably,
 )
+from soar_mega.config import CheckpointConfig
+from soar_mega.distributed import device, gather_on_rank_zero, is_rank_zero
+from soar_mega.faults.agreement import PeerFailure, on_rank_zero
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from soar_mega.training.roll_call import State
+from soar_mega.faults.roll_call import State
 
 NAMED = 8  # ranks that are told of one by one
 

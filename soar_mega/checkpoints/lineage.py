@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import soar_mega
+from soar_mega.checkpoints.resume import find_checkpoint, other_run
+from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.config import Recipe
 from soar_mega.outputs import MARKER
 from soar_mega.recipe import recipe_to_yaml
-from soar_mega.training.resume import find_checkpoint, other_run
-from soar_mega.training.run_folder import RunFolder, write_durably
 
 FILE = "lineage.json"
 

@@ -10,9 +10,9 @@ from multirank import run_ranks
 from stand_in import Weights, load, save
 
 from soar_mega import distributed
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ParallelConfig
-from soar_mega.training.agreement import PeerFailure
-from soar_mega.training.run_folder import RunFolder
+from soar_mega.faults.agreement import PeerFailure
 
 # which of the reads fails: first on its own, then in the load, then the tensors'
 COMMON_STATE, A_TENSOR = 1, 4

@@ -16,7 +16,7 @@ from soar_mega.flow import normal
 from soar_mega.recipe import load_recipe
 from soar_mega.training.loop import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def make_shards(

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from soar_mega.checkpoints.checkpoint import FORMAT, Json, Progress, Saveable
+from soar_mega.checkpoints.manifest import problems
+from soar_mega.checkpoints.reading import read_tensors
+from soar_mega.checkpoints.run_folder import DESCRIPTION, RunFolder
+from soar_mega.checkpoints.strict import listed
 from soar_mega.config import CheckpointConfig
-from soar_mega.training.agreement import on_rank_zero
-from soar_mega.training.checkpoint import FORMAT, Json, Progress, Saveable
-from soar_mega.training.manifest import problems
-from soar_mega.training.reading import read_tensors
-from soar_mega.training.run_folder import DESCRIPTION, RunFolder
-from soar_mega.training.strict import listed
+from soar_mega.faults.agreement import on_rank_zero
 
 logger = logging.getLogger(__name__)
 

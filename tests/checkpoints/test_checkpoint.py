@@ -15,12 +15,12 @@ import pytest
 from stand_in import MODEL, Weights, check_usable, load, names, progress, save
 
 from soar_mega import distributed
+from soar_mega.checkpoints import checkpoint
+from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.rank_file import RankFile
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import CheckpointConfig, ParallelConfig
-from soar_mega.training import checkpoint
-from soar_mega.training.checkpoint import Progress, Saver
-from soar_mega.training.rank_file import RankFile
-from soar_mega.training.resume import resume
-from soar_mega.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

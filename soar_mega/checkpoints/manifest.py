@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from soar_mega.training.run_folder import write_durably
+from soar_mega.checkpoints.run_folder import write_durably
 
 MANIFEST = "manifest.json"
 

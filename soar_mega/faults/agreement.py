@@ -14,7 +14,7 @@ from soar_mega import distributed
 from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import is_rank_zero
-from soar_mega.training.limits import collective_timeout
+from soar_mega.faults.limits import collective_timeout
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from packaging.version import Version
 
+from soar_mega.checkpoints.checkpoint import FAILURES, reason
 from soar_mega.distributed import gather_on_rank_zero
-from soar_mega.training.agreement import on_rank_zero
-from soar_mega.training.checkpoint import FAILURES, reason
+from soar_mega.faults.agreement import on_rank_zero
 
 NAMED = 20  # of the things that are wrong, in an error message
 COMMON_STATE = "common_state"  # megatron-core 0.19 keeps under this key what 0.16 to 0.18 keep in common.pt

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.training.run_folder import DESCRIPTION, LOCK, RunFolder
+from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
 
 HOLDER = """
 import sys
-from soar_mega.training.run_folder import RunFolder
+from soar_mega.checkpoints.run_folder import RunFolder
 with RunFolder(sys.argv[1]).lock():
     print("locked", flush=True)
     sys.stdin.read()

@@ -13,12 +13,12 @@ from packaging.version import Version
 from stand_in import check_usable, load, names, save
 
 from soar_mega import distributed
+from soar_mega.checkpoints import manifest
+from soar_mega.checkpoints.exchange import checkpoint_to_diffusers
+from soar_mega.checkpoints.manifest import MANIFEST
+from soar_mega.checkpoints.resume import verify
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ParallelConfig
-from soar_mega.training import manifest
-from soar_mega.training.exchange import checkpoint_to_diffusers
-from soar_mega.training.manifest import MANIFEST
-from soar_mega.training.resume import verify
-from soar_mega.training.run_folder import RunFolder
 
 FILES = [".metadata", "__0_0.distcp", "checkpoint.json", "manifest.json", "metadata.json"]
 if Version(megatron.core.__version__) < Version("0.19"):

@@ -12,11 +12,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from soar_mega.checkpoints.checkpoint import FAILURES, reason
+from soar_mega.checkpoints.strict import check_keys
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines.on_demand import OnDemand
-from soar_mega.training.agreement import PeerFailure
-from soar_mega.training.checkpoint import FAILURES, reason
-from soar_mega.training.strict import check_keys
+from soar_mega.faults.agreement import PeerFailure
 
 READ_AT_ONCE = 2**30  # bytes; each read costs a look at the list of all tensors
 

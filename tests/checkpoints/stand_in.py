@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import CheckpointConfig
-from soar_mega.training.checkpoint import Progress, Saver
-from soar_mega.training.resume import resume
-from soar_mega.training.run_folder import RunFolder
 
 MODEL = {"num_layers": 4, "qk_norm": None, "dual_attention_layers": [0]}
 

@@ -23,20 +23,20 @@ from tiny_runs import tiny_recipe
 from soar_mega import distributed, platform
 from soar_mega.config import ParallelConfig, Recipe, TrainConfig
 from soar_mega.distributed import start_world
-from soar_mega.phases import Phases
-from soar_mega.recipe import recipe_to_yaml
-from soar_mega.training import watchdog
-from soar_mega.training.agreement import world
-from soar_mega.training.failure_report import failure_report
-from soar_mega.training.limits import (
+from soar_mega.faults import watchdog
+from soar_mega.faults.agreement import world
+from soar_mega.faults.failure_report import failure_report
+from soar_mega.faults.limits import (
     ANY_TIME,
     collective_timeout,
     ending_seconds,
     last_resort_seconds,
     limit,
 )
-from soar_mega.training.roll_call import State
-from soar_mega.training.watchdog import is_lost_connection
+from soar_mega.faults.roll_call import State
+from soar_mega.faults.watchdog import is_lost_connection
+from soar_mega.phases import Phases
+from soar_mega.recipe import recipe_to_yaml
 
 TIMEOUT_MINUTES = 0.1
 

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from soar_mega.training.signals import held_back
+from soar_mega.faults.signals import held_back
 
 T = TypeVar("T")
 

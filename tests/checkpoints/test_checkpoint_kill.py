@@ -24,11 +24,11 @@ from multirank import run_ranks
 from tiny_runs import logged, tiny_recipe
 
 from soar_mega import platform
+from soar_mega.checkpoints import checkpoint, manifest, rank_file
+from soar_mega.checkpoints.background import Background
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.training import checkpoint, manifest, rank_file
-from soar_mega.training.background import Background
 from soar_mega.training.loop import Trainer
-from soar_mega.training.run_folder import RunFolder
 
 ITERATIONS, INTERVAL, RANKS = 8, 2, 2
 ACTS = 60  # of rank 0 in a run: somewhat more

@@ -1,0 +1,1 @@
+"""What ends a run that cannot go on, and says why: signals, agreement between ranks, the watchdog and its report."""

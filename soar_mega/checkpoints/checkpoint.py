@@ -36,12 +36,12 @@ from soar_mega.checkpoints.run_folder import (
     DESCRIPTION,
     TEMPORARY,
     RunFolder,
-    sync_folder,
     write_durably,
 )
 from soar_mega.config import CheckpointConfig
 from soar_mega.distributed import device, gather_on_rank_zero, is_rank_zero
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
+from soar_mega.outputs import sync
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:
     write_durably(temporary / DESCRIPTION, json.dumps(save.description, indent=1) + "\n")
     for file in temporary.iterdir():
         if file.name not in files:
-            sync_file(file)
+            sync(file)
     write_manifest(temporary, files)
     replaced = final.with_name(final.name + DELETED)
     if final.exists() and not (final / DESCRIPTION).is_file():
@@ -255,7 +255,7 @@ def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
-    sync_folder(run.path)
+    sync(run.path)
     run.set_latest(iteration)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -271,12 +271,6 @@ def _remove(folders: list[Path], wait: bool) -> None:
     remover.start()
     if wait:
         remover.join()
-
-
-def sync_file(path: Path) -> None:
-    """Makes the content of a file durable."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _save_advice(run: RunFolder, final: Path, error: BaseException) -> str:

@@ -25,6 +25,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from soar_mega.outputs import sync
+
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -111,7 +113,7 @@ class RunFolder:
             count += 1
             aside = folder.with_name(f"{folder.name}{BROKEN}-{count}")
         os.rename(folder, aside)
-        sync_folder(self.path)
+        sync(self.path)
         return aside
 
     def set_latest(self, iteration: int) -> None:
@@ -207,13 +209,4 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -121,7 +121,7 @@ def doomed_rank(recipe: Recipe, seed: int, rank: int, folder: Path) -> None:
     doom.before(Trainer, "step")
     for owner, name in (
         (os, "rename"), (os, "replace"), (os, "fsync"), (checkpoint, "write_manifest"), (manifest, "write_durably"),
-        (checkpoint, "sync_folder"), (rank_file, "write_item"), (Trainer, "note"),
+        (checkpoint, "sync"), (rank_file, "write_item"), (Trainer, "note"),
     ):  # fmt: skip
         doom.before(owner, name)
     tiny_runs.run(recipe)

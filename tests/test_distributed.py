@@ -64,7 +64,9 @@ def test_all_groups_and_the_store_wait_as_long_as_is_asked():
     start_world(ParallelConfig(), timeout=timedelta(minutes=123))
     groups = list(dist.distributed_c10d._world.pg_map)
     options = [group._get_backend(torch.device("cpu")).options for group in groups]
-    assert len(groups) > 5 and {option._timeout for option in options} == {timedelta(minutes=123)}
+    assert len(groups) > 5
+    # newer torch counts off the time that making a group took
+    assert {round(option._timeout / timedelta(minutes=123), 4) for option in options} == {1.0}
     assert dist.distributed_c10d._get_default_store().timeout == timedelta(minutes=123)
     stop_world()
 

@@ -41,7 +41,8 @@ def test_coefficients_equal_the_step_itself(variant, data):
     assert a.dtype == b.dtype == c.dtype == torch.float64 and a.shape == ()
     expected = step(variant, z, v, eps, s0, s1, eta, s1 if top is None else top)
     scale = abs(float(a) * z) + abs(float(b) * v) + abs(float(c) * eps) + 1e-3
-    assert abs(float(a * z + b * v + c * eps) - expected) < 1e-12 * max(scale, 1)
+    # cps near eta 1 takes sine and cosine of nearly a right angle
+    assert abs(float(a * z + b * v + c * eps) - expected) < 1e-11 * max(scale, 1)
 
 
 @pytest.mark.parametrize("variant", ROLLOUT_VARIANTS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damaged_pictures import damaged_pictures
 from PIL import Image
 
 from soar_mega.data import prepare as prepare_module
@@ -122,6 +123,22 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
     assert result.samples == 5 and {reject.name for reject in result.rejects} == {"2.png", "4.png"}
     names = [name.split()[0] for name in open_shards(out).names(range(5))]
     assert names == ["0.png", "1.png", "3.png", "5.png", "6.png"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_picture_costs_nothing_but_itself(images, tmp_path, monkeypatch):
+    """Neither its shard, nor what was encoded when the samples that cannot be used are left out later."""
+    damaged = damaged_pictures()
+    for kind, content in damaged.items():
+        (images / f"{kind}.jpg").write_bytes(content)
+        (images / f"{kind}.txt").write_text("a red 1")
+    with pytest.raises(ValueError, match="4 of 11 samples cannot be used"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    monkeypatch.setattr(Encoders, "from_pipeline", None)
+    result = prepare(images, tmp_path / "out", BASE, samples_per_shard=2, skip_invalid=True)
+    assert result.samples == COUNT and {reject.name for reject in result.rejects} == {
+        f"{k}.jpg" for k in damaged
+    }
 
 
 def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):

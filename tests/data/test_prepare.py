@@ -250,3 +250,30 @@ def test_nothing_of_the_users_is_written_over(images, tmp_path, out, words):
         prepare(images, tmp_path / out, tmp_path / "pipeline")
     assert sorted(tmp_path.rglob("*")) == before and not (BASE / "shards").exists()
     assert contents(tmp_path / "mine") == {"rejects.jsonl": b"mine", ".lock": b"mine"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"format_version": 1, "samples": [1], "bytes": 3}'])
+def test_a_damaged_index_costs_one_shard(images, tmp_path, content):
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "dataset.json").unlink()
+    (tmp_path / "out" / "shard-000000.json").write_text(content)
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", "[]"),
+        ("dataset.json", '{"name": "a data set of somebody else"}'),
+        ("dataset.json", '{"format_version": 1, "shards": []}'),
+        ("prepare.json", "[]"),
+        ("prepare.json", "\xff"),
+    ],
+)
+def test_a_foreign_file_is_named(images, tmp_path, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=name):
+        prepare(images, tmp_path / "out", BASE)

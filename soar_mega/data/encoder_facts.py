@@ -1,13 +1,19 @@
 """What a pipeline folder says about its encoders without loading them: sizes, lengths, fingerprints."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.user_files import lfs_advice, number, read_object, whole
+
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 DEFAULT_T5_LENGTH = 256  # of diffusers' StableDiffusion3Pipeline
+LARGEST_T5_LENGTH = 512  # likewise
+CLIP_LENGTH = 77  # of a CLIP whose config does not say
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, for its fingerprint
 VERSION_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
 
@@ -35,32 +41,63 @@ def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> Enc
     Raises:
         ValueError: a config is missing or damaged, with its path.
     """
-    vae = read_config(pipeline / "vae" / "config.json")
-    transformer = read_config(pipeline / "transformer" / "config.json")
-    clips = [read_config(pipeline / part / "config.json") for part in ("text_encoder", "text_encoder_2")]
-    clip_length = read_config(pipeline / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
-    width = transformer["joint_attention_dim"]
+    vae_path, path = pipeline / "vae" / "config.json", pipeline / "transformer" / "config.json"
+    vae, transformer = read_config(vae_path), read_config(path)
+    pooled_size, clip_length = _clips(pipeline)
+    width = whole(transformer, "joint_attention_dim", path)
     if has_t5(pipeline):
-        width = read_config(pipeline / "text_encoder_3" / "config.json")["d_model"]
-    t5_length = max_sequence_length or _default_t5_length(pipeline)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    multiple = factor * transformer["patch_size"]
+        t5_path = pipeline / "text_encoder_3" / "config.json"
+        width = whole(read_config(t5_path), "d_model", t5_path)
+    t5_length = _t5_length(pipeline, max_sequence_length)
+    blocks = vae.get("block_out_channels")
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
+        raise ValueError(f"{vae_path}: block_out_channels is {blocks!r}, a list of channels is expected")
+    factor = 2 ** (len(blocks) - 1)
+    multiple = factor * whole(transformer, "patch_size", path)
     return EncoderFacts(
-        latent_channels=vae["latent_channels"],
+        latent_channels=whole(vae, "latent_channels", vae_path),
         vae_scale_factor=factor,
         size_multiple=multiple,
-        default_resolution=transformer["sample_size"] * factor,
-        largest_side=transformer["pos_embed_max_size"] * multiple,
+        default_resolution=whole(transformer, "sample_size", path) * factor,
+        largest_side=whole(transformer, "pos_embed_max_size", path) * multiple,
         text_shape=(clip_length + t5_length, width),
-        pooled_size=sum(clip["projection_dim"] for clip in clips),
+        pooled_size=pooled_size,
         max_sequence_length=t5_length,
     )
 
 
 def has_t5(pipeline: Path) -> bool:
     """Whether the pipeline has a T5; model_index.json with [null, null] for text_encoder_3 means that it has none."""
-    entry = read_config(pipeline / "model_index.json").get("text_encoder_3")
-    return bool(entry and entry[1])
+    return class_name(pipeline, "text_encoder_3") is not None
+
+
+def class_name(pipeline: Path, part: str) -> str | None:
+    """The class of a part as model_index.json names it; None where the pipeline does without that part.
+
+    ValueError where the entry is neither [library, class] nor [null, null].
+    """
+    path = pipeline / "model_index.json"
+    entry = read_config(path).get(part)
+    if entry is None or entry == [None, None]:
+        return None
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise ValueError(f"{path}: {part} is {entry!r}, [library, class] is expected")
+    return entry[1]
+
+
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Whatever a library raises while it loads an encoder from `folder` becomes a ValueError that names the folder."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(folder.parent) in str(error):
+            raise
+        pointers = [advice for file in sorted(folder.glob("*")) if (advice := lfs_advice(file))]
+        why = pointers[0] if pointers else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} cannot be loaded: {why}") from error
 
 
 def fingerprints(pipeline: Path) -> dict[str, str]:
@@ -86,22 +123,38 @@ def fingerprints(pipeline: Path) -> dict[str, str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON config of a pipeline folder; ValueError naming it when it is missing or damaged."""
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): give a diffusers SD3 pipeline folder"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    assert isinstance(config, dict)
-    return config
+    return read_object(path, "give a diffusers SD3 pipeline folder")
 
 
-def _default_t5_length(pipeline: Path) -> int:
+def _clips(pipeline: Path) -> tuple[int, int]:
+    """Width of the pooled embeddings of both CLIPs together, and how many tokens of a prompt they take."""
+    paths = [pipeline / part / "config.json" for part in ("text_encoder", "text_encoder_2")]
+    clips = [read_config(path) for path in paths]
+    positions = [
+        whole({"max_position_embeddings": CLIP_LENGTH, **clip}, "max_position_embeddings", path)
+        for clip, path in zip(clips, paths, strict=True)
+    ]
+    path = pipeline / "tokenizer" / "tokenizer_config.json"
+    tokenizer = {"model_max_length": CLIP_LENGTH, **read_config(path)}
+    length = whole(tokenizer, "model_max_length", path, most=min(positions))
+    return sum(whole(clip, "projection_dim", path) for clip, path in zip(clips, paths, strict=True)), length
+
+
+def _t5_length(pipeline: Path, asked: int | None) -> int:
+    if asked is not None:
+        if not 1 <= asked <= LARGEST_T5_LENGTH:
+            raise ValueError(
+                f"max_sequence_length is {asked}: it must be between 1 and {LARGEST_T5_LENGTH} T5 tokens"
+            )
+        return asked
     path = pipeline / "tokenizer_3" / "tokenizer_config.json"
-    allowed = read_config(path).get("model_max_length") if path.is_file() else None
-    return int(min(DEFAULT_T5_LENGTH, allowed or DEFAULT_T5_LENGTH))
+    tokenizer = read_config(path) if path.is_file() else {}
+    if tokenizer.get("model_max_length") is None:
+        return DEFAULT_T5_LENGTH
+    allowed = number(tokenizer, "model_max_length", path)  # 1e30, as many have it, means any length
+    if allowed < 1:
+        raise ValueError(f"{path}: model_max_length is {allowed}: it must be at least 1")
+    return int(min(DEFAULT_T5_LENGTH, allowed))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -37,7 +37,7 @@ class Encoders:
             text: load the text encoders too; without them only images can be encoded.
 
         Raises:
-            ValueError: a part of the folder is missing or damaged; OSError: its weights cannot be read.
+            ValueError: a part of the folder is missing or damaged.
         """
         folder, device = Path(folder), torch.device(device)
         facts = encoder_facts(folder, max_sequence_length)

@@ -25,8 +25,8 @@ def read_image(path: Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot be read as an image: {error}") from error
+    except Exception as error:  # on damaged headers the library's decoders raise whatever comes to pass
+        raise _unreadable(error) from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -35,8 +35,8 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as file:
             width, height = file.size
             return (height, width) if file.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot be read as an image: {error}") from error
+    except Exception as error:  # as above
+        raise _unreadable(error) from error
 
 
 def fit(image: Image.Image, width: int, height: int, mirrored: bool = False) -> Tensor:
@@ -54,3 +54,8 @@ def fit(image: Image.Image, width: int, height: int, mirrored: bool = False) -> 
 def to_model_range(pixels: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1], as the VAE takes images."""
     return pixels.float() / 255 * 2 - 1
+
+
+def _unreadable(error: Exception) -> ImageError:
+    own_words = isinstance(error, OSError | SyntaxError | ValueError | Image.DecompressionBombError)
+    return ImageError(f"cannot be read as an image: {error if own_words else repr(error)}")

@@ -32,7 +32,7 @@ from soar_mega.data.shard_writer import (
     write_dataset_file,
     write_json,
 )
-from soar_mega.data.shards import read_json
+from soar_mega.data.shards import read_dataset_file, read_index, read_json
 from soar_mega.data.sources import Item, Reject, list_items
 from soar_mega.outputs import refuse_overlap
 
@@ -155,12 +155,14 @@ def _lock(file: Any, folder: Path) -> None:
 
 
 def _already_finished(folder: Path, settings: dict[str, Any], digests: list[str]) -> Prepared:
-    values = read_json(folder / DATASET_FILE)
+    values = read_dataset_file(folder)
+    if not isinstance(values.get("settings"), dict):
+        raise ValueError(f"{folder / DATASET_FILE} names no settings: `soar-mega prepare` did not write it")
     _refuse_other_settings(folder, values["settings"], settings)
-    if values["digests"] != digests:
+    if values.get("digests") != digests:
         raise ValueError(f"{folder} was made of other images or captions: remove it or give another folder")
     log.info("%s is finished already", folder)
-    info = DatasetInfo.from_json(values)
+    info = DatasetInfo.from_json(values, folder / DATASET_FILE)
     return Prepared(folder=folder, samples=info.samples, buckets=info.buckets, rejects=_read_rejects(folder))
 
 
@@ -223,10 +225,21 @@ def _complete_shard(folder: Path, number: int, digest: str) -> list[Reject] | No
     tar, index = folder / f"{shard_name(number)}.tar", folder / f"{shard_name(number)}.json"
     if not (tar.is_file() and index.is_file()):
         return None
-    values = read_json(index)
+    try:
+        values = read_index(index)
+        rejects = [_reject(row, index) for row in values.get("rejects", [None])]
+    except ValueError as error:
+        log.warning("%s: the shard is written again", error)
+        return None
     if values.get("digest") != digest or tar.stat().st_size != values["bytes"]:
         return None
-    return [Reject(**reject) for reject in values["rejects"]]
+    return rejects
+
+
+def _reject(row: Any, path: Path) -> Reject:
+    if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "reason")):
+        return Reject(name=row["name"], reason=row["reason"])
+    raise ValueError(f"{path} holds {str(row)[:60]} where a rejected sample's name and reason belong")
 
 
 def _finish(
@@ -271,5 +284,8 @@ def _finish(
 
 def _read_rejects(folder: Path) -> list[Reject]:
     path = folder / REJECTS_FILE
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Reject(**json.loads(line)) for line in lines]
+    try:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [_reject(json.loads(line), path) for line in lines]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: remove it ({error})") from error

@@ -42,7 +42,7 @@ def encode_prompts(
         max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
 
     Raises:
-        ValueError: a part of the folder is missing or damaged; OSError: its weights cannot be read.
+        ValueError: a part of the folder is missing or damaged.
     """
     from soar_mega.data.text_encoder import joined, parts  # brings transformers, which most runs do not need
 

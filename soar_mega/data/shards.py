@@ -1,6 +1,5 @@
 """Random access to shards: which samples there are, and their tensors by number."""
 
-import json
 import os
 import zlib
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
 from soar_mega.flow import normal
+from soar_mega.user_files import read_object
 
 OPEN_FILES = 32  # shards kept open for reading
 
@@ -41,7 +42,7 @@ class ShardSet:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._dataset = read_dataset_file(self.path)
-        self.info = DatasetInfo.from_json(self._dataset)
+        self.info = DatasetInfo.from_json(self._dataset, self.path / DATASET_FILE)
         self._parts: dict[str, NDArray[np.int64]] | None = None
         self._names: list[str] = []
         self._buckets: list[str] = []
@@ -120,7 +121,14 @@ class ShardSet:
         path = self.path / EMPTY_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: prepare the shards again")
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read, prepare the shards again: {error}") from error
+        shapes = {"text": self.info.text_shape, "pooled": (self.info.pooled_size,)}
+        for name, shape in shapes.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{path} holds no {name} of shape {shape}: prepare the shards again")
         return tensors["text"], tensors["pooled"]
 
     def batch(self, indices: Sequence[int], seed: int) -> Batch:
@@ -165,6 +173,8 @@ class ShardSet:
     def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
         latents = self._tensors("latents", index)
         mean, std = latents["mean"], latents["std"]
+        if mean.shape != std.shape:
+            raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
         sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
         return {**sample, **self._tensors("text", index)} if text else sample
 
@@ -178,7 +188,16 @@ class ShardSet:
             raise SampleError(
                 f"the checksum of its {part} is wrong: the shard was damaged after it was written"
             )
-        return load_tensors(content)
+        try:
+            tensors = load_tensors(content)
+        except SafetensorError as error:
+            raise SampleError(f"its {part} are no safetensors: {error}") from error
+        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
+        if not tensors.keys() >= set(wanted):
+            raise SampleError(
+                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
+            )
+        return {name: tensors[name] for name in wanted}
 
     def _file(self, shard: int) -> FileIO:
         """A shard's open file; the least recently used one is closed when too many are open."""
@@ -197,8 +216,8 @@ class ShardSet:
 
     def _read_index(self, shard: Mapping[str, Any]) -> list[dict[str, Any]]:
         path = self.path / f"{shard['name']}.tar"
-        index = read_json(path.with_suffix(".json"))
-        if index.get("format_version") != FORMAT_VERSION or len(index["samples"]) != shard["samples"]:
+        index = read_index(path.with_suffix(".json"))
+        if len(index["samples"]) != shard["samples"]:
             raise ValueError(
                 f"{path.with_suffix('.json')} does not belong to this {DATASET_FILE}: prepare again"
             )
@@ -239,25 +258,63 @@ def read_dataset_file(folder: Path) -> dict[str, Any]:
                 f"{folder} is unfinished (no {DATASET_FILE}): run `soar-mega prepare` into it again"
             )
         raise ValueError(f"{folder} holds no shards: give a folder that `soar-mega prepare` wrote")
-    values = read_json(path)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: prepare again"
-        )
+    values = _read_version(path)
+    shards = values.get("shards")
+    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
+        raise ValueError(f"{path}: shards is not a list of names, samples and bytes: prepare again")
     return values
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a shard. ValueError naming it when it is missing, damaged or of another format version."""
+    index = _read_version(path)
+    samples = index.get("samples")
+    if not isinstance(samples, list) or type(index.get("bytes")) is not int:
+        raise ValueError(f"{path} is not the index of a shard: prepare again")
+    for number, sample in enumerate(samples):
+        if not _is_sample(sample):
+            raise ValueError(f"{path}: its sample {number} has no name, bucket and places: prepare again")
+    return index
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming the file when it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): prepare again") from error
-    assert isinstance(values, dict)
+    return read_object(path, "prepare again")
+
+
+def _read_version(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}: prepare again"
+        )
     return values
+
+
+def _is_shard(entry: Any) -> bool:
+    """Whether an entry of dataset.json is one; its name stays within the folder."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and Path(entry["name"]).name == entry["name"]
+        and type(entry.get("samples")) is type(entry.get("bytes")) is int
+    )
+
+
+def _is_sample(entry: Any) -> bool:
+    """Whether an entry of an index is one: offset, size and CRC-32 of each part are there."""
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("key", "name", "bucket"))
+        and all(_is_place(entry.get(part)) for part in ("latents", "text"))
+    )
+
+
+def _is_place(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(type(n) is int and 0 <= n < 2**62 for n in value)
+    )
 
 
 def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -10,6 +10,7 @@ from soar_mega.data.info import bucket_name
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA_FILE = "metadata.jsonl"
+SHOWN = 60  # characters of an impossible file name in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def _json_lines(path: Path, images: Path) -> Iterator[Item | Reject]:
 def _json_item(line: str, images: Path) -> Item:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Invalid(f"is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise _Invalid("is not a JSON object")
@@ -113,13 +114,34 @@ def _json_item(line: str, images: Path) -> Item:
         raise _Invalid("has neither md5 nor file_name")
     if not isinstance(caption, str) or not caption.strip():
         raise _Invalid(f"{name} has no caption ({'caption_en' if bucket else 'text'} is missing or empty)")
-    if not (images / name).is_file():
+    if not is_text(caption):
+        raise _Invalid(
+            f"the caption of {name} is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)"
+        )
+    try:
+        there = (images / name).is_file()
+    except OSError as error:  # no file can have such a name
+        raise _Invalid(f"image {_shortened(name)} cannot be opened: {error.strerror}") from error
+    if not there:
         raise _Invalid(f"image {images / name} is missing")
     return Item(name=name, image=images / name, caption=caption.strip(), bucket=bucket)
 
 
 def _pixels(row: dict[str, Any], key: str) -> int:
     value = row.get(key)
-    if not isinstance(value, int) or value <= 0:
+    if type(value) is not int or value <= 0:  # true is an int too
         raise _Invalid(f"{row['md5']}: {key} is {value!r}, a width or height in pixels is expected")
     return value
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
+
+
+def is_text(words: str) -> bool:
+    """Whether a string can be written and tokenised: JSON and YAML can spell halves of characters, which cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

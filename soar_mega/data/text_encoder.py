@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from soar_mega.data.encoder_facts import EncoderFacts, has_t5, read_config
+from soar_mega.data.encoder_facts import EncoderFacts, class_name, has_t5, loading
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -29,16 +29,17 @@ class TextEncoder:
     def load(
         folder: Path, part: str, facts: EncoderFacts, device: torch.device, dtype: torch.dtype
     ) -> "TextEncoder":
-        """From a pipeline folder; `part` is one of `parts`. OSError: its weights cannot be read."""
-        classes = read_config(folder / "model_index.json")
+        """From a pipeline folder; `part` is one of `parts`. ValueError: it or its tokenizer cannot be loaded."""
         tokenizer = part.replace("text_encoder", "tokenizer")
-        with _no_progress_bars():
-            model = getattr(transformers, classes[part][1]).from_pretrained(folder / part, dtype=dtype)
+        with _no_progress_bars(), loading(folder / part):
+            model = _class(folder, part).from_pretrained(folder / part, dtype=dtype)
+        with loading(folder / tokenizer):
+            tokens = _class(folder, tokenizer).from_pretrained(folder / tokenizer)
         # diffusers cuts both CLIPs at the length of the first one's tokenizer
         clip_length = facts.text_shape[0] - facts.max_sequence_length
         return TextEncoder(
             model=model.to(device).eval().requires_grad_(False),
-            tokenizer=getattr(transformers, classes[tokenizer][1]).from_pretrained(folder / tokenizer),
+            tokenizer=tokens,
             is_clip=part in CLIPS,
             length=clip_length if part in CLIPS else facts.max_sequence_length,
         )
@@ -71,6 +72,18 @@ def joined(outputs: Sequence[tuple[Tensor, Tensor | None]], facts: EncoderFacts)
     clip = nn.functional.pad(clip, (0, t5[0].shape[-1] - clip.shape[-1]))
     pooled = torch.cat([pooled for _, pooled in outputs if pooled is not None], dim=-1)
     return torch.cat([clip, *t5], dim=-2), pooled
+
+
+def _class(folder: Path, part: str) -> Any:
+    name = class_name(folder, part)
+    if name is None:
+        raise ValueError(f"{folder / 'model_index.json'} names no {part}, which its text encoders need")
+    found = getattr(transformers, name, None)
+    if not hasattr(found, "from_pretrained"):
+        raise ValueError(
+            f"{folder / 'model_index.json'}: {part} is {name!r}, which is no class of transformers"
+        )
+    return found
 
 
 @contextlib.contextmanager

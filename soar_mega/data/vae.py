@@ -8,7 +8,9 @@ import diffusers
 import torch
 from torch import Tensor
 
+from soar_mega.data.encoder_facts import loading
 from soar_mega.distributed import device
+from soar_mega.user_files import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class ImageEncoder:
 
     @staticmethod
     def load(folder: Path, device: torch.device) -> "ImageEncoder":
-        """From a pipeline folder. OSError: its weights cannot be read."""
+        """From a pipeline folder. ValueError: it cannot be loaded."""
         vae = _load(folder)
         vae.decoder = None
         return ImageEncoder(vae=vae.to(device))
@@ -43,7 +45,7 @@ class Decoder:
 
     @staticmethod
     def load(folder: Path) -> "Decoder":
-        """From a pipeline folder. OSError: its weights cannot be read."""
+        """From a pipeline folder. ValueError: it cannot be loaded."""
         vae = _load(folder)
         vae.encoder = None
         return Decoder(vae=vae)
@@ -63,7 +65,12 @@ class Decoder:
 
 
 def _load(folder: Path) -> Any:
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    with loading(folder / "vae"):
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    path = folder / "vae" / "config.json"
+    number(dict(vae.config), "scaling_factor", path)
+    if vae.config.get("shift_factor") is not None:
+        number(dict(vae.config), "shift_factor", path)
     return vae.eval().requires_grad_(False)
 
 

@@ -140,3 +140,109 @@ def test_a_missing_part_is_named(tmp_path, part):
     shutil.copytree(BASE, tmp_path / "p", ignore=shutil.ignore_patterns(part))
     with pytest.raises(ValueError, match=f"{part}/config.json cannot be read"):
         encoder_facts(tmp_path / "p")
+
+
+def edited(folder: Path, name: str, **changes: object) -> Path:
+    """A copy of the tiny pipeline with other values in one of its JSON files."""
+    shutil.copytree(BASE, folder)
+    content = json.loads((folder / name).read_text())
+    (folder / name).chmod(0o644)
+    (folder / name).write_text(json.dumps({**content, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": 10**30},
+            "model_max_length is 1000.*from 1 to 10 is",
+        ),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'"),
+        ("tokenizer_3/tokenizer_config.json", {"model_max_length": [7]}, r"model_max_length is \[7\]"),
+        ("tokenizer_3/tokenizer_config.json", {"model_max_length": -1}, "model_max_length is -1"),
+        ("text_encoder_2/config.json", {"projection_dim": None}, "projection_dim is None"),
+        ("transformer/config.json", {"patch_size": True}, "patch_size is True"),
+        ("transformer/config.json", {"sample_size": 0}, "sample_size is 0"),
+        ("vae/config.json", {"block_out_channels": 4}, "block_out_channels is 4"),
+        ("vae/config.json", {"latent_channels": "4"}, "latent_channels is '4'"),
+        ("model_index.json", {"text_encoder_3": "T5"}, "text_encoder_3 is 'T5'"),
+        (
+            "model_index.json",
+            {"text_encoder_3": ["transformers", 5]},
+            r"text_encoder_3 is \['transformers', 5\]",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(tmp_path, name, changes, words):
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        encoder_facts(edited(tmp_path / "p", name, **changes))
+
+
+def test_a_t5_without_a_limit_of_its_own_has_diffusers(tmp_path):
+    for i, length in enumerate((10**30, 1e30)):
+        folder = edited(tmp_path / f"{i}", "tokenizer_3/tokenizer_config.json", model_max_length=length)
+        assert encoder_facts(folder).max_sequence_length == 256
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\ufeff", '"' + "a" * 1000 + '"', "[" * 100_000])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+    folder = edited(tmp_path / "p", "vae/config.json")
+    (folder / "vae/config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"vae/config\.json (holds|is not valid JSON)") as error:
+        encoder_facts(folder)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("length", [-3, 0, 513])
+def test_a_prompt_has_a_possible_length(length):
+    with pytest.raises(ValueError, match=f"max_sequence_length is {length}: it must be between 1 and 512"):
+        encoder_facts(BASE, length)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer_3": None}, "names no tokenizer_3"),
+        ({"tokenizer_3": [None, None]}, "names no tokenizer_3"),
+        ({"text_encoder": ["transformers", "NoSuchClass"]}, "'NoSuchClass', which is no class"),
+        ({"text_encoder": ["transformers", "logging"]}, "'logging', which is no class"),
+    ],
+)
+def test_a_class_that_is_none_is_named(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=rf"model_index\.json.*{words}"):
+        encode_prompts(edited(tmp_path / "p", "model_index.json", **changes), ["a"])
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1389\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("text_encoder_2/model.safetensors", POINTER, "model.safetensors is a Git LFS pointer.*git lfs pull"),
+        ("text_encoder_2/model.safetensors", "", "text_encoder_2 cannot be loaded: "),
+        ("tokenizer_3/tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer"),
+        ("tokenizer/tokenizer.json", "[]", "tokenizer cannot be loaded: "),
+        ("vae/diffusion_pytorch_model.safetensors", POINTER, "is a Git LFS pointer"),
+        ("vae/config.json", POINTER, "config.json is a Git LFS pointer"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_named(tmp_path, name, content, words):
+    folder = edited(tmp_path / "p", "vae/config.json")
+    (folder / name).chmod(0o644)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        Encoders.from_pipeline(folder)
+    assert str(folder / name.partition("/")[0]) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scaling_factor": None}, {"shift_factor": "much"}, {"scaling_factor": [1]}]
+)
+def test_scales_of_latents_are_numbers(tmp_path, changes):
+    with pytest.raises(
+        ValueError, match=rf"vae/config\.json: {next(iter(changes))} is .* a number is expected"
+    ):
+        Decoder.load(edited(tmp_path / "p", "vae/config.json", **changes))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from damaged_pictures import damaged_pictures
 from PIL import Image
 
 from soar_mega.data.buckets import check_buckets, generate_buckets, nearest_bucket
@@ -91,6 +92,15 @@ def test_a_damaged_file_says_so(tmp_path):
     for read in (read_image, image_size):
         with pytest.raises(ImageError, match="cannot identify"):
             read(tmp_path / "text.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_whatever_a_picture_holds_it_is_an_error_of_ours(tmp_path):
+    for kind, content in damaged_pictures().items():
+        (tmp_path / "x.jpg").write_bytes(content)
+        with pytest.raises(ImageError, match="cannot be read as an image") as error:
+            read_image(tmp_path / "x.jpg")
+        assert not isinstance(error.value.__cause__, OSError | ValueError), kind
 
 
 def test_the_range_is_the_vaes():

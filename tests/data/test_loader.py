@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damaged_pictures import damaged_pictures
 from data_fixtures import make_sample, make_shards
 from PIL import Image
 
@@ -236,17 +237,20 @@ def test_encoding_while_training_gives_the_samples_of_shards(loader, images, tmp
     assert from_shards.state_dict() == online.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_encoding_while_training_reports_damaged_images(loader, images):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(images / "6.jpg")
     (images / "6.txt").write_text("a red 6")
     (images / "6.jpg").write_bytes((images / "6.jpg").read_bytes()[:2000])
-    one = loader(path=images, pipeline=str(BASE), encode="online", max_failed_share=0.5)
+    (images / "7.jpg").write_bytes(damaged_pictures()["struct.error"])
+    (images / "7.txt").write_text("a red 7")
+    one = loader(path=images, pipeline=str(BASE), encode="online", max_failed_share=0.9)
     failed = set()
-    for _ in range(6):
+    for _ in range(8):
         batch = next(one)
         failed |= {name for name, valid in zip(batch.names, batch.valid.tolist(), strict=True) if not valid}
-    assert failed == {"6.jpg"}
+    assert failed == {"6.jpg", "7.jpg"}
     (images / "6.txt").unlink()
     with pytest.raises(DataError, match=r"1 samples .* 6\.jpg: has no caption"):
         loader(path=images, pipeline=str(BASE), encode="online")

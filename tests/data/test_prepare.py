@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damaged_pictures import damaged_pictures
 from PIL import Image
 
 from soar_mega.data import prepare as prepare_module
@@ -124,6 +125,22 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
     assert names == ["0.png", "1.png", "3.png", "5.png", "6.png"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_picture_costs_nothing_but_itself(images, tmp_path, monkeypatch):
+    """Neither its shard, nor what was encoded when the samples that cannot be used are left out later."""
+    damaged = damaged_pictures()
+    for kind, content in damaged.items():
+        (images / f"{kind}.jpg").write_bytes(content)
+        (images / f"{kind}.txt").write_text("a red 1")
+    with pytest.raises(ValueError, match="4 of 11 samples cannot be used"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    monkeypatch.setattr(Encoders, "from_pipeline", None)
+    result = prepare(images, tmp_path / "out", BASE, samples_per_shard=2, skip_invalid=True)
+    assert result.samples == COUNT and {reject.name for reject in result.rejects} == {
+        f"{k}.jpg" for k in damaged
+    }
+
+
 def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):
     whole = (images / "2.png").read_bytes()
     (images / "2.png").write_bytes(bytes(len(whole)))
@@ -233,3 +250,30 @@ def test_nothing_of_the_users_is_written_over(images, tmp_path, out, words):
         prepare(images, tmp_path / out, tmp_path / "pipeline")
     assert sorted(tmp_path.rglob("*")) == before and not (BASE / "shards").exists()
     assert contents(tmp_path / "mine") == {"rejects.jsonl": b"mine", ".lock": b"mine"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"format_version": 1, "samples": [1], "bytes": 3}'])
+def test_a_damaged_index_costs_one_shard(images, tmp_path, content):
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "dataset.json").unlink()
+    (tmp_path / "out" / "shard-000000.json").write_text(content)
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", "[]"),
+        ("dataset.json", '{"name": "a data set of somebody else"}'),
+        ("dataset.json", '{"format_version": 1, "shards": []}'),
+        ("prepare.json", "[]"),
+        ("prepare.json", "\xff"),
+    ],
+)
+def test_a_foreign_file_is_named(images, tmp_path, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=name):
+        prepare(images, tmp_path / "out", BASE)

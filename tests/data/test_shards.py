@@ -3,12 +3,13 @@
 import io
 import json
 import shutil
+import zlib
 
 import pytest
 import torch
 import webdataset
 from data_fixtures import make_sample, make_shards
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from soar_mega.data.shards import open_shards
 from soar_mega.flow import normal
@@ -199,3 +200,74 @@ def test_only_some_shards_are_kept_open(tmp_path, monkeypatch):
         assert shard_set.read("16x16", [index], positions(0), seed=0).tensors["latents"].max() == index
     assert len(opened) == 6
     assert sum(not file.closed for file in opened) == 2
+
+
+def edit_first_sample(path, **changes):
+    samples = json.loads(path.read_text())["samples"]
+    edit_json(path, samples=[{**samples[0], **changes}, *samples[1:]])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"buckets": [1]},
+        {"buckets": {"16x16": "ten"}},
+        {"buckets": {"wide": 10}},
+        {"buckets": {"\u00b2x16": 10}},
+        {"buckets": {"1x1": 10}},
+        {"text_shape": 5},
+        {"text_shape": [5, None]},
+        {"text_dtype": "save"},
+        {"vae_scale_factor": 0},
+        {"pooled_size": 1e30},
+        {"encoders": None},
+        {"shards": {}},
+        {"shards": [3]},
+        {"shards": [{"name": "../shard-000000", "samples": 4, "bytes": 1}]},
+    ],
+)
+def test_a_foreign_dataset_file_is_named(shards, changes):
+    edit_json(shards / "dataset.json", **changes)
+    with pytest.raises(ValueError, match=rf"dataset\.json: ({next(iter(changes))}|16x16 is 'ten')"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "shard-000000.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000, '{"format_version": 1}'])
+def test_a_json_file_that_holds_something_else_is_named(shards, name, content):
+    (shards / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"latents": [1, 2]}, {"text": [1, -2, 3]}, {"latents": [1, "2", 3]}, {"name": 1}, {"bucket": None}],
+)
+def test_a_damaged_index_is_named(shards, changes):
+    edit_first_sample(shards / "shard-000000.json", **changes)
+    with pytest.raises(ValueError, match=r"shard-000000\.json: its sample 0"):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, save({"text": torch.zeros(5, 8)})])
+def test_an_empty_prompt_that_cannot_be_read_is_named(shards, content):
+    (shards / "empty.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"empty\.safetensors"):
+        open_shards(shards).empty_prompt()
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [("latents", b"no safetensors at all"), ("text", save({"mean": torch.zeros(1)}))],
+    ids=["none", "others"],
+)
+def test_a_sample_that_holds_other_things_is_a_failure(shards, part, content):
+    """Its checksum is right: it was written so."""
+    offset = json.loads((shards / "shard-000001.json").read_text())["samples"][0][part][0]
+    with open(shards / "shard-000001.tar", "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+    edit_first_sample(shards / "shard-000001.json", **{part: [offset, len(content), zlib.crc32(content)]})
+    read = open_shards(shards).read("16x16", [4, 7], positions(0, 1), seed=0)
+    assert f"its {part}" in read.failures[0] and 1 not in read.failures

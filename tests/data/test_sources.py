@@ -86,6 +86,11 @@ def test_what_is_wrong_in_a_list_is_said_by_line(tmp_path):
         {"text": "no image"},
         "{broken",
         "[1]",
+        {**good, "bw": True},
+        {**good, "caption_en": "half a \ud83e"},
+        {"file_name": f"{'a' * 300}.jpg", "text": "no file can have this name"},
+        {"file_name": "\x00.jpg", "text": "nor this one"},
+        '{"file_name":' + "[" * 100_000,
     )
     items, rejects = list_items(lines)
     assert len(items) == 1
@@ -97,6 +102,11 @@ def test_what_is_wrong_in_a_list_is_said_by_line(tmp_path):
         "neither md5 nor file_name",
         "not valid JSON",
         "not a JSON object",
+        "aa: bw is True",
+        "caption of aa.jpg is no text",
+        "aaa... cannot be opened: File name too long",
+        "is missing",
+        "not valid JSON",
     ]
     for line, (reject, word) in enumerate(zip(rejects, words, strict=True), start=2):
         assert reject.name == f"list.jsonl:{line}" and word in reject.reason

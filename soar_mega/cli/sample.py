@@ -47,7 +47,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prompts = [*arguments.prompt, *_read_prompts(arguments.prompts)]
+    prompts = [*arguments.prompt, *read_prompts(arguments.prompts)]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one per line")
     for name in ("count", "steps", "scale", "batch_size"):
@@ -87,8 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a text file, without empty ones. ValueError when it is not UTF-8."""
     if path is None:
         return []
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+    from soar_mega.data.text_files import decode
+
+    try:
+        lines = decode(Path(path).read_bytes()).splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return [line.strip() for line in lines if line.strip()]

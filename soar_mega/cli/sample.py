@@ -31,6 +31,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--steps", type=int, default=40, help="sampler steps (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.5, help="(default: %(default)s)")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(default: %(default)s)")
+    parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the transformer's own sample size)")
     parser.add_argument(
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     encoded = encode_prompts(
         arguments.pipeline, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
     )
-    generator = Generator.load(arguments.pipeline, arguments.dtype)
+    generator = Generator.load(arguments.pipeline, arguments.dtype, arguments.shift)
     images = generator.images(
         encoded,
         steps=arguments.steps,

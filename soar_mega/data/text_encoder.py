@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from soar_mega.data.encoder_facts import EncoderFacts, has_t5, read_config
+from soar_mega.data.finite import check_finite
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -34,10 +35,12 @@ class TextEncoder:
         tokenizer = part.replace("text_encoder", "tokenizer")
         with _no_progress_bars():
             model = getattr(transformers, classes[part][1]).from_pretrained(folder / part, dtype=dtype)
+        model = model.to(device).eval().requires_grad_(False)
+        check_finite(model, folder / part)
         # diffusers cuts both CLIPs at the length of the first one's tokenizer
         clip_length = facts.text_shape[0] - facts.max_sequence_length
         return TextEncoder(
-            model=model.to(device).eval().requires_grad_(False),
+            model=model,
             tokenizer=getattr(transformers, classes[tokenizer][1]).from_pretrained(folder / tokenizer),
             is_clip=part in CLIPS,
             length=clip_length if part in CLIPS else facts.max_sequence_length,

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from soar_mega.data.finite import check_finite
 from soar_mega.distributed import device
 
 
@@ -64,6 +65,7 @@ class Decoder:
 
 def _load(folder: Path) -> Any:
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    check_finite(vae, folder / "vae")
     return vae.eval().requires_grad_(False)
 
 

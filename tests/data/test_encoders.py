@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from soar_mega.data.encoder_facts import encoder_facts, fingerprints
 from soar_mega.data.encoders import Encoders
@@ -140,3 +141,15 @@ def test_a_missing_part_is_named(tmp_path, part):
     shutil.copytree(BASE, tmp_path / "p", ignore=shutil.ignore_patterns(part))
     with pytest.raises(ValueError, match=f"{part}/config.json cannot be read"):
         encoder_facts(tmp_path / "p")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_3"])
+def test_encoders_with_broken_weights_are_refused_by_name(tmp_path, part):
+    shutil.copytree(BASE, tmp_path / "p")
+    file = next((tmp_path / "p" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    key = max(tensors)
+    tensors[key].view(-1)[-1] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} hold NaN or infinite numbers: "):
+        Encoders.from_pipeline(tmp_path / "p")

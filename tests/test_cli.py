@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from soar_mega import __version__
 from soar_mega.cli import build_parser, doctor, main
+from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
 from soar_mega.data.canvases import write_image_folder
 from soar_mega.outputs import MARKER
@@ -281,6 +282,15 @@ def test_diffusers_to_checkpoint_and_back_is_bitwise(
     assert "no EMA weights" in capsys.readouterr().err
     assert main(["convert", BASE, str(tmp_path / "start")]) == 1
     assert "holds checkpoints already" in capsys.readouterr().err
+
+
+def test_prompts_are_read_without_a_byte_order_mark_and_as_utf_8_alone(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red 3\n\n caf\u00e9 \n", encoding="utf-8-sig")
+    assert read_prompts(str(file)) == ["a red 3", "caf\u00e9"]
+    file.write_text("caf\u00e9", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8"):
+        read_prompts(str(file))
 
 
 def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--drift-steps", type=int, default=5, help="Euler steps of a span (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         drift_samples=arguments.drift_samples,
         drift_steps=arguments.drift_steps,
         dtype=arguments.dtype,
+        shift=arguments.shift,
     )
     measured = {name: evaluate_pipeline(folder, plan) for name, folder in pipelines.items()}
     report: dict[str, Any] = {

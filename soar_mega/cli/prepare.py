@@ -11,8 +11,9 @@ Encode captioned images once, into shards that training reads: latents, text emb
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt) or all captions in metadata.jsonl
 (file_name, text), or a JSONL list of images named md5.jpg in --images. An image is scaled and cropped to the nearest
-bucket. Images that cannot be used (damaged, no caption, NaN latents) are listed by name in rejects.jsonl, and the
-command fails unless --skip-invalid. The same command goes on where it was interrupted.
+bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in rejects.jsonl, and
+the command fails unless --skip-invalid. The same command goes on where it was interrupted. Folders behind links are
+read too; hidden files and folders, and what a NAS or macOS keeps beside images, are not. Text is UTF-8.
 """
 
 

@@ -31,6 +31,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--steps", type=int, default=40, help="sampler steps (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.5, help="(default: %(default)s)")
     parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(default: %(default)s)")
+    parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the transformer's own sample size)")
     parser.add_argument(
@@ -47,7 +48,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    prompts = [*arguments.prompt, *_read_prompts(arguments.prompts)]
+    prompts = [*arguments.prompt, *read_prompts(arguments.prompts)]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one per line")
     for name in ("count", "steps", "scale", "batch_size"):
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     encoded = encode_prompts(
         arguments.pipeline, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
     )
-    generator = Generator.load(arguments.pipeline, arguments.dtype)
+    generator = Generator.load(arguments.pipeline, arguments.dtype, arguments.shift)
     images = generator.images(
         encoded,
         steps=arguments.steps,
@@ -87,8 +88,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a text file, without empty ones. ValueError when it is not UTF-8."""
     if path is None:
         return []
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+    from soar_mega.data.text_files import decode
+
+    try:
+        lines = decode(Path(path).read_bytes()).splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return [line.strip() for line in lines if line.strip()]

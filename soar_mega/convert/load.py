@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
@@ -44,7 +45,8 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
     """Fill this rank's part of a model from a diffusers folder, each tensor straight into its place.
 
     Raises:
-        ValueError: keys that are missing, unknown or of another shape, each with its file; the same on every rank.
+        ValueError: keys that are missing, unknown or of another shape, each with its file, or weights that are not
+            finite; on every rank.
     """
     path = config_file(Path(folder)).parent
     table = entries(model.sizes)
@@ -54,7 +56,25 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
         for entry in table:
             if entry.name in local:
                 _fill(local[entry.name], entry, reader, model.sizes.num_attention_heads)
+        broken = [
+            f"{key} in {reader.files[key].name}"
+            for entry in table
+            if entry.name in local and not bool(local[entry.name].isfinite().all())
+            for key in entry.keys
+        ]
     assert not set(local) - {entry.name for entry in table}
+    _refuse_broken(broken, path)
+
+
+def _refuse_broken(broken: list[str], folder: Path) -> None:
+    """ValueError on all ranks where any of them holds NaN: its pictures would be black. Collective."""
+    gathered = [broken]
+    if dist.is_initialized():
+        gathered = [[]] * dist.get_world_size()
+        dist.all_gather_object(gathered, broken)
+    names = list(dict.fromkeys(name for part in gathered for name in part))
+    if names:
+        raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {_listed(names)}")
 
 
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
@@ -80,6 +100,9 @@ def _check(table: list[Entry], reader: Reader) -> None:
                 f"shape of {key} in {reader.files[key].name} is {found}, config.json implies {shape}"
             )
     if problems:
-        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        listed = "\n  ".join(problems[:MAX_LISTED])
-        raise ValueError(f"the weights in {reader.folder} do not fit its config.json:\n  {listed}{more}")
+        raise ValueError(f"the weights in {reader.folder} do not fit its config.json:\n  {_listed(problems)}")
+
+
+def _listed(lines: list[str]) -> str:
+    more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return "\n  ".join(lines[:MAX_LISTED]) + more

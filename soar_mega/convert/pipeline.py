@@ -9,6 +9,19 @@ from pathlib import Path
 from soar_mega.models.config import MMDiTConfig
 
 INDEX = "model_index.json"
+# What a scheduler is whose sigmas follow from its shift alone.
+PLAIN_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+}
+SHIFT_ADVICE = "name the shift yourself, with stage.shift in a recipe and --shift in sample and evaluate"
 
 
 def read_pipeline_config(folder: str | Path) -> MMDiTConfig:
@@ -20,15 +33,16 @@ def scheduler_shift(folder: str | Path) -> float:
     """The timestep shift of a pipeline's FlowMatchEulerDiscreteScheduler.
 
     Raises:
-        ValueError: no scheduler, or one whose shift is not a constant.
+        ValueError: no such scheduler, or one whose sigmas are not those of a constant shift; names the setting.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): set stage.shift instead") from error
-    if content.get("use_dynamic_shifting"):
-        raise ValueError(f"{path} shifts by image size (use_dynamic_shifting): set stage.shift to a number")
+        content = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {SHIFT_ADVICE}") from error
+    for name, known in PLAIN_SCHEDULER.items():
+        if (found := content.get(name, known)) not in (known, None):
+            raise ValueError(f"{path} has {name} {found!r}, and only {known!r} is known: {SHIFT_ADVICE}")
     return float(content.get("shift", 1.0))
 
 

@@ -136,9 +136,14 @@ class Writer:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.is_file():
+            raise ValueError(
+                f"{folder} holds weights twice, {SINGLE} and {INDEX}: remove the one that is not meant, which another "
+                "program may load"
+            )
+        return [folder / SINGLE]
     if not index.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found})")

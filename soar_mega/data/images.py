@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+# Text in a PNG, such as the workflow that made it, is not used: it may be as long as Pillow allows for all of them.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 ORIENTATION = 0x0112  # EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 
@@ -19,6 +21,7 @@ def read_image(path: Path) -> Image.Image:
     """The whole image, upright, RGB; transparent parts become white. ImageError when the file is damaged."""
     try:
         with Image.open(path) as file:
+            _refuse_several_pictures(file)
             image = ImageOps.exif_transpose(file)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -33,20 +36,29 @@ def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright image, from the head of the file. ImageError when it is damaged."""
     try:
         with Image.open(path) as file:
+            _refuse_several_pictures(file)
             width, height = file.size
             return (height, width) if file.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
     except Exception as error:  # as above
         raise _unreadable(error) from error
 
 
+def _refuse_several_pictures(file: Image.Image) -> None:
+    # MPO is what phones and cameras write as .jpg: a photograph, with a preview or a gain map behind it
+    count = getattr(file, "n_frames", 1)
+    if count > 1 and file.format != "MPO":
+        raise ImageError(f"is animated or has pages: save the one of its {count} pictures that is meant")
+
+
 def fit(image: Image.Image, width: int, height: int, mirrored: bool = False) -> Tensor:
-    """Resized to cover width x height, the middle cut out: [3, height, width] uint8. An exact fit is not resampled."""
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    image = image.crop((left, top, left + width, top + height))
+    """The middle of the image, resized to width x height: [3, height, width] uint8. An exact fit is not resampled."""
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        cut = (min(image.width, width / scale), min(image.height, height / scale))
+        left, top = (image.width - cut[0]) / 2, (image.height - cut[1]) / 2
+        # cut while it is resampled: all of a long, thin picture would be as much longer than the bucket
+        box = (left, top, left + cut[0], top + cut[1])
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.flip(2) if mirrored else pixels
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.data.image_folder import IMAGE_SUFFIXES, walk
 from soar_mega.data.info import bucket_name
+from soar_mega.data.text_files import decode
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA_FILE = "metadata.jsonl"
 SHOWN = 60  # characters of an impossible file name in a message
 
@@ -32,7 +33,7 @@ class Reject:
     reason: str
 
 
-class _Invalid(Exception):
+class _Invalid(ValueError):
     """Why one sample of a list cannot be used."""
 
 
@@ -65,36 +66,42 @@ def list_items(source: Path, images: Path | None = None) -> tuple[list[Item], li
 
 
 def _image_folder(folder: Path) -> Iterator[Item | Reject]:
-    files = {path for path in folder.rglob("*") if path.is_file()}
-    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-    for image in images:
+    found = walk(folder)
+    captions = set(found.captions)
+    for image in found.images:
         name = image.relative_to(folder).as_posix()
         caption = image.with_suffix(".txt")
-        if caption not in files:
+        if caption not in captions:
             yield Reject(name=name, reason=f"has no caption: {caption.name} is missing")
             continue
         try:
-            text = caption.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            yield Reject(name=name, reason=f"its caption {caption.name} cannot be read: {error}")
-            continue
-        if text:
-            yield Item(name=name, image=image, caption=text)
+            text = decode(caption.read_bytes()).strip()
+        except OSError as error:
+            yield Reject(name=name, reason=f"its caption {caption.name} cannot be read: {error.strerror}")
+        except ValueError as error:
+            yield Reject(name=name, reason=f"its caption {caption.name} {error}")
         else:
-            yield Reject(name=name, reason=f"its caption {caption.name} is empty")
-    captioned = {image.with_suffix(".txt") for image in images}
-    for caption in sorted(path for path in files if path.suffix == ".txt" and path not in captioned):
-        yield Reject(name=caption.relative_to(folder).as_posix(), reason="is a caption without an image")
+            if text:
+                yield Item(name=name, image=image, caption=text)
+            else:
+                yield Reject(name=name, reason=f"its caption {caption.name} is empty")
+    kinds = " ".join(IMAGE_SUFFIXES)
+    reasons = dict(found.problems)
+    reasons |= dict.fromkeys(found.others, f"is a picture of another kind than {kinds}: convert or remove it")
+    captioned = {picture.with_suffix(".txt") for picture in (*found.images, *reasons)}
+    reasons |= dict.fromkeys(sorted(captions - captioned), "is a caption without an image")
+    for path, reason in reasons.items():
+        yield Reject(name=path.relative_to(folder).as_posix(), reason=reason)
 
 
 def _json_lines(path: Path, images: Path) -> Iterator[Item | Reject]:
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             try:
-                yield _json_item(line, images)
-            except _Invalid as error:
+                text = decode(line)
+                if text.strip():
+                    yield _json_item(text, images)
+            except ValueError as error:
                 yield Reject(name=f"{path.name}:{number}", reason=str(error))
 
 

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from soar_mega.data.encoder_facts import EncoderFacts, class_name, has_t5, loading
+from soar_mega.data.finite import check_finite
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -35,10 +36,12 @@ class TextEncoder:
             model = _class(folder, part).from_pretrained(folder / part, dtype=dtype)
         with loading(folder / tokenizer):
             tokens = _class(folder, tokenizer).from_pretrained(folder / tokenizer)
+        model = model.to(device).eval().requires_grad_(False)
+        check_finite(model, folder / part)
         # diffusers cuts both CLIPs at the length of the first one's tokenizer
         clip_length = facts.text_shape[0] - facts.max_sequence_length
         return TextEncoder(
-            model=model.to(device).eval().requires_grad_(False),
+            model=model,
             tokenizer=tokens,
             is_clip=part in CLIPS,
             length=clip_length if part in CLIPS else facts.max_sequence_length,

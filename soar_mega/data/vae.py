@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.encoder_facts import loading
+from soar_mega.data.finite import check_finite
 from soar_mega.distributed import device
 from soar_mega.user_files import number
 
@@ -71,6 +72,7 @@ def _load(folder: Path) -> Any:
     number(dict(vae.config), "scaling_factor", path)
     if vae.config.get("shift_factor") is not None:
         number(dict(vae.config), "shift_factor", path)
+    check_finite(vae, folder / "vae")
     return vae.eval().requires_grad_(False)
 
 

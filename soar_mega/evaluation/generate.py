@@ -32,16 +32,19 @@ class Generator:
     schedule: Schedule
 
     @staticmethod
-    def load(pipeline: str | Path, dtype: str = "fp32") -> "Generator":
+    def load(pipeline: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
         """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+
+        `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
+        schedule = Schedule(scheduler_shift(pipeline) if shift is None else shift)
         return Generator(
             facts=encoder_facts(Path(pipeline)),
             transformer=load_diffusers(pipeline, dtype).to(device()).eval(),
             decoder=Decoder.load(Path(pipeline)),
-            schedule=Schedule(scheduler_shift(pipeline)),
+            schedule=schedule,
         )
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ class Plan:
     drift_samples: int = 128
     drift_steps: int = 5
     dtype: str = "fp32"
+    shift: float | None = None  # None: each pipeline's own
 
 
 def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
         ValueError: nothing can be measured: no canvases, and no held-out shards for drift.
     """
     # first: a wrong path is found before minutes pass
-    shards = open_shards(plan.held_out) if plan.held_out else None
+    shards = open_shards(plan.held_out, str(folder)) if plan.held_out else None
     resolution = encoder_facts(Path(folder)).default_resolution
     draws_canvases = resolution == CANVAS
     if not draws_canvases and shards is None:
@@ -61,7 +62,7 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
         # text encoders are there for images alone, and gone before the transformer comes
         texts = [prompt.text for prompt in benchmark_prompts(plan.prompts_per_category)]
         prompts = encode_prompts(folder, texts, DTYPES[plan.dtype])
-    generator = Generator.load(folder, plan.dtype)
+    generator = Generator.load(folder, plan.dtype, plan.shift)
     measured: dict[str, Any] = {"folder": str(folder)}
     if prompts is not None:
         measured["guidance"] = {

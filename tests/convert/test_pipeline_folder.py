@@ -165,6 +165,24 @@ def test_scheduler_shift(tmp_path):
     config = tmp_path / "scheduler/scheduler_config.json"
     config.write_text(json.dumps({"shift": 3.0}))
     assert scheduler_shift(tmp_path) == 3.0
-    config.write_text(json.dumps({"use_dynamic_shifting": True}))
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_class_name", "DPMSolverMultistepScheduler"),
+        ("use_dynamic_shifting", True),
+        ("use_karras_sigmas", True),
+        ("invert_sigmas", True),
+        ("shift_terminal", 0.02),
+        ("num_train_timesteps", 500),
+    ],
+)
+def test_a_scheduler_that_a_shift_does_not_describe_is_refused_by_name(name, value, tmp_path):
+    config = json.loads((BASE / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(
+        json.dumps({**config, name: value, "flow_shift": 3})
+    )
+    with pytest.raises(ValueError, match=f"has {name} .*stage.shift in a recipe and --shift in sample"):
         scheduler_shift(tmp_path)

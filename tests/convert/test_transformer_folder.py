@@ -165,6 +165,14 @@ BROKEN = {
         lambda f: edit_weights(f, lambda t: t.update({"proj_out.bias": torch.zeros(7)})),
         rf"shape of proj_out.bias in {SINGLE} is \(7,\), config.json implies \(16,\)",
     ),
+    "nan": (
+        lambda f: edit_weights(f, lambda t: t["proj_out.bias"].fill_(torch.nan)),
+        f"hold NaN or infinite numbers: proj_out.bias in {SINGLE}",
+    ),
+    "twice": (
+        lambda f: (f / "transformer" / INDEX).write_text("{}"),
+        f"holds weights twice, {SINGLE} and {INDEX}",
+    ),
     "truncated": (truncate, f"{SINGLE} cannot be read, it may be truncated"),
     "shard": (lose_a_shard, "00002-of-.* cannot be read"),
     "no weights": (

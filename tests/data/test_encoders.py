@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from soar_mega.data.encoder_facts import encoder_facts, fingerprints
 from soar_mega.data.encoders import Encoders
@@ -246,3 +247,15 @@ def test_scales_of_latents_are_numbers(tmp_path, changes):
         ValueError, match=rf"vae/config\.json: {next(iter(changes))} is .* a number is expected"
     ):
         Decoder.load(edited(tmp_path / "p", "vae/config.json", **changes))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_3"])
+def test_encoders_with_broken_weights_are_refused_by_name(tmp_path, part):
+    shutil.copytree(BASE, tmp_path / "p")
+    file = next((tmp_path / "p" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    key = max(tensors)
+    tensors[key].view(-1)[-1] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} hold NaN or infinite numbers: "):
+        Encoders.from_pipeline(tmp_path / "p")

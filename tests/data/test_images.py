@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from damaged_pictures import damaged_pictures
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from soar_mega.data.buckets import check_buckets, generate_buckets, nearest_bucket
 from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
@@ -101,6 +101,46 @@ def test_whatever_a_picture_holds_it_is_an_error_of_ours(tmp_path):
         with pytest.raises(ImageError, match="cannot be read as an image") as error:
             read_image(tmp_path / "x.jpg")
         assert not isinstance(error.value.__cause__, OSError | ValueError), kind
+
+
+def test_a_long_thin_picture_is_cut_before_it_grows(monkeypatch):
+    """Its middle fills the bucket; all of it would be 512 x 768000 pixels."""
+    made = []
+    new = Image.Image.resize
+
+    def resize(self, size, *rest, **named):
+        made.append(size)
+        return new(self, size, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    pixels = np.zeros((3000, 2, 3), dtype=np.uint8)
+    pixels[1498:1502] = 255
+    assert fit(Image.fromarray(pixels), 512, 512).float().mean() > 250
+    assert made == [(512, 512)]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_refused(tmp_path, kind):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    path = tmp_path / f"moving.{kind.lower()}"
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:])
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="is animated.* 3 pictures"):
+            read(path)
+
+
+def test_a_photograph_with_a_preview_behind_it_is_one_picture(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))]
+    )
+    assert image_size(tmp_path / "a.jpg") == read_image(tmp_path / "a.jpg").size == (8, 8)
+
+
+def test_long_text_in_a_png_does_not_matter(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_range_is_the_vaes():

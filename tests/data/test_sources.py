@@ -1,6 +1,9 @@
 """Sources: every kind of list is read in a fixed order, and what is wrong is said by name."""
 
+import errno
 import json
+import logging
+import os
 
 import pytest
 from PIL import Image
@@ -44,7 +47,7 @@ def test_what_is_wrong_in_a_folder_is_said_by_name(tmp_path):
     reasons = {reject.name: reject.reason for reject in rejects}
     assert "bare.txt is missing" in reasons["bare.png"]
     assert "empty.txt is empty" in reasons["empty.png"]
-    assert "binary.txt cannot be read" in reasons["binary.png"]
+    assert "binary.txt is not UTF-8 (byte 0xff at place 0)" in reasons["binary.png"]
     assert "without an image" in reasons["orphan.txt"]
     assert len(rejects) == 4
 
@@ -117,3 +120,77 @@ def test_a_source_that_is_none(tmp_path):
         list_items(tmp_path)
     with pytest.raises(ValueError, match="neither an image folder nor a .jsonl file"):
         list_items(tmp_path / "nothing")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    write_images(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("an a", encoding="utf-8-sig")
+    assert list_items(tmp_path)[0][0].caption == "an a"
+    lines = write_lines(tmp_path / "list.jsonl", {"file_name": "a.png", "text": "an a"})
+    lines.write_text(lines.read_text(), encoding="utf-8-sig")
+    items, rejects = list_items(lines)
+    assert [item.caption for item in items] == ["an a"] and not rejects
+
+
+def test_latin_1_is_refused_in_a_list_as_in_a_caption(tmp_path):
+    write_images(tmp_path, "a.png")
+    lines = tmp_path / "list.jsonl"
+    rows = [
+        json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False) for text in ("a", "caf\u00e9")
+    ]
+    lines.write_bytes("\n".join(rows).encode("latin-1"))
+    items, rejects = list_items(lines)
+    assert [item.caption for item in items] == ["a"]
+    assert [reject.name for reject in rejects] == ["list.jsonl:2"] and "not UTF-8" in rejects[0].reason
+
+
+def test_pictures_behind_links_are_seen_and_loops_told(tmp_path, caplog):
+    folder = tmp_path / "images"
+    write_images(folder, "a.png")
+    write_images(tmp_path / "elsewhere", "b.png")
+    for caption in (folder / "a.txt", tmp_path / "elsewhere" / "b.txt"):
+        caption.write_text("fine")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "around").symlink_to(".")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    items, rejects = list_items(folder)
+    assert [item.name for item in items] == ["a.png", "more/b.png"]
+    assert [(reject.name, reject.reason) for reject in rejects] == [
+        ("gone.png", "is a link to nowhere.png, which is missing")
+    ]
+    assert caplog.text.count("is a link to a folder around it") == 2
+
+
+def test_pictures_of_other_kinds_are_told(tmp_path):
+    write_images(tmp_path, "a.png", "b.gif")
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text("fine")
+    items, rejects = list_items(tmp_path)
+    assert len(items) == 1
+    reasons = {reject.name: reject.reason for reject in rejects}
+    assert set(reasons) == {"b.gif", "c.txt"} and "another kind" in reasons["b.gif"]
+
+
+def test_what_other_programs_keep_beside_images_is_passed_over(tmp_path, caplog):
+    for name in ("a", "._a", "@eaDir/a", ".ipynb_checkpoints/a-checkpoint", "__MACOSX/a"):
+        write_images(tmp_path, f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("fine")
+    with caplog.at_level(logging.INFO):
+        items, rejects = list_items(tmp_path)
+    assert [item.name for item in items] == ["a.png"] and not rejects
+    assert "5 hidden files and folders are passed over" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    write_images(tmp_path, "closed/a.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    _, rejects = list_items(tmp_path)
+    assert [reject.name for reject in rejects] == ["closed"] and "Permission denied" in rejects[0].reason

@@ -1,6 +1,7 @@
 """soar-mega sample"""
 
 import argparse
+import math
 from pathlib import Path
 
 HELP = """\
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("count", "steps", "scale", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if not math.isfinite(arguments.guidance_scale):
+        raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 
     from soar_mega.cli.process import start_process
 
@@ -90,5 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _read_prompts(path: str | None) -> list[str]:
     if path is None:
         return []
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     return [line for line in lines if line]

@@ -1,12 +1,12 @@
 """What a diffusers pipeline folder holds beside its transformer."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.user_files import number, read_object
 
 INDEX = "model_index.json"
 
@@ -23,13 +23,13 @@ def scheduler_shift(folder: str | Path) -> float:
         ValueError: no scheduler, or one whose shift is not a constant.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): set stage.shift instead") from error
+    content = read_object(path, "set stage.shift instead")
     if content.get("use_dynamic_shifting"):
         raise ValueError(f"{path} shifts by image size (use_dynamic_shifting): set stage.shift to a number")
-    return float(content.get("shift", 1.0))
+    shift = number({"shift": 1.0, **content}, "shift", path)
+    if shift <= 0:
+        raise ValueError(f"{path}: shift is {shift}: it must be above 0 (SD3.5: 3.0)")
+    return shift
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -51,16 +51,13 @@ def pipeline_parts(folder: str | Path) -> dict[str, int]:
     """
     folder = Path(folder)
     index = folder / INDEX
-    try:
-        content = dict(json.loads(index.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{index} cannot be read: {error}") from error
+    content = read_object(index)
     files = {INDEX: index}
     for name, kind in content.items():
         # what begins with _ and a plain value are settings; [null, null] is a part that this pipeline does without
         if name.startswith("_") or name == "transformer" or not isinstance(kind, list) or None in kind:
             continue
-        if Path(name).name != name or not (folder / name).is_dir():
+        if Path(name).name != name or not name or not (folder / name).is_dir():
             raise ValueError(f"{index} names the part {name}, but {folder / name} is missing")
         files.update({file.relative_to(folder).as_posix(): file for file in _files_below(folder / name)})
     return {name: _readable_size(file) for name, file in files.items()}

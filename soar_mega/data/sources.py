@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.data.info import bucket_name
+from soar_mega.user_files import is_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA_FILE = "metadata.jsonl"
@@ -136,12 +137,3 @@ def _pixels(row: dict[str, Any], key: str) -> int:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-
-
-def is_text(words: str) -> bool:
-    """Whether a string can be written and tokenised: JSON and YAML can spell halves of characters, which cannot."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

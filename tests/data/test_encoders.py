@@ -246,3 +246,9 @@ def test_scales_of_latents_are_numbers(tmp_path, changes):
         ValueError, match=rf"vae/config\.json: {next(iter(changes))} is .* a number is expected"
     ):
         Decoder.load(edited(tmp_path / "p", "vae/config.json", **changes))
+
+
+def test_a_vae_without_some_of_its_weights_is_named(tmp_path):
+    folder = edited(tmp_path / "p", "vae/config.json", layers_per_block=3)
+    with pytest.raises(ValueError, match="vae cannot be loaded: the weights lack .*config.json implies"):
+        Encoders.from_pipeline(folder, text=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.user_files import is_text
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds, and how to say so
 
@@ -302,6 +303,10 @@ def _check_logging(recipe: Recipe) -> None:
         _require(
             len(span) == 2 and 1.0 >= span[0] > span[1] > 0.0,
             f"logging.drift_spans holds {span}: a span is [sigma from, sigma to] with 1 >= from > to > 0",
+        )
+    for prompt in logging.sample_prompts:
+        _require(
+            is_text(prompt), f"logging.sample_prompts holds {prompt!r}, which is no text: half a character"
         )
     _require(
         not logging.sample_interval or (logging.sample_prompts and recipe.model.pipeline),

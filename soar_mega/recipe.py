@@ -6,8 +6,8 @@ the key and say what would be right.
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -31,9 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     recipe = Recipe()
-    for group, settings in _mapping(
-        _read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)
-    ).items():
+    for group, settings in _mapping(_read_yaml(_text(path), str(path)), str(path)).items():
         for key, value in _mapping(settings, f"{path}: {group}").items():
             _set(recipe, f"{group}.{key}", value, str(path))
     for override in overrides:
@@ -54,6 +52,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.MarkedYAMLError(problem="a key is a name", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
@@ -67,6 +67,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+
+
 def _read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
@@ -76,6 +83,9 @@ def _read_yaml(text: str, where: str) -> Any:
         raise ValueError(
             f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
         ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's own words for dates, numbers and tags that are none
+        raise ValueError(f"{where}: not valid YAML: {error!r}"[:MAX_MESSAGE]) from error
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -128,7 +138,9 @@ def _advice(name: str, known: list[str]) -> str:
     return f"the groups are {', '.join(groups)}"
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text (quote it)"}
+MAX_MESSAGE = 300  # characters
+LARGEST: dict[Any, float] = {int: 2**63 - 1, float: sys.float_info.max, bool: 0, str: 0}  # of numbers
+_WORDS = {bool: "true or false", int: "a whole number below 2^63", float: "a number", str: "text (quote it)"}
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
@@ -144,11 +156,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return {str(key): _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if origin in (list, dict):
         raise ValueError(f"{where}: expected a {'list' if origin is list else 'mapping'}, found {value!r}")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST[kind]
     if kind is float and number:
         return float(value)
     if kind is int and number and int(value) == value:
         return int(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    raise ValueError(f"{where}: expected {_WORDS[kind]}, found {value!r}")
+    raise ValueError(f"{where}: expected {_WORDS[kind]}, found {value!r}"[:MAX_MESSAGE])

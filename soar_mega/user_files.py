@@ -60,6 +60,15 @@ def lfs_advice(path: Path) -> str:
     return f"{path.name} {advice}" if pointer else ""
 
 
+def is_text(words: str) -> bool:
+    """Whether a string can be written and tokenised: JSON and YAML can spell halves of characters, which cannot."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -118,6 +118,21 @@ def test_other_ranks_let_rank_0_speak_first(
         (["evaluate", BASE, BASE], "given twice"),
         (["evaluate", BASE, "--held-out", "nowhere"], "nowhere"),
         (["evaluate", BASE, "--drift-samples", "0"], "--drift-samples must be at least 1"),
+        (["evaluate", BASE, "--steps", "0"], "--steps must be at least 1"),
+        (["evaluate", BASE, "--prompts-per-category", "-3"], "--prompts-per-category must be at least 1"),
+        (["evaluate", BASE, "--seed", "-1"], "--seed must be at least 0"),
+        (["evaluate", BASE, "--guidance-scale", "nan"], "--guidance-scale must be a number"),
+        (["sample", BASE, "--prompt", "x", "--guidance-scale", "inf"], "--guidance-scale must be a number"),
+        (
+            ["sample", BASE, "--prompt", "x", "--max-sequence-length", "-3"],
+            "max_sequence_length is -3: it must be",
+        ),
+        (["sample", BASE, "--prompt", "caf\udce9"], "'caf\\udce9' is no text"),
+        (
+            ["prepare", BASE, "out", "--pipeline", BASE, "--max-sequence-length", "-3"],
+            "max_sequence_length is -3",
+        ),
+        (["prepare", BASE, "out", "--pipeline", BASE, "--resolution", "0"], "resolution is 0"),
         (["prepare", "nowhere", "out", "--pipeline", BASE], "nowhere"),
         (["convert", "nowhere", "out"], "nowhere: no such folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
@@ -135,6 +150,12 @@ def test_bad_arguments_are_named(
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("soar-mega: error: ") and words in error
+
+
+def test_prompts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
+    assert main(["sample", BASE, "--prompts", str(tmp_path / "prompts.txt")]) == 1
+    assert f"{tmp_path}/prompts.txt is not UTF-8 text" in capsys.readouterr().err
 
 
 # -- train

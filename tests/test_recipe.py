@@ -99,6 +99,15 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ("train.seed", ["write group.key=value"]),
         ("train.train_iters=1.5", ["train.train_iters", "a whole number", "1.5"]),
         ("train.train_iters=true", ["a whole number"]),
+        ("train.seed=1e30", ["train.seed", "below 2^63"]),
+        ("train.seed=" + "9" * 400, ["train.seed", "below 2^63"]),
+        ("optimizer.lr=" + "9" * 400, ["optimizer.lr", "a number"]),
+        ("train.seed=" + "9" * 5000, ["train.seed", "4300 digits"]),
+        ("train.seed=2024-13-45", ["train.seed", "month must be in 1..12"]),
+        ("optimizer.frozen=&a [*a]", ["optimizer.frozen[0]", "text"]),
+        ("optimizer.frozen=" + "[" * 5000, ["optimizer.frozen", "not valid YAML"]),
+        ("optimizer.lr_multipliers={[a]: 1}", ["optimizer.lr_multipliers", "a key is a name"]),
+        ('logging.sample_prompts=["\\ud83e"]', ["logging.sample_prompts", "no text"]),
         ("train.train_iters=", ["a whole number", "None"]),
         ("optimizer.lr=fast", ["optimizer.lr", "a number", "'fast'"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "a number"]),
@@ -181,6 +190,12 @@ def test_wrong_files_name_the_file_and_the_place(tmp_path: Path, text: str, word
         load_text(tmp_path, text)
     for word in ["other.yaml", *words]:
         assert word in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_bytes(b"model: {pipeline: caf\xe9}")
+    with pytest.raises(ValueError, match=r"other\.yaml: not UTF-8"):
+        load_recipe(tmp_path / "other.yaml")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(arguments: argparse.Namespace) -> int:
     pipelines = _named(arguments.pipelines)
-    if arguments.drift_samples < 1:
-        raise ValueError("--drift-samples must be at least 1")
+    for name in ("steps", "prompts_per_category", "drift_samples", "drift_steps"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.seed < 0:
+        raise ValueError("--seed must be at least 0")
+    if not all(math.isfinite(scale) for scale in arguments.guidance_scale or ()):
+        raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 
     from soar_mega.cli.process import start_process
 

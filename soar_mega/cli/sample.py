@@ -1,6 +1,7 @@
 """soar-mega sample"""
 
 import argparse
+import math
 from pathlib import Path
 
 HELP = """\
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("count", "steps", "scale", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if not math.isfinite(arguments.guidance_scale):
+        raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 
     from soar_mega.cli.process import start_process
 

@@ -1,12 +1,12 @@
 """What a diffusers pipeline folder holds beside its transformer."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.user_files import number, read_object
 
 INDEX = "model_index.json"
 # What a scheduler is whose sigmas follow from its shift alone.
@@ -36,14 +36,14 @@ def scheduler_shift(folder: str | Path) -> float:
         ValueError: no such scheduler, or one whose sigmas are not those of a constant shift; names the setting.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    try:
-        content = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {SHIFT_ADVICE}") from error
+    content = read_object(path, SHIFT_ADVICE)
     for name, known in PLAIN_SCHEDULER.items():
         if (found := content.get(name, known)) not in (known, None):
             raise ValueError(f"{path} has {name} {found!r}, and only {known!r} is known: {SHIFT_ADVICE}")
-    return float(content.get("shift", 1.0))
+    shift = number({"shift": 1.0, **content}, "shift", path)
+    if shift <= 0:
+        raise ValueError(f"{path}: shift is {shift}: it must be above 0 (SD3.5: 3.0)")
+    return shift
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -65,16 +65,13 @@ def pipeline_parts(folder: str | Path) -> dict[str, int]:
     """
     folder = Path(folder)
     index = folder / INDEX
-    try:
-        content = dict(json.loads(index.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{index} cannot be read: {error}") from error
+    content = read_object(index)
     files = {INDEX: index}
     for name, kind in content.items():
         # what begins with _ and a plain value are settings; [null, null] is a part that this pipeline does without
         if name.startswith("_") or name == "transformer" or not isinstance(kind, list) or None in kind:
             continue
-        if Path(name).name != name or not (folder / name).is_dir():
+        if Path(name).name != name or not name or not (folder / name).is_dir():
             raise ValueError(f"{index} names the part {name}, but {folder / name} is missing")
         files.update({file.relative_to(folder).as_posix(): file for file in _files_below(folder / name)})
     return {name: _readable_size(file) for name, file in files.items()}

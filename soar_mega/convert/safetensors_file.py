@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from soar_mega.user_files import lfs_advice, read_object
+
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -34,7 +36,8 @@ class Reader:
             try:
                 handle = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+                why = lfs_advice(path) or f"it may be truncated: {error}"
+                raise ValueError(f"{path} cannot be read, {why}") from error
             self._handles[path] = handle
             self.files.update(dict.fromkeys(handle.keys(), path))
 
@@ -147,11 +150,13 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX} (found: {found})")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
-    return [folder / name for name in names]
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
+    for key, name in listed.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} says that {key} is in {name!r}, which is no file beside it")
+    return [folder / name for name in sorted(set(listed.values()))]
 
 
 def _cut(

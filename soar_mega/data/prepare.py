@@ -98,6 +98,8 @@ def prepare(
         raise ValueError(
             f"batch_size ({batch_size}) and samples_per_shard ({samples_per_shard}) must be at least 1"
         )
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution is {resolution}: it must be at least 1 pixel")
     facts = encoder_facts(pipeline, max_sequence_length)
     sizes = _bucket_choice(buckets, resolution, facts)
     items, listed_rejects = list_items(Path(source), Path(images) if images is not None else None)

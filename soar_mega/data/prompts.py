@@ -10,6 +10,7 @@ from torch import Tensor
 
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.distributed import device
+from soar_mega.user_files import is_text
 
 BATCH = 32  # prompts that are encoded together
 
@@ -42,10 +43,15 @@ def encode_prompts(
         max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
 
     Raises:
-        ValueError: a part of the folder is missing or damaged.
+        ValueError: a prompt is no text, or a part of the folder is missing or damaged.
     """
     from soar_mega.data.text_encoder import joined, parts  # brings transformers, which most runs do not need
 
+    for prompt in prompts:
+        if not is_text(prompt):
+            raise ValueError(
+                f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8, or half a character"
+            )
     folder = Path(pipeline)
     facts = encoder_facts(folder, max_sequence_length)
     every = [*prompts, ""]

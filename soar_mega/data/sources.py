@@ -9,6 +9,7 @@ from typing import Any
 from soar_mega.data.image_folder import IMAGE_SUFFIXES, walk
 from soar_mega.data.info import bucket_name
 from soar_mega.data.text_files import decode
+from soar_mega.user_files import is_text
 
 METADATA_FILE = "metadata.jsonl"
 SHOWN = 60  # characters of an impossible file name in a message
@@ -143,12 +144,3 @@ def _pixels(row: dict[str, Any], key: str) -> int:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-
-
-def is_text(words: str) -> bool:
-    """Whether a string can be written and tokenised: JSON and YAML can spell halves of characters, which cannot."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -69,6 +69,10 @@ def _load(folder: Path) -> Any:
     with loading(folder / "vae"):
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     path = folder / "vae" / "config.json"
+    if absent := [name for name, weight in vae.named_parameters() if weight.is_meta]:
+        raise ValueError(
+            f"{folder / 'vae'} cannot be loaded: the weights lack {absent[0]}, which {path} implies"
+        )
     number(dict(vae.config), "scaling_factor", path)
     if vae.config.get("shift_factor") is not None:
         number(dict(vae.config), "shift_factor", path)

@@ -1,12 +1,14 @@
 """The sizes of an SD3-family transformer, under diffusers' names."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.user_files import read_object
+
 CLASS_NAME = "SD3Transformer2DModel"
+LARGEST = 2**31  # of sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,17 @@ class MMDiTConfig:
     qk_norm: str | None = None  # rms_norm or None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or not 1 <= value < LARGEST):
+                raise ValueError(f"{field.name} is {value!r}: it must be a whole number of at least 1")
+        if not all(
+            type(layer) is int and 0 <= layer < self.num_layers for layer in self.dual_attention_layers
+        ):
+            raise ValueError(
+                f"dual_attention_layers is {list(self.dual_attention_layers)}: it must list layers from 0 to "
+                f"{self.num_layers - 1}"
+            )
         if self.caption_projection_dim != self.hidden_size:
             raise ValueError(
                 f"caption_projection_dim is {self.caption_projection_dim}, but text and image meet in one attention: "
@@ -59,11 +72,7 @@ class MMDiTConfig:
         if isinstance(source, dict):
             return cls._from_dict(source, "the configuration")
         path = config_file(Path(source))
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-        return cls._from_dict(content, str(path))
+        return cls._from_dict(read_object(path), str(path))
 
     @classmethod
     def _from_dict(cls, content: dict[str, Any], name: str) -> "MMDiTConfig":
@@ -75,7 +84,10 @@ class MMDiTConfig:
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
-        settings["dual_attention_layers"] = tuple(settings.get("dual_attention_layers") or ())
+        dual = settings.get("dual_attention_layers") or ()
+        if not isinstance(dual, list | tuple):
+            raise ValueError(f"{name}: dual_attention_layers is {dual!r}: it must be a list of layers")
+        settings["dual_attention_layers"] = tuple(dual)
         if settings.get("out_channels", 0) is None:
             settings["out_channels"] = settings.get("in_channels", cls.in_channels)
         try:

@@ -145,7 +145,8 @@ def outside(source):
         (around, "vae/all is a link to a folder around it"),
         (outside, r"names the part ../vae"),
         (lambda source: shutil.rmtree(source / "vae"), "names the part vae, but .* is missing"),
-        (lambda source: (source / "model_index.json").write_text("[1]"), "model_index.json cannot be read"),
+        (lambda source: (source / "model_index.json").write_text("[1]"), r"model_index.json holds \[1\]"),
+        (lambda source: (source / "model_index.json").write_text('{"": ["a", "b"]}'), "names the part , but"),
         (lambda source: os.mkfifo(source / "vae/pipe"), "vae/pipe is not a regular file"),
     ],
 )
@@ -185,4 +186,12 @@ def test_a_scheduler_that_a_shift_does_not_describe_is_refused_by_name(name, val
         json.dumps({**config, name: value, "flow_shift": 3})
     )
     with pytest.raises(ValueError, match=f"has {name} .*stage.shift in a recipe and --shift in sample"):
+        scheduler_shift(tmp_path)
+
+
+@pytest.mark.parametrize("shift", [None, "3", 0, -1, True, float("nan"), float("inf"), [3.0]])
+def test_a_shift_that_is_none_is_named(tmp_path, shift):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": shift}))
+    with pytest.raises(ValueError, match="scheduler_config.json: shift is"):
         scheduler_shift(tmp_path)

@@ -152,6 +152,11 @@ def lose_a_shard(folder):
     next((folder / "transformer").glob("*-00002-of-*")).unlink()
 
 
+def write_index(folder, weight_map):
+    (folder / "transformer" / SINGLE).unlink()
+    (folder / "transformer" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
 BROKEN = {
     "missing": (
         lambda f: edit_weights(f, lambda t: t.pop("context_embedder.bias")),
@@ -184,7 +189,7 @@ BROKEN = {
             (f / "transformer" / SINGLE).unlink(),
             (f / "transformer" / INDEX).write_text("[]"),
         ),
-        "is not an index",
+        r"holds \[\] instead of a JSON object",
     ),
     "class": (
         lambda f: edit_config(f, _class_name="FluxTransformer2DModel"),
@@ -192,7 +197,24 @@ BROKEN = {
     ),
     "setting": (lambda f: edit_config(f, rope_theta=3), "does not know: rope_theta"),
     "sizes": (lambda f: edit_config(f, num_attention_heads=8), "config.json: caption_projection_dim is 32"),
-    "json": (lambda f: (f / "transformer" / "config.json").write_text("{"), "cannot be read as JSON"),
+    "json": (lambda f: (f / "transformer" / "config.json").write_text("{"), "is not valid JSON"),
+    "json list": (
+        lambda f: (f / "transformer" / "config.json").write_text("[]"),
+        "holds .. instead of a JSON object",
+    ),
+    "text": (lambda f: edit_config(f, num_layers="24"), "config.json: num_layers is '24'"),
+    "null": (lambda f: edit_config(f, patch_size=None), "config.json: patch_size is None"),
+    "huge": (lambda f: edit_config(f, num_layers=10**30), "config.json: num_layers is 1000"),
+    "zero": (lambda f: edit_config(f, attention_head_dim=0), "config.json: attention_head_dim is 0"),
+    "layers": (lambda f: edit_config(f, dual_attention_layers=5), "dual_attention_layers is 5"),
+    "layer": (lambda f: edit_config(f, dual_attention_layers=["a"]), r"dual_attention_layers is \['a'\]"),
+    "pointer": (
+        lambda f: (f / "transformer" / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        f"{SINGLE} is a Git LFS pointer",
+    ),
+    "map": (lambda f: write_index(f, ["a"]), "has no weight_map"),
+    "number": (lambda f: write_index(f, {"a": 3}), "says that a is in 3, which is no file"),
+    "outside": (lambda f: write_index(f, {"a": "../x.safetensors"}), "says that a is in '../x.safetensors'"),
     "no config": (lambda f: shutil.rmtree(f / "transformer"), "holds no transformer"),
 }
 

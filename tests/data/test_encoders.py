@@ -259,3 +259,9 @@ def test_encoders_with_broken_weights_are_refused_by_name(tmp_path, part):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{part} hold NaN or infinite numbers: "):
         Encoders.from_pipeline(tmp_path / "p")
+
+
+def test_a_vae_without_some_of_its_weights_is_named(tmp_path):
+    folder = edited(tmp_path / "p", "vae/config.json", layers_per_block=3)
+    with pytest.raises(ValueError, match="vae cannot be loaded: the weights lack .*config.json implies"):
+        Encoders.from_pipeline(folder, text=False)

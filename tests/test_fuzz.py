@@ -1,0 +1,311 @@
+"""Files damaged at random: every reader takes them or says what is wrong with an error of ours, and nothing else."""
+
+import io
+import json
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from soar_mega.convert import pipeline_parts, read_pipeline_config, scheduler_shift
+from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
+from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoders import Encoders
+from soar_mega.data.images import ImageError, image_size, read_image
+from soar_mega.data.info import bucket_size
+from soar_mega.data.prepare import prepare
+from soar_mega.data.shards import open_shards
+from soar_mega.data.sources import list_items
+from soar_mega.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "recipes/tiny/base"
+# put into a text somewhere: what JSON and YAML give a meaning, and values that fit nowhere
+TOKENS = (
+    *'[]{},:"\\-&*?!|#~\n\t\0',
+    *("null", "true", "-3", "1e30", "NaN", '"\\ud800"', "0x", "2024-13-45", "<<: ", "!!int ", "&a ", "*a"),
+    *("9" * 400, "9" * 5000, "[" * 3000, "a" * 300, "\u00b2", "\ufeff"),
+)
+VALUES = (
+    None,
+    True,
+    -3,
+    0,
+    1e30,
+    10**30,
+    float("nan"),
+    "",
+    "\x00",
+    "a" * 300,
+    "../x",
+    [],
+    [None],
+    {},
+    {"a": []},
+)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Different damage in every test, the same in every run."""
+    return random.Random(request.node.name)
+
+
+def damaged_bytes(content: bytes, rng: random.Random, among: int | None = None) -> bytes:
+    """Some bytes changed, among the first `among`; now and then the end is missing."""
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(min(among or len(content), len(content)))] = rng.randrange(256)
+    return bytes(changed[: rng.randrange(len(changed))] if rng.random() < 0.1 else changed)
+
+
+def damaged_text(text: str, rng: random.Random) -> str:
+    """Something put in, and a little taken away."""
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(text) + 1)
+        text = text[:at] + rng.choice(TOKENS) + text[at + rng.randrange(4) :]
+    return text
+
+
+def damaged_json(text: str, rng: random.Random) -> str:
+    """Valid JSON with another value in one place, or a text that need not be JSON at all."""
+    if rng.random() < 0.4:
+        return damaged_text(text, rng)
+    content = json.loads(text)
+    at, key = rng.choice([({"": content}, ""), *places(content)])
+    if not key:
+        return json.dumps(rng.choice(VALUES))
+    if rng.random() < 0.2:
+        del at[key]
+    else:
+        at[key] = rng.choice(VALUES)
+    return json.dumps(content)
+
+
+def places(content: object) -> Iterator[tuple[dict, object]]:
+    """(container, key) of every value of a JSON document."""
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
+    for key, value in items:
+        yield content, key
+        yield from places(value)
+
+
+def pictures() -> Iterator[tuple[str, bytes]]:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a text", 72.0
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    image = Image.effect_noise((24, 16), 90)
+    for kind, mode, options in (
+        ("JPEG", "RGB", {"exif": exif}),
+        ("PNG", "RGBA", {"exif": exif}),
+        ("PNG", "P", {}),
+        ("WEBP", "RGB", {"exif": exif}),
+        ("AVIF", "RGB", {"exif": exif}),
+        ("BMP", "RGB", {}),
+        ("GIF", "P", {}),
+        ("TIFF", "RGB", {"exif": exif}),
+    ):
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind, **options)
+        yield f"{kind} {mode}", file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in pictures()])
+def test_pictures(kind: str, tmp_path: Path, rng: random.Random) -> None:
+    content = dict(pictures())[kind]
+    path, taken, rejected = tmp_path / "x.jpg", 0, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3000):
+            path.write_bytes(damaged_bytes(content, rng, among=rng.choice([200, len(content)])))
+            for read in (read_image, image_size):
+                try:
+                    read(path)
+                    taken += 1
+                except ImageError:
+                    rejected += 1
+    assert rejected > 100 and taken + rejected == 6000
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_lists_of_captions(published: bool, tmp_path: Path, rng: random.Random) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "aa.jpg")
+    row = (
+        {"md5": "aa", "caption_en": "a fox", "bw": 16, "bh": 16}
+        if published
+        else {"file_name": "aa.jpg", "text": "a"}
+    )
+    lines = [damaged_json(json.dumps(row), rng).replace("\n", " ") for _ in range(3000)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    items, rejects = list_items(tmp_path / "list.jsonl")
+    assert len(items) > 100 and len(rejects) > 1000
+    for item in items:
+        assert item.caption.encode() and item.image.is_file()
+        assert item.bucket is None or bucket_size(item.bucket)
+    assert all(reject.name.startswith("list.jsonl:") and reject.reason for reject in rejects)
+
+
+def test_captions(tmp_path: Path, rng: random.Random) -> None:
+    for index in range(500):
+        Image.new("RGB", (1, 1)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_bytes(damaged_bytes(b"a fox in the snow", rng))
+    items, rejects = list_items(tmp_path)
+    assert len(items) + len(rejects) == 500 and min(len(items), len(rejects)) > 50
+
+
+def only_value_errors(work: Callable[[], object]) -> int:
+    """1 where `work` refused, 0 where it went on; every refusal says something."""
+    try:
+        work()
+    except ValueError as error:
+        assert str(error)
+        return 1
+    return 0
+
+
+def read_all(folder: Path) -> None:
+    """Every sample of a folder of shards, as training reads them."""
+    shards = open_shards(folder)
+    shards.empty_prompt()
+    for bucket in shards.info.buckets:
+        members = shards.members(bucket)
+        shards.read(bucket, members.tolist(), torch.arange(len(members)), seed=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset.json", "shard-000000.json", "shard-000000.tar", "empty.safetensors"]
+)
+def test_shards(name: str, shards: Path, tmp_path: Path, rng: random.Random) -> None:
+    shutil.copytree(shards, tmp_path / "s")
+    path = tmp_path / "s" / name
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(400 if path.suffix == ".json" else 100):
+        damaged = (
+            damaged_json(whole.decode(), rng).encode()
+            if path.suffix == ".json"
+            else damaged_bytes(whole, rng, 4000)
+        )
+        path.write_bytes(damaged)
+        refused += only_value_errors(lambda: read_all(tmp_path / "s"))
+    assert refused > 5
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "shard-000000.json", "prepare.json", "rejects.jsonl"])
+def test_a_folder_that_is_prepared_again(name: str, tmp_path: Path, rng: random.Random) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(2):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"images/{index}.png")
+    (tmp_path / "images/0.txt").write_text("a red 0")
+    call = (tmp_path / "images", tmp_path / "out", BASE)
+    prepare(*call, skip_invalid=True)
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    if name in ("shard-000000.json", "prepare.json"):
+        del contents["dataset.json"]  # they are read again while it is unfinished
+    for _ in range(30):
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        for file, content in contents.items():
+            (tmp_path / "out" / file).write_bytes(content)
+        (tmp_path / "out" / name).write_text(damaged_json(contents[name].decode(), rng))
+        only_value_errors(lambda: prepare(*call, skip_invalid=True))
+
+
+CONFIGS = [
+    path.relative_to(BASE).as_posix()
+    for path in sorted(BASE.rglob("*.json"))
+    if path.name != "tokenizer.json"
+]
+
+
+def described(folder: Path) -> None:
+    """All that is said of a pipeline without loading it; what one reader refuses the others still have to read."""
+    for read in (encoder_facts, fingerprints, read_pipeline_config, scheduler_shift, pipeline_parts):
+        only_value_errors(lambda read=read: read(folder))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name: str, tmp_path: Path, rng: random.Random) -> None:
+    shutil.copytree(BASE, tmp_path / "p")
+    text = (BASE / name).read_text()
+    for _ in range(300):
+        os.unlink(tmp_path / "p" / name)
+        (tmp_path / "p" / name).write_text(damaged_json(text, rng))
+        described(tmp_path / "p")
+
+
+ENCODER_FILES = ["text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+                 "text_encoder_3/model.safetensors", "tokenizer_3/tokenizer_config.json", "model_index.json",
+                 "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODER_FILES)
+def test_encoders(name: str, tmp_path: Path, rng: random.Random) -> None:
+    shutil.copytree(BASE, tmp_path / "p")
+    whole = (BASE / name).read_bytes()
+    for _ in range(12):
+        os.unlink(tmp_path / "p" / name)
+        damaged = (
+            damaged_json(whole.decode(), rng).encode()
+            if name.endswith(".json")
+            else damaged_bytes(whole, rng, 300)
+        )
+        (tmp_path / "p" / name).write_bytes(damaged)
+        only_value_errors(lambda: Encoders.from_pipeline(tmp_path / "p"))
+
+
+def test_weights(tmp_path: Path, rng: random.Random) -> None:
+    whole = save({"a": torch.ones(4, 4), "b": torch.ones(3, dtype=torch.bfloat16)})
+    index = json.dumps({"metadata": {}, "weight_map": {"a": "x.safetensors", "b": "x.safetensors"}})
+
+    def read() -> None:
+        with Reader(tmp_path) as reader:
+            for key in reader.files:
+                reader.shape(key)
+                reader.read(key)
+
+    refused = 0
+    for _ in range(2000):
+        (tmp_path / SINGLE).write_bytes(damaged_bytes(whole, rng))
+        refused += only_value_errors(read)
+    (tmp_path / SINGLE).rename(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(whole)
+    for _ in range(1000):
+        (tmp_path / INDEX).write_text(damaged_json(index, rng))
+        refused += only_value_errors(read)
+    assert refused > 1000
+
+
+def test_recipes(tmp_path: Path, rng: random.Random) -> None:
+    recipe = ROOT / "recipes/tiny/soar.yaml"
+    whole, refused = recipe.read_text(), 0
+    for _ in range(600):
+        (tmp_path / "x.yaml").write_text(damaged_text(whole, rng))
+        refused += only_value_errors(lambda: load_recipe(tmp_path / "x.yaml"))
+    for key in (
+        "train.seed",
+        "optimizer.lr",
+        "optimizer.frozen",
+        "logging.drift_spans",
+        "model.dtype",
+        "data.path",
+    ):
+        for _ in range(60):
+            override = f"{key}={damaged_text('1', rng)}"
+            refused += only_value_errors(lambda override=override: load_recipe(recipe, [override]))
+    assert refused > 400

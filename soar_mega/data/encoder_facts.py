@@ -1,15 +1,11 @@
-"""What a pipeline folder says about its encoders without loading them: sizes, lengths, fingerprints."""
+"""What a pipeline folder says about its encoders without loading them: sizes and lengths."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 DEFAULT_T5_LENGTH = 256  # of diffusers' StableDiffusion3Pipeline
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, for its fingerprint
-VERSION_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +59,6 @@ def has_t5(pipeline: Path) -> bool:
     return bool(entry and entry[1])
 
 
-def fingerprints(pipeline: Path) -> dict[str, str]:
-    """SHA-256 of the config and of samples of the weights of each encoder in the folder.
-
-    Reading all of a 10 GB encoder at every start would take longer than the start: of each weight file the size, the
-    first bytes (the header) and blocks spread over the rest are taken, which any training of the encoder changes.
-    """
-    result = {}
-    for part in ENCODERS:
-        folder = pipeline / part
-        if not (folder / "config.json").is_file():
-            continue
-        digest = hashlib.sha256()
-        config = {k: v for k, v in read_config(folder / "config.json").items() if k not in VERSION_KEYS}
-        digest.update(json.dumps(config, sort_keys=True).encode())
-        for path in _weight_files(folder):
-            digest.update(path.name.encode())
-            digest.update(_sampled_bytes(path))
-        result[part] = digest.hexdigest()
-    return result
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON config of a pipeline folder; ValueError naming it when it is missing or damaged."""
     try:
@@ -102,22 +77,3 @@ def _default_t5_length(pipeline: Path) -> int:
     path = pipeline / "tokenizer_3" / "tokenizer_config.json"
     allowed = read_config(path).get("model_max_length") if path.is_file() else None
     return int(min(DEFAULT_T5_LENGTH, allowed or DEFAULT_T5_LENGTH))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weights that loading takes: safetensors before .bin, and no fp16 or other variants."""
-    for pattern in ("*.safetensors", "*.bin"):
-        plain = [path for path in sorted(folder.glob(pattern)) if path.name.count(".") == 1]
-        if plain:
-            return plain
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _sampled_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        blocks = [str(size).encode()]
-        for i in range(SAMPLES):
-            file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-            blocks.append(file.read(SAMPLE_BYTES))
-    return b"".join(blocks)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from soar_mega import distributed
 from soar_mega.data.buckets import check_buckets, generate_buckets
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts, fingerprints
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import (

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
@@ -120,7 +119,10 @@ class ShardSet:
         path = self.path / EMPTY_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: prepare the shards again")
-        tensors = load_file(path)
+        content = path.read_bytes()
+        if zlib.crc32(content) != self._dataset["empty_crc32"]:
+            raise ValueError(f"{path} was damaged after it was written: copy it again or prepare again")
+        tensors = load_tensors(content)
         return tensors["text"], tensors["pooled"]
 
     def batch(self, indices: Sequence[int], seed: int) -> Batch:

@@ -199,3 +199,12 @@ def test_only_some_shards_are_kept_open(tmp_path, monkeypatch):
         assert shard_set.read("16x16", [index], positions(0), seed=0).tensors["latents"].max() == index
     assert len(opened) == 6
     assert sum(not file.closed for file in opened) == 2
+
+
+def test_a_damaged_empty_prompt_is_refused(shards):
+    path = shards / "empty.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"empty\.safetensors was damaged"):
+        open_shards(shards).empty_prompt()

@@ -175,3 +175,9 @@ def test_encoders_with_broken_weights_are_refused_by_name(tmp_path, part):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{part} hold NaN or infinite numbers: "):
         Encoders.from_pipeline(tmp_path / "p")
+
+
+def test_prompts_that_are_cut_are_counted(caplog):
+    encode_prompts(BASE, ["a red 3", "a red 3 left of a green 7 above a blue 2 left of a white 1"])
+    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    assert [f"1 of 2 prompts are longer than {part} takes" in caplog.text for part in parts] == [True] * 3

@@ -155,7 +155,7 @@ def test_bad_arguments_are_named(
 def test_prompts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     assert main(["sample", BASE, "--prompts", str(tmp_path / "prompts.txt")]) == 1
-    assert f"{tmp_path}/prompts.txt is not UTF-8 text" in capsys.readouterr().err
+    assert f"{tmp_path}/prompts.txt is not UTF-8" in capsys.readouterr().err
 
 
 # -- train
@@ -377,6 +377,18 @@ def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.
     assert report["real"]["verifier_accuracy"] > 0.95
     said = capsys.readouterr().out
     assert "soar " in said and "real canvases" in said and "0.90 -> 0.65" in said
+
+
+def test_held_out_samples_of_other_encoders_are_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How far a model's velocity is from the latents of another VAE is a number that means nothing."""
+    held_out = tmp_path / "held_out"
+    shutil.copytree(shards, held_out)
+    info = json.loads((held_out / "dataset.json").read_text())
+    (held_out / "dataset.json").write_text(json.dumps({**info, "encoders": {"vae": "another"}}))
+    command = ["evaluate", BASE, "--held-out", str(held_out), "--out", str(tmp_path / "metrics.json")]
+    assert main(command) == 1 and "was encoded by another vae than" in capsys.readouterr().err
 
 
 def test_drift_is_measured_without_text_encoders(

@@ -1,7 +1,8 @@
 """The run folder: its lock, its checkpoints' names, the tracker file and the completion marker.
 
     run.lock                               the process that writes; where it is, what is named here is this program's
-    run_config.yaml                        the recipe with all values resolved
+    run_config.yaml                        the recipe with all values resolved; those of earlier starts that were
+                                           others are run_config.1.yaml and so on
     lineage.json                           what it started from, and the code of each start
     latest_checkpointed_iteration.txt      the iteration to resume from
     iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash,
@@ -32,9 +33,10 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 MARKER = "complete.json"
 LOCK = "run.lock"
+RECIPE = "run_config.yaml"
 DESCRIPTION = "checkpoint.json"  # in each checkpoint
 OWN_NAMES = re.compile(
-    r"iter_\d{7,}(\.\w+)?|run_config\.yaml|lineage\.json|complete\.json|" + re.escape(TRACKER)
+    r"iter_\d{7,}(\.\w+)?|run_config(\.\d+)?\.yaml|lineage\.json|complete\.json|" + re.escape(TRACKER)
 )
 TEMPORARY, DELETED, BROKEN = ".tmp", ".deleted", ".broken"
 

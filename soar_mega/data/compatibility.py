@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
-from soar_mega.data.encoder_facts import fingerprints, read_config
+from soar_mega.data.encoder_facts import read_config
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import DatasetInfo
 
 

@@ -1,8 +1,6 @@
-"""What a pipeline folder says about its encoders without loading them: sizes, lengths, fingerprints."""
+"""What a pipeline folder says about its encoders without loading them: sizes and lengths."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,9 @@ from typing import Any
 
 from soar_mega.user_files import lfs_advice, number, read_object, whole
 
-ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 DEFAULT_T5_LENGTH = 256  # of diffusers' StableDiffusion3Pipeline
 LARGEST_T5_LENGTH = 512  # likewise
 CLIP_LENGTH = 77  # of a CLIP whose config does not say
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, for its fingerprint
-VERSION_KEYS = ("_name_or_path", "_diffusers_version", "transformers_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +95,6 @@ def loading(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} cannot be loaded: {why}") from error
 
 
-def fingerprints(pipeline: Path) -> dict[str, str]:
-    """SHA-256 of the config and of samples of the weights of each encoder in the folder.
-
-    Reading all of a 10 GB encoder at every start would take longer than the start: of each weight file the size, the
-    first bytes (the header) and blocks spread over the rest are taken, which any training of the encoder changes.
-    """
-    result = {}
-    for part in ENCODERS:
-        folder = pipeline / part
-        if not (folder / "config.json").is_file():
-            continue
-        digest = hashlib.sha256()
-        config = {k: v for k, v in read_config(folder / "config.json").items() if k not in VERSION_KEYS}
-        digest.update(json.dumps(config, sort_keys=True).encode())
-        for path in _weight_files(folder):
-            digest.update(path.name.encode())
-            digest.update(_sampled_bytes(path))
-        result[part] = digest.hexdigest()
-    return result
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON config of a pipeline folder; ValueError naming it when it is missing or damaged."""
     return read_object(path, "give a diffusers SD3 pipeline folder")
@@ -155,22 +129,3 @@ def _t5_length(pipeline: Path, asked: int | None) -> int:
     if allowed < 1:
         raise ValueError(f"{path}: model_max_length is {allowed}: it must be at least 1")
     return int(min(DEFAULT_T5_LENGTH, allowed))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weights that loading takes: safetensors before .bin, and no fp16 or other variants."""
-    for pattern in ("*.safetensors", "*.bin"):
-        plain = [path for path in sorted(folder.glob(pattern)) if path.name.count(".") == 1]
-        if plain:
-            return plain
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _sampled_bytes(path: Path) -> bytes:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        blocks = [str(size).encode()]
-        for i in range(SAMPLES):
-            file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
-            blocks.append(file.read(SAMPLE_BYTES))
-    return b"".join(blocks)

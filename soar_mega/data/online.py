@@ -10,8 +10,9 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.data.buckets import generate_buckets, nearest_bucket
-from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shards import Read

@@ -5,9 +5,9 @@ bytes do not depend on the interruption. dataset.json comes last, and only when 
 """
 
 import fcntl
-import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from soar_mega import distributed
 from soar_mega.data.buckets import check_buckets, generate_buckets
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts, fingerprints
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.item_digests import images_changed, listing
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import (
     DATASET_FILE,
@@ -116,12 +118,12 @@ def prepare(
         "batch_size": batch_size,
         "samples_per_shard": samples_per_shard,
     }
-    digests = [_digest(chunk) for chunk in chunks]
+    digests = [listing(chunk) for chunk in chunks]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK_FILE, "a") as lock:
         _lock(lock, folder)
         if (folder / DATASET_FILE).is_file():
-            return _already_finished(folder, settings, digests)
+            return _already_finished(folder, settings, chunks, digests)
         _start(folder, settings)
         rejects = listed_rejects + _write_shards(
             folder, pipeline, facts, chunks, digests, settings, skip_invalid
@@ -141,12 +143,6 @@ def _mirrored(item: Item) -> Item:
     return Item(**{**asdict(item), "name": f"{item.name} (mirrored)", "mirrored": True})
 
 
-def _digest(chunk: Sequence[Item]) -> str:
-    """Changes with the names, captions and file sizes of a shard's items."""
-    rows = [[i.name, i.caption, i.bucket, i.mirrored, i.image.stat().st_size] for i in chunk]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
 def _lock(file: Any, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,12 +152,17 @@ def _lock(file: Any, folder: Path) -> None:
         ) from error
 
 
-def _already_finished(folder: Path, settings: dict[str, Any], digests: list[str]) -> Prepared:
+def _already_finished(
+    folder: Path, settings: dict[str, Any], chunks: Sequence[Sequence[Item]], digests: list[str]
+) -> Prepared:
     values = read_dataset_file(folder)
     if not isinstance(values.get("settings"), dict):
         raise ValueError(f"{folder / DATASET_FILE} names no settings: `soar-mega prepare` did not write it")
     _refuse_other_settings(folder, values["settings"], settings)
-    if values.get("digests") != digests:
+    if values.get("digests") != digests or any(
+        images_changed(chunk, path := _index(folder, number), read_index(path).get("images", ""))
+        for number, chunk in enumerate(chunks)
+    ):
         raise ValueError(f"{folder} was made of other images or captions: remove it or give another folder")
     log.info("%s is finished already", folder)
     info = DatasetInfo.from_json(values, folder / DATASET_FILE)
@@ -204,7 +205,7 @@ def _write_shards(
     # disable=None: silent when nobody looks
     with tqdm(total=sum(map(len, chunks)), desc="prepare", unit="sample", disable=None) as progress:
         for number, (chunk, digest) in enumerate(zip(chunks, digests, strict=True)):
-            old = _complete_shard(folder, number, digest)
+            old = _complete_shard(folder, number, chunk, digest)
             # Rejected samples may have been repaired since.
             if old is not None and (skip_invalid or not old):
                 rejects += old
@@ -222,9 +223,13 @@ def _write_shards(
     return rejects
 
 
-def _complete_shard(folder: Path, number: int, digest: str) -> list[Reject] | None:
+def _index(folder: Path, number: int) -> Path:
+    return folder / f"{shard_name(number)}.json"
+
+
+def _complete_shard(folder: Path, number: int, chunk: Sequence[Item], digest: str) -> list[Reject] | None:
     """The rejects of a shard that was completed from the same items; None when there is none."""
-    tar, index = folder / f"{shard_name(number)}.tar", folder / f"{shard_name(number)}.json"
+    tar, index = folder / f"{shard_name(number)}.tar", _index(folder, number)
     if not (tar.is_file() and index.is_file()):
         return None
     try:
@@ -234,6 +239,8 @@ def _complete_shard(folder: Path, number: int, digest: str) -> list[Reject] | No
         log.warning("%s: the shard is written again", error)
         return None
     if values.get("digest") != digest or tar.stat().st_size != values["bytes"]:
+        return None
+    if images_changed(chunk, index, values.get("images", "")):
         return None
     return rejects
 
@@ -264,9 +271,13 @@ def _finish(
             "Repair or remove them and run the same command again, or leave them out with --skip-invalid"
         )
     buckets: dict[str, int] = {}
+    cut: dict[str, int] = {}
     for number in range(len(digests)):
-        for sample in read_json(folder / f"{shard_name(number)}.json")["samples"]:
+        index = read_json(_index(folder, number))
+        for sample in index["samples"]:
             buckets[sample["bucket"]] = buckets.get(sample["bucket"], 0) + 1
+        for part, count in index["captions_cut"].items():
+            cut[part] = cut.get(part, 0) + count
     if not buckets:
         raise ValueError(f"none of the {total} samples can be used (see {path})")
     info = DatasetInfo(
@@ -279,9 +290,30 @@ def _finish(
         text_dtype=str(DTYPES[settings["dtype"]]).removeprefix("torch."),
         encoders=settings["encoders"],
     )
-    write_dataset_file(folder, info, len(digests), settings=settings, digests=digests, rejected=len(rejects))
+    _remove_leftover_shards(folder, len(digests))
+    write_dataset_file(
+        folder,
+        info,
+        len(digests),
+        settings=settings,
+        digests=digests,
+        rejected=len(rejects),
+        captions_cut=cut,
+    )
+    for part, count in cut.items():
+        if count:
+            log.warning("%d of %d captions are longer than %s takes and were cut", count, info.samples, part)
     log.info("%s: %d samples in %d shards, %d left out", folder, info.samples, len(digests), len(rejects))
     return Prepared(folder=folder, samples=info.samples, buckets=buckets, rejects=rejects)
+
+
+def _remove_leftover_shards(folder: Path, count: int) -> None:
+    """Those behind the last one: the folder was begun with more images."""
+    for path in sorted(folder.iterdir()):
+        name = re.fullmatch(r"shard-(\d{6,})\.(tar|json)(\.tmp)?", path.name)
+        if name and int(name[1]) >= count:
+            log.info("%s is left over from a larger source and is removed", path)
+            path.unlink()
 
 
 def _read_rejects(folder: Path) -> list[Reject]:

@@ -1,6 +1,7 @@
 """Prompts that are encoded once, before what draws them takes the memory."""
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.distributed import device
 from soar_mega.user_files import is_text
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # prompts that are encoded together
 
@@ -67,6 +70,8 @@ def _encoded_by(
     from soar_mega.data.text_encoder import TextEncoder
 
     encoder = TextEncoder.load(folder, part, facts, device(), dtype)
+    if cut := sum(map(encoder.cuts, prompts)):
+        log.warning("%d of %d prompts are longer than %s takes and are cut", cut, len(prompts) - 1, part)
     tokens, pooled = [], []
     for start in range(0, len(prompts), BATCH):
         of_tokens, of_prompts = encoder.encode(prompts[start : start + BATCH])

@@ -11,6 +11,7 @@ from soar_mega.data.buckets import bucket_problem, nearest_bucket
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import ImageError, fit, read_image, to_model_range
 from soar_mega.data.info import bucket_size
+from soar_mega.data.item_digests import contents
 from soar_mega.data.shard_writer import EncodedSample, ShardWriter
 from soar_mega.data.sources import Item, Reject
 
@@ -32,15 +33,22 @@ class ShardJob:
         self._writer = ShardWriter(folder, number)
         self._waiting: dict[str, list[tuple[str, Item, torch.Tensor]]] = {}
         self._rejects: list[Reject] = []
+        self._cut = dict.fromkeys((encoder.part for encoder in encoders.texts), 0)
 
     def run(self, chunk: Sequence[Item], digest: str, progress: Any) -> list[Reject]:
         """Write the shard; what could not be used of it."""
+        images = contents(chunk)  # before they are encoded: a change meanwhile is seen by the next call
         for place, item in enumerate(chunk):
             self._take(f"{self._first_key + place:09d}", item)
             progress.update()
         for bucket in self._waiting:
             self._encode(bucket)
-        self._writer.close(digest=digest, rejects=[asdict(reject) for reject in self._rejects])
+        self._writer.close(
+            digest=digest,
+            images=images,
+            captions_cut=self._cut,
+            rejects=[asdict(reject) for reject in self._rejects],
+        )
         return self._rejects
 
     def _take(self, key: str, item: Item) -> None:
@@ -85,6 +93,8 @@ class ShardJob:
                 self._rejects.append(Reject(name=item.name, reason=problem))
             else:
                 self._writer.add(key, sample)
+                for encoder in self._encoders.texts:
+                    self._cut[encoder.part] += encoder.cuts(item.caption)
 
 
 def _not_finite(sample: EncodedSample) -> str | None:

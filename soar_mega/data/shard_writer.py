@@ -6,7 +6,8 @@ A folder of shards holds
                          (the caption) and KEY.json (name in the source, bucket)
     shard-000000.json    the index: offset, size and CRC-32 of each part, written when the tar is complete
     empty.safetensors    text and pooled of the empty prompt
-    dataset.json         format version, shapes, buckets, encoders, shards; a folder without it is unfinished
+    dataset.json         format version, shapes, buckets, encoders, shards, CRC-32 of empty.safetensors; a folder
+                         without it is unfinished
 """
 
 import json
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from soar_mega.data.info import DatasetInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
 EMPTY_FILE = "empty.safetensors"
 
@@ -92,7 +93,14 @@ def write_dataset_file(folder: Path, info: DatasetInfo, shards: int, **extra: An
     for number in range(shards):
         index = json.loads((folder / f"{shard_name(number)}.json").read_text())
         listed.append({"name": shard_name(number), "samples": len(index["samples"]), "bytes": index["bytes"]})
-    values = {"format_version": FORMAT_VERSION, **info.to_json(), "shards": listed, **extra}
+    checksum = zlib.crc32((folder / EMPTY_FILE).read_bytes())
+    values = {
+        "format_version": FORMAT_VERSION,
+        "empty_crc32": checksum,
+        **info.to_json(),
+        "shards": listed,
+        **extra,
+    }
     write_json(folder / DATASET_FILE, values)
 
 

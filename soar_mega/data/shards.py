@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
@@ -121,9 +120,12 @@ class ShardSet:
         path = self.path / EMPTY_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: prepare the shards again")
+        content = path.read_bytes()
+        if zlib.crc32(content) != self._dataset.get("empty_crc32"):
+            raise ValueError(f"{path} was damaged after it was written: copy it again or prepare again")
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
+            tensors = load_tensors(content)
+        except SafetensorError as error:
             raise ValueError(f"{path} cannot be read, prepare the shards again: {error}") from error
         shapes = {"text": self.info.text_shape, "pooled": (self.info.pooled_size,)}
         for name, shape in shapes.items():

@@ -1,6 +1,7 @@
 """Lists of captioned images: an image folder, or a JSONL file as Hugging Face's or SOAR's authors write it."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from soar_mega.data.image_folder import IMAGE_SUFFIXES, walk
 from soar_mega.data.info import bucket_name
 from soar_mega.data.text_files import decode
 from soar_mega.user_files import is_text
+
+log = logging.getLogger(__name__)
 
 METADATA_FILE = "metadata.jsonl"
 SHOWN = 60  # characters of an impossible file name in a message
@@ -51,7 +54,7 @@ def list_items(source: Path, images: Path | None = None) -> tuple[list[Item], li
     """
     if source.is_dir():
         metadata = source / METADATA_FILE
-        results = _json_lines(metadata, source) if metadata.is_file() else _image_folder(source)
+        results = _listed_folder(metadata, source) if metadata.is_file() else _image_folder(source)
     elif source.is_file() and source.suffix == ".jsonl":
         results = _json_lines(source, images or source.parent)
     else:
@@ -93,6 +96,20 @@ def _image_folder(folder: Path) -> Iterator[Item | Reject]:
     reasons |= dict.fromkeys(sorted(captions - captioned), "is a caption without an image")
     for path, reason in reasons.items():
         yield Reject(name=path.relative_to(folder).as_posix(), reason=reason)
+
+
+def _listed_folder(metadata: Path, folder: Path) -> Iterator[Item | Reject]:
+    """What metadata.jsonl lists; pictures that it does not are told in the log."""
+    listed = set()
+    for result in _json_lines(metadata, folder):
+        if isinstance(result, Item):
+            listed.add(result.image)
+        yield result
+    others = [image for image in walk(folder).images if image not in listed]
+    if others:
+        log.warning(
+            "%s does not list %d pictures of its folder, such as %s", metadata, len(others), others[0]
+        )
 
 
 def _json_lines(path: Path, images: Path) -> Iterator[Item | Reject]:

@@ -21,6 +21,7 @@ T5 = "text_encoder_3"
 class TextEncoder:
     """One text encoder and its tokenizer."""
 
+    part: str  # of the pipeline folder
     model: Any
     tokenizer: Any
     is_clip: bool
@@ -41,11 +42,16 @@ class TextEncoder:
         # diffusers cuts both CLIPs at the length of the first one's tokenizer
         clip_length = facts.text_shape[0] - facts.max_sequence_length
         return TextEncoder(
+            part=part,
             model=model,
             tokenizer=tokens,
             is_clip=part in CLIPS,
             length=clip_length if part in CLIPS else facts.max_sequence_length,
         )
+
+    def cuts(self, prompt: str) -> bool:
+        """Whether `encode` takes the beginning of a prompt only."""
+        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:

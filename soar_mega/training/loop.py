@@ -12,14 +12,14 @@ import torch.distributed as dist
 from soar_mega import distributed
 from soar_mega.checkpoints.checkpoint import Saved, Saver
 from soar_mega.checkpoints.lineage import record_start
-from soar_mega.checkpoints.run_folder import RunFolder, write_durably
+from soar_mega.checkpoints.recipes import write_recipe
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
 from soar_mega.faults.stragglers import Stragglers
 from soar_mega.faults.watchdog import Watchdog, reports_folder
 from soar_mega.phases import phases
-from soar_mega.recipe import recipe_to_yaml
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.export import check_exports, check_places, finish
 from soar_mega.training.logs import Interval, log_line
@@ -108,7 +108,7 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
 
 def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     run.clean()
-    write_durably(run.path / "run_config.yaml", recipe_to_yaml(recipe))
+    write_recipe(run, recipe)
 
 
 class Trainer(Steps):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from soar_mega.checkpoints.recipes import write_recipe
 from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
+from soar_mega.config import Recipe
 
 HOLDER = """
 import sys
@@ -103,3 +105,27 @@ def test_pruning_never_removes_the_one_to_resume_from(
         f"iter_{i:07d}.deleted" for i in range(1, 7) if i not in left
     ]
     assert run.iterations() == [0, *left]
+
+
+def test_the_recipes_of_earlier_starts_are_kept_and_their_differences_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, recipe = RunFolder(tmp_path), Recipe()
+    write_recipe(run, recipe)
+    write_recipe(run, recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["run_config.yaml"] and not caplog.text
+    first = (tmp_path / "run_config.yaml").read_text()
+    recipe.stage.shift, recipe.model.pipeline, recipe.model.dtype = 2.0, "another", "fp32"
+    write_recipe(run, recipe)
+    assert (tmp_path / "run_config.1.yaml").read_text() == first
+    for told in (
+        "model.pipeline was '' and is 'another'",
+        "model.dtype was 'bf16' and is 'fp32'",
+        "stage.shift was None and is 2.0",
+    ):
+        assert told in caplog.text
+    assert caplog.text.count(" was ") == 3
+    recipe.stage.shift = 3.0
+    write_recipe(run, recipe)
+    assert "shift: 2.0" in (tmp_path / "run_config.2.yaml").read_text()
+    assert "stage.shift was 2.0 and is 3.0" in caplog.text

@@ -12,8 +12,9 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.prompts import BATCH, encode_prompts
 from soar_mega.data.text_encoder import TextEncoder
 from soar_mega.data.vae import Decoder
@@ -123,6 +124,9 @@ def test_a_fingerprint_changes_with_weights_and_config_and_only_then(tmp_path):
         "text_encoder",
         "text_encoder_2",
         "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
     }
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -132,8 +136,26 @@ def test_a_fingerprint_changes_with_weights_and_config_and_only_then(tmp_path):
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "transformers_version": "0"}))
     config = json.loads((folder / "text_encoder_2" / "config.json").read_text())
     (folder / "text_encoder_2" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    settings |= {"backend": "another", "pad_token": {"content": settings["pad_token"]}}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = json.loads((folder / "tokenizer_3" / "tokenizer.json").read_text())
+    words["model"]["unk_id"] = 5
+    (folder / "tokenizer_3" / "tokenizer.json").write_text(json.dumps(words))
     after = fingerprints(folder)
-    assert {part for part in before if before[part] != after[part]} == {"vae", "text_encoder_2"}
+    changed = {part for part in before if before[part] != after[part]}
+    assert changed == {"vae", "text_encoder_2", "tokenizer_3"}
+
+
+def test_the_same_encoder_in_several_files_has_the_same_fingerprint(tmp_path):
+    shutil.copytree(BASE, tmp_path / "p")
+    folder = tmp_path / "p" / "text_encoder_3"
+    model = transformers.T5EncoderModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    shutil.copy(BASE / "text_encoder_3" / "config.json", folder)
+    assert fingerprints(tmp_path / "p") == fingerprints(BASE)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder_2", "text_encoder_3", "transformer"])
@@ -265,3 +287,9 @@ def test_a_vae_without_some_of_its_weights_is_named(tmp_path):
     folder = edited(tmp_path / "p", "vae/config.json", layers_per_block=3)
     with pytest.raises(ValueError, match="vae cannot be loaded: the weights lack .*config.json implies"):
         Encoders.from_pipeline(folder, text=False)
+
+
+def test_prompts_that_are_cut_are_counted(caplog):
+    encode_prompts(BASE, ["a red 3", "a red 3 left of a green 7 above a blue 2 left of a white 1"])
+    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    assert [f"1 of 2 prompts are longer than {part} takes" in caplog.text for part in parts] == [True] * 3

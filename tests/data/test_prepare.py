@@ -153,6 +153,47 @@ def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_an_image_that_was_replaced_by_one_of_the_same_size_is_encoded_anew(images, tmp_path):
+    """A copy of the source, which has other times, is the same source."""
+    for path in images.glob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    (images / "6.bmp").rename(images / "6.gif")
+    with pytest.raises(ValueError, match="1 of 7"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    Image.new("RGB", (16, 16), "red").save(images / "0.bmp")
+    (images / "6.gif").rename(images / "6.bmp")
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    shutil.copytree(images, tmp_path / "copy")
+    prepare(tmp_path / "copy", tmp_path / "fresh", BASE, samples_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    shutil.copy(images / "0.bmp", images / "1.bmp")
+    with pytest.raises(ValueError, match="other images or captions"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    prepare(tmp_path / "copy", tmp_path / "out", BASE, samples_per_shard=2)
+
+
+def test_shards_of_a_larger_source_go(images, tmp_path):
+    (images / "0.png").rename(images / "0.gif")
+    with pytest.raises(ValueError, match="1 of 7"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    for index in (0, 4, 5, 6):
+        (images / f"{index}.txt").unlink()
+        next(images.glob(f"{index}.*")).unlink()
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "fresh", BASE, samples_per_shard=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_captions_that_an_encoder_cuts_are_counted(images, tmp_path, caplog):
+    for index in (2, 5):
+        (images / f"{index}.txt").write_text("a red 3 left of a green 7 above a blue 2 left of a white 1")
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=3)
+    cut = json.loads((tmp_path / "out" / "dataset.json").read_text())["captions_cut"]
+    assert cut == {"text_encoder": 2, "text_encoder_2": 2, "text_encoder_3": 2}
+    assert "2 of 7 captions are longer than text_encoder_3 takes and were cut" in caplog.text
+
+
 def test_latents_that_are_not_finite_are_rejected_by_name(images, tmp_path, monkeypatch):
     real = Encoders.encode_images
 

@@ -271,3 +271,12 @@ def test_a_sample_that_holds_other_things_is_a_failure(shards, part, content):
     edit_first_sample(shards / "shard-000001.json", **{part: [offset, len(content), zlib.crc32(content)]})
     read = open_shards(shards).read("16x16", [4, 7], positions(0, 1), seed=0)
     assert f"its {part}" in read.failures[0] and 1 not in read.failures
+
+
+def test_a_damaged_empty_prompt_is_refused(shards):
+    path = shards / "empty.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"empty\.safetensors was damaged"):
+        open_shards(shards).empty_prompt()

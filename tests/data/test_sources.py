@@ -52,8 +52,8 @@ def test_what_is_wrong_in_a_folder_is_said_by_name(tmp_path):
     assert len(rejects) == 4
 
 
-def test_hugging_face_metadata(tmp_path):
-    write_images(tmp_path, "x.png", "d/y.png")
+def test_hugging_face_metadata(tmp_path, caplog):
+    write_images(tmp_path, "x.png", "d/y.png", "d/z.png")
     (tmp_path / "x.txt").write_text("not this one")
     rows = [{"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"}]
     write_lines(tmp_path / "metadata.jsonl", *rows)
@@ -62,6 +62,7 @@ def test_hugging_face_metadata(tmp_path):
         ("x.png", "an x"),
         ("d/y.png", "a y"),
     ] and not rejects
+    assert "does not list 1 pictures of its folder, such as" in caplog.text and "d/z.png" in caplog.text
 
 
 def test_the_published_list(tmp_path):

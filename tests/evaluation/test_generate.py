@@ -1,5 +1,7 @@
 """Images of our transformer and sampler against diffusers' own pipeline, from the same noise."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,12 @@ def test_every_format_keeps_the_mark(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="was not written by this program"):
         save_image(torch.zeros(3, 4, 4), tmp_path / name)
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_shift_that_is_named_stands_in_for_an_unknown_scheduler(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "p")
+    config = tmp_path / "p/scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
+    with pytest.raises(ValueError, match="--shift"):
+        Generator.load(tmp_path / "p")
+    assert Generator.load(tmp_path / "p", shift=3.0).schedule.shift == 3.0

@@ -16,8 +16,9 @@ from safetensors.torch import save
 
 from soar_mega.convert import pipeline_parts, read_pipeline_config, scheduler_shift
 from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
-from soar_mega.data.encoder_facts import encoder_facts, fingerprints
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.images import ImageError, image_size, read_image
 from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare

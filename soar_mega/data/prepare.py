@@ -276,7 +276,7 @@ def _finish(
         index = read_json(_index(folder, number))
         for sample in index["samples"]:
             buckets[sample["bucket"]] = buckets.get(sample["bucket"], 0) + 1
-        for part, count in index["captions_cut"].items():
+        for part, count in index.get("captions_cut", {}).items():
             cut[part] = cut.get(part, 0) + count
     if not buckets:
         raise ValueError(f"none of the {total} samples can be used (see {path})")

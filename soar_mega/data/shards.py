@@ -271,7 +271,9 @@ def read_index(path: Path) -> dict[str, Any]:
     """The index of a shard. ValueError naming it when it is missing, damaged or of another format version."""
     index = _read_version(path)
     samples = index.get("samples")
-    if not isinstance(samples, list) or type(index.get("bytes")) is not int:
+    cut = index.get("captions_cut", {})
+    counts = [index.get("bytes"), *(cut.values() if isinstance(cut, dict) else [None])]
+    if not isinstance(samples, list) or not all(type(count) is int for count in counts):
         raise ValueError(f"{path} is not the index of a shard: prepare again")
     for number, sample in enumerate(samples):
         if not _is_sample(sample):

@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "train.global_batch_size": at_least(1),
     "train.micro_batch_size": at_least(1),
     "train.points_per_micro_batch": at_least(1),
+    "train.cuda_graphs": one_of("none", "layers"),
     "train.ema_decay": from_below(0, 1),
     "train.exit_duration_in_mins": above(0),
     "train.step_timeout_minutes": above(0),

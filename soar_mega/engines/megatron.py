@@ -1,6 +1,8 @@
 """The megatron engine: any stage over tensor, sequence, context, pipeline and data parallelism."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.layer_graphs import CudaGraphs, Recorder
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
 
@@ -38,6 +41,13 @@ class MegatronEngine(Engine):
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._pipeline = Pipeline(self._ddp)
+        if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
+            self.record_layers(CudaGraphs)
+
+    def record_layers(self, recorder: Callable[[], Recorder]) -> None:
+        """Run the layers as graphs from now on."""
+        for chunk in self._ddp:
+            chunk.module.record_layers(partial(_tell, chunk), recorder)
 
     def step(self, lr: float) -> StepResult:
         settings = self.recipe.optimizer
@@ -140,6 +150,12 @@ def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataPa
         no_syncs = [chunk.no_sync for chunk in chunks]
         model.config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
     return chunks
+
+
+def _tell(ddp: DistributedDataParallel, parameter: Parameter) -> None:
+    """A gradient is in its sum: DDP may reduce it, as behind a backward without graphs."""
+    if ddp.ddp_config.overlap_grad_reduce:
+        ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
 
 
 def _finalize_gradients(*args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ more token (a full copy on each tensor- and context-parallel rank), so no embedd
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.nn import Parameter
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import device
@@ -29,6 +30,7 @@ from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.initialize import initialize
 from soar_mega.models.layer import AttentionProjections, Lengths
+from soar_mega.models.layer_graphs import LayerGraphs, Recorder
 from soar_mega.models.layout import check_layout, is_sequence_parallel
 from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
@@ -63,6 +65,7 @@ class MMDiT(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.recompute_every = recompute_every  # 0: never
         self.input_tensor: Tensor | None = None
+        self.graphs: LayerGraphs | None = None
         self.tp_group = tensor_parallel_group()
         dtype = config.params_dtype
         if pre_process:
@@ -131,12 +134,10 @@ class MMDiT(MegatronModule):
             hidden_text, image, conditioning = self._embed(latents, timesteps, text, pooled, latent_size)
         else:
             hidden_text, image, conditioning = self._unpack(lengths)
-        for number, layer in self.layers.items():
-            inputs = (hidden_text, image, conditioning, lengths)
-            if self.recompute_every and int(number) % self.recompute_every == 0:
-                hidden_text, image = recompute.run(layer, *inputs)
-            else:
-                hidden_text, image = layer(*inputs)
+        if self.graphs is not None:
+            hidden_text, image, conditioning = self.graphs.run(hidden_text, image, conditioning, lengths)
+        else:
+            hidden_text, image = self._run_layers(hidden_text, image, conditioning, lengths)
         if not self.post_process:
             assert hidden_text is not None
             return torch.cat([hidden_text, image, conditioning[None]])
@@ -144,6 +145,13 @@ class MMDiT(MegatronModule):
         _, modulated = self.adaln(image, shift, scale)
         patches = gather(self.proj_out(modulated), lengths.image, self.config)
         return self._unpatchify(patches, latent_size).float()
+
+    def record_layers(self, ready: Callable[[Parameter], None], recorder: Callable[[], Recorder]) -> None:
+        """Run the layers as graphs from now on; `ready` is told of each weight that has its gradient."""
+        layers = {
+            int(number): (layer, self._is_recomputed(int(number))) for number, layer in self.layers.items()
+        }
+        self.graphs = LayerGraphs(layers, self._run_layer, ready, recorder)
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""
@@ -167,6 +175,32 @@ class MMDiT(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
+
+    def _run_layers(
+        self, text: Any, image: Tensor, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tensor | None, Tensor]:
+        for number, layer in self.layers.items():
+            # a view of its own has each layer add up its gradient of the conditioning, as graphs do
+            inputs = (layer, int(number), text, image, conditioning.view_as(conditioning), lengths)
+            if self._is_recomputed(int(number)):
+                text, image = recompute.run(self._run_layer, *inputs)
+            else:
+                text, image = self._run_layer(*inputs)
+        return text, image
+
+    def _run_layer(
+        self,
+        layer: Callable[..., Any],
+        number: int,
+        text: Tensor,
+        image: Tensor,
+        conditioning: Tensor,
+        lengths: Lengths,
+    ) -> tuple[Tensor | None, Tensor]:
+        return layer(text, image, conditioning, lengths)
+
+    def _is_recomputed(self, number: int) -> bool:
+        return self.recompute_every > 0 and number % self.recompute_every == 0
 
     def _embed(
         self, latents: Any, timesteps: Any, text: Any, pooled: Any, latent_size: tuple[int, int]

@@ -76,7 +76,7 @@ class TrainConfig:
     global_batch_size: int = 32  # samples per optimizer step, over all ranks
     micro_batch_size: int = 1  # samples per forward of the answer pass
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
-    cuda_graphs: str = "none"  # layers: each as a CUDA graph, on a GPU with the megatron engine | none
+    cuda_graphs: str = "layers"  # layers: each as a CUDA graph, on a GPU with the megatron engine | none
     ema_decay: float = 0.0  # 0: no EMA
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (

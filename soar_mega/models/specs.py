@@ -1,6 +1,7 @@
 """The layer spec of an MMDiT over megatron's backends."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 with warnings.catch_warnings():
     # "Apex is not installed": its norms are not used here
@@ -19,6 +21,13 @@ from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
 from soar_mega.models.linear import ColumnLinear, RowLinear
 from soar_mega.models.recompute import recomputed
+
+ATTENTIONS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -39,8 +48,18 @@ class ScaledDotProductAttention(torch.nn.Module):
         assert attention_mask is None and attn_mask_type == AttnMaskType.no_mask
         # [S, B, heads, D] -> [B, heads, S, D]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(query, key, value)
+        with fastest_first(query.device):
+            context = F.scaled_dot_product_attention(query, key, value)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def fastest_first(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU the order in which torch tries its attentions.
+
+    At an SD3.5 layer's shape on an H100, forward and backward, cuDNN's takes 0.80 ms, flash attention, which torch may
+    prefer, 1.27 ms.
+    """
+    return sdpa_kernel(ATTENTIONS, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 class SdpaSpecProvider(LocalSpecProvider):

@@ -19,7 +19,8 @@ def whole_float32(monkeypatch):
 @pytest.mark.parametrize("seed", range(6))
 def test_fp32_equals_diffusers(seed, fused, tmp_path):
     velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
-    assert velocity < 1e-5 and gradient < 2e-5, (velocity, gradient)
+    # of gradients the divisor may be as small as 1e-3 of the model's largest entry
+    assert velocity < 1e-5 and gradient < 1e-4, (velocity, gradient)
 
 
 @pytest.mark.parametrize("seed", range(6))

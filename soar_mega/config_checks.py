@@ -87,6 +87,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_last": at_least(0),
     "checkpoint.save_retain_interval": at_least(0),
     "logging.log_interval": at_least(1),
+    "logging.peak_tflops": above(0),
     "logging.loss_spike_factor": at_least(0),
     "logging.straggler_factor": at_least(0),
     "logging.eval_interval": at_least(0),

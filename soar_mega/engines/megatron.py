@@ -54,6 +54,7 @@ class MegatronEngine(Engine):
             if one.get_parameters() and settings.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(one.get_parameters(), settings.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
+        self.model.weights_changed()
         for kept in self.weights.values():
             kept.update()
         return StepResult(True, norm)
@@ -102,6 +103,7 @@ class MegatronEngine(Engine):
         for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def _clear_gradients(self) -> None:
         for chunk in self._ddp:

@@ -124,6 +124,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = lr * group["lr_mult"]
         self._deepspeed.step()
         assert self._deepspeed.was_step_applied()
+        self.model.weights_changed()
         for kept in self.weights.values():
             kept.update()
         return StepResult(True, norm)
@@ -162,6 +163,7 @@ class DeepSpeedEngine(Engine):
         for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def _sync(self) -> None:
         """A step returns when all parameters are complete."""

@@ -1,5 +1,6 @@
 """The megatron engine: any stage over tensor, sequence, context, pipeline and data parallelism."""
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.config import Recipe
-from soar_mega.distributed import device
+from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines.adam_steps import for_adam, kept_steps, started
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import gather_parameters, main_weights
@@ -31,6 +32,8 @@ from soar_mega.models.layer_graphs import CudaGraphs, Recorder
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
 
+logger = logging.getLogger(__name__)
+
 
 class MegatronEngine(Engine):
     """Megatron's schedules, DistributedDataParallel and optimizer around this rank's part of the model."""
@@ -42,7 +45,14 @@ class MegatronEngine(Engine):
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._pipeline = Pipeline(self._ddp)
         if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
-            self.record_layers(CudaGraphs)
+            if recipe.model.fp8 and recipe.model.fp8_recipe == "delayed":
+                if is_rank_zero():
+                    logger.warning(
+                        "train.cuda_graphs=layers does not go with model.fp8_recipe=delayed, whose histories move on "
+                        "between the layers of one forward and those of the next: the layers run without graphs"
+                    )
+            else:
+                self.record_layers(CudaGraphs)
 
     def record_layers(self, recorder: Callable[[], Recorder]) -> None:
         """Run the layers as graphs from now on."""
@@ -64,6 +74,7 @@ class MegatronEngine(Engine):
             if one.get_parameters() and settings.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(one.get_parameters(), settings.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
+        self.model.weights_changed()
         for kept in self.weights.values():
             kept.update()
         return StepResult(True, norm)
@@ -112,6 +123,7 @@ class MegatronEngine(Engine):
         for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def _clear_gradients(self) -> None:
         for chunk in self._ddp:

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 
+from soar_mega.models.precision import cast_weights, run_layer
 from soar_mega.private_names import capturing, forward_pre_hooks
 
-RunLayer = Callable[..., tuple[Tensor | None, Tensor]]
 Replay = Callable[[], None]
 WARM_UP = 2  # runs before a recording: libraries allocate and choose at their first calls
 
@@ -75,8 +76,11 @@ class RecordedLayer:
     outputs: tuple[Tensor | None, Tensor]
     gradients: list[Tensor | None]
 
-    def __init__(self, layer: Module, run: RunLayer, recomputed: bool) -> None:
-        self._run, self.recomputed, self._layer = run, recomputed, layer
+    def __init__(
+        self, layer: Module, number: int, recomputed: bool, config: TransformerConfig, lengths: Any
+    ) -> None:
+        self._layer, self._number, self._config, self._lengths = layer, number, config, lengths
+        self.recomputed = recomputed
         self.trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         self._weights = {name: _stand_in(p) for name, p in layer.named_parameters()}
         self._modules = list(layer.modules())
@@ -87,7 +91,7 @@ class RecordedLayer:
         """Compute `outputs`; with gradients `wanted` of any input or weight, keep what `backward` needs."""
         self._inputs = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
         with torch.set_grad_enabled(any(wanted) and not self.recomputed):
-            self._results = self._run(self._call, *self._inputs)
+            self._results = self._run()
         text, image = self._results
         self.outputs = (None if text is None else text.detach(), image.detach())
 
@@ -95,7 +99,7 @@ class RecordedLayer:
         """Compute the gradients of the inputs from those of the outputs, and add those of the weights to main_grad."""
         if self.recomputed:
             with torch.enable_grad():
-                self._results = self._run(self._call, *self._inputs)
+                self._results = self._run()
         pairs = [(out, g) for out, g in zip(self._results, gradients, strict=True) if out is not None]
         wanted = [i for i, x in enumerate(self._inputs) if x.requires_grad]
         weights = [self._weights[name] for name in self.trained]
@@ -113,6 +117,9 @@ class RecordedLayer:
             if gradient is not None and not getattr(weight, "grad_added_to_main_grad", False):
                 weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
 
+    def _run(self) -> tuple[Tensor | None, Tensor]:
+        return run_layer(self._call, self._number, self._config, *self._inputs, self._lengths)
+
     def _call(self, *inputs: Any) -> tuple[Tensor | None, Tensor]:
         return functional_call(self._layer, self._weights, inputs)
 
@@ -121,11 +128,12 @@ class RecordedLayer:
         for name, total in sums.items():
             self._weights[name].main_grad = total  # type: ignore[attr-defined]
 
-    def wait(self) -> None:
-        """Run what others have hung before the forward of the layer's modules: a graph holds none of it."""
+    def prepare(self) -> None:
+        """What comes before a forward and is in no graph: hooks, which wait for weights, and the weights' FP8 forms."""
         for module in self._modules:
             for hook in forward_pre_hooks(module):
                 hook(module, ())
+        cast_weights(self._modules, self._number, self._config)
 
 
 class Recording:
@@ -161,7 +169,7 @@ class Recording:
         for fixed, given in zip(self._inputs, inputs, strict=True):
             fixed.copy_(given)
         for layer, replay in zip(self._layers, self._forwards, strict=True):
-            layer.wait()
+            layer.prepare()
             replay()
         text, image = self._layers[-1].outputs
         return None if text is None else text.detach(), image.detach(), self._inputs[2].detach()
@@ -217,7 +225,6 @@ class LayerGraphs:
 
     Args:
         layers: by their number in the model, each with whether it is recomputed in backward.
-        run: calls what it is given, a layer, with text, image, conditioning and the streams' lengths; and its number.
         ready: told of each weight whose gradient is complete for this micro-batch.
         recorder: makes one for each micro-batch that is on its way at the same time.
     """
@@ -225,11 +232,11 @@ class LayerGraphs:
     def __init__(
         self,
         layers: Mapping[int, tuple[Module, bool]],
-        run: Callable[..., tuple[Tensor | None, Tensor]],
+        config: TransformerConfig,
         ready: Callable[[Parameter], None],
         recorder: Callable[[], Recorder],
     ) -> None:
-        self._layers, self._run, self._make_recorder = layers, run, recorder
+        self._layers, self._config, self._make_recorder = layers, config, recorder
         self.ready = ready
         self._recorders: list[Recorder] = []
         self._made: dict[Any, int] = {}  # recordings of a shape
@@ -261,15 +268,10 @@ class LayerGraphs:
         if count > len(self._recorders):
             self._recorders.append(self._make_recorder())
         layers = [
-            RecordedLayer(layer, partial(self._run_numbered, number, lengths), recomputed)
+            RecordedLayer(layer, number, recomputed, self._config, lengths)
             for number, (layer, recomputed) in self._layers.items()
         ]
         return Recording(layers, inputs, wanted, self._recorders[count - 1])
-
-    def _run_numbered(
-        self, number: int, lengths: Any, layer: Callable[..., Any], *inputs: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        return self._run(layer, number, *inputs, lengths)
 
 
 class _Replayed(torch.autograd.Function):

@@ -16,11 +16,15 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Apex is not installed")
     from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
+from soar_mega.config import ModelConfig
 from soar_mega.kernels.adaln import adaln, plain_adaln
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
+from soar_mega.layer_checks import check_layers, check_machine
+from soar_mega.models.flash_attention import FlashAttention
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
 from soar_mega.models.linear import ColumnLinear, RowLinear
 from soar_mega.models.recompute import recomputed
+from soar_mega.models.te_layers import get_te_provider
 
 ATTENTIONS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -62,8 +66,11 @@ def fastest_first(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(ATTENTIONS, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
-class SdpaSpecProvider(LocalSpecProvider):
-    """megatron's own layers with torch's fused attention (the local one keeps every score)."""
+class LocalLayers(LocalSpecProvider):
+    """megatron's own layers with an attention that does not keep every score, as the local one does."""
+
+    def __init__(self, attention: type) -> None:
+        self.attention = attention
 
     def column_parallel_linear(self) -> type:
         """Which column parallel linear module the backend uses."""
@@ -75,32 +82,20 @@ class SdpaSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         """Which module to use for attention."""
-        return ScaledDotProductAttention
+        return self.attention
 
 
-def get_provider(attention_backend: str) -> BackendSpecProvider:
-    """The provider behind model.attention_backend.
+def get_provider(model: ModelConfig) -> BackendSpecProvider:
+    """The provider behind model.transformer_impl and model.attention_backend.
 
     Raises:
-        ValueError: an unknown name, or Transformer Engine is asked for and not installed.
+        ValueError: settings that do not fit each other, or that this machine cannot run.
     """
-    if attention_backend == "sdpa":
-        return SdpaSpecProvider()
-    if attention_backend != "transformer_engine":
-        raise ValueError(
-            f"model.attention_backend={attention_backend!r} is unknown: choose sdpa or transformer_engine"
-        )
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    # megatron puts mocks in place of missing classes, which fail later and elsewhere
-    if not HAVE_TE:
-        raise ValueError(
-            "model.attention_backend=transformer_engine needs Transformer Engine, which is not installed here: install "
-            "the extra `gpu`, or set model.attention_backend=sdpa"
-        )
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    return TESpecProvider()
+    check_layers(model)
+    check_machine(model)
+    if model.transformer_impl == "transformer_engine":
+        return get_te_provider(model.attention_backend, sdpa=ScaledDotProductAttention)
+    return LocalLayers(FlashAttention if model.attention_backend == "flash" else ScaledDotProductAttention)
 
 
 def get_mmdit_layer_spec(

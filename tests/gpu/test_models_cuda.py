@@ -29,12 +29,14 @@ def test_bf16_stays_near_diffusers(seed, tmp_path):
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "transformer_engine"])
+@pytest.mark.parametrize(
+    ("layers", "backend"), [("local", "sdpa"), ("transformer_engine", "sdpa"), ("transformer_engine", "auto")]
+)
 @pytest.mark.parametrize("seed", [6, 7])  # with and without QK norm
-def test_heads_of_64_in_bf16(seed, backend, tmp_path):
-    """As wide as an SD3.5 head; with torch's attention and, where it is installed, over Transformer Engine's layers."""
-    if backend == "transformer_engine":
+def test_heads_of_64_in_bf16(seed, layers, backend, tmp_path):
+    """As wide as an SD3.5 head; over torch's layers and, where it is installed, over Transformer Engine's."""
+    if layers == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
-    settings = ModelConfig(dtype="bf16", attention_backend=backend)
+    settings = ModelConfig(dtype="bf16", transformer_impl=layers, attention_backend=backend)
     velocity, gradient = errors(tmp_path, seed, settings, **WIDE)
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)

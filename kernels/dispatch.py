@@ -74,14 +74,17 @@ def interpreted() -> bool:
 
 
 def once_per_layout(work: Callable[..., Found]) -> Callable[..., Found]:
-    """`work` of tensors (or None), done once for each layout of them: shapes, strides, dtypes and devices.
+    """`work` of tensors, done once for each layout of them: shapes, strides, dtypes and devices. Other arguments, which
+    are hashable, count by value.
 
     `work` checks the arguments of an operation and finds the size of its launches. What it raises is not kept.
     """
     known: dict[tuple[Any, ...], Found] = {}
 
-    def known_or_done(*tensors: Tensor | None) -> Found:
-        key = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    def known_or_done(*tensors: Any) -> Found:
+        key = tuple(
+            [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors]
+        )
         found = known.get(key)
         if found is None:
             if len(known) >= MOST_LAYOUTS:

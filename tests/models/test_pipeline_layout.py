@@ -7,7 +7,7 @@ import pytest
 
 from soar_mega.config import ParallelConfig
 from soar_mega.models import flops
-from soar_mega.models.pipeline_layout import rank_layers, stage_layers
+from soar_mega.models.pipeline_layout import rank_layers, stage_layers, stage_work
 from soar_mega.models.presets import PRESETS
 
 LARGE, MEDIUM = PRESETS["sd35_large"], PRESETS["sd35_medium"]  # 38 equal layers; 24, of which 13 are dual
@@ -57,6 +57,7 @@ def test_chunks_of_a_rank_are_every_other_stage():
 def test_no_split_has_a_faster_slowest_stage(settings):
     parallel = pipeline(*settings)
     tokens = flops.usual_tokens(TINY)
+    found_work = [work.total for work in stage_work(TINY, parallel, tokens)]
     work = [flops.layer_work(TINY, n, tokens).total for n in range(5)]
     work[0] += flops.embedding_work(TINY, tokens).total
     work[-1] += flops.output_work(TINY, tokens).total
@@ -72,7 +73,8 @@ def test_no_split_has_a_faster_slowest_stage(settings):
         for counts in itertools.product(range(1, 6), repeat=len(found))
         if sum(counts) == 5 and first in (None, counts[0]) and last in (None, counts[-1])
     ]
-    assert slowest(found) == min(map(slowest, every))
+    assert slowest(found) == min(map(slowest, every)) == max(found_work)
+    assert sum(found_work) == flops.forward_work(TINY, tokens).total
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.models.config import MMDiTConfig
@@ -113,7 +113,7 @@ def largest_rank(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: 
     return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _elements(sizes: MMDiTConfig) -> dict[str, tuple[tuple[int, bool], ...]]:
     """Of each layer by number, of `embedding` and of `output`: elements of parameters, and whether TP cuts them."""
     parts: dict[str, list[tuple[int, bool]]] = {}

@@ -183,7 +183,7 @@ def qk_norm_rope() -> list[Variant]:
             kernel=f"{direction}_kernel",
             pointers=pointers,
             integers=(
-                "lines", "first", "rows", "first_token", "samples", "heads",
+                "lines", "rows", "samples", "heads",
                 "token_stride", "sample_stride", "head_stride",
             ),
             constants={"D": head_size, "WIDTH": head_size} | tile,

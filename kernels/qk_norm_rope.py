@@ -29,7 +29,8 @@ from soar_mega.kernels.tables import launch_of
 
 EPSILON = 1e-6
 PROGRAMS = 528  # of the backward pass, at most: four for each multiprocessor of an H100
-HEADS = 8  # that a program of the backward pass takes at a time, at most
+HEADS = 8  # that such a program takes at a time, at most
+ROWS_EACH = 16  # tokens of one sample whose sums it adds up at least: they are written once per program
 
 
 class Projected(NamedTuple):
@@ -179,7 +180,7 @@ def _sizes(stream: Projected, heads: int, head_size: int, kind: str) -> Sizes:
     heads_block = min(HEADS, block, power_of_two(heads))
     rows_block = block // heads_block
     head_blocks = -(-heads // heads_block)
-    programs = min(max(1, PROGRAMS // head_blocks), -(-stream.length * samples // rows_block))
+    programs = min(max(1, PROGRAMS // head_blocks), -(-stream.length * samples // max(rows_block, ROWS_EACH)))
     return Sizes(
         length=stream.length,
         heads=heads,
@@ -228,24 +229,17 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     found: list[Tensor | None] = []
     for i, size in enumerate(ctx.sizes):
         wants_bias = ctx.needs_input_grad[4 * i + 1]
-        found += _backward_of_one(tensors[4 * i : 4 * i + 4], *parts[i], ctx.epsilon, size, wants_bias)
+        found += _backward_of_one(tensors[4 * i : 4 * i + 4], parts[i], ctx.epsilon, size, wants_bias)
     return (*found, None, None, None, None)
 
 
 def _backward_of_one(
-    tensors: Sequence[Any],
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    epsilon: float,
-    size: Sizes,
-    wants_bias: bool,
+    tensors: Sequence[Any], part: tuple[Any, ...], epsilon: float, size: Sizes, wants_bias: bool
 ) -> list[Tensor | None]:
     """Gradients of mixed, bias, query_weight and key_weight of one stream."""
     from soar_mega.kernels.source.qk_norm_rope import backward_kernel
 
+    cosine, sine, *gradients = part
     mixed, weight = tensors[0], tensors[2]
     samples, device = mixed.shape[1], mixed.device
     programs, head_blocks = size.backward_grid
@@ -258,8 +252,8 @@ def _backward_of_one(
         weight_sums = torch.empty(programs * head_blocks, 2, len(weight), device=device)
     launch(
         backward_kernel, size.backward_grid, device,
-        grad_query, grad_key, grad_value, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        size.length * samples, samples, size.heads, *grad_query.stride()[:3], epsilon, **size.backward,
+        *gradients, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
+        size.length * samples, samples, size.heads, *gradients[0].stride()[:3], epsilon, **size.backward,
     )  # fmt: skip
     grad_bias = None if bias_sums is None else sum_lines(bias_sums, mixed.dtype)
     weights = (None, None) if weight_sums is None else sum_lines(weight_sums, mixed.dtype)

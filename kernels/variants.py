@@ -203,6 +203,33 @@ def qk_norm_rope() -> list[Variant]:
     ]
 
 
+def bias_gelu() -> list[Variant]:
+    """Between the two linears of an MLP; without a bias where the linear has added it."""
+
+    def one(direction: str, bias: bool, kind: str = "bf16") -> Variant:
+        launch = launch_of("bias_gelu", "16 bit" if kind == "bf16" else "32 bit", "any")
+        forward = direction == "forward"
+        read, written = (("x",), ("out",)) if forward else (("grad_out", "x"), ("grad_x",))
+        pointers: dict[str, str | None] = dict.fromkeys((*read, *written), kind)
+        return Variant(
+            name=f"bias_gelu {direction}{'' if bias else ', no bias'}, {kind}",
+            module="bias_gelu",
+            kernel=f"{direction}_kernel",
+            pointers=pointers | {"bias": kind if bias else None, "sums": "fp32" if bias else None},
+            integers=("rows", "each", "F"),
+            constants={"BLOCK": launch.block},
+            num_warps=launch.num_warps,
+            read=read,
+            written=written,
+        )
+
+    ways = ("forward", "backward")
+    return [
+        *(one(way, bias) for way in ways for bias in (True, False)),
+        *(one(way, True, "fp32") for way in ways),
+    ]
+
+
 def sums() -> list[Variant]:
     """The second half of the gradients of adaln's vectors and of the norms' weights."""
     launch = launch_of("sum_lines", "columns", "any")
@@ -232,4 +259,4 @@ def _draws(drawn: str) -> dict[str, object]:
 
 def all_variants() -> list[Variant]:
     """Of every operation."""
-    return [*rollout_renoise(), *correction_loss(), *adaln(), *qk_norm_rope(), *sums()]
+    return [*rollout_renoise(), *correction_loss(), *adaln(), *qk_norm_rope(), *bias_gelu(), *sums()]

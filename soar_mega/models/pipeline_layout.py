@@ -10,7 +10,7 @@ from itertools import accumulate
 from soar_mega.config import ParallelConfig
 from soar_mega.config_checks import check_pipeline
 from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import embedding_multiply_adds, layer_multiply_adds, output_multiply_adds
+from soar_mega.models.flops import Tokens, Work, embedding_work, layer_work, output_work, usual_tokens
 
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 
@@ -30,14 +30,26 @@ def stage_layers(config: MMDiTConfig, parallel: ParallelConfig) -> list[range]:
         ValueError: a split that is not possible, with the nearest one that is.
     """
     fixed = _fixed_sizes(config.num_layers, parallel)
-    work = [layer_multiply_adds(config, number) for number in range(config.num_layers)]
-    sizes = _balanced(work, embedding_multiply_adds(config), output_multiply_adds(config), fixed)
+    tokens = usual_tokens(config)
+    work = [layer_work(config, number, tokens).total for number in range(config.num_layers)]
+    sizes = _balanced(work, embedding_work(config, tokens).total, output_work(config, tokens).total, fixed)
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
 
 
 def rank_layers(config: MMDiTConfig, parallel: ParallelConfig, rank: int) -> list[range]:
     """The layers of each model chunk of a pipeline rank."""
     return stage_layers(config, parallel)[rank :: parallel.pipeline_model_parallel_size]
+
+
+def stage_work(config: MMDiTConfig, parallel: ParallelConfig, tokens: Tokens) -> list[Work]:
+    """What each virtual stage does in a forward of one sample, over its tensor- and context-parallel ranks together."""
+    stages = [
+        sum((layer_work(config, number, tokens) for number in layers), Work())
+        for layers in stage_layers(config, parallel)
+    ]
+    stages[0] += embedding_work(config, tokens)
+    stages[-1] += output_work(config, tokens)
+    return stages
 
 
 def _fixed_sizes(num_layers: int, parallel: ParallelConfig) -> list[int | None]:

@@ -1,7 +1,14 @@
 """The log line of a run, in Megatron's format, averaged over the steps since the last one."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+THROUGHPUT = {
+    "tflops-per-gpu": "throughput per GPU (TFLOP/s/GPU)",
+    "tflops-per-process": "throughput per process (TFLOP/s)",
+    "mfu": "MFU",
+}
 
 
 @dataclass
@@ -48,16 +55,21 @@ def log_line(
     learning_rate: float,
     global_batch_size: int,
     grad_norm: float,
+    throughput: Mapping[str, float],
 ) -> str:
     """Megatron-LM's training log line (training_log in megatron/training/training.py), with seven digits.
 
     Tools that parse Megatron logs split it at " |" and ": ".
+
+    Args:
+        throughput: of `soar_mega.training.throughput`.
     """
     averages = interval.averages()
     parts = [
         f" iteration {iteration:8d}/{train_iters:8d} |",
         f" consumed samples: {consumed_samples:12d} |",
         f" elapsed time per iteration (ms): {1000.0 * interval.seconds / max(interval.steps, 1):.1f} |",
+        *(f" {THROUGHPUT[name]}: {value:.4g} |" for name, value in throughput.items()),
         f" learning rate: {learning_rate:.6E} |",
         f" global batch size: {global_batch_size:5d} |",
     ]

@@ -19,6 +19,7 @@ from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
 from soar_mega.faults.stragglers import Stragglers
 from soar_mega.faults.watchdog import Watchdog, reports_folder
+from soar_mega.models.presets import model_sizes
 from soar_mega.phases import phases
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.export import check_exports, check_places, finish
@@ -28,6 +29,7 @@ from soar_mega.training.progress import progress_bar
 from soar_mega.training.samples import encode_sample_prompts
 from soar_mega.training.steps import Steps, make_loader
 from soar_mega.training.tensorboard import Events, peak_memory_gib
+from soar_mega.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ class Trainer(Steps):
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
         self.interval = Interval()
+        self.throughput = Throughput(recipe, model_sizes(recipe.model), self.stage)
         self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor)
         self.stragglers = Stragglers(recipe.logging.straggler_factor)
 
@@ -178,6 +181,7 @@ class Trainer(Steps):
         self.anomalies.look(self, statistics, result)
         self.skipped_in_a_row = 0 if result.ok else self.skipped_in_a_row + 1
         self.interval.add(statistics, recipe.train.global_batch_size, result.ok, seconds)
+        self.throughput.add(self.batch, seconds)
         if (
             progress.iteration % recipe.logging.log_interval == 0
             or progress.iteration == recipe.train.train_iters
@@ -190,6 +194,7 @@ class Trainer(Steps):
     def report(self, grad_norm: float) -> None:
         """The log line and the curves of the steps since the last one."""
         interval, progress, train = self.interval, self.progress, self.recipe.train
+        throughput = self.throughput.take()
         line = log_line(
             interval,
             iteration=progress.iteration,
@@ -198,6 +203,7 @@ class Trainer(Steps):
             learning_rate=self.rate,
             global_batch_size=train.global_batch_size,
             grad_norm=grad_norm,
+            throughput=throughput,
         )
         logger.info("%s", line)
         values = {
@@ -207,6 +213,7 @@ class Trainer(Steps):
             "skipped-steps": progress.skipped_steps,
             "iteration-time": interval.seconds / interval.steps,
             "throughput/samples-per-second": interval.samples / interval.seconds,
+            **{f"throughput/{name}": value for name, value in throughput.items()},
             "memory/peak-gib": peak_memory_gib(),
             **self.stragglers.compare(interval.steps),
         }

@@ -7,7 +7,7 @@ import pytest
 
 from soar_mega.config import ParallelConfig
 from soar_mega.models import flops
-from soar_mega.models.pipeline_layout import rank_layers, stage_layers
+from soar_mega.models.pipeline_layout import rank_layers, stage_layers, stage_work
 from soar_mega.models.presets import PRESETS
 
 LARGE, MEDIUM = PRESETS["sd35_large"], PRESETS["sd35_medium"]  # 38 equal layers; 24, of which 13 are dual
@@ -56,9 +56,11 @@ def test_chunks_of_a_rank_are_every_other_stage():
 @pytest.mark.parametrize("settings", [(2,), (3,), (2, 2), (3, None, 2), (3, None, None, 1)])
 def test_no_split_has_a_faster_slowest_stage(settings):
     parallel = pipeline(*settings)
-    work = [flops.layer_multiply_adds(TINY, n) for n in range(5)]
-    work[0] += flops.embedding_multiply_adds(TINY)
-    work[-1] += flops.output_multiply_adds(TINY)
+    tokens = flops.usual_tokens(TINY)
+    found_work = [work.total for work in stage_work(TINY, parallel, tokens)]
+    work = [flops.layer_work(TINY, n, tokens).total for n in range(5)]
+    work[0] += flops.embedding_work(TINY, tokens).total
+    work[-1] += flops.output_work(TINY, tokens).total
 
     def slowest(counts):
         ends = [0, *itertools.accumulate(counts)]
@@ -71,29 +73,8 @@ def test_no_split_has_a_faster_slowest_stage(settings):
         for counts in itertools.product(range(1, 6), repeat=len(found))
         if sum(counts) == 5 and first in (None, counts[0]) and last in (None, counts[-1])
     ]
-    assert slowest(found) == min(map(slowest, every))
-
-
-def test_work_is_that_of_the_model():
-    """Counted by torch in a forward of one sample; attention counts its two products, convolutions their patches."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from soar_mega.models.summary import meta_model
-
-    config = replace(MEDIUM, num_layers=2, dual_attention_layers=(0,))
-    side, tokens = config.sample_size, flops.TEXT_TOKENS
-    inputs = (
-        torch.empty(1, 16, side, side, device="meta"),
-        torch.empty(1, device="meta"),
-        torch.empty(1, tokens, config.joint_attention_dim, device="meta"),
-        torch.empty(1, config.pooled_projection_dim, device="meta"),
-    )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta_model(config)(*inputs)
-    ours = flops.embedding_multiply_adds(config) + flops.output_multiply_adds(config)
-    ours += sum(flops.layer_multiply_adds(config, n) for n in range(2))
-    assert counter.get_total_flops() == pytest.approx(2 * ours, rel=1e-6)
+    assert slowest(found) == min(map(slowest, every)) == max(found_work)
+    assert sum(found_work) == flops.forward_work(TINY, tokens).total
 
 
 @pytest.mark.parametrize(

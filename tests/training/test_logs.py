@@ -5,7 +5,7 @@ from soar_mega.training.logs import Interval, log_line
 NAN = float("nan")
 
 
-def line_of(interval: Interval) -> str:
+def line_of(interval: Interval, throughput: dict[str, float] | None = None) -> str:
     return log_line(
         interval,
         iteration=100,
@@ -14,6 +14,7 @@ def line_of(interval: Interval) -> str:
         learning_rate=2e-5,
         global_batch_size=32,
         grad_norm=0.75,
+        throughput=throughput or {},
     )
 
 
@@ -26,6 +27,15 @@ def test_the_line_in_full() -> None:
         " learning rate: 2.000000E-05 | global batch size:    32 | loss: 3.750000E-01 | grad norm: 7.500000E-01 |"
         " number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
+
+
+def test_throughput_follows_the_time() -> None:
+    interval = Interval()
+    interval.add({"loss": 0.5}, 32, ok=True, seconds=0.01)
+    on_gpu = line_of(interval, {"tflops-per-gpu": 356.04, "mfu": 0.36})
+    assert " (ms): 10.0 | throughput per GPU (TFLOP/s/GPU): 356 | MFU: 0.36 | learning rate" in on_gpu
+    on_cpu = line_of(interval, {"tflops-per-process": 0.012361})
+    assert " (ms): 10.0 | throughput per process (TFLOP/s): 0.01236 | learning rate" in on_cpu
 
 
 def test_skipped_steps_are_counted_and_left_out_of_the_average() -> None:

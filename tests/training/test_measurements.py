@@ -48,7 +48,7 @@ def test_curves_images_and_configuration(tmp_path: Path) -> None:
     assert run_ranks(tiny_runs.run, 1, recipe) == [0]
     scalars, images = curves(tmp_path / "run")
     steps = ["loss", "loss/base", "loss/aux", "k/q05", "k/q50", "k/q95", "grad-norm", "learning-rate"]
-    for name in [*steps, "throughput/samples-per-second", "memory/peak-gib"]:
+    for name in [*steps, "throughput/samples-per-second", "throughput/tflops-per-process", "memory/peak-gib"]:
         assert scalars[name] == [1, 2], name
     for name in ["validation/loss", *(f"validation/loss_q{q}" for q in (1, 2, 3, 4)), "drift/0.9-0.65"]:
         assert scalars[name] == [0, 2], name

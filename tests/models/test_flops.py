@@ -1,0 +1,143 @@
+"""Counted work is what torch counts, on random small models: forward, backward and what is computed again."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from soar_mega.config import ModelConfig, ParallelConfig, StageConfig
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.flops import (
+    Tokens,
+    Work,
+    forward_work,
+    image_tokens,
+    layer_work,
+    recomputed_work,
+    step_work,
+)
+from soar_mega.models.mmdit import build_model
+from soar_mega.models.presets import PRESETS
+from soar_mega.stages import make_stage
+from soar_mega.stages.forwards import forwards_per_sample
+
+
+def random_sizes(draw: random.Random) -> MMDiTConfig:
+    heads, head_dim, layers = draw.choice([1, 2, 3]), draw.choice([8, 16]), draw.randint(1, 4)
+    return MMDiTConfig(
+        sample_size=8,
+        patch_size=draw.choice([1, 2]),
+        in_channels=draw.choice([3, 16]),
+        out_channels=draw.choice([4, 16]),
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        joint_attention_dim=draw.choice([24, 40]),
+        caption_projection_dim=heads * head_dim,
+        pooled_projection_dim=draw.choice([16, 56]),
+        pos_embed_max_size=16,
+        dual_attention_layers=tuple(sorted(draw.sample(range(layers), draw.randint(0, layers)))),
+        qk_norm=draw.choice([None, "rms_norm"]),
+    )
+
+
+def inputs_of(sizes: MMDiTConfig, batch: int, latent_size: tuple[int, int], text: int) -> list[torch.Tensor]:
+    shapes = [
+        (batch, sizes.in_channels, *latent_size),
+        (batch,),
+        (batch, text, sizes.joint_attention_dim),
+        (batch, sizes.pooled_projection_dim),
+    ]
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Plain products: the backward of a fused attention would make its scores again; no forward is cut short."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        set_checkpoint_early_stop(False),
+        FlopCounterMode(display=False) as counter,
+    ):
+        yield counter
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_work_is_what_torch_counts(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes, batch = random_sizes(draw), draw.randint(1, 3)
+    latent_size, text = (draw.choice([4, 6, 8]), draw.choice([4, 6, 8])), draw.randint(1, 9)
+    tokens = Tokens(image_tokens(sizes, latent_size), text)
+    forward = forward_work(sizes, tokens)
+    for granularity, every in [("none", 1), ("full", 1), ("full", 2), ("selective", 1)]:
+        model = ModelConfig(dtype="fp32", recompute_granularity=granularity, recompute_every=every)
+        mmdit = build_model(sizes, model, ParallelConfig(), meta=True)
+        with counting() as counter:
+            velocity = mmdit(*inputs_of(sizes, batch, latent_size, text))
+        assert counter.get_total_flops() == batch * forward.total
+        with counting() as counter:
+            velocity.sum().backward()
+        again = recomputed_work(sizes, tokens, granularity, every)
+        assert counter.get_total_flops() == batch * (forward.backward + again).total
+        assert (again.total > 0) == (granularity != "none")
+
+
+def test_each_kind_is_what_its_modules_do() -> None:
+    """Torch counts by module too."""
+    sizes = random_sizes(random.Random(3))
+    mmdit = build_model(sizes, ModelConfig(dtype="fp32"), ParallelConfig(), meta=True)
+    with counting() as counter, torch.no_grad():
+        mmdit(*inputs_of(sizes, 1, (8, 8), 5))
+    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    linears = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+    def of(stream: str, *modules: str) -> int:
+        return sum(count for name, count in counts.items() if stream in name and name.endswith(modules))
+
+    assert forward_work(sizes, Tokens(image_tokens(sizes, (8, 8)), 5)) == Work(
+        image=of(".image.", *linears),
+        text=of(".text.", *linears),
+        attention=of("", ".core_attention"),
+        conditioning=of("", ".modulation", ".norm_out", ".linear_2"),
+        embedding=of("", ".pos_embed", ".context_embedder", ".linear_1"),
+        output=of("", ".proj_out"),
+    )
+
+
+@pytest.mark.parametrize("preset, tera", [("sd35_medium", 2.138), ("sd35_large", 6.860)])
+def test_published_models_at_512_pixels(preset: str, tera: float) -> None:
+    sizes = PRESETS[preset]
+    assert round(forward_work(sizes, Tokens(image_tokens(sizes, (64, 64)), 154)).total / 1e12, 3) == tera
+
+
+@pytest.mark.parametrize(
+    "settings, forwards",
+    [
+        ({"num_auxiliary_points": 6}, (2, 7)),
+        ({"num_auxiliary_points": 6, "guidance_scale": 1.0}, (1, 7)),
+        ({"num_auxiliary_points": 2, "num_rollout_paths": 3}, (2, 7)),
+        ({"num_auxiliary_points": 0}, (0, 1)),
+        ({"name": "sft"}, (0, 1)),
+        ({"name": "sft_multi", "num_auxiliary_points": 6}, (0, 7)),
+    ],
+)
+def test_forwards_of_a_sample(settings: dict[str, object], forwards: tuple[int, int]) -> None:
+    assert forwards_per_sample(make_stage(StageConfig(**settings), 3.0)) == forwards  # type: ignore[arg-type]
+
+
+def test_a_sample_of_soar_is_23_forwards() -> None:
+    """But for the gradients of inputs, which nobody needs: less than half a hundredth of it."""
+    sizes = PRESETS["sd35_medium"]
+    forward = forward_work(sizes, Tokens(1024, 154))
+    assert 22.98 < step_work(forward, 2, 7).total / forward.total <= 23
+
+
+def test_works_add_up() -> None:
+    work = layer_work(PRESETS["sd35_medium"], 0, Tokens(16, 4))
+    assert (2 * work + work).total == 3 * work.total == (work + Work()).total * 3
+    assert work.token_linears == work.image + work.text > 0

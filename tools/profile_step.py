@@ -167,7 +167,11 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     profile = Profile(recipe, run, made_up(arguments))
     try:
         profile.take(arguments.warmup, arguments.steps)
-        operators = profiled(profile.step) if is_rank_zero() else profile.step()
+        operators: Json = {}
+        if is_rank_zero():
+            operators = profiled(profile.step)
+        else:
+            profile.step()
         saved = profile.checkpoint() if arguments.checkpoint else None
         ranks = gather_on_rank_zero(profile.mine())
     finally:

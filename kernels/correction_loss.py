@@ -7,11 +7,12 @@ One pass reads the velocity and, once for all points of a sample and path, the s
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch
+from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch, launches
 from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
 from soar_mega.kernels.tables import launch_of
 
@@ -134,12 +135,8 @@ def _eager(
     return losses, (error * (2.0 * scale)[:, None, None, None]).to(velocity.dtype)
 
 
-def _fake(velocity: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    learn = arguments[-1]
-    return (
-        velocity.new_empty(len(velocity), dtype=torch.float32),
-        velocity.new_empty(velocity.shape if learn else 0),
-    )
+def _forward(velocity: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return (_triton if launches(velocity.device) else _eager)(velocity, *arguments)
 
 
 def _setup_context(
@@ -162,9 +159,7 @@ def _backward(
 
 _operation = define(
     "correction_loss",
-    triton=_triton,
-    eager=_eager,
-    fake=_fake,
+    forward=_forward,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -1,50 +1,71 @@
 """Where an operation runs, at which size it is launched, and what its arguments must be.
 
-A tensor on CUDA goes to the Triton source, a tensor on the CPU to the eager twin, or, with TRITON_INTERPRET=1 in the
-environment, to the same Triton source read by Triton's interpreter. The sources (`soar_mega.kernels.source`) are
-imported at the first launch only: a process that never launches never needs Triton.
+A tensor on CUDA goes to the Triton source, a tensor on the CPU to plain torch calls, or, with TRITON_INTERPRET=1 in the
+environment, to the same Triton source read by Triton's interpreter. On the meta device, which stands for a GPU where
+work is counted, the launching code runs and launches nothing. The sources (`soar_mega.kernels.source`) are imported at
+the first launch only: a process that never launches never needs Triton.
+
+A call costs the host little more than a torch call: arguments are checked once for each layout of them.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by operation: the function that launches its Triton source
 LARGEST_ROW = 2**31 - 2**16  # offsets inside one sample are 32 bits wide, with room for the last block
+MOST_LAYOUTS = 4096  # that are kept: more than a run has shapes
+
+Found = TypeVar("Found")
 
 
 def define(
     name: str,
     *,
-    triton: Callable[..., Any],
-    eager: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    outputs: int | None = None,
 ) -> Callable[..., Any]:
-    """Registers soar_mega::`name` with all that torch.library wants; `triton` states the schema by its annotations.
+    """An operation with a backward pass of its own, called with positional arguments.
+
+    Where no gradient is asked for, autograd is not touched.
 
     Args:
-        triton: launches the Triton source, on CUDA and in the interpreter.
-        eager: the same function on CPU tensors by plain torch calls.
-        fake: empty outputs of the right shape, dtype and device.
-        setup_context, backward: see torch.library.register_autograd; None for what is itself part of a backward pass.
+        name: what a profile calls it.
+        forward: launches the Triton source; its outputs are made by torch.empty.
+        setup_context: of (ctx, arguments, results): keeps what `backward` reads.
+        backward: of (ctx, a gradient for each output): a gradient or None for each argument. It has no second one.
+        outputs: how many of the results the caller gets, the rest being for setup_context alone; None: all of them.
     """
 
-    def on_cpu(*args: Any) -> Any:
-        return triton(*args) if interpreted() else eager(*args)
+    def with_context(ctx: Any, *args: Any) -> Any:
+        results = forward(*args)
+        setup_context(ctx, args, results)
+        return results if outputs is None else results[:outputs]
 
-    LAUNCHERS[name] = triton
-    operation = torch.library.custom_op(f"soar_mega::{name}", triton, mutates_args=(), device_types="cuda")
-    operation.register_kernel("cpu")(on_cpu)
-    operation.register_fake(fake)
-    if backward is not None:
-        operation.register_autograd(backward, setup_context=setup_context)
+    methods = {"forward": staticmethod(with_context), "backward": staticmethod(once_differentiable(backward))}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def operation(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return function.apply(*args)
+        results = forward(*args)
+        return results if outputs is None else results[:outputs]
+
     return operation
+
+
+def launches(device: torch.device) -> bool:
+    """Whether tensors there go to the Triton source."""
+    return device.type != "cpu" or interpreted()
 
 
 def interpreted() -> bool:
@@ -52,23 +73,50 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def once_per_layout(work: Callable[..., Found]) -> Callable[..., Found]:
+    """`work` of tensors, done once for each layout of them: shapes, strides, dtypes and devices. Other arguments, which
+    are hashable, count by value.
+
+    `work` checks the arguments of an operation and finds the size of its launches. What it raises is not kept.
+    """
+    known: dict[tuple[Any, ...], Found] = {}
+
+    def known_or_done(*tensors: Any) -> Found:
+        key = tuple(
+            [(t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors]
+        )
+        found = known.get(key)
+        if found is None:
+            if len(known) >= MOST_LAYOUTS:
+                known.clear()
+            found = known[key] = work(*tensors)
+        return found
+
+    known_or_done.known = known  # type: ignore[attr-defined]  # for a test that changes the launch tables
+    return known_or_done
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Starts `kernel`[grid](*args, **options) on `device`.
+    """Starts `kernel`[grid](*args, **options) on `device`; on the meta device nothing.
 
     Raises:
         RuntimeError: the interpreter was asked for after Triton had been imported without it.
     """
     if device.type == "cuda":
+        if device.index == torch.cuda.current_device():
+            kernel[grid](*args, **options)
+            return
         with torch.cuda.device(device):
             kernel[grid](*args, **options)
-        return
-    if type(kernel).__name__ != "InterpretedFunction":
-        raise RuntimeError(
-            "Triton was imported before TRITON_INTERPRET=1 was set: set it in the environment of the process"
-        )
-    kernel[grid](*args, **options)
+    elif device.type == "cpu":
+        if type(kernel).__name__ != "InterpretedFunction":
+            raise RuntimeError(
+                "Triton was imported before TRITON_INTERPRET=1 was set: set it in the environment of the process"
+            )
+        kernel[grid](*args, **options)
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """sm_90 and the like on CUDA, "interpreter" on the CPU: the key of the launch tables."""
     if device.type != "cuda":

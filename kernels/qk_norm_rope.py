@@ -1,80 +1,117 @@
-"""RMSNorm of queries and keys per head and, where positions are rotary, their rotation, in one pass over both.
+"""Queries, keys and values of a joint attention, written in one pass from each stream's fused qkv.
 
-    normed = x / sqrt(mean(x^2) + epsilon) weight          out = normed cos + (-normed_1, normed_0) sin, pair by pair
+    x = mixed + bias    normed = x / sqrt(mean(x^2) + epsilon) weight    out = normed cos + (-normed_1, normed_0) sin
 
-Pairs are neighbours (0, 1), (2, 3), ..., as in FLUX. Queries and keys are read where they lie, inside the fused qkv.
+Values take their bias alone. Pairs are neighbours (0, 1), (2, 3), ..., as in FLUX. The streams come out one after the
+other, so nothing is copied to join them. The backward pass writes the gradient of each fused qkv; those of its bias and
+of the norms' weights are added up on the way. On the CPU the same is done by plain torch calls.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from soar_mega.kernels.dispatch import LARGEST_ROW, architecture, check_tensor, define, launch, power_of_two
+from soar_mega.kernels.dispatch import (
+    LARGEST_ROW,
+    architecture,
+    check_tensor,
+    define,
+    launch,
+    launches,
+    once_per_layout,
+    power_of_two,
+)
 from soar_mega.kernels.sums import sum_lines
 from soar_mega.kernels.tables import launch_of
 
 EPSILON = 1e-6
 PROGRAMS = 528  # of the backward pass, at most: four for each multiprocessor of an H100
+HEADS = 8  # that a program of the backward pass takes at a time, at most
+
+
+class Projected(NamedTuple):
+    """A stream as the linear before attention leaves it.
+
+    mixed: [S, B, heads x 3 x D], query, key and value of each head side by side. length: the tokens that attention is
+    to see, the first ones; the rest are padding. bias: [heads x 3 x D], if it is not in `mixed` yet. query_weight,
+    key_weight: [D] of RMSNorm, both or neither.
+    """
+
+    mixed: Tensor
+    length: int
+    bias: Tensor | None = None
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of one stream: its place in the joint sequence, its launches' grids and what they know at compile time."""
+
+    length: int
+    first: int  # tokens before it
+    heads: int
+    forward_grid: tuple[int]
+    forward: dict[str, int]
+    backward_grid: tuple[int, int]
+    backward: dict[str, int]
 
 
 def qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+    streams: Sequence[Projected],
+    head_size: int,
     cosine: Tensor | None = None,
     sine: Tensor | None = None,
     epsilon: float = EPSILON,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys as attention compares them, each [S, B, heads, D] contiguous in its own type.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all streams, one after the other: each [sum of lengths, B, heads, D] contiguous.
 
     Args:
-        query, key: [S, B, heads, D] float32, bfloat16 or float16, D even; they may be slices of the fused qkv: only
-            D must be contiguous.
-        query_weight, key_weight: [D] of the same type.
-        cosine, sine: [S, D] float32, both or neither: each angle twice, as diffusers' FLUX gives them. They get no
-            gradient.
+        streams: float32, bfloat16 or float16, contiguous, alike in type, device, B and heads.
+        head_size: D, even.
+        cosine, sine: [sum of lengths, D] float32, both or neither: each angle twice, as diffusers' FLUX gives them.
+            They get no gradient.
         epsilon: added to the mean square.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
     """
-    check_tensor("query", query, shape=("S", "B", "heads", "D"), strided=True)
-    tokens, samples, heads, width = query.shape
-    if width % 2:
-        raise ValueError(f"query must have an even head size D, not {width}: it is rotated in pairs")
-    if tokens * samples * heads > LARGEST_ROW:
-        raise ValueError(
-            f"query has {tokens * samples * heads} heads in all; at most {LARGEST_ROW} can be indexed"
-        )
-    alike: dict[str, Any] = {"dtypes": (query.dtype,), "device": query.device}
-    check_tensor("key", key, shape=tuple(query.shape), strided=True, **alike)
-    check_tensor("query_weight", query_weight, shape=(width,), **alike)
-    check_tensor("key_weight", key_weight, shape=(width,), **alike)
-    if (cosine is None) != (sine is None):
-        raise ValueError("cosine and sine go together: give both or neither")
-    for name, table in (("cosine", cosine), ("sine", sine)):
-        if table is not None:
-            check_tensor(name, table, shape=(tokens, width), dtypes=(torch.float32,), device=query.device)
-    return _forward(query, key, query_weight, key_weight, cosine, sine, epsilon)
+    lengths = tuple([stream.length for stream in streams])
+    tensors = [x for s in streams for x in (s.mixed, s.bias, s.query_weight, s.key_weight)]
+    sizes = _checked(lengths, head_size, cosine, sine, *tensors)
+    if not launches(streams[0].mixed.device):
+        return plain_qk_norm_rope(streams, head_size, cosine, sine, epsilon)
+    return _operation(*tensors, cosine, sine, epsilon, sizes)
 
 
 def plain_qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+    streams: Sequence[Projected],
+    head_size: int,
     cosine: Tensor | None = None,
     sine: Tensor | None = None,
     epsilon: float = EPSILON,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope` by plain torch calls, which autograd differentiates."""
-    query = torch.nn.functional.rms_norm(query, query.shape[-1:], query_weight, epsilon)
-    key = torch.nn.functional.rms_norm(key, key.shape[-1:], key_weight, epsilon)
+    normed = [_plain_one(stream, head_size, epsilon) for stream in streams]
+    query, key, value = (torch.cat(parts) for parts in zip(*normed))
     if cosine is None or sine is None:
-        return query, key
-    return _rotate(query, cosine, sine).to(query.dtype), _rotate(key, cosine, sine).to(key.dtype)
+        return query, key, value
+    return _rotate(query, cosine, sine).to(query.dtype), _rotate(key, cosine, sine).to(key.dtype), value
+
+
+def _plain_one(stream: Projected, head_size: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One stream's q, k, v [length, B, heads, D]."""
+    mixed = stream.mixed[: stream.length]
+    if stream.bias is not None:
+        mixed = mixed + stream.bias
+    query, key, value = mixed.unflatten(-1, (-1, 3, head_size)).unbind(3)
+    if stream.query_weight is not None and stream.key_weight is not None:
+        query = torch.nn.functional.rms_norm(query, (head_size,), stream.query_weight, epsilon)
+        key = torch.nn.functional.rms_norm(key, (head_size,), stream.key_weight, epsilon)
+    return query, key, value
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -84,157 +121,151 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x.float() * cosine[:, None, None] + turned * sine[:, None, None]
 
 
-def _rotate_back(gradient: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The transpose of `_rotate`, float32."""
-    first, second = (gradient.float() * sine[:, None, None]).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([second, -first], dim=-1).flatten(-2)
-    return gradient.float() * cosine[:, None, None] + turned
-
-
-def _triton_forward(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+@once_per_layout
+def _checked(
+    lengths: tuple[int, ...],
+    head_size: int,
     cosine: Tensor | None,
     sine: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:
+    *tensors: Tensor | None,
+) -> list[Sizes]:
+    if head_size % 2:
+        raise ValueError(f"head_size must be even, not {head_size}: queries and keys are rotated in pairs")
+    streams = _streams(lengths, tensors)
+    for i in range(len(streams)):
+        _check_stream(f"streams[{i}].", streams[i], streams[0].mixed, head_size)
+    if (cosine is None) != (sine is None):
+        raise ValueError("cosine and sine go together: give both or neither")
+    mixed, length = streams[0].mixed, sum(lengths)
+    for name, table in (("cosine", cosine), ("sine", sine)):
+        if table is not None:
+            check_tensor(name, table, shape=(length, head_size), dtypes=(torch.float32,), device=mixed.device)
+    _, samples, width = mixed.shape
+    heads = width // (3 * head_size)
+    if length * samples * heads > LARGEST_ROW:
+        raise ValueError(f"streams have more than {LARGEST_ROW} heads in all: they cannot be indexed")
+    firsts = (sum(lengths[:i]) for i in range(len(lengths)))
+    kind = "" if cosine is None else " rotary"
+    return [_sizes(stream, first, heads, head_size, kind) for stream, first in zip(streams, firsts)]
+
+
+def _check_stream(name: str, stream: Projected, first: Tensor, head_size: int) -> None:
+    """`first`: `mixed` of the first stream, to which all others are alike."""
+    alike: dict[str, Any] = {"dtypes": (first.dtype,), "device": first.device}
+    if stream.mixed is first:
+        check_tensor(name + "mixed", first, shape=("S", "B", "heads x 3 x D"))
+    else:
+        check_tensor(name + "mixed", stream.mixed, shape=("S", *first.shape[1:]), **alike)
+    tokens, _, width = stream.mixed.shape
+    if width % (3 * head_size):
+        raise ValueError(f"{name}mixed must hold whole heads of 3 x {head_size}, not {width} features")
+    if not 0 < stream.length <= tokens:
+        raise ValueError(f"{name}length must be 1 to {tokens}, the tokens of mixed, not {stream.length}")
+    if (stream.query_weight is None) != (stream.key_weight is None):
+        raise ValueError(f"{name}query_weight and {name}key_weight go together: give both or neither")
+    for part, size in (("bias", width), ("query_weight", head_size), ("key_weight", head_size)):
+        vector = getattr(stream, part)
+        if vector is not None:
+            check_tensor(name + part, vector, shape=(size,), **alike)
+
+
+def _sizes(stream: Projected, first: int, heads: int, head_size: int, kind: str) -> Sizes:
+    width, samples = power_of_two(head_size), stream.mixed.shape[1]
+    found = architecture(stream.mixed.device)
+    entry = launch_of("qk_norm_rope", "forward" + kind, found)
+    block = max(1, entry.block // width)
+    forward_grid = (-(-stream.length * samples * heads // block),)
+    common = {"D": head_size, "WIDTH": width}
+    forward = common | {"LINES": block, "num_warps": entry.num_warps}
+    entry = launch_of("qk_norm_rope", "backward" + kind, found)
+    block = max(1, entry.block // width)
+    heads_block = min(HEADS, block, power_of_two(heads))
+    rows_block = block // heads_block
+    head_blocks = -(-heads // heads_block)
+    programs = min(max(1, PROGRAMS // head_blocks), -(-stream.length * samples // rows_block))
+    return Sizes(
+        length=stream.length,
+        first=first,
+        heads=heads,
+        forward_grid=forward_grid,
+        forward=forward,
+        backward_grid=(programs, head_blocks),
+        backward=common | {"ROWS": rows_block, "HEADS": heads_block, "num_warps": entry.num_warps},
+    )
+
+
+def _streams(lengths: Sequence[int], tensors: Sequence[Any]) -> list[Projected]:
+    """Tensors come four by four: mixed, bias, query_weight and key_weight of each stream."""
+    return [Projected(tensors[4 * i], n, *tensors[4 * i + 1 : 4 * i + 4]) for i, n in enumerate(lengths)]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from soar_mega.kernels.source.qk_norm_rope import forward_kernel
 
-    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    lines = query_out[..., 0].numel()
-    sizes = _sizes("forward", query, cosine)
-    launch(
-        forward_kernel, (-(-lines // sizes["LINES"]),), query.device,
-        query, key, query_weight, key_weight, cosine, sine, query_out, key_out,
-        lines, *query.shape[1:3], *query.stride()[:3], *key.stride()[:3], epsilon, **sizes,
-    )  # fmt: skip
-    return query_out, key_out
+    *tensors, cosine, sine, epsilon, sizes = arguments
+    mixed, samples, heads = tensors[0], tensors[0].shape[1], sizes[0].heads
+    shape = (sizes[-1].first + sizes[-1].length, samples, heads, sizes[0].forward["D"])
+    query, key, value = (torch.empty(shape, dtype=mixed.dtype, device=mixed.device) for _ in range(3))
+    for i, size in enumerate(sizes):
+        launch(
+            forward_kernel, size.forward_grid, mixed.device,
+            *tensors[4 * i : 4 * i + 4], cosine, sine, query, key, value,
+            size.length * samples * heads, size.first * samples * heads, samples, heads, epsilon,
+            **size.forward,
+        )  # fmt: skip
+    return query, key, value
 
 
-def _eager_forward(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
+def _setup_context(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.epsilon, ctx.sizes = arguments
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, cosine, sine = ctx.saved_tensors
+    strides = gradients[0].stride()
+    if strides[-1] != 1 or any(gradient.stride() != strides for gradient in gradients):
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
+    found: list[Tensor | None] = []
+    for i, size in enumerate(ctx.sizes):
+        wants_bias = ctx.needs_input_grad[4 * i + 1]
+        found += _backward_of_one(
+            gradients, tensors[4 * i : 4 * i + 4], cosine, sine, ctx.epsilon, size, wants_bias
+        )
+    return (*found, None, None, None, None)
+
+
+def _backward_of_one(
+    gradients: Sequence[Tensor],
+    tensors: Sequence[Any],
     cosine: Tensor | None,
     sine: Tensor | None,
     epsilon: float,
-) -> tuple[Tensor, Tensor]:
-    query, key = plain_qk_norm_rope(query, key, query_weight, key_weight, cosine, sine, epsilon)
-    return query.contiguous(), key.contiguous()
-
-
-def _fake_forward(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape)
-
-
-def _triton_backward(
-    grad_query_out: Tensor,
-    grad_key_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    size: Sizes,
+    wants_bias: bool,
+) -> list[Tensor | None]:
+    """Gradients of mixed, bias, query_weight and key_weight of one stream."""
     from soar_mega.kernels.source.qk_norm_rope import backward_kernel
 
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    lines = grad_query[..., 0].numel()
-    sizes = _sizes("backward", query, cosine)
-    programs = min(PROGRAMS, -(-lines // sizes["LINES"]))
-    partials = torch.empty(programs, 2, query.shape[-1], device=query.device)
+    mixed, weight = tensors[0], tensors[2]
+    samples, device = mixed.shape[1], mixed.device
+    programs, head_blocks = size.backward_grid
+    grad_mixed = torch.empty(mixed.shape, dtype=mixed.dtype, device=device)
+    if size.length < len(mixed):
+        grad_mixed[size.length :].zero_()
+    bias_sums = torch.empty(programs, mixed.shape[2], device=device) if wants_bias else None
+    weight_sums = None
+    if weight is not None:
+        weight_sums = torch.empty(programs * head_blocks, 2, len(weight), device=device)
     launch(
-        backward_kernel, (programs,), query.device,
-        grad_query_out, grad_key_out, query, key, query_weight, key_weight, cosine, sine,
-        grad_query, grad_key, partials,
-        lines, *query.shape[1:3], *query.stride()[:3], *key.stride()[:3], epsilon, **sizes,
+        backward_kernel, size.backward_grid, device,
+        *gradients, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
+        size.length * samples, size.first, samples, size.heads, *gradients[0].stride()[:3], epsilon,
+        **size.backward,
     )  # fmt: skip
-    return grad_query, grad_key, sum_lines(partials, query_weight.dtype)
+    grad_bias = None if bias_sums is None else sum_lines(bias_sums, mixed.dtype)
+    weights = (None, None) if weight_sums is None else sum_lines(weight_sums, mixed.dtype)
+    return [grad_mixed, grad_bias, *weights]
 
 
-def _eager_backward(
-    grad_query_out: Tensor,
-    grad_key_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, weights = [], []
-    for gradient, x, weight in ((grad_query_out, query, query_weight), (grad_key_out, key, key_weight)):
-        gradient = gradient.float()
-        if cosine is not None and sine is not None:
-            gradient = _rotate_back(gradient, cosine, sine)
-        inverse = (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        normed = x.float() * inverse
-        weights.append((gradient * normed).sum((0, 1, 2)))
-        gradient = gradient * weight.float()
-        along = (gradient * normed).mean(-1, keepdim=True)
-        inputs.append((inverse * (gradient - normed * along)).to(x.dtype).contiguous())
-    return inputs[0], inputs[1], torch.stack(weights).to(query_weight.dtype)
-
-
-def _fake_backward(
-    grad_query_out: Tensor,
-    grad_key_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), query.new_empty(2, query.shape[-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.epsilon = inputs[6]
-
-
-def _autograd(ctx: Any, grad_query_out: Tensor, grad_key_out: Tensor) -> tuple[Tensor | None, ...]:
-    grad_query, grad_key, weights = _backward(
-        grad_query_out.contiguous(), grad_key_out.contiguous(), *ctx.saved_tensors, ctx.epsilon
-    )
-    return grad_query, grad_key, weights[0], weights[1], None, None, None
-
-
-def _sizes(direction: str, query: Tensor, cosine: Tensor | None) -> dict[str, int]:
-    """What the sources must know at compile time."""
-    shape_class = direction if cosine is None else f"{direction} rotary"
-    entry = launch_of("qk_norm_rope", shape_class, architecture(query.device))
-    width = power_of_two(query.shape[-1])
-    lines = max(1, entry.block // width)
-    return {"D": query.shape[-1], "WIDTH": width, "LINES": lines, "num_warps": entry.num_warps}
-
-
-_backward = define(
-    "qk_norm_rope_backward", triton=_triton_backward, eager=_eager_backward, fake=_fake_backward
-)
-_forward = define(
-    "qk_norm_rope",
-    triton=_triton_forward,
-    eager=_eager_forward,
-    fake=_fake_forward,
-    setup_context=_setup_context,
-    backward=_autograd,
-)
+_operation = define("qk_norm_rope", forward=_forward, setup_context=_setup_context, backward=_backward)

@@ -6,11 +6,12 @@ Six sources go in, each read once for all points of a sample and path; only stat
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch
+from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch, launches
 from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
 from soar_mega.kernels.tables import launch_of
 
@@ -169,10 +170,8 @@ def _shape(z0: Tensor, points: int, patch: int) -> tuple[int, ...]:
     return points, channels, height, width
 
 
-def _fake(z0: Tensor, *arguments: object) -> Tensor:
-    rows, dtype, patch = arguments[5], arguments[-2], arguments[-1]
-    assert isinstance(rows, Tensor) and isinstance(dtype, torch.dtype) and isinstance(patch, int)
-    return z0.new_empty(_shape(z0, len(rows), patch), dtype=dtype)
+def _forward(z0: Tensor, *arguments: Any) -> Tensor:
+    return (_triton if launches(z0.device) else _eager)(z0, *arguments)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
@@ -203,9 +202,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tup
 
 _operation = define(
     "rollout_renoise",
-    triton=_triton,
-    eager=_eager,
-    fake=_fake,
+    forward=_forward,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -35,7 +35,7 @@ LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
     "qk_norm_rope": {
         "forward": {"any": Launch(1024, 4)},
         "forward rotary": {"any": Launch(1024, 8)},
-        "backward": {"any": Launch(1024, 4)},
+        "backward": {"any": Launch(1024, 8)},
         "backward rotary": {"any": Launch(1024, 8)},
     },
     "sum_lines": {"columns": {"any": Launch(32, 4)}},

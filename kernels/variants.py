@@ -7,6 +7,7 @@ SD3.5 at 512 px where the source needs one at compile time.
 from dataclasses import dataclass
 
 from soar_mega.kernels.dispatch import power_of_two
+from soar_mega.kernels.qk_norm_rope import HEADS
 from soar_mega.kernels.sums import LINES
 from soar_mega.kernels.tables import launch_of
 
@@ -155,36 +156,50 @@ def adaln() -> list[Variant]:
 
 
 def qk_norm_rope() -> list[Variant]:
-    """SD3.5's heads without, FLUX's with the rotary embedding."""
+    """SD3.5's heads without, FLUX's with the rotary embedding; a dual attention of a model without QK norm."""
 
-    def one(direction: str, head_size: int, rotary: bool, kind: str = "bf16") -> Variant:
+    def one(direction: str, head_size: int, has: str, kind: str = "bf16") -> Variant:
+        rotary, bias, norm = "rotary" in has, "bias" in has, "norm" in has
         launch = launch_of("qk_norm_rope", f"{direction} rotary" if rotary else direction, "any")
-        read: tuple[str, ...] = ("query", "key")
-        written = ("query_out", "key_out")
-        if direction == "backward":
-            read, written = (*read, "grad_query_out", "grad_key_out"), ("grad_query", "grad_key")
-        given: dict[str, str | None] = dict.fromkeys((*read, *written, "query_weight", "key_weight"), kind)
-        strides = (f"{tensor}_{step}" for tensor in ("query", "key") for step in ("token", "sample", "head"))
+        lines = launch.block // head_size
+        forward = direction == "forward"
+        parts = ("query", "key", "value")
+        gradients = tuple(f"grad_{part}" for part in parts)
+        # an element of a head is three of `mixed`; backward reads queries and keys again where there is a norm
+        read = ("mixed",) * 3 if forward else (*gradients, *(("mixed",) * 2 if norm else ()))
+        written = parts if forward else ("grad_mixed",) * 3
+        optional = {"bias": bias, "query_weight": norm, "key_weight": norm}
+        sums = {"bias_sums": bias, "weight_sums": norm} | dict.fromkeys(("cosine", "sine"), rotary)
+        pointers: dict[str, str | None] = dict.fromkeys(("mixed", *read, *written), kind)
+        pointers |= {name: kind if there else None for name, there in optional.items()}
+        pointers |= {name: "fp32" if there else None for name, there in sums.items()}
+        heads = min(HEADS, lines)
+        tile: dict[str, object] = {"ROWS": lines // heads, "HEADS": heads}
+        if forward:
+            tile = {"LINES": lines}
         return Variant(
-            name=f"qk_norm_rope {direction} {head_size}{', rotary' if rotary else ''}, {kind}",
+            name=f"qk_norm_rope {direction} {head_size}, {has or 'copied'}, {kind}",
             module="qk_norm_rope",
             kernel=f"{direction}_kernel",
-            pointers=given
-            | dict.fromkeys(("cosine", "sine"), "fp32" if rotary else None)
-            | {"partials": "fp32"},
-            integers=("lines", "samples", "heads", *strides),
-            constants={"D": head_size, "WIDTH": head_size, "LINES": launch.block // head_size},
+            pointers=pointers,
+            integers=(
+                "lines", "first", "rows", "first_token", "samples", "heads",
+                "token_stride", "sample_stride", "head_stride",
+            ),
+            constants={"D": head_size, "WIDTH": head_size} | tile,
             num_warps=launch.num_warps,
             read=read,
             written=written,
-            width=64 if rotary else 128,
-        )
+            width=128 if forward and not rotary else 64,
+        )  # fmt: skip
 
     ways = ("forward", "backward")
     return [
-        *(one(way, 64, False) for way in ways),
-        *(one(way, 128, True) for way in ways),
-        *(one(way, 64, False, "fp32") for way in ways),
+        *(one(way, 64, "bias norm") for way in ways),
+        *(one(way, 64, "norm") for way in ways),
+        *(one(way, 64, "") for way in ways),
+        *(one(way, 128, "bias norm rotary") for way in ways),
+        *(one(way, 64, "bias norm", "fp32") for way in ways),
     ]
 
 

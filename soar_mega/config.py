@@ -11,7 +11,15 @@ class ModelConfig:
     preset: str = ""  # sd35_medium | sd35_large: sizes without a pipeline folder
     init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
     dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32
-    attention_backend: str = "sdpa"  # sdpa | transformer_engine
+    transformer_impl: str = "local"  # the layers' linears: local (torch's) | transformer_engine
+    attention_backend: str = (
+        "sdpa"  # sdpa (torch's) | flash; with transformer_engine also auto | fused (cuDNN) | unfused
+    )
+    fp8: str | None = None  # e4m3 | hybrid (gradients in e5m2): the layers' matrix products in FP8
+    fp8_recipe: str = "tensorwise"  # what has a scale of its own: tensorwise | delayed | blockwise | mxfp8
+    first_last_layers_bf16: bool = False  # with fp8: not in the first and last layers, as many as these
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
     recompute_granularity: str = "none"  # none | selective (attention alone) | full (layers)
     recompute_every: int = 1  # with full: recompute every k-th layer
     fused_kernels: bool = True  # adaLN and QK norm as one kernel each; false: as plain torch calls
@@ -76,6 +84,7 @@ class TrainConfig:
     global_batch_size: int = 32  # samples per optimizer step, over all ranks
     micro_batch_size: int = 1  # samples per forward of the answer pass
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
+    cuda_graphs: str = "layers"  # layers: each as a CUDA graph, on a GPU with the megatron engine | none
     ema_decay: float = 0.0  # 0: no EMA
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from soar_mega import layer_checks
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.user_files import is_text
 
@@ -32,7 +33,12 @@ def from_below(low: float, high: float) -> Rule:
 RULES: dict[str, Rule] = {
     "model.init": one_of("pretrained", "random"),
     "model.dtype": one_of("fp32", "bf16"),
-    "model.attention_backend": one_of("sdpa", "transformer_engine"),
+    "model.transformer_impl": one_of(*layer_checks.IMPLEMENTATIONS),
+    "model.attention_backend": one_of(*layer_checks.ATTENTION_BACKENDS),
+    "model.fp8": one_of(*layer_checks.FP8_FORMATS),
+    "model.fp8_recipe": one_of(*layer_checks.FP8_RECIPES),
+    "model.num_layers_at_start_in_bf16": at_least(0),
+    "model.num_layers_at_end_in_bf16": at_least(0),
     "model.recompute_granularity": one_of("none", "selective", "full"),
     "model.recompute_every": at_least(1),
     "stage.name": one_of("soar", "sft", "sft_multi"),
@@ -63,6 +69,7 @@ RULES: dict[str, Rule] = {
     "train.global_batch_size": at_least(1),
     "train.micro_batch_size": at_least(1),
     "train.points_per_micro_batch": at_least(1),
+    "train.cuda_graphs": one_of("none", "layers"),
     "train.ema_decay": from_below(0, 1),
     "train.exit_duration_in_mins": above(0),
     "train.step_timeout_minutes": above(0),
@@ -146,6 +153,7 @@ def _check_model(recipe: Recipe) -> None:
         "data.encode=online needs the encoders of a pipeline: give model.pipeline, or use data.encode=shards",
     )
     _require(recipe.data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
+    layer_checks.check_layers(model)
 
 
 def _check_batch(recipe: Recipe) -> None:
@@ -247,6 +255,11 @@ def _check_deepspeed(recipe: Recipe) -> None:
     _require(
         parallel.zero_stage == 3 or not parallel.offload_parameters,
         "parallel.offload_parameters needs parallel.zero_stage=3",
+    )
+    _require(
+        parallel.zero_stage < 3 or recipe.model.fp8 is None,
+        "model.fp8 keeps every weight whole in FP8, which parallel.zero_stage=3 is there to avoid: set "
+        "parallel.zero_stage=2, or leave model.fp8 out",
     )
 
 

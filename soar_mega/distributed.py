@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from soar_mega import platform
 from soar_mega.config import ParallelConfig
 
 T = TypeVar("T")
@@ -29,7 +28,7 @@ def device() -> torch.device:
     return torch.device("cuda", 0 if is_only_one else int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start_world(parallel: ParallelConfig, seed: int = 42, timeout: timedelta = START_TIMEOUT) -> None:
+def start_world(parallel: ParallelConfig, timeout: timedelta = START_TIMEOUT) -> None:
     """Start torch.distributed (from torchrun's environment, or a world of one) and megatron's groups in it.
 
     Does nothing when the same layout has been started before.
@@ -41,7 +40,6 @@ def start_world(parallel: ParallelConfig, seed: int = 42, timeout: timedelta = S
         ValueError: the layout does not fit the number of processes, or another layout is running in this process.
     """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     wanted = (
@@ -73,9 +71,8 @@ def start_world(parallel: ParallelConfig, seed: int = 42, timeout: timedelta = S
             context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=False,
         )
-    # a plain Python process on the CPU has no stand-ins; its model draws nothing from megatron's generators
-    if torch.cuda.is_available() or platform.is_installed():
-        model_parallel_cuda_manual_seed(seed)
+    # megatron's random generators are left unseeded: a model draws from none, and with seeded ones Transformer Engine's
+    # attention would restore a state at each call, which no CUDA graph can hold
 
 
 def stop_world() -> None:

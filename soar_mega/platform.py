@@ -7,10 +7,11 @@ necessary.
 """
 
 import functools
-import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -129,28 +130,6 @@ def _tensor_cuda() -> list[Replacement]:
     return [(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)]
 
 
-def _random_state() -> list[Replacement]:
-    # megatron's random state tracker works on the CUDA generator: here it is the CPU's
-    import megatron.core.tensor_parallel.random as megatron_random
-
-    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
-        torch.set_rng_state(state)
-
-    def manual_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(int(seed))
-
-    return [
-        (torch.cuda, "get_rng_state", get_state),
-        (torch.cuda, "set_rng_state", set_state),
-        (torch.cuda, "manual_seed", manual_seed),
-        (megatron_random, "_get_cuda_rng_state", get_state),
-        (megatron_random, "_set_cuda_rng_state", set_state),
-    ]
-
-
 def _fused_adam() -> list[Replacement]:
     # with torch's AdamW the distributed optimizer saves checkpoints that it cannot load: `assert len(steps) == 1`
     import megatron.core.optimizer as optimizer
@@ -191,7 +170,6 @@ STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "factories": _factories,
     "tensor_type": _tensor_type,
     "tensor_cuda": _tensor_cuda,
-    "random_state": _random_state,
     "fused_adam": _fused_adam,
     "parameter_gather": _parameter_gather,
 }
@@ -204,23 +182,20 @@ def install() -> None:
     if _installed:
         return
     on_cuda = torch.cuda.is_available()
+    if not on_cuda:
+        _hide_transformer_engine()
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": known and handled here
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
         for name, replacements in STAND_INS.items():
             if name in ON_CUDA or not on_cuda:
                 _put(name, replacements())
-    if on_cuda:
-        return
-    # with one generator for both, every fork of the tracker looks like a mistake to megatron
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )
 
 
-def is_installed() -> bool:
-    """Whether the stand-ins are in place."""
-    return bool(_installed)
+def _hide_transformer_engine() -> None:
+    """Where it is installed megatron would hand it gradients on the CPU too, and it can compute on a GPU only."""
+    if "transformer_engine" not in sys.modules and find_spec("transformer_engine") is not None:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # to an import: not installed
 
 
 def _put(name: str, replacements: list[Replacement]) -> None:

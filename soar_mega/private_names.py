@@ -5,13 +5,14 @@ keeps private names out of all other files but platform.py, whose stand-ins have
 imported where they are needed: this file is for everyone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 # -- torch
 
@@ -19,6 +20,11 @@ from torch.nn import Parameter
 def default_store() -> Any:
     """The store that torch.distributed was started with."""
     return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+
+
+def forward_pre_hooks(module: Module) -> Iterable[Callable[..., Any]]:
+    """What is called with a module and its arguments before its forward."""
+    return module._forward_pre_hooks.values()
 
 
 def nccl_trace() -> bytes:
@@ -52,6 +58,23 @@ class MainCopy:
     parameter: Parameter
     main: Tensor
     start: int  # its first element in the flat parameter
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """While CUDA work is recorded as a graph: megatron's and Transformer Engine's hooks then leave it alone."""
+    from megatron.core.transformer import cuda_graphs
+
+    flags = [(cuda_graphs._set_capture_start, cuda_graphs._set_capture_end)]
+    if cuda_graphs.HAVE_TE_GRAPHS:
+        flags.append((cuda_graphs.te_set_capture_start, cuda_graphs.te_set_capture_end))
+    for start, _ in flags:
+        start()
+    try:
+        yield
+    finally:
+        for _, end in flags:
+            end()
 
 
 def with_sharded_keys(state: dict[str, Any]) -> dict[str, Any]:

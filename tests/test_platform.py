@@ -147,11 +147,6 @@ def without_tensor_cuda():
         optimizer_state(ddp, optimizer)
 
 
-def without_random_state():
-    with platform.without("random_state"):
-        start_world(ParallelConfig())
-
-
 def without_fused_adam():
     from megatron.core import dist_checkpointing
 
@@ -218,7 +213,6 @@ FAILURES = {
     "factories": (without_factories, 1, NO_CUDA),
     "tensor_type": (without_tensor_type, 1, "torch.cuda.FloatTensor"),
     "tensor_cuda": (without_tensor_cuda, 1, NO_CUDA),
-    "random_state": (without_random_state, 1, NO_CUDA),
     "fused_adam": (without_fused_adam, 1, "step"),
     "parameter_gather": (without_parameter_gather, 1, "a second pool of threads"),
 }
@@ -329,3 +323,17 @@ def test_device_contexts_still_reach_the_factories() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_transformer_engine_is_not_used_where_it_cannot_compute(tmp_path):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported without a GPU')")
+    code = (
+        "from soar_mega import platform; platform.install()\n"
+        "from megatron.core.extensions.transformer_engine import HAVE_TE\n"
+        "import megatron.core.optimizer.clip_grads\n"
+        "assert not HAVE_TE"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment, timeout=120)

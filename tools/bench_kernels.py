@@ -12,7 +12,7 @@ JSON and a roofline picture next to it.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from soar_mega.kernels import correction_loss, rollout_renoise
 from soar_mega.kernels.adaln import adaln, plain_adaln
-from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
+from soar_mega.kernels.qk_norm_rope import Projected, plain_qk_norm_rope, qk_norm_rope
 
 LATENTS = {"512 px": (16, 64, 64), "1024 px": (16, 128, 128)}  # the VAEs of SD3.5 and FLUX have 16 channels
 H100_COPY = 2.8e12  # bytes per second that a large copy reaches on an H100 SXM, for predictions without a GPU
@@ -136,40 +136,48 @@ def adaln_cases(device: torch.device) -> list[Case]:
 
 
 def qk_cases(device: torch.device) -> list[Case]:
-    """Queries and keys of a joint attention at 512 px, B = 4."""
+    """Image and text of a joint attention at 512 px, B = 4, with the bias of the linear before."""
     cases = []
-    for model, tokens, heads, width in (
-        ("SD3.5-M", 1357, 24, 64),
-        ("SD3.5-L", 1357, 38, 64),
-        ("FLUX", 1536, 24, 128),
-    ):
-        query, key = (
-            torch.randn(tokens, 4, heads, width, device=device, dtype=torch.bfloat16) for _ in range(2)
+    for model, heads, width in (("SD3.5-M", 24, 64), ("SD3.5-L", 38, 64), ("FLUX", 24, 128)):
+        text = 512 if model == "FLUX" else 333
+        tensors: list[Tensor] = []
+
+        def leaf(*shape: int, into: list[Tensor] = tensors) -> Tensor:
+            into.append(torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_())
+            return into[-1]
+
+        features = 3 * heads * width
+        streams = [
+            Projected(leaf(tokens, 4, features), tokens, leaf(features), leaf(width), leaf(width))
+            for tokens in (1024, text)
+        ]
+        cosine, sine = (
+            torch.randn(1024 + text, width, device=device) if model == "FLUX" else None for _ in range(2)
         )
-        weights = [torch.ones(width, device=device, dtype=torch.bfloat16) for _ in range(2)]
-        rotary = [torch.randn(tokens, width, device=device) for _ in range(2)] if model == "FLUX" else []
-        arguments = tuple(tensor.requires_grad_() for tensor in (query, key, *weights)) + tuple(rotary)
+        fused, eager = (
+            partial(form, streams, width, cosine, sine) for form in (qk_norm_rope, plain_qk_norm_rope)
+        )
         cases += [
-            Case(
-                f"qk_norm_rope {model} forward",
-                partial(qk_norm_rope, *arguments),
-                partial(plain_qk_norm_rope, *arguments),
-            ),
+            Case(f"qk_norm_rope {model} forward", fused, eager),
             Case(
                 f"qk_norm_rope {model} both",
-                partial(gradients, qk_norm_rope, arguments),
-                partial(gradients, plain_qk_norm_rope, arguments),
+                partial(gradients_of, fused, tensors),
+                partial(gradients_of, eager, tensors),
             ),
         ]
     return cases
 
 
 def gradients(
-    operation: Callable[..., tuple[Tensor, Tensor]], arguments: tuple[Tensor, ...]
+    operation: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Forward and backward, with ones from above."""
-    outputs = operation(*arguments)
-    inputs = [tensor for tensor in arguments if tensor.requires_grad]
+    """Forward and backward of tensors that all are differentiable, with ones from above."""
+    return gradients_of(partial(operation, *arguments), arguments)
+
+
+def gradients_of(call: Callable[[], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of `inputs` of what `call` computes from them, with ones from above."""
+    outputs = call()
     return torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
 
 

@@ -25,7 +25,6 @@ from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.engines.channel import Answers
 from soar_mega.engines.pipeline import cut, in_order, query_states, with_sources
-from soar_mega.kernels.dispatch import LAUNCHERS
 from soar_mega.stages import make_stage
 
 GPU = torch.device("meta")
@@ -58,15 +57,20 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "Counter":
+        for module in modules_that_launch():
+            self.patches.enter_context(mock.patch.object(module, "launch", self.launched))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.patches.close()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if func.namespace == "soar_mega":
-            with self, contextlib.ExitStack() as patches:
-                for module in modules_that_launch():
-                    patches.enter_context(mock.patch.object(module, "launch", self.launched))
-                return LAUNCHERS[name](*args, **kwargs)
         outputs = func(*args, **kwargs)
         inputs, results = on_gpu((args, kwargs)), on_gpu(outputs)
         if name in FREE or not results:

@@ -1,7 +1,7 @@
-"""RMSNorm of queries and keys per head, and the rotary embedding of pairs of neighbours.
+"""What attention compares, from a stream's fused qkv: bias, RMSNorm per head, rotary embedding of pairs of neighbours.
 
-A line is one head of one token. Queries and keys may lie apart in a larger tensor (the fused qkv): tokens, samples and
-heads have strides, a head's D elements are neighbours. What comes out is contiguous [S, B, heads, D].
+A line is one head of one row, a row one token of one sample. A stream's `mixed` is [lines, 3, D], contiguous: query,
+key and value of a head side by side. They come out apart, each at its place in the joint sequence of all streams.
 """
 
 import triton
@@ -12,89 +12,132 @@ from soar_mega.kernels.source.sources import row_offset
 
 @triton.jit
 def forward_kernel(
-    query, key, query_weight, key_weight, cosine, sine, query_out, key_out,
-    lines, samples, heads,
-    query_token, query_sample, query_head, key_token, key_sample, key_head, epsilon,
+    mixed, bias, query_weight, key_weight, cosine, sine, query, key, value,
+    lines, first, samples, heads, epsilon,
     D: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH: the power of two >= D; cosine, sine [S, D] or None. Grid: (blocks of LINES lines,)."""
+    """One stream into query, key, value [joint lines, D], from line `first` on. Grid: (blocks of LINES lines,).
+
+    bias [heads, 3, D], the weights [D] and cosine, sine [joint tokens, D] may be None. WIDTH: the power of two >= D.
+    """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)
     mask = (line < lines)[:, None] & (column < D)[None, :]
-    place = row_offset(line, D)[:, None] + column[None, :]
-    token, sample, head = split(line, samples, heads)
-    angle = row_offset(token, D)[:, None] + column[None, :]
-    read = strided(token, sample, head, query_token, query_sample, query_head)[:, None] + column[None, :]
-    normed, _ = normalise(query + read, mask, epsilon, D)
-    out = rotate(normed * vector(query_weight, column, D), cosine, sine, angle, mask, LINES, WIDTH)
-    tl.store(query_out + place, out.to(query_out.dtype.element_ty), mask=mask)
-    read = strided(token, sample, head, key_token, key_sample, key_head)[:, None] + column[None, :]
-    normed, _ = normalise(key + read, mask, epsilon, D)
-    out = rotate(normed * vector(key_weight, column, D), cosine, sine, angle, mask, LINES, WIDTH)
-    tl.store(key_out + place, out.to(key_out.dtype.element_ty), mask=mask)
+    head = line % heads
+    place = row_offset(first + line, D)[:, None] + column[None, :]
+    angle = row_offset((first + line) // heads // samples, D)[:, None] + column[None, :]
+    values = biased(mixed, bias, line, head, column, mask, 0, D)
+    values = rotate(
+        normed_by(query_weight, values, column, epsilon, D), cosine, sine, angle, mask, LINES, WIDTH
+    )
+    tl.store(query + place, values.to(query.dtype.element_ty), mask=mask)
+    values = biased(mixed, bias, line, head, column, mask, 1, D)
+    values = rotate(
+        normed_by(key_weight, values, column, epsilon, D), cosine, sine, angle, mask, LINES, WIDTH
+    )
+    tl.store(key + place, values.to(key.dtype.element_ty), mask=mask)
+    values = biased(mixed, bias, line, head, column, mask, 2, D)
+    tl.store(value + place, values.to(value.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def backward_kernel(
-    grad_query_out, grad_key_out, query, key, query_weight, key_weight, cosine, sine, grad_query, grad_key, partials,
-    lines, samples, heads,
-    query_token, query_sample, query_head, key_token, key_sample, key_head, epsilon,
-    D: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
+    grad_query, grad_key, grad_value, mixed, bias, query_weight, key_weight, cosine, sine,
+    grad_mixed, bias_sums, weight_sums,
+    rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query and key, and each program's sums for the two weights, partials [programs, 2, D].
+    """The gradient of one stream's `mixed`, and each program's sums for the bias and the two weights.
 
-    Each program takes every (number of programs)-th block of LINES lines.
+    The gradients of query, key and value [joint tokens, samples, heads, D] lie alike, with these strides. A program
+    takes HEADS heads of every (number of programs)-th block of ROWS rows. bias_sums [programs, heads, 3, D] and
+    weight_sums [programs, blocks of heads, 2, D] are None where there is no bias, no weight.
+    Grid: (programs, blocks of HEADS heads).
     """
-    column = tl.arange(0, WIDTH)
-    sums = partials + tl.program_id(0) * 2 * D + column
-    total = backward_of_one(
-        grad_query_out, query, query_weight, cosine, sine, grad_query, lines, samples, heads,
-        query_token, query_sample, query_head, epsilon, D, WIDTH, LINES,
+    backward_of_one(
+        grad_query, mixed, bias, query_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
+        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        0, D, WIDTH, ROWS, HEADS,
     )  # fmt: skip
-    tl.store(sums, total, mask=column < D)
-    total = backward_of_one(
-        grad_key_out, key, key_weight, cosine, sine, grad_key, lines, samples, heads,
-        key_token, key_sample, key_head, epsilon, D, WIDTH, LINES,
+    backward_of_one(
+        grad_key, mixed, bias, key_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
+        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        1, D, WIDTH, ROWS, HEADS,
     )  # fmt: skip
-    tl.store(sums + D, total, mask=column < D)
+    backward_of_one(
+        grad_value, mixed, bias, None, None, None, grad_mixed, bias_sums, None,
+        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        2, D, WIDTH, ROWS, HEADS,
+    )  # fmt: skip
 
 
 @triton.jit
 def backward_of_one(
-    grad_out, source, weight, cosine, sine, grad_source, lines, samples, heads,
-    token_stride, sample_stride, head_stride, epsilon,
-    D: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
+    grad_out, mixed, bias, weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
+    rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+    PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of the gradient of queries, or of keys; its sum for the weight [WIDTH]."""
+    """This program's share of the gradient of queries (PART 0), keys (1) or values (2)."""
+    lane = tl.arange(0, ROWS * HEADS)
     column = tl.arange(0, WIDTH)
-    factor = vector(weight, column, D)
-    total = tl.zeros([LINES, WIDTH], tl.float32)
-    blocks = (lines + LINES - 1) // LINES
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        line = block * LINES + tl.arange(0, LINES)
-        mask = (line < lines)[:, None] & (column < D)[None, :]
-        place = row_offset(line, D)[:, None] + column[None, :]
-        token, sample, head = split(line, samples, heads)
+    head = tl.program_id(1) * HEADS + lane % HEADS
+    total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    weight_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    for block in range(tl.program_id(0), (rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+        row = block * ROWS + lane // HEADS
+        line = row * heads + head
+        mask = ((row < rows) & (head < heads))[:, None] & (column < D)[None, :]
+        token = first_token + row // samples
         angle = row_offset(token, D)[:, None] + column[None, :]
-        read = (
-            strided(token, sample, head, token_stride, sample_stride, head_stride)[:, None] + column[None, :]
-        )
-        normed, inverse = normalise(source + read, mask, epsilon, D)
-        gradient = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
-        gradient = rotate_back(gradient, cosine, sine, angle, mask, LINES, WIDTH)
-        total += gradient * normed
-        gradient *= factor
-        along = tl.sum(gradient * normed, 1) / D
-        gradient = inverse[:, None] * (gradient - normed * along[:, None])
-        tl.store(grad_source + place, gradient.to(grad_source.dtype.element_ty), mask=mask)
-    return tl.sum(total, 0)
+        read = strided(token, row % samples, head, token_stride, sample_stride, head_stride)
+        gradient = tl.load(grad_out + (read[:, None] + column[None, :]), mask=mask, other=0.0).to(tl.float32)
+        gradient = rotate_back(gradient, cosine, sine, angle, mask, ROWS * HEADS, WIDTH)
+        if weight is not None:
+            values = biased(mixed, bias, line, head, column, mask, PART, D)
+            inverse = inverse_rms(values, epsilon, D)[:, None]
+            normed = values * inverse
+            weight_total += gradient * normed
+            gradient *= vector(weight, column, D)
+            gradient = inverse * (gradient - normed * (tl.sum(gradient * normed, 1) / D)[:, None])
+        if bias_sums is not None:
+            total += gradient
+        place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
+        tl.store(grad_mixed + place, gradient.to(grad_mixed.dtype.element_ty), mask=mask)
+    if bias_sums is not None:
+        total_of_rows = tl.sum(tl.reshape(total, [ROWS, HEADS, WIDTH]), 0)
+        heads_here = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        line = tl.program_id(0) * heads + heads_here
+        place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
+        mask = (heads_here < heads)[:, None] & (column < D)[None, :]
+        tl.store(bias_sums + place, total_of_rows, mask=mask)
+    if weight is not None:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(weight_sums + (program * 2 + PART) * D + column, tl.sum(weight_total, 0), mask=column < D)
 
 
 @triton.jit
-def split(line, samples, heads):
-    """(token, sample, head) of a line."""
-    row = line // heads
-    return row // samples, row % samples, line % heads
+def biased(mixed, bias, line, head, column, mask, PART: tl.constexpr, D: tl.constexpr):
+    """Queries (PART 0), keys (1) or values (2) of some lines, with their bias, float32."""
+    place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
+    values = tl.load(mixed + place, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        place = (head * (3 * D) + PART * D)[:, None] + column[None, :]
+        values += tl.load(bias + place, mask=mask, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def normed_by(weight, values, column, epsilon, D: tl.constexpr):
+    """RMSNorm of each line; without a weight the values as they are."""
+    if weight is not None:
+        values = values * inverse_rms(values, epsilon, D)[:, None] * vector(weight, column, D)
+    return values
+
+
+@triton.jit
+def inverse_rms(values, epsilon, D: tl.constexpr):
+    """1 / rms of each line."""
+    return 1.0 / tl.sqrt_rn(tl.sum(values * values, 1) / D + epsilon)
 
 
 @triton.jit
@@ -107,14 +150,6 @@ def strided(token, sample, head, token_stride, sample_stride, head_stride):
 def vector(weight, column, D: tl.constexpr):
     """A norm's weight as one line, float32."""
     return tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def normalise(pointers, mask, epsilon, D: tl.constexpr):
-    """(x / rms(x), 1 / rms(x)) of each line."""
-    values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, 1) / D + epsilon)
-    return values * inverse[:, None], inverse
 
 
 @triton.jit

@@ -32,10 +32,10 @@ REQUIRED = (
 OPTIONAL = {
     "transformer-engine": (
         "transformer_engine.pytorch",
-        "model.attention_backend=transformer_engine, FP8",
+        "model.transformer_impl=transformer_engine, model.fp8",
         True,
     ),
-    "flash-attn": ("flash_attn", "attention inside Transformer Engine", True),
+    "flash-attn": ("flash_attn", "model.attention_backend=flash", True),
     "triton": ("triton", "fused kernels (without it their eager twins run)", True),
 }
 

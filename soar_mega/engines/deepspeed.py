@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.config import Recipe
-from soar_mega.distributed import data_size, device
+from soar_mega.distributed import data_size, device, is_rank_zero
 from soar_mega.engines.adam_steps import kept_steps, saved_steps
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.on_demand import OnDemand, without_room
@@ -39,6 +39,8 @@ from soar_mega.models.gather import partition_dim
 from soar_mega.models.mmdit import build_model
 from soar_mega.models.names import global_parameter_names, named_tensors
 from soar_mega.private_names import without_shared_memory
+
+logger = logging.getLogger(__name__)
 
 LARGEST_BUCKET = 5 * 10**8  # elements that are reduced at once; DeepSpeed's default
 
@@ -102,6 +104,12 @@ class DeepSpeedEngine(Engine):
             _start_moments(optimizer, piece.owner)
         self._main = main_weights(self._deepspeed, self._stage, self.parameters, self._pieces)
         self._pipeline = Accumulation([self._deepspeed])
+        if recipe.train.cuda_graphs != "none" and device().type == "cuda" and is_rank_zero():
+            logger.warning(
+                "train.cuda_graphs=%s is for parallel.engine=megatron: DeepSpeed does work of its own at each weight, "
+                "so the layers run without graphs",
+                recipe.train.cuda_graphs,
+            )
 
     def step(self, lr: float) -> StepResult:
         norm = self._gradient_norm()
@@ -116,6 +124,7 @@ class DeepSpeedEngine(Engine):
             group["lr"] = lr * group["lr_mult"]
         self._deepspeed.step()
         assert self._deepspeed.was_step_applied()
+        self.model.weights_changed()
         for kept in self.weights.values():
             kept.update()
         return StepResult(True, norm)
@@ -154,6 +163,7 @@ class DeepSpeedEngine(Engine):
         for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def _sync(self) -> None:
         """A step returns when all parameters are complete."""

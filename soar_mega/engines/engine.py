@@ -208,6 +208,7 @@ class Engine(ABC):
             for key, tensor in loaded.items():
                 if key in self.parameters:
                     self._main.assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""

@@ -1,6 +1,9 @@
 """The megatron engine: any stage over tensor, sequence, context, pipeline and data parallelism."""
 
+import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.config import Recipe
-from soar_mega.distributed import device
+from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines.adam_steps import for_adam, kept_steps, started
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron_weights import gather_parameters, main_weights
@@ -25,8 +28,11 @@ from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.layer_graphs import CudaGraphs, Recorder
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronEngine(Engine):
@@ -38,6 +44,20 @@ class MegatronEngine(Engine):
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._pipeline = Pipeline(self._ddp)
+        if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
+            if recipe.model.fp8 and recipe.model.fp8_recipe == "delayed":
+                if is_rank_zero():
+                    logger.warning(
+                        "train.cuda_graphs=layers does not go with model.fp8_recipe=delayed, whose histories move on "
+                        "between the layers of one forward and those of the next: the layers run without graphs"
+                    )
+            else:
+                self.record_layers(CudaGraphs)
+
+    def record_layers(self, recorder: Callable[[], Recorder]) -> None:
+        """Run the layers as graphs from now on."""
+        for chunk in self._ddp:
+            chunk.module.record_layers(partial(_tell, chunk), recorder)
 
     def step(self, lr: float) -> StepResult:
         settings = self.recipe.optimizer
@@ -54,6 +74,7 @@ class MegatronEngine(Engine):
             if one.get_parameters() and settings.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(one.get_parameters(), settings.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
+        self.model.weights_changed()
         for kept in self.weights.values():
             kept.update()
         return StepResult(True, norm)
@@ -102,6 +123,7 @@ class MegatronEngine(Engine):
         for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
             for key, tensor in tensors.items():
                 self.weights[name].assign(key, tensor.to(device()))
+        self.model.weights_changed()
 
     def _clear_gradients(self) -> None:
         for chunk in self._ddp:
@@ -140,6 +162,12 @@ def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataPa
         no_syncs = [chunk.no_sync for chunk in chunks]
         model.config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
     return chunks
+
+
+def _tell(ddp: DistributedDataParallel, parameter: Parameter) -> None:
+    """A gradient is in its sum: DDP may reduce it, as behind a backward without graphs."""
+    if ddp.ddp_config.overlap_grad_reduce:
+        ddp.param_to_bucket_group[parameter].register_grad_ready(parameter)
 
 
 def _finalize_gradients(*args: Any, **kwargs: Any) -> None:

@@ -23,7 +23,13 @@ def main_weights(
     chain = optimizer.chained_optimizers
     pieces = {names[id(p)]: piece for one in chain for p, piece in _pieces(one)}
     divided = any(isinstance(one, DistributedOptimizer) for one in chain)
-    return MainWeights(parameters, pieces, divided, complete=lambda: gather_parameters(chunks))
+
+    def complete() -> None:
+        gather_parameters(chunks)
+        for chunk in chunks:
+            chunk.module.set_is_first_microbatch()  # what is cast to FP8 is made anew
+
+    return MainWeights(parameters, pieces, divided, complete)
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:

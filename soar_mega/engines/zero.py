@@ -102,7 +102,12 @@ def main_weights(
         return PartitionedWeights(parameters, pieces, engine.optimizer)
     divided = stage > 0
     flat = flat_parameters(engine.optimizer) if divided else []
-    return MainWeights(parameters, pieces, divided, complete=lambda: _gather(flat))
+
+    def complete() -> None:
+        _gather(flat)
+        engine.module.set_is_first_microbatch()  # what is cast to FP8 is made anew
+
+    return MainWeights(parameters, pieces, divided, complete)
 
 
 def _gather(flat: list[Tensor]) -> None:

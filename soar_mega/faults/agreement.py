@@ -52,7 +52,7 @@ def world(recipe: Recipe) -> Iterator[None]:
     """Starts the world of a run and stops it; an exception ends the process where there are others (end_process)."""
     try:
         timeout = collective_timeout(recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
-        distributed.start_world(recipe.parallel, recipe.train.seed, timeout)
+        distributed.start_world(recipe.parallel, timeout)
         yield
     except Exception as error:
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -36,6 +36,12 @@ class ModelChunks(torch.nn.Module):
         for chunk in self.chunks:
             yield from chunk.named_buffers(*args, **kwargs)
 
+    def weights_changed(self) -> None:
+        """Have FP8 forms of the weights made anew at their next use."""
+        for chunk in self.chunks:
+            assert isinstance(chunk, MMDiT)
+            chunk.set_is_first_microbatch()
+
     def sharded_state_dict(self, metadata: dict | None = None) -> dict[str, Any]:
         """Sharded tensors for dist_checkpointing. Names and full shapes do not depend on the layout."""
         merged: dict[str, Any] = {}
@@ -51,7 +57,7 @@ def build_chunks(
     """All of a model that belongs to this rank.
 
     Raises:
-        ValueError: a layout or a backend that is not possible.
+        ValueError: a layout, a kind of layers or a precision that is not possible.
     """
     return ModelChunks(
         [

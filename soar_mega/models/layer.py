@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.linear import add_bias
 from soar_mega.models.modulation import Modulation
@@ -26,7 +27,7 @@ class MMDiTLayerSubmodules:
     core_attention: type
     mlp: ModuleSpec
     adaln: Callable[..., tuple[Tensor, Tensor]]  # soar_mega.kernels.adaln, or the same by plain torch calls
-    qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Lengths(NamedTuple):
@@ -93,19 +94,16 @@ class AttentionProjections(torch.nn.Module):
         if config.qk_layernorm:
             # These names make megatron add up the heads' partial gradients over TP.
             self.q_layernorm, self.k_layernorm = NormWeight(config), NormWeight(config)
-        self.qk_norm_rope = submodules.qk_norm_rope
 
-    def qkv(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's tokens [S, B, H] -> q, k, v [length, B, local heads, D] of all tokens."""
+    def qkv(self, hidden: Tensor, length: int) -> Projected:
+        """This rank's tokens [S, B, H] -> q, k and v of all tokens and its heads, of which attention sees `length`."""
         # under sequence parallelism the linear gathers over TP
-        mixed = tokens_to_heads(add_bias(*self.linear_qkv(hidden)), self.config)
-        if len(mixed) > length:
-            mixed = mixed[:length]  # the stream is whole: its padding ends here
-        heads = mixed.shape[-1] // (3 * self.config.kv_channels)
-        query, key, value = mixed.unflatten(-1, (heads, 3, self.config.kv_channels)).unbind(3)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.qk_norm_rope(query, key, self.q_layernorm(), self.k_layernorm())
-        return query, key, value
+        mixed, bias = self.linear_qkv(hidden)
+        if self.config.context_parallel_size > 1:
+            mixed, bias = tokens_to_heads(add_bias(mixed, bias), self.config), None
+        if self.q_layernorm is None or self.k_layernorm is None:
+            return Projected(mixed, length, bias)
+        return Projected(mixed, length, bias, self.q_layernorm(), self.k_layernorm())
 
     def project(self, context: Tensor) -> Tensor:
         """Context [length, B, local heads x D] -> this rank's tokens [S, B, H]."""
@@ -175,6 +173,8 @@ class MMDiTLayer(torch.nn.Module):
             attention_type="self",
         )
         self.adaln = submodules.adaln
+        self.qk_norm_rope = submodules.qk_norm_rope
+        self.head_size = config.kv_channels
         self.is_last = is_last
 
     def forward(
@@ -191,14 +191,14 @@ class MMDiTLayer(torch.nn.Module):
         _, modulated = self.adaln(text, text_shift, text_scale)
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
-        joint = self._attend(*(torch.cat(pair) for pair in zip(image_qkv, text_qkv)))
+        joint = self._attend(image_qkv, text_qkv)
         image_context, text_context = joint.split([lengths.image, lengths.text])
 
         attended = self.image.attention.project(image_context)
         if self.image.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual
             _, modulated = self.adaln(image, dual_shift, dual_scale)
-            context_dual = self._attend(*self.image.dual_attention.qkv(modulated, lengths.image))
+            context_dual = self._attend(self.image.dual_attention.qkv(modulated, lengths.image))
             image = torch.addcmul(image, gate, attended)
             attended, gate = self.image.dual_attention.project(context_dual), dual_gate
         image = self.image.add_mlp(image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
@@ -206,7 +206,8 @@ class MMDiTLayer(torch.nn.Module):
             return None, image
         return self.text.add_mlp(text, self.text.attention.project(text_context), text_gate, *text_mlp), image
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, *streams: Projected) -> Tensor:
+        query, key, value = self.qk_norm_rope(streams, self.head_size)
         return self.core_attention(
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask
         )

@@ -5,7 +5,8 @@ more token (a full copy on each tensor- and context-parallel rank), so no embedd
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +20,22 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.nn import Parameter
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import device
 from soar_mega.kernels.qk_norm_rope import EPSILON
-from soar_mega.models import recompute
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.embeddings import ConditioningEmbedding, PatchEmbedding
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.initialize import initialize
 from soar_mega.models.layer import AttentionProjections, Lengths
+from soar_mega.models.layer_graphs import LayerGraphs, Recorder
 from soar_mega.models.layout import check_layout, is_sequence_parallel
 from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
 from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.precision import around_layers, check_fp8_sizes, recompute_layer, run_layer
 from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
 
@@ -63,6 +66,7 @@ class MMDiT(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.recompute_every = recompute_every  # 0: never
         self.input_tensor: Tensor | None = None
+        self.graphs: LayerGraphs | None = None
         self.tp_group = tensor_parallel_group()
         dtype = config.params_dtype
         if pre_process:
@@ -131,12 +135,10 @@ class MMDiT(MegatronModule):
             hidden_text, image, conditioning = self._embed(latents, timesteps, text, pooled, latent_size)
         else:
             hidden_text, image, conditioning = self._unpack(lengths)
-        for number, layer in self.layers.items():
-            inputs = (hidden_text, image, conditioning, lengths)
-            if self.recompute_every and int(number) % self.recompute_every == 0:
-                hidden_text, image = recompute.run(layer, *inputs)
-            else:
-                hidden_text, image = layer(*inputs)
+        if self.graphs is not None:
+            hidden_text, image, conditioning = self.graphs.run(hidden_text, image, conditioning, lengths)
+        else:
+            hidden_text, image = self._run_layers(hidden_text, image, conditioning, lengths)
         if not self.post_process:
             assert hidden_text is not None
             return torch.cat([hidden_text, image, conditioning[None]])
@@ -144,6 +146,11 @@ class MMDiT(MegatronModule):
         _, modulated = self.adaln(image, shift, scale)
         patches = gather(self.proj_out(modulated), lengths.image, self.config)
         return self._unpatchify(patches, latent_size).float()
+
+    def record_layers(self, ready: Callable[[Parameter], None], recorder: Callable[[], Recorder]) -> None:
+        """Run the layers as graphs from now on; `ready` is told of each weight that has its gradient."""
+        layers = {int(name): (layer, self._is_recomputed(int(name))) for name, layer in self.layers.items()}
+        self.graphs = LayerGraphs(layers, self.config, ready, recorder)
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""
@@ -167,6 +174,22 @@ class MMDiT(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
+
+    def _run_layers(
+        self, text: Any, image: Tensor, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tensor | None, Tensor]:
+        with around_layers(self.config):
+            for name, layer in self.layers.items():
+                number = int(name)
+                run = recompute_layer if self._is_recomputed(number) else run_layer
+                # a view of its own has each layer add up its gradient of the conditioning, as graphs do
+                text, image = run(
+                    layer, number, self.config, text, image, conditioning.view_as(conditioning), lengths
+                )
+        return text, image
+
+    def _is_recomputed(self, number: int) -> bool:
+        return self.recompute_every > 0 and number % self.recompute_every == 0
 
     def _embed(
         self, latents: Any, timesteps: Any, text: Any, pooled: Any, latent_size: tuple[int, int]
@@ -253,10 +276,15 @@ def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: Paralle
         batch_p2p_sync=False,  # old versions of torch need it; it has the host wait for all messages
         sequence_parallel=is_sequence_parallel(parallel),
         # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
-        use_cpu_initialization=model.attention_backend == "sdpa",
+        use_cpu_initialization=model.transformer_impl == "local",
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
+        fp8=model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        first_last_layers_bf16=model.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=model.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=model.num_layers_at_end_in_bf16,
         cuda_graph_scope=[],
     )
 
@@ -278,7 +306,7 @@ def build_model(
         meta: build on the meta device, without memory; needs no process world.
 
     Raises:
-        ValueError: a layout or a backend that is not possible.
+        ValueError: a layout, a kind of layers or a precision that is not possible.
     """
     check_layout(config, parallel)
     granularity = model.recompute_granularity
@@ -286,6 +314,17 @@ def build_model(
         raise ValueError(
             f"model.recompute_granularity={granularity!r} is unknown: choose none, selective or full"
         )
+    provider = get_provider(model)
+    check_fp8_sizes(config, model, parallel)
+    if meta:  # it computes nothing; Transformer Engine's layers have the same parameters, and no meta device
+        model = replace(
+            model,
+            transformer_impl="local",
+            attention_backend="sdpa",
+            fp8=None,
+            first_last_layers_bf16=False,
+        )
+        provider = get_provider(model)
     ranks = parallel.pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank() if ranks > 1 else 0
     stages = stage_layers(config, parallel)
@@ -294,9 +333,7 @@ def build_model(
         mmdit = MMDiT(
             config,
             transformer_config(config, model, parallel),
-            get_mmdit_layer_spec(
-                get_provider(model.attention_backend), model.fused_kernels, granularity == "selective"
-            ),
+            get_mmdit_layer_spec(provider, model.fused_kernels, granularity == "selective"),
             stages[stage],
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,

@@ -16,27 +16,38 @@ from torch import Tensor
 
 from soar_mega.models.groups import context_parallel_group, tensor_parallel_group
 
-TILE = 16  # of low-precision GEMMs
+TILE = 16  # tokens of a rank that FP8's matrix products ask for a multiple of
+MXFP8_TILE = 32
+BLOCKWISE_TILE = 128  # of those that a rank casts before they are gathered
 
 
 def sequence_shards(config: TransformerConfig) -> int:
-    """How many ranks a stream is cut over; with one it is neither cut nor padded."""
+    """How many ranks a stream is cut over."""
     tensor = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return tensor * config.context_parallel_size
 
 
 def padded_length(length: int, config: TransformerConfig) -> int:
-    """Tokens of a stream while it is cut, a multiple of the ranks and of the tile."""
+    """Tokens of a stream between the embedders and the output; more than it has while it is cut, or FP8 is on."""
     shards = sequence_shards(config)
-    multiple = math.lcm(shards, TILE) if shards > 1 else 1
+    if config.fp8:
+        multiple = shards * fp8_tile(config)
+    else:
+        multiple = math.lcm(shards, TILE) if shards > 1 else 1
     return -(-length // multiple) * multiple
 
 
+def fp8_tile(config: TransformerConfig) -> int:
+    """What a rank's number of tokens must be a multiple of in FP8, at any batch size."""
+    if config.fp8_recipe == "mxfp8":
+        return MXFP8_TILE
+    return BLOCKWISE_TILE if config.fp8_recipe == "blockwise" and config.sequence_parallel else TILE
+
+
 def pad(hidden: Tensor, config: TransformerConfig) -> Tensor:
-    """[S, B, F] -> [padded length, B, F]; the same tensor where streams are not cut."""
-    if sequence_shards(config) == 1:
-        return hidden
-    return F.pad(hidden, (0, 0, 0, 0, 0, padded_length(len(hidden), config) - len(hidden)))
+    """[S, B, F] -> [padded length, B, F]; the same tensor where nothing is missing."""
+    missing = padded_length(len(hidden), config) - len(hidden)
+    return F.pad(hidden, (0, 0, 0, 0, 0, missing)) if missing else hidden
 
 
 def scatter(hidden: Tensor, config: TransformerConfig) -> Tensor:
@@ -59,13 +70,11 @@ def gather(shard: Tensor, length: int, config: TransformerConfig) -> Tensor:
 
     Every rank of a TP x CP group goes on to compute the same: the gradient is cut, not added up.
     """
-    if sequence_shards(config) == 1:
-        return shard
     if config.sequence_parallel:
         shard = _gather(shard, tensor_parallel_group())
     if config.context_parallel_size > 1:
         shard = _gather(shard, context_parallel_group())
-    return shard[:length]
+    return shard[:length] if len(shard) > length else shard
 
 
 def tokens_to_heads(hidden: Tensor, config: TransformerConfig) -> Tensor:

@@ -9,7 +9,13 @@ from guards import assert_close
 from soar_mega.kernels.adaln import adaln
 
 ADALN = [(19, 3, 40), (1, 2, 7), (5, 1, 64), (77, 2, 1536), (33, 1, 2432), (64, 2, 3072)]
-QK = [((7, 2, 3, 16), True), ((5, 3, 1, 12), True), ((333, 2, 24, 64), False), ((80, 2, 24, 128), True)]
+QK = [
+    ((((7, 0), (3, 2)), 2, 3, 16), qk_cases.ALL),
+    ((((5, 3),), 3, 1, 12), ("norm", "rotary")),
+    ((((256, 0), (77, 3)), 2, 24, 64), ("bias", "norm")),
+    ((((80, 0),), 2, 38, 64), ()),
+    ((((64, 0), (16, 0)), 2, 24, 128), qk_cases.ALL),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,9 +26,9 @@ def test_adaln_matches_float64(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "rotary"), QK)
-def test_qk_norm_rope_matches_float64(shape, rotary, dtype):
-    for name, (found, exact) in qk_cases.outcome(shape, rotary, dtype, "cuda").items():
+@pytest.mark.parametrize(("shape", "has"), QK)
+def test_qk_norm_rope_matches_float64(shape, has, dtype):
+    for name, (found, exact) in qk_cases.outcome(shape, has, dtype, "cuda").items():
         assert_close(found, exact, name)
 
 
@@ -31,7 +37,7 @@ def test_two_runs_give_equal_bits():
         first, second = (outcome(*case, torch.bfloat16, "cuda") for _ in range(2))
         return [(first[name][0], second[name][0]) for name in first]
 
-    pairs = [*runs(adaln_cases.outcome, ADALN[3]), *runs(qk_cases.outcome, *QK[3])]
+    pairs = [*runs(adaln_cases.outcome, ADALN[3]), *runs(qk_cases.outcome, *QK[4])]
     assert all(torch.equal(*pair) for pair in pairs)
 
 

@@ -19,7 +19,8 @@ def whole_float32(monkeypatch):
 @pytest.mark.parametrize("seed", range(6))
 def test_fp32_equals_diffusers(seed, fused, tmp_path):
     velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
-    assert velocity < 1e-5 and gradient < 2e-5, (velocity, gradient)
+    # of gradients the divisor may be as small as 1e-3 of the model's largest entry
+    assert velocity < 1e-5 and gradient < 1e-4, (velocity, gradient)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -28,12 +29,14 @@ def test_bf16_stays_near_diffusers(seed, tmp_path):
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "transformer_engine"])
+@pytest.mark.parametrize(
+    ("layers", "backend"), [("local", "sdpa"), ("transformer_engine", "sdpa"), ("transformer_engine", "auto")]
+)
 @pytest.mark.parametrize("seed", [6, 7])  # with and without QK norm
-def test_heads_of_64_in_bf16(seed, backend, tmp_path):
-    """As wide as an SD3.5 head; with torch's attention and, where it is installed, over Transformer Engine's layers."""
-    if backend == "transformer_engine":
+def test_heads_of_64_in_bf16(seed, layers, backend, tmp_path):
+    """As wide as an SD3.5 head; over torch's layers and, where it is installed, over Transformer Engine's."""
+    if layers == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
-    settings = ModelConfig(dtype="bf16", attention_backend=backend)
+    settings = ModelConfig(dtype="bf16", transformer_impl=layers, attention_backend=backend)
     velocity, gradient = errors(tmp_path, seed, settings, **WIDE)
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)

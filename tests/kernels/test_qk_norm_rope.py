@@ -1,15 +1,26 @@
-"""QK norm and rotary embedding against float64 and diffusers, forward and every gradient, eager and interpreted."""
+"""Queries, keys and values of a joint attention against float64 and diffusers, forward and every gradient, eager and
+interpreted.
+"""
 
 import pytest
 import torch
 from guards import assert_close, worst
-from qk_cases import case, outcome
+from qk_cases import ALL, case, leaves, outcome
 
-from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
+from soar_mega.kernels.qk_norm_rope import Projected, _checked, qk_norm_rope
 from soar_mega.kernels.tables import LAUNCHES, Launch
 
-# tokens, samples, heads, head size, rotary: several ragged blocks; a head size that is no power of two; batch 1
-CASES = [((7, 2, 3, 16), True), ((7, 2, 3, 16), False), ((5, 3, 1, 12), True), ((3, 1, 2, 64), True)]
+# Several ragged blocks, and padding; heads in more than one block; a head size that is no power of two, batch 1; one
+# stream alone; without a norm.
+JOINT = (((7, 0), (3, 2)), 2, 3, 16)
+CASES = [
+    (JOINT, ALL),
+    ((((2, 1), (3, 0)), 2, 10, 8), ("bias", "norm")),
+    ((((5, 0), (1, 0)), 1, 1, 12), ("norm", "rotary")),
+    ((((3, 4),), 2, 2, 64), ("norm",)),
+    ((((3, 0),), 3, 2, 16), ("bias",)),
+    ((((1, 0),), 1, 1, 8), ()),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +29,20 @@ def small_blocks(monkeypatch):
     table = {name: {"any": Launch(128, 4)} for name in LAUNCHES["qk_norm_rope"]}
     monkeypatch.setitem(LAUNCHES, "qk_norm_rope", table)
     monkeypatch.setattr("soar_mega.kernels.qk_norm_rope.PROGRAMS", 2)
+    _checked.known.clear()
+    yield
+    _checked.known.clear()
 
 
-@pytest.mark.parametrize(("shape", "rotary"), CASES)
-def test_matches_float64(backend, shape, rotary):
-    for name, (mine, theirs) in outcome(shape, rotary, torch.float32).items():
+@pytest.mark.parametrize(("shape", "has"), CASES)
+def test_matches_float64(backend, shape, has):
+    for name, (mine, theirs) in outcome(shape, has, torch.float32).items():
         assert_close(mine, theirs, name)
 
 
-@pytest.mark.parametrize(("shape", "rotary"), CASES[:2])
-def test_bf16_matches_float64(interpreted, shape, rotary):
-    for name, (mine, theirs) in outcome(shape, rotary, torch.bfloat16).items():
+@pytest.mark.parametrize(("shape", "has"), [CASES[0], CASES[4]])
+def test_bf16_matches_float64(interpreted, shape, has):
+    for name, (mine, theirs) in outcome(shape, has, torch.bfloat16).items():
         assert_close(mine, theirs, name)
 
 
@@ -36,24 +50,42 @@ def test_equals_flux_in_diffusers(backend):
     from diffusers.models.embeddings import FluxPosEmbed, apply_rotary_emb
     from diffusers.models.normalization import RMSNorm
 
-    (query, key, query_weight, key_weight), _, _ = case((6, 2, 3, 16), False)
+    (stream,), _, _ = case((((6, 0),), 2, 3, 16), ("norm",))
     ids = torch.stack([torch.zeros(6), torch.arange(6) // 3, torch.arange(6) % 3], dim=-1)
     tables = FluxPosEmbed(theta=10000, axes_dim=[4, 6, 6])(ids)
-    found = qk_norm_rope(query, key, query_weight, key_weight, *(t.float().contiguous() for t in tables))
-    for mine, x, weight in zip(found, (query, key), (query_weight, key_weight)):
+    found = qk_norm_rope([stream], 16, *(t.float().contiguous() for t in tables))
+    parts = stream.mixed.unflatten(-1, (3, 3, 16)).unbind(3)
+    for mine, x, weight in zip(found, parts, stream[3:]):
         norm = RMSNorm(16, eps=1e-6)
         norm.weight.data.copy_(weight)
         theirs = apply_rotary_emb(norm(x).transpose(0, 1), tables, sequence_dim=1)  # [B, S, heads, D]
         assert worst(mine.detach(), theirs.detach().transpose(0, 1)) < 1e-6
 
 
-def test_a_gradient_may_lie_otherwise_in_memory(backend):
-    inputs, _, gradients = case((7, 2, 3, 16), False)
-    outputs = qk_norm_rope(*inputs)
-    strided = [g.transpose(0, 1).contiguous().transpose(0, 1) for g in gradients]
+@pytest.mark.parametrize("alike", [True, False])
+def test_gradients_may_lie_otherwise_in_memory(backend, alike):
+    """As attention returns them, heads before tokens; or each in another way."""
+    streams, tables, gradients = case(*CASES[0])
+    inputs = list(leaves(streams).values())
+    outputs = qk_norm_rope(streams, 16, *tables)
+    strided = [g.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for g in gradients]
+    if not alike:
+        strided[1] = gradients[1].transpose(0, 1).contiguous().transpose(0, 1)
     found = torch.autograd.grad(outputs, inputs, strided, retain_graph=True)
     for mine, theirs in zip(found, torch.autograd.grad(outputs, inputs, gradients)):
         assert worst(mine, theirs) < 5e-7
+
+
+def test_padding_and_what_is_frozen(backend):
+    """Padding gets a gradient of zero, whatever is in it; a frozen bias costs no sum."""
+    streams, tables, gradients = case(*CASES[0])
+    image, text = streams[0], streams[1]._replace(bias=streams[1].bias.detach())
+    with torch.no_grad():
+        text.mixed[text.length :] = float("nan")
+    outputs = qk_norm_rope([image, text], 16, *tables)
+    found = torch.autograd.grad(outputs, [text.mixed, text.query_weight], gradients)
+    assert not bool(found[0][text.length :].any()) and bool(found[0][: text.length].all())
+    assert bool(found[1].isfinite().all())
 
 
 def test_heads_beyond_two_to_the_31_elements(interpreted):
@@ -64,79 +96,33 @@ def test_heads_beyond_two_to_the_31_elements(interpreted):
     assert out.item() == 3 * 70000 * 65536
 
 
-def test_the_eager_twin_is_the_plain_code_to_the_bit():
-    inputs, tables, _ = case((7, 2, 3, 16), True, torch.bfloat16)
-    for mine, theirs in zip(qk_norm_rope(*inputs, *tables), plain_qk_norm_rope(*inputs, *tables)):
-        assert torch.equal(mine, theirs)
-
-
-def test_opcheck():
-    inputs, tables, gradients = case((2, 2, 1, 4), True)
-    for angles in (tables, (None, None)):
-        torch.library.opcheck(torch.ops.soar_mega.qk_norm_rope.default, (*inputs, *angles, 1e-6))
-    plain = [x.detach() for x in inputs]
-    torch.library.opcheck(
-        torch.ops.soar_mega.qk_norm_rope_backward.default, (*gradients, *plain, *tables, 1e-6)
-    )
-
-
-def test_fakes_look_like_what_triton_writes(interpreted):
-    inputs, tables, gradients = case((2, 2, 1, 4), True)
-    plain = [x.detach() for x in inputs]
-    for operation, arguments in (("qk_norm_rope", plain), ("qk_norm_rope_backward", [*gradients, *plain])):
-        torch.library.opcheck(
-            getattr(torch.ops.soar_mega, operation).default,
-            (*arguments, *tables, 1e-6),
-            test_utils="test_faketensor",
-        )
-
-
-def test_compiles_as_one_graph():
-    (query, key, *weights), tables, _ = case((7, 2, 3, 16), True)
-    mixed = torch.stack([query, key], dim=-2).detach().requires_grad_()
-
-    def attention(mixed, *rest):
-        query, key = qk_norm_rope(*mixed.unbind(-2), *rest)
-        return (query * key).sum(-1)
-
-    results = []
-    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
-        output = function(mixed, *weights, *tables)
-        results.append([output, *torch.autograd.grad(output.square().sum(), [mixed, *weights])])
-    for mine, theirs in zip(*results):
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
-
-
-HEADS, WEIGHT, TABLE = torch.zeros(4, 2, 3, 8), torch.zeros(8), torch.zeros(4, 8)
+MIXED, BIAS, WEIGHT, TABLE = torch.zeros(4, 2, 48), torch.zeros(48), torch.zeros(8), torch.zeros(8, 8)
+GOOD = Projected(MIXED, 4, BIAS, WEIGHT, WEIGHT)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"query": torch.zeros(4, 2, 8, 3).transpose(2, 3)},
-            "query must be contiguous along its last dimension",
-        ),
-        ({"query": HEADS.double()}, "query must be float32 or bfloat16 or float16, not float64"),
-        ({"query": HEADS[:0]}, "query is empty"),
-        ({"query": HEADS[..., :7]}, "query must have an even head size D, not 7"),
-        ({"key": HEADS[:, :1]}, r"key must be of shape \[4, 2, 3, 8\], not \[4, 1, 3, 8\]"),
-        ({"key": HEADS.bfloat16()}, "key must be float32, not bfloat16"),
-        ({"key": HEADS.to("meta")}, "key must be on cpu"),
+        ({"mixed": torch.zeros(4, 48, 2).transpose(1, 2)}, r"streams\[1\].mixed must be contiguous"),
+        ({"mixed": MIXED.double()}, "mixed must be float32, not float64"),
+        ({"mixed": MIXED[:, :1]}, r"mixed must be of shape \[S, 2, 48\], not \[4, 1, 48\]"),
+        ({"mixed": MIXED.to("meta")}, "mixed must be on cpu"),
+        ({"length": 5}, r"streams\[1\].length must be 1 to 4, the tokens of mixed, not 5"),
+        ({"length": 0}, "length must be 1 to 4"),
+        ({"bias": BIAS[:24]}, r"bias must be of shape \[48\]"),
         ({"query_weight": WEIGHT[:4]}, r"query_weight must be of shape \[8\]"),
         ({"key_weight": torch.zeros(16)[::2]}, "key_weight must be contiguous"),
+        ({"key_weight": None}, "query_weight and .*key_weight go together"),
         ({"cosine": None}, "cosine and sine go together"),
+        ({"cosine": TABLE[:4]}, r"cosine must be of shape \[8, 8\]"),
         ({"sine": TABLE.bfloat16()}, "sine must be float32, not bfloat16"),
+        ({"head_size": 7}, "head_size must be even, not 7"),
+        ({"head_size": 10}, "mixed must hold whole heads of 3 x 10, not 48 features"),
     ],
 )
 def test_bad_input_is_named(change, message):
-    good = {
-        "query": HEADS,
-        "key": HEADS,
-        "query_weight": WEIGHT,
-        "key_weight": WEIGHT,
-        "cosine": TABLE,
-        "sine": TABLE,
-    }
+    arguments = {"head_size": 8, "cosine": TABLE, "sine": TABLE}
+    stream = GOOD._replace(**{name: value for name, value in change.items() if name not in arguments})
+    arguments |= {name: value for name, value in change.items() if name in arguments}
     with pytest.raises(ValueError, match=message):
-        qk_norm_rope(**{**good, **change})
+        qk_norm_rope([GOOD, stream], **arguments)

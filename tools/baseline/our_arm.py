@@ -34,7 +34,7 @@ class OurArm:
             ),
             optimizer=OptimizerConfig(lr=LEARNING_RATE),
         )
-        start_world(recipe.parallel, recipe.train.seed)
+        start_world(recipe.parallel)
         assert case.stage.shift is not None
         self.stage = make_stage(case.stage, case.stage.shift)
         self.engine = make_engine(recipe, MMDiTConfig.from_diffusers(case.transformer))

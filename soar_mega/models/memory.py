@@ -1,0 +1,318 @@
+"""How much memory training takes on a rank, from the sizes of a model and the settings of a run.
+
+Weights, gradients and optimizer are what the engines allocate, to the padding. Activations are what autograd keeps with
+the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it is more.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.embeddings import TIMESTEP_CHANNELS
+from soar_mega.models.gather import full_shape, partition_dim
+from soar_mega.models.layout import is_sequence_parallel
+from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.shards import TILE
+from soar_mega.models.summary import meta_model
+
+ITEM = {"bf16": 2, "fp32": 4}
+BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, where reduction is overlapped
+ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
+# H per token that a backward holds beside what was kept: gradients around the MLP
+BACKWARD = 5
+# H per token that are alive at once in a forward without gradients: qkv, its parts, the joint ones, two streams
+FORWARD = 13
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a data-parallel rank works on in a step.
+
+    Attributes:
+        latent_size: (H, W) of the latents, an eighth of the pixels.
+        text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
+        points: of one training forward.
+        rows: of one forward of the answer pass, both branches of guidance counted; 0: there is none.
+        samples: of the rank's share of the global batch.
+        micro_batches: training forwards of a step.
+    """
+
+    latent_size: tuple[int, int]
+    text_length: int
+    points: int
+    rows: int
+    samples: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # main copies and moments
+    kept: int  # EMA
+    activations: int  # between forward and backward
+    batch: int  # latents, conditions and answers of the rank's samples
+    temporary: int  # the most that comes on top, in a backward or in the answer pass
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def workload(
+    recipe: Recipe, data_size: int, latent_size: tuple[int, int], text_length: int, points: int | None = None
+) -> Workload:
+    """The share of one of `data_size` replicas in a step of a recipe; `points` in place of the recipe's."""
+    train, stage = recipe.train, recipe.stage
+    samples = train.global_batch_size // data_size
+    auxiliary = 0 if stage.name == "sft" else stage.num_auxiliary_points * stage.num_rollout_paths
+    total = samples * (1 + auxiliary)
+    size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
+    asked = min(train.micro_batch_size, samples) if stage.name == "soar" and auxiliary else 0
+    branches = 2 if stage.guidance_scale != 1.0 else 1
+    return Workload(latent_size, text_length, size, asked * branches, samples, -(-total // size))
+
+
+def rank_memory(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
+    """What training takes on the ranks of one pipeline rank.
+
+    Raises:
+        ValueError: a layout that is not possible.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    chunks = _chunk_elements(sizes, parallel, rank)
+    weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
+    weights += ITEM[model.dtype] * (sizes.pos_embed_max_size**2 * sizes.hidden_size if rank == 0 else 0)
+    elements = sum(map(sum, chunks))
+    divided = (
+        parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
+    )
+    copies = data_size * parallel.context_parallel_size if divided else 1
+    activations, temporary = _activations(sizes, recipe, work, rank)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        kept=4 * elements // copies if recipe.train.ema_decay else 0,
+        activations=activations,
+        batch=_batch(sizes, recipe, work, rank),
+        temporary=temporary + zero_temporary,
+    )
+
+
+def largest_rank(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: int) -> Memory:
+    """The memory of the pipeline rank that needs most."""
+    ranks = range(recipe.parallel.pipeline_model_parallel_size)
+    return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
+
+
+@cache
+def _elements(sizes: MMDiTConfig) -> dict[str, tuple[tuple[int, bool], ...]]:
+    """Of each layer by number, of `embedding` and of `output`: elements of parameters, and whether TP cuts them."""
+    parts: dict[str, list[tuple[int, bool]]] = {}
+    for name, parameter in meta_model(sizes).named_parameters():
+        head = name.split(".")
+        part = (
+            head[1]
+            if head[0] == "layers"
+            else "output"
+            if head[0] in ("norm_out", "proj_out")
+            else "embedding"
+        )
+        parts.setdefault(part, []).append(
+            (full_shape(parameter).numel(), partition_dim(parameter) is not None)
+        )
+    return {part: tuple(found) for part, found in parts.items()}
+
+
+def _chunk_elements(sizes: MMDiTConfig, parallel: ParallelConfig, rank: int) -> list[list[int]]:
+    """Elements of each parameter of each model chunk of a rank, in the order in which they were made."""
+    stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
+    chunks = []
+    for stage in range(rank, len(stages), parallel.pipeline_model_parallel_size):
+        parts = ["embedding"] * (stage == 0) + [str(n) for n in stages[stage]]
+        parts += ["output"] * (stage == len(stages) - 1)
+        elements = [entry for part in parts for entry in _elements(sizes)[part]]
+        chunks.append([count // tensor if is_cut else count for count, is_cut in elements])
+    return chunks
+
+
+def _state(
+    chunks: list[list[int]], model: ModelConfig, parallel: ParallelConfig, data_size: int
+) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients and optimizer, and what DeepSpeed reduces with."""
+    elements, item = sum(map(sum, chunks)), ITEM[model.dtype]
+    main = 0 if model.dtype == "fp32" else 4
+    if parallel.engine == "deepspeed":
+        return _zero_state(elements, item, parallel.zero_stage, data_size)
+    if not parallel.use_distributed_optimizer:
+        return item * elements, 4 * elements, (main + 8) * elements, 0
+    replicas = data_size * parallel.context_parallel_size
+    bucket = max(BUCKET, 1_000_000 * replicas) if parallel.overlap_grad_reduce else None
+    padded = sum(
+        padded_elements(chunk, replicas, None if number else bucket) for number, chunk in enumerate(chunks)
+    )
+    return item * padded, 4 * padded, (main + 8) * elements // replicas, 0
+
+
+def padded_elements(parameters: Sequence[int], replicas: int, bucket: int | None) -> int:
+    """Elements of megatron's buffer: a parameter starts at a multiple of 64, a bucket can be cut over the replicas."""
+    divisor = math.lcm(replicas, 128)
+    end = start = 0
+    for count in reversed(parameters):
+        end = -(-end // 64) * 64 + count
+        if bucket is not None and end - start >= bucket:
+            start = end = -(-end // divisor) * divisor
+    return -(-end // divisor) * divisor
+
+
+def _zero_state(elements: int, item: int, stage: int, data_size: int) -> tuple[int, int, int, int]:
+    share = -(-elements // data_size)
+    bucket = 4 * min(ZERO_BUCKET, elements)
+    if stage == 0:  # float32 alone; the main copies are the parameters
+        return item * elements, 4 * elements, 8 * elements, 0
+    if stage == 3:
+        return item * share, bucket + 4 * share, 12 * share, item * elements // 8
+    if stage == 1 and item == 2:  # the gradients of the model's type stay beside the float32 ones
+        return item * elements, (4 + 2) * elements, 12 * share, 0
+    return item * elements, 4 * share, 12 * share, bucket
+
+
+def _activations(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) -> tuple[int, int]:
+    """Bytes that a pipeline rank keeps for all micro-batches in flight, and the most that comes on top."""
+    parallel, model, item = recipe.parallel, recipe.model, ITEM[recipe.model.dtype]
+    stages, ranks = stage_layers(sizes, parallel), parallel.pipeline_model_parallel_size
+    flight = in_flight(ranks, chunks_per_rank(parallel), rank, work.micro_batches)
+    tokens = tokens_per_rank(sizes, parallel, work)
+    kept, largest = 0.0, 0.0
+    for chunk, count in enumerate(flight):
+        stage = chunk * ranks + rank
+        layers = stages[stage]
+        mine = [layer_bytes(sizes, model, tokens, number) for number in layers]
+        recomputed = [_is_recomputed(model, number) for number in layers]
+        per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
+        if stage == 0:
+            per_point += _embedding_bytes(sizes, tokens, work, item)
+        if stage == len(stages) - 1:
+            per_point += 2 * tokens.whole[1] * sizes.hidden_size * item  # its input and what is projected
+            per_point += (
+                3 * 4 * sizes.out_channels * math.prod(work.latent_size)
+            )  # velocity, target, gradient
+        elif len(flight) > 1:  # the interleaved schedule keeps what it has sent
+            per_point += tokens.inputs(sizes, item)
+        kept += count * per_point
+        largest = max([largest, *(own for own, again in zip(mine, recomputed) if again)])
+    held = tokens.inputs(sizes, item)
+    backward = work.points * (largest + BACKWARD * held)
+    answering = work.rows * FORWARD * held
+    # nothing is kept while the answers are made
+    kept *= work.points
+    return round(kept), round(max(backward, answering - kept))
+
+
+def in_flight(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[int]:
+    """Micro-batches of each model chunk of a pipeline rank that have run forward and not backward, at most."""
+    if chunks == 1:
+        return [min(ranks - rank, micro_batches)]
+    forwards = min((ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1, micro_batches * chunks)
+    counted = Counter(k // ranks % chunks for k in range(forwards))
+    return [counted[chunk] for chunk in range(chunks)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one point on one rank, (text, image): where every rank has whole vectors, and where it has some features.
+
+    Attributes:
+        whole: outside attention and the MLP; cut over CP, and over TP with sequence parallelism.
+        cut: elements, in tokens of the full hidden size, of what is cut over TP and CP, while a stream is padded.
+        attending: the same without padding.
+        is_padded: attention's result is copied once more, to be padded or exchanged.
+    """
+
+    whole: tuple[float, float]
+    cut: tuple[float, float]
+    attending: tuple[float, float]
+    is_padded: bool
+
+    def inputs(self, sizes: MMDiTConfig, item: int) -> float:
+        """Bytes of what enters a layer."""
+        return (sum(self.whole) + 1) * sizes.hidden_size * item
+
+
+def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload) -> Tokens:
+    """The streams of one point as they lie on a rank."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    shards = context * (tensor if is_sequence_parallel(parallel) else 1)
+    lengths = (work.text_length, math.prod(work.latent_size) // sizes.patch_size**2)
+    multiple = math.lcm(shards, TILE) if shards > 1 else 1
+    text, image = (-(-length // multiple) * multiple for length in lengths)
+    cut = tensor * context
+    return Tokens(
+        whole=(text / shards, image / shards),
+        cut=(text / cut, image / cut),
+        attending=(lengths[0] / cut, lengths[1] / cut),
+        is_padded=shards > 1,
+    )
+
+
+def layer_bytes(sizes: MMDiTConfig, model: ModelConfig, tokens: Tokens, number: int) -> float:
+    """What autograd keeps of a layer for one point, without recomputation."""
+    item, hidden = ITEM[model.dtype], sizes.hidden_size
+    is_last, is_dual = number == sizes.num_layers - 1, number in sizes.dual_attention_layers
+    elements = 0.0
+    for stream in (0, 1):
+        ends = is_last and stream == 0  # the last layer's text goes no further than into attention
+        whole, cut, attending = tokens.whole[stream], tokens.cut[stream], tokens.attending[stream]
+        elements += _attention_elements(whole, cut, attending, sizes, tokens.is_padded and not ends)
+        elements += whole  # the layer's input
+        if not ends:
+            # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
+            elements += 4 * whole + 8 * cut
+        if is_dual and stream == 1:
+            elements += whole  # the output of the second attention
+            elements += _attention_elements(whole, cut, attending, sizes, tokens.is_padded, is_joint=False)
+    modulation = (2 if is_last else 6) + (9 if is_dual else 6)
+    statistics = 4 * 2 * (2 * sum(tokens.whole) + (tokens.whole[1] if is_dual else 0))
+    lengths = sum(tokens.attending) + (tokens.attending[1] if is_dual else 0)
+    return item * hidden * (elements + modulation) + statistics + 4 * sizes.num_attention_heads * lengths
+
+
+def _attention_elements(
+    whole: float, cut: float, attending: float, sizes: MMDiTConfig, is_padded: bool, is_joint: bool = True
+) -> float:
+    """What is modulated, its q, k and v, those of both streams together, and attention's result, in hidden sizes."""
+    normed = sizes.qk_norm is not None
+    together = 3 if is_joint else 2 if normed else 0  # v of one stream is where it was
+    apart = 3 if normed or not is_joint else 0  # what is only copied is not kept
+    return whole + apart * cut + together * attending + attending + (cut if is_padded else 0)
+
+
+def _is_recomputed(model: ModelConfig, number: int) -> bool:
+    return model.recompute_granularity == "full" and number % model.recompute_every == 0
+
+
+def _embedding_bytes(sizes: MMDiTConfig, tokens: Tokens, work: Workload, item: int) -> float:
+    """Inputs of the embedders and what is between their layers."""
+    patches = math.prod(work.latent_size) * sizes.in_channels
+    text = work.text_length * sizes.joint_attention_dim
+    conditioning = TIMESTEP_CHANNELS + sizes.pooled_projection_dim + 5 * sizes.hidden_size
+    return item * (patches + text + conditioning)
+
+
+def _batch(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) -> int:
+    """Bytes of latents and answers on the first and the last rank, and of text on the first."""
+    latent = 4 * sizes.in_channels * math.prod(work.latent_size)
+    answers = 0 if not work.rows else 2 if recipe.stage.guidance_scale != 1.0 else 1
+    ranks = recipe.parallel.pipeline_model_parallel_size
+    per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
+    if rank == 0:
+        per_sample += ITEM[recipe.model.dtype] * work.text_length * sizes.joint_attention_dim
+    return work.samples * per_sample

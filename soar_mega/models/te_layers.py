@@ -1,0 +1,68 @@
+"""Transformer Engine's linears and attention, where it is installed."""
+
+import os
+from typing import Any
+
+import torch
+
+WEIGHT = 1  # of input, weight, output: the place of a linear's weight among its quantizers
+
+# what Transformer Engine chooses from, by names in the environment
+VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN", "unfused": "NVTE_UNFUSED_ATTN"}
+
+
+class CastOnce:
+    """Casts its weight to FP8 when it has changed and at no other time; goes in front of megatron's TE linears.
+
+    megatron has them cast in the first micro-batch of a step. Where that is one without gradients, of an answer pass,
+    they leave out the transposed form, and the first micro-batch that learns must cast again. Here both forms are made
+    at once, outside of what a CUDA graph captures, and stay at their addresses.
+
+    `is_first_microbatch` is megatron's name for "the weight has changed".
+    """
+
+    is_first_microbatch: bool
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[..., in] -> [..., out] and the bias that is left to add."""
+        if self.is_first_microbatch:
+            self.cast_weight()
+        return super().forward(x)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def cast_weight(self: Any) -> None:
+        """Write the FP8 forms of the weight; nothing outside an FP8 context."""
+        from megatron.core.extensions.transformer_engine import FP8GlobalStateManager
+
+        self.is_first_microbatch = False
+        if not FP8GlobalStateManager.is_fp8_enabled():
+            return
+        self.init_fp8_metadata()
+        quantizer = self.quantizers["scaling_fwd"][WEIGHT]
+        quantizer.set_usage(rowwise=True, columnwise=True)
+        self.get_weight_workspace(tensor=self.weight, quantizer=quantizer, cache_name="weight")
+
+
+def get_te_provider(attention_backend: str, sdpa: type) -> Any:
+    """Transformer Engine's modules, with its attention chosen by the environment, or `sdpa` in its place."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    given = TESpecProvider()
+    column = type("ColumnLinear", (CastOnce, given.column_parallel_linear()), {})
+    row = type("RowLinear", (CastOnce, given.row_parallel_linear()), {})
+    attention = sdpa if attention_backend == "sdpa" else given.core_attention()
+    if attention_backend != "sdpa":
+        for name, variable in VARIABLES.items():
+            os.environ[variable] = str(int(attention_backend in ("auto", name)))
+
+    class Provider(TESpecProvider):
+        def column_parallel_linear(self) -> type:
+            return column
+
+        def row_parallel_linear(self) -> type:
+            return row
+
+        def core_attention(self) -> type:
+            return attention
+
+    return Provider()

@@ -1,0 +1,64 @@
+"""What an engine holds on a rank, found by looking at every tensor that is alive; importable by other processes."""
+
+import gc
+import warnings
+
+import torch
+from engine_cases import SIZES, iterate, make_batch, start_engine
+
+from soar_mega.config import Recipe
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.stages import make_stage
+
+
+def storages(tensors) -> dict[int, int]:
+    """Bytes by address of what is behind tensors, counted once."""
+    real = [t for t in tensors if t.layout == torch.strided and not t.is_meta]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real}
+
+
+def alive() -> dict[int, int]:
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated objects that are asked what they are
+        return storages([x for x in gc.get_objects() if isinstance(x, torch.Tensor)])
+
+
+def held_bytes(recipe: Recipe, sizes: MMDiTConfig = SIZES) -> dict[str, int]:
+    """After the gradients of a second step: bytes of all tensors that were not there before the engine, by kind."""
+    before = alive()
+    engine = start_engine(recipe, sizes)
+    if recipe.train.ema_decay:
+        engine.keep_weights("ema", decay=recipe.train.ema_decay)
+    stage = make_stage(recipe.stage, shift=1.0)
+    iterate(engine, stage, make_batch(0, recipe.train.global_batch_size))
+    batch = make_batch(1, recipe.train.global_batch_size)
+    engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))
+    del batch, engine.learned
+    found = {address: count for address, count in alive().items() if address not in before}
+
+    parameters = list(engine.parameters.values())
+    parts = [getattr(p, "ds_tensor", p) for p in parameters]
+    weights = storages([*parts, *engine.model.buffers()])
+    kept = storages([piece for copy in engine.weights.values() for piece in copy.pieces.values()])
+    inner = [
+        getattr(one, "optimizer", one)
+        for one in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+    ]
+    moments = [
+        x
+        for one in inner
+        for state in one.state.values()
+        for x in state.values()
+        if isinstance(x, torch.Tensor)
+    ]
+    mains = [piece.main for piece in engine._main.pieces.values()]
+    optimizer = {a: n for a, n in storages([*moments, *mains]).items() if a not in weights}
+    known = weights | kept | optimizer
+    assert known.keys() <= found.keys()
+    return {
+        "weights": sum(weights.values()),
+        "optimizer": sum(optimizer.values()),
+        "kept": sum(kept.values()),
+        "gradients": sum(count for address, count in found.items() if address not in known),
+    }

@@ -1,0 +1,49 @@
+"""Layers as graphs: the bookkeeping of recordings, on a CPU (tests/gpu has the graphs themselves)."""
+
+from functools import partial
+
+import pytest
+import torch
+from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_recipe, start_engine
+from multirank import run_ranks
+from repeated_work import RepeatedWork
+
+from soar_mega.stages import make_stage
+
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_every": 2}
+FROZEN = {"frozen": ["context_embedder.*", "time_text_embed.*", "layers.1.*"]}
+LAYOUTS = {
+    "one": ((1, 1), 1, {"model": RECOMPUTED, "optimizer": FROZEN}),
+    "tp2-sp-dp2": ((2, 1), 4, {"sequence_parallel": True, **OVERLAP}),
+    "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
+    "pp4": ((1, 4), 4, {}),
+    "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
+}
+
+
+def trained(recipe, sizes, graphs: bool):
+    """Three steps, and the weights after them."""
+    engine, stage = start_engine(recipe, sizes), make_stage(recipe.stage, shift=1.0)
+    if graphs:
+        engine.record_layers(partial(RepeatedWork, engine))
+    found = [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)]
+    return found, {name: p.detach().clone() for name, p in engine.parameters.items()}
+
+
+def with_and_without(recipe, sizes) -> None:
+    steps, weights = trained(recipe, sizes, graphs=False)
+    recorded_steps, recorded_weights = trained(recipe, sizes, graphs=True)
+    assert recorded_steps == steps
+    assert recorded_weights.keys() == weights.keys()
+    assert all(torch.equal(recorded_weights[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("pp4", "cp2") else ()) for name in LAYOUTS]
+)
+def test_recorded_layers_train_as_others_do(name):
+    layout, processes, settings = LAYOUTS[name]
+    run_ranks(
+        with_and_without, processes, make_recipe(layout, **settings), EIGHT_LAYERS if "vpp" in name else SIZES
+    )

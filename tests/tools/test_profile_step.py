@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import performance_page
 import profile_step
 import pytest
 import torch
@@ -80,6 +82,12 @@ def test_two_pipeline_ranks(shards: Path, tmp_path: Path) -> None:
     for rank in (0, 1):
         backwards = [e for e in trace if e["pid"] == rank and e["name"] == "backward"]
         assert len(backwards) == 4
+    shutil.copy(tmp_path / "profile.json", tmp_path / "2026-01-02-cpu-profile.json")
+    shown = performance_page.page(tmp_path)
+    assert f"a step takes {1e3 * said['median_seconds']:.1f} ms" in shown
+    assert all(
+        f"| {name} | {1e3 * p['host']:.1f} |" in shown for name, p in said["ranks"][0]["phases"].items()
+    )
     kinds = said["ranks"][1]["memory"]["kinds"]
     assert kinds["optimizer"] >= 1.9 * kinds["gradients"] > 0 and kinds["kept weights"] > 0
 

@@ -46,7 +46,7 @@ IMPORTED = {
         "DistributedOptimizer._get_main_param_and_optimizer_states",
         "DistributedOptimizer._get_model_param_range_map",
     ],
-    "megatron.core.transformer.cuda_graphs": ["_set_capture_start", "_set_capture_end", "HAVE_TE_GRAPHS"],
+    "megatron.core.transformer.cuda_graphs": ["_set_capture_start", "_set_capture_end"],
     "deepspeed.ops": ["__compatible_ops__"],
     "deepspeed.runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3.get_param_id"],
     "deepspeed.runtime.zero.parameter_offload": ["DeepSpeedZeRoOffload.partition_all_parameters"],

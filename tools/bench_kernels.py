@@ -25,6 +25,8 @@ from torch import Tensor
 
 from soar_mega.kernels import correction_loss, rollout_renoise
 from soar_mega.kernels.adaln import adaln, plain_adaln
+from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
+from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import Projected, plain_qk_norm_rope, qk_norm_rope
 
 LATENTS = {"512 px": (16, 64, 64), "1024 px": (16, 128, 128)}  # the VAEs of SD3.5 and FLUX have 16 channels
@@ -120,10 +122,11 @@ def adaln_cases(device: torch.device) -> list[Case]:
     for model, tokens, width in (("SD3.5-M", 1357, 1536), ("SD3.5-L", 1357, 2432), ("FLUX", 1536, 3072)):
         made = [torch.randn(tokens, 4, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
         vectors = [torch.randn(4, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
+        bias = torch.randn(width, device=device, dtype=torch.bfloat16).requires_grad_()
         (residual, branch), (shift, scale, gate) = (
             [tensor.requires_grad_() for tensor in group] for group in (made, vectors)
         )
-        arguments = (residual, shift, scale, branch, gate)
+        arguments = (residual, shift, scale, branch, gate, bias)
         cases += [
             Case(f"adaln {model} forward", partial(adaln, *arguments), partial(plain_adaln, *arguments)),
             Case(
@@ -168,6 +171,30 @@ def qk_cases(device: torch.device) -> list[Case]:
     return cases
 
 
+def mlp_cases(device: torch.device) -> list[Case]:
+    """Behind an MLP's first linear and behind its second, image tokens at 512 px, B = 4."""
+    cases = []
+    for model, width in (("SD3.5-M", 1536), ("SD3.5-L", 2432), ("FLUX", 3072)):
+
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_()
+
+        wide = (leaf(1024, 4, 4 * width), leaf(4 * width))
+        joined = (leaf(1024, 4, width), leaf(1024, 4, width), leaf(4, width), leaf(width))
+        for name, fused, eager, arguments in (
+            ("bias_gelu", bias_gelu, plain_bias_gelu, wide),
+            ("gated_add", gated_add, plain_gated_add, joined),
+        ):
+            forms = [partial(in_a_tuple, form, arguments) for form in (fused, eager)]
+            both = [partial(gradients_of, form, arguments) for form in forms]
+            cases += [Case(f"{name} {model} forward", *forms), Case(f"{name} {model} both", *both)]
+    return cases
+
+
+def in_a_tuple(operation: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (operation(*arguments),)
+
+
 def gradients(
     operation: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
@@ -182,7 +209,7 @@ def gradients_of(call: Callable[[], tuple[Tensor, ...]], inputs: Sequence[Tensor
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    return [*soar_cases(device), *adaln_cases(device), *qk_cases(device)]
+    return [*soar_cases(device), *adaln_cases(device), *qk_cases(device), *mlp_cases(device)]
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> StepResult:
         norm = self._gradient_norm()
-        if not (math.isfinite(norm) and math.isfinite(self._loss)):
+        if not (math.isfinite(norm) and math.isfinite(self._statistics["loss"])):
             return StepResult(False, norm)
         settings = self.recipe.optimizer
         if settings.clip_grad > 0.0 and norm > settings.clip_grad:

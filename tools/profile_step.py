@@ -67,23 +67,22 @@ class Profile:
         self.seconds: dict[str, list[float]] = {"recorded": [], "not recorded": []}
         self.process_seconds: dict[str, list[float]] = {"recorded": [], "not recorded": []}
 
-    def step(self) -> float:
-        """One step; its seconds."""
-        started = time.perf_counter()
+    def step(self) -> tuple[float, float]:
+        """One step; its seconds, and those of processor time."""
+        started, process_started = time.perf_counter(), time.process_time()
         phases.begin_step(self.steps.progress.iteration + 1, "agreement")
         self.steps.learn()
         self.steps.update()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        self.recorder.close()
+        return time.perf_counter() - started, time.process_time() - process_started
 
-    def recorded_step(self) -> float:
+    def recorded_step(self) -> tuple[float, float]:
         """One step that is recorded."""
         self.first_spans.append(len(self.recorder.spans))
         with marked(self.recorder, self.steps.engine, self.micro_batches):
-            seconds = self.step()
-            self.recorder.close()
-        return seconds
+            return self.step()
 
     def take(self, warmup: int, count: int) -> None:
         """Steps that are not measured, then `count` recorded ones in turn with as many that are not."""
@@ -93,9 +92,9 @@ class Profile:
         self.recorder.start(memory.now)
         for _ in range(count):
             for name, step in (("recorded", self.recorded_step), ("not recorded", self.step)):
-                started = time.process_time()
-                self.seconds[name].append(step())
-                self.process_seconds[name].append(time.process_time() - started)
+                seconds, process_seconds = step()
+                self.seconds[name].append(seconds)
+                self.process_seconds[name].append(process_seconds)
         self.recorder.stop()
 
     def checkpoint(self) -> Json:
@@ -167,7 +166,11 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     profile = Profile(recipe, run, made_up(arguments))
     try:
         profile.take(arguments.warmup, arguments.steps)
-        operators = profiled(profile.step) if is_rank_zero() else profile.step()
+        operators: Json = {}
+        if is_rank_zero():
+            operators = profiled(profile.step)
+        else:
+            profile.step()
         saved = profile.checkpoint() if arguments.checkpoint else None
         ranks = gather_on_rank_zero(profile.mine())
     finally:

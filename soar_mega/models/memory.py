@@ -65,6 +65,12 @@ class Memory:
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def words(self) -> str:
+        """The sum and its parts in GiB."""
+        parts = {field.name: getattr(self, field.name) / 2**30 for field in fields(self)}
+        shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+        return f"{self.total / 2**30:.1f} GiB: {shown}"
+
 
 def workload(
     recipe: Recipe, data_size: int, latent_size: tuple[int, int], text_length: int, points: int | None = None

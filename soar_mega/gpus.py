@@ -28,3 +28,21 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
         return None
     known = (peaks for name, peaks in PEAKS.items() if words.issuperset(name))
     return next(known, {}).get(precision)
+
+
+# GiB that torch finds on GPUs; of those that nobody here has asked, the sold GB less a hundredth
+MEMORY: dict[str, float] = {
+    "a100-40": 39.4,
+    "a100-80": 79.1,
+    "h100": 79.1,
+    "h200": 139.8,
+    "b200": 178.0,
+    "gb300": 268.0,
+}
+OUTSIDE = 1.5  # GiB that CUDA, NCCL and libraries take beside torch's allocator
+SPOILT = 0.05  # share that the allocator loses to pieces of memory too small for what is asked
+
+
+def usable_memory(gpu: str) -> int:
+    """Bytes for tensors on a GPU of MEMORY."""
+    return int((MEMORY[gpu] - OUTSIDE) * (1 - SPOILT) * 2**30)

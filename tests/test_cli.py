@@ -220,6 +220,16 @@ def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch
     assert doctor.examine("psutil")[0]
 
 
+def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["doctor", "--model", "sd35_medium", "--gpus", "1", "--global-batch-size", "16", "--gpu"]
+    assert main([*words, "h100"]) == 0
+    assert "points_per_micro_batch=16 train.micro_batch_size=8 model.recompute_granularity=none" in (
+        capsys.readouterr().out
+    )
+    assert main([*words, "a100-40"]) == 0
+    assert "does not fit even with recomputation" in capsys.readouterr().out
+
+
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", BASE, "--tensor", "2", "--pipeline", "2"]) == 0
     said = capsys.readouterr().out

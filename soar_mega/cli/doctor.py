@@ -6,6 +6,13 @@ import os
 import platform as system
 from collections.abc import Iterator
 from importlib import metadata
+from typing import TYPE_CHECKING
+
+from soar_mega.gpus import MEMORY as GPU_MEMORY
+from soar_mega.gpus import usable_memory
+
+if TYPE_CHECKING:
+    from soar_mega.config import ParallelConfig
 
 HELP = """\
 Say what this machine can do: versions, devices, and which optional libraries are usable and why not.
@@ -13,6 +20,7 @@ Say what this machine can do: versions, devices, and which optional libraries ar
   soar-mega doctor
   soar-mega doctor --model sd35_large                            parameters, and their split over ranks
   soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 2 --virtual-pipeline 2
+  soar-mega doctor --model sd35_medium --gpu h100 --gpus 8       how many points fit in its memory (SOAR, 512 px)
 
 Exits with 1 when something that every run needs is missing.
 """
@@ -60,6 +68,20 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         default=1,
         help="model chunks per pipeline rank (default: %(default)s)",
     )
+    parser.add_argument(
+        "--gpu", choices=GPU_MEMORY, help="with --model: what fits in the memory of such a GPU"
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--text-length", type=int, default=154, help="tokens: 77 and those of T5 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--global-batch-size", type=int, default=32, help="samples of a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--points", type=int, default=6, help="auxiliary points of a sample (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -78,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
             virtual_pipeline_model_parallel_size=arguments.virtual_pipeline,
         )
         print(summarize(arguments.model, parallel))
+        if arguments.gpu:
+            print(f"\n{what_fits(arguments, parallel)}")
         return 0
     healthy = True
     print(f"Python {system.python_version()} on {system.platform()}")
@@ -99,6 +123,38 @@ def run(arguments: argparse.Namespace) -> int:
     if clash:
         print(f"\n{clash}")
     return 0
+
+
+def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
+    """Sizes of micro-batches for a model on GPUs of a kind, as lines for a recipe."""
+    from soar_mega.config import ModelConfig, Recipe, StageConfig, TrainConfig
+    from soar_mega.models.micro_batches import recommend
+    from soar_mega.models.summary import find_sizes
+
+    ranks = arguments.tensor * arguments.pipeline
+    if arguments.gpus % ranks:
+        raise ValueError(f"--gpus {arguments.gpus} must be a multiple of --tensor x --pipeline = {ranks}")
+    recipe = Recipe(
+        model=ModelConfig(preset=arguments.model),
+        stage=StageConfig(num_auxiliary_points=arguments.points),
+        parallel=parallel,
+        train=TrainConfig(global_batch_size=arguments.global_batch_size),
+    )
+    latent_size = (arguments.image_size // 8, arguments.image_size // 8)
+    found = recommend(
+        find_sizes(arguments.model),
+        recipe,
+        arguments.gpus // ranks,
+        latent_size,
+        arguments.text_length,
+        usable_memory(arguments.gpu),
+    )
+    where = f"{arguments.gpus} {arguments.gpu} at {arguments.image_size} px and {arguments.text_length} text tokens"
+    if found is None:
+        return (
+            f"{where}: one point does not fit even with recomputation; raise --tensor, --pipeline or --gpus"
+        )
+    return f"{where}, by the memory model:\n{found.words()}"
 
 
 def unusable_pair(triton: str | None, numpy: str | None) -> str | None:

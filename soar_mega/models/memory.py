@@ -65,6 +65,12 @@ class Memory:
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def words(self) -> str:
+        """The sum and its parts in GiB."""
+        parts = {field.name: getattr(self, field.name) / 2**30 for field in fields(self)}
+        shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+        return f"{self.total / 2**30:.1f} GiB: {shown}"
+
 
 def workload(
     recipe: Recipe, data_size: int, latent_size: tuple[int, int], text_length: int, points: int | None = None
@@ -209,12 +215,12 @@ def _activations(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) 
             per_point += tokens.inputs(sizes, item)
         kept += count * per_point
         largest = max([largest, *(own for own, again in zip(mine, recomputed) if again)])
-    held = tokens.inputs(sizes, item)
+    held, kept = tokens.inputs(sizes, item), kept * work.points
     backward = work.points * (largest + BACKWARD * held)
     answering = work.rows * FORWARD * held
-    # nothing is kept while the answers are made
-    kept *= work.points
-    return round(kept), round(max(backward, answering - kept))
+    if recipe.train.cuda_graphs == "layers":  # each recording keeps its memory
+        return round(kept), round(backward + answering)
+    return round(kept), round(max(backward, answering - kept))  # nothing is kept while answers are made
 
 
 def in_flight(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[int]:
@@ -234,13 +240,13 @@ class Tokens:
         whole: outside attention and the MLP; cut over CP, and over TP with sequence parallelism.
         cut: elements, in tokens of the full hidden size, of what is cut over TP and CP, while a stream is padded.
         attending: the same without padding.
-        is_padded: attention's result is copied once more, to be padded or exchanged.
+        copied: of `cut`, where attention's result is copied once more, to be padded or exchanged.
     """
 
     whole: tuple[float, float]
     cut: tuple[float, float]
     attending: tuple[float, float]
-    is_padded: bool
+    copied: tuple[float, float]
 
     def inputs(self, sizes: MMDiTConfig, item: int) -> float:
         """Bytes of what enters a layer."""
@@ -253,13 +259,14 @@ def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload
     shards = context * (tensor if is_sequence_parallel(parallel) else 1)
     lengths = (work.text_length, math.prod(work.latent_size) // sizes.patch_size**2)
     multiple = math.lcm(shards, TILE) if shards > 1 else 1
-    text, image = (-(-length // multiple) * multiple for length in lengths)
-    cut = tensor * context
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    text, image = (length / (tensor * context) for length in padded)
+    is_copied = [context > 1 or length != before for length, before in zip(padded, lengths)]
     return Tokens(
-        whole=(text / shards, image / shards),
-        cut=(text / cut, image / cut),
-        attending=(lengths[0] / cut, lengths[1] / cut),
-        is_padded=shards > 1,
+        whole=(padded[0] / shards, padded[1] / shards),
+        cut=(text, image),
+        attending=(lengths[0] / (tensor * context), lengths[1] / (tensor * context)),
+        copied=(text * is_copied[0], image * is_copied[1]),
     )
 
 
@@ -269,30 +276,19 @@ def layer_bytes(sizes: MMDiTConfig, model: ModelConfig, tokens: Tokens, number: 
     is_last, is_dual = number == sizes.num_layers - 1, number in sizes.dual_attention_layers
     elements = 0.0
     for stream in (0, 1):
-        ends = is_last and stream == 0  # the last layer's text goes no further than into attention
-        whole, cut, attending = tokens.whole[stream], tokens.cut[stream], tokens.attending[stream]
-        elements += _attention_elements(whole, cut, attending, sizes, tokens.is_padded and not ends)
+        whole, cut = tokens.whole[stream], tokens.cut[stream]
+        goes_on = stream == 1 or not is_last  # the last layer's text goes no further than into attention
+        attentions = 2 if is_dual and stream == 1 else 1
+        # what is modulated; q, k and v; the same of both streams; attention's result, and its padded copy
+        elements += attentions * (whole + 3 * cut + 4 * tokens.attending[stream])
+        elements += attentions * goes_on * tokens.copied[stream]
         elements += whole  # the layer's input
-        if not ends:
-            # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
-            elements += 4 * whole + 8 * cut
-        if is_dual and stream == 1:
-            elements += whole  # the output of the second attention
-            elements += _attention_elements(whole, cut, attending, sizes, tokens.is_padded, is_joint=False)
+        # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
+        elements += goes_on * (4 * whole + 8 * cut) + (attentions - 1) * whole
     modulation = (2 if is_last else 6) + (9 if is_dual else 6)
     statistics = 4 * 2 * (2 * sum(tokens.whole) + (tokens.whole[1] if is_dual else 0))
     lengths = sum(tokens.attending) + (tokens.attending[1] if is_dual else 0)
     return item * hidden * (elements + modulation) + statistics + 4 * sizes.num_attention_heads * lengths
-
-
-def _attention_elements(
-    whole: float, cut: float, attending: float, sizes: MMDiTConfig, is_padded: bool, is_joint: bool = True
-) -> float:
-    """What is modulated, its q, k and v, those of both streams together, and attention's result, in hidden sizes."""
-    normed = sizes.qk_norm is not None
-    together = 3 if is_joint else 2 if normed else 0  # v of one stream is where it was
-    apart = 3 if normed or not is_joint else 0  # what is only copied is not kept
-    return whole + apart * cut + together * attending + attending + (cut if is_padded else 0)
 
 
 def _is_recomputed(model: ModelConfig, number: int) -> bool:

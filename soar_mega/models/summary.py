@@ -32,13 +32,26 @@ def parameters_per_rank(model: MMDiT, parallel: ParallelConfig) -> list[int]:
     return counts
 
 
+def find_sizes(model: str) -> MMDiTConfig:
+    """The sizes of a preset or of a pipeline folder.
+
+    Raises:
+        ValueError: neither a preset nor a folder with a transformer.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    if not Path(model).is_dir():
+        raise ValueError(f"{model} is neither a pipeline folder nor a preset ({', '.join(PRESETS)})")
+    return MMDiTConfig.from_diffusers(model)
+
+
 def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     """Counts of a preset or of a pipeline folder, and its split over TP and PP, as a few lines of text.
 
     Raises:
         ValueError: neither a preset nor a folder with a transformer, or a layout that is not possible.
     """
-    config = PRESETS[model] if model in PRESETS else _from_folder(model)
+    config = find_sizes(model)
     parallel = parallel or ParallelConfig()
     check_layout(config, parallel)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -71,9 +84,3 @@ def _table(whole: MMDiT) -> list[str]:
         cells = [max(parameters_per_rank(whole, parallel)) / 1e6 for parallel in layouts]
         lines.append(f"  TP {tensor} " + "".join(f"{cell:>10.1f}" for cell in cells))
     return lines
-
-
-def _from_folder(name: str) -> MMDiTConfig:
-    if not Path(name).is_dir():
-        raise ValueError(f"{name} is neither a pipeline folder nor a preset ({', '.join(PRESETS)})")
-    return MMDiTConfig.from_diffusers(name)

@@ -1,10 +1,10 @@
-"""What an engine holds on a rank, found by looking at every tensor that is alive; importable by other processes."""
+"""What an engine holds on a rank, of all tensors that are alive; importable by other processes."""
 
 import gc
-import warnings
 
 import torch
 from engine_cases import SIZES, iterate, make_batch, start_engine
+from live_bytes import LiveBytes
 
 from soar_mega.config import Recipe
 from soar_mega.models.config import MMDiTConfig
@@ -17,25 +17,19 @@ def storages(tensors) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real}
 
 
-def alive() -> dict[int, int]:
-    gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated objects that are asked what they are
-        return storages([x for x in gc.get_objects() if isinstance(x, torch.Tensor)])
-
-
 def held_bytes(recipe: Recipe, sizes: MMDiTConfig = SIZES) -> dict[str, int]:
-    """After the gradients of a second step: bytes of all tensors that were not there before the engine, by kind."""
-    before = alive()
-    engine = start_engine(recipe, sizes)
-    if recipe.train.ema_decay:
-        engine.keep_weights("ema", decay=recipe.train.ema_decay)
+    """After the gradients of a second step: bytes of all tensors made since before the engine was, by kind."""
     stage = make_stage(recipe.stage, shift=1.0)
-    iterate(engine, stage, make_batch(0, recipe.train.global_batch_size))
-    batch = make_batch(1, recipe.train.global_batch_size)
-    engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))
-    del batch, engine.learned
-    found = {address: count for address, count in alive().items() if address not in before}
+    with LiveBytes() as counted:
+        engine = start_engine(recipe, sizes)
+        if recipe.train.ema_decay:
+            engine.keep_weights("ema", decay=recipe.train.ema_decay)
+        iterate(engine, stage, make_batch(0, recipe.train.global_batch_size))
+        batch = make_batch(1, recipe.train.global_batch_size)
+        engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))
+        del batch, engine.learned
+        gc.collect()
+        found = counted.now
 
     parameters = list(engine.parameters.values())
     parts = [getattr(p, "ds_tensor", p) for p in parameters]
@@ -54,11 +48,6 @@ def held_bytes(recipe: Recipe, sizes: MMDiTConfig = SIZES) -> dict[str, int]:
     ]
     mains = [piece.main for piece in engine._main.pieces.values()]
     optimizer = {a: n for a, n in storages([*moments, *mains]).items() if a not in weights}
-    known = weights | kept | optimizer
-    assert known.keys() <= found.keys()
-    return {
-        "weights": sum(weights.values()),
-        "optimizer": sum(optimizer.values()),
-        "kept": sum(kept.values()),
-        "gradients": sum(count for address, count in found.items() if address not in known),
-    }
+    kinds = {"weights": weights, "optimizer": optimizer, "kept": kept}
+    held = {kind: sum(parts.values()) for kind, parts in kinds.items()}
+    return held | {"gradients": found - sum(held.values())}

@@ -1,14 +1,16 @@
 """The memory model says what engines allocate, rank by rank."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
-from engine_cases import EIGHT_LAYERS, SHAPE, TEXT, make_recipe
+from engine_cases import EIGHT_LAYERS, SHAPE, TEXT, VPP2, make_batch, make_recipe, start_engine
 from memory_cases import held_bytes
 from multirank import run_ranks
 
 from soar_mega.distributed import data_size, start_world
-from soar_mega.models.memory import rank_memory, workload
+from soar_mega.models.memory import in_flight, rank_memory, workload
+from soar_mega.stages import make_stage
 
 WIDE = replace(EIGHT_LAYERS, attention_head_dim=32, caption_projection_dim=128)
 BF16 = {"dtype": "bf16"}
@@ -17,20 +19,21 @@ LARGEST = 4 * 9 * WIDE.hidden_size**2  # bytes of a dual layer's modulation
 LAYOUTS = {
     "tp2 dp2": [
         make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9}),
-        make_recipe((2, 1), engine="deepspeed", zero_stage=0),
         make_recipe((2, 1), model=BF16, engine="deepspeed", zero_stage=1),
     ],
-    "pp2 dp2": [make_recipe((1, 2), model=BF16), make_recipe((1, 2), use_distributed_optimizer=False)],
     "pp2 tp2": [make_recipe((2, 2), sequence_parallel=True)],
-    "pp2 vpp2 cp2": [
-        make_recipe((1, 2), model=BF16, virtual_pipeline_model_parallel_size=2, context_parallel_size=2)
-    ],
     "dp4": [
         make_recipe((1, 1), model=BF16, overlap_grad_reduce=True),
-        make_recipe((1, 1), engine="deepspeed", zero_stage=1),
         make_recipe((1, 1), model=BF16, engine="deepspeed", zero_stage=2),
         make_recipe((1, 1), model=BF16, engine="deepspeed", zero_stage=3),
     ],
+}
+MORE = {
+    "pp2 dp2": [make_recipe((1, 2), model=BF16), make_recipe((1, 2), use_distributed_optimizer=False)],
+    "pp2 vpp2 cp2": [
+        make_recipe((1, 2), model=BF16, virtual_pipeline_model_parallel_size=2, context_parallel_size=2)
+    ],
+    "dp4, fp32": [make_recipe((1, 1), engine="deepspeed", zero_stage=stage) for stage in (0, 1, 3)],
 }
 
 
@@ -50,14 +53,47 @@ def compared(recipes):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_weights_gradients_and_optimizer_are_what_engines_allocate(layout):
-    ranks = run_ranks(compared, 4, LAYOUTS[layout])
-    for rank, found in enumerate(ranks):
-        for recipe, kinds in zip(LAYOUTS[layout], found, strict=True):
+    recipes = (LAYOUTS | MORE)[layout]
+    for rank, found in enumerate(run_ranks(compared, 4, recipes)):
+        for recipe, kinds in zip(recipes, found, strict=True):
             for kind, (held, predicted) in kinds.items():
                 print(
                     f"rank {rank}: {kind} {held:,}, predicted {predicted:,} ({predicted / max(held, 1) - 1:+.1%})"
                 )
                 # at ZeRO 1 and 2 both owners of a parameter keep its whole gradient
                 assert predicted == pytest.approx(held, rel=0.05, abs=LARGEST), (kind, recipe.parallel)
+
+
+def most_in_flight(recipe):
+    """Predicted and counted: forwards of each of this rank's chunks whose backward has not begun, at most."""
+    from megatron.core import parallel_state
+
+    engine = start_engine(recipe, EIGHT_LAYERS)
+    stage, batch = make_stage(recipe.stage, shift=1.0), make_batch(0)
+    now, most = Counter(), []
+
+    def count(chunk, output):
+        if output.requires_grad:
+            now[chunk] += 1
+            most.append(dict(now))
+            output.register_hook(lambda _: now.subtract([chunk]))
+
+    for number, chunk in enumerate(engine.model.chunks):
+        chunk.register_forward_hook(lambda module, inputs, output, number=number: count(number, output))
+    answers = engine.answer(stage.queries, batch)
+    engine.learn(stage.points, stage.loss, batch, answers)
+    ranks, chunks = recipe.parallel.pipeline_model_parallel_size, len(engine.model.chunks)
+    micro_batches = -(-40 // recipe.train.points_per_micro_batch)  # 8 samples of 1 + 2 x 2 points
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    predicted = in_flight(ranks, chunks, rank, micro_batches)
+    return predicted, max(([one.get(c, 0) for c in range(chunks)] for one in most), key=sum)
+
+
+@pytest.mark.parametrize(
+    "recipe", [make_recipe((1, 4)), make_recipe((1, 2), **VPP2)], ids=["pp4", "pp2 vpp2"]
+)
+def test_micro_batches_in_flight_are_those_of_the_schedule(recipe):
+    for predicted, counted in run_ranks(most_in_flight, recipe.parallel.pipeline_model_parallel_size, recipe):
+        assert predicted == counted

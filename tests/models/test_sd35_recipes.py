@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from soar_mega.gpus import usable_memory
+from soar_mega.models.memory import largest_rank, workload
+from soar_mega.models.micro_batches import recommend
+from soar_mega.models.presets import PRESETS
 from soar_mega.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes/sd35_medium"
@@ -22,3 +26,24 @@ def test_published_settings(name):
     if name == "soar":
         assert (stage.num_auxiliary_points, stage.num_rollout_paths, stage.auxiliary_weight) == (6, 1, 1.0)
         assert (stage.guidance_scale, stage.sampling_steps, stage.sigma_upper_ratio) == (4.5, 40, 1.0)
+
+
+@pytest.mark.parametrize("name", ["sft", "soar"])
+def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(name):
+    recipe, medium = load_recipe(RECIPES / f"{name}.yaml"), PRESETS["sd35_medium"]
+    found = recommend(medium, recipe, 8, (64, 64), 154, usable_memory("h100"))
+    work = workload(recipe, 8, (64, 64), 154)
+    assert found is not None and recipe.model.recompute_granularity == found.recompute_granularity == "none"
+    assert (work.points, work.micro_batches) == (found.points_per_micro_batch, found.micro_batches)
+    assert largest_rank(medium, recipe, work, 8).total < usable_memory("h100")
+
+
+@pytest.mark.parametrize(
+    "points, granularity, peak", [(4, "none", 47), (8, "none", 55), (16, "none", 71), (28, "full", 47)]
+)
+def test_peaks_on_one_h100_are_those_that_were_measured(points, granularity, peak):
+    """benchmarks/results/2026-11-26-h100-first-run.json; what recomputation takes beside is less well known."""
+    words = ["train.global_batch_size=16", f"model.recompute_granularity={granularity}"]
+    recipe = load_recipe(RECIPES / "soar.yaml", words)
+    predicted = largest_rank(PRESETS["sd35_medium"], recipe, workload(recipe, 1, (64, 64), 154, points), 1)
+    assert predicted.total / 2**30 == pytest.approx(peak, rel=0.02 if granularity == "none" else 0.08)

@@ -1,0 +1,92 @@
+"""Which micro-batches fit in a GPU's memory: as few and as even ones as possible, recomputing only where it must be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from soar_mega.config import Recipe
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.memory import Memory, largest_rank, workload
+
+FEWEST = 4  # points of a forward for which recomputation is not worth its third more work
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What a recipe may say, and what it then takes on the rank that needs most."""
+
+    points_per_micro_batch: int
+    micro_batch_size: int
+    recompute_granularity: str
+    micro_batches: int
+    memory: Memory
+
+    def words(self) -> str:
+        """Lines for a recipe."""
+        return (
+            f"  train.points_per_micro_batch={self.points_per_micro_batch} "
+            f"train.micro_batch_size={self.micro_batch_size} "
+            f"model.recompute_granularity={self.recompute_granularity}\n"
+            f"  {self.micro_batches} training forwards of a step, {self.memory.words()}"
+        )
+
+
+def recommend(
+    sizes: MMDiTConfig,
+    recipe: Recipe,
+    data_size: int,
+    latent_size: tuple[int, int],
+    text_length: int,
+    room: int,
+) -> MicroBatches | None:
+    """The fewest even micro-batches that need at most `room` bytes, None where one point is too much.
+
+    Raises:
+        ValueError: a layout that is not possible, or fewer samples than replicas.
+    """
+    if recipe.train.global_batch_size % data_size:
+        raise ValueError(
+            f"train.global_batch_size ({recipe.train.global_batch_size}) must be a multiple of the {data_size} "
+            "data-parallel replicas"
+        )
+    fallback = None
+    for granularity in ("none", "full"):
+        found = _fewest(sizes, recipe, granularity, data_size, latent_size, text_length, room)
+        if found is not None and found.points_per_micro_batch >= min(FEWEST, _points(recipe, data_size)):
+            return found
+        fallback = fallback or found
+    return fallback
+
+
+def _fewest(
+    sizes: MMDiTConfig,
+    recipe: Recipe,
+    granularity: str,
+    data_size: int,
+    latent_size: tuple[int, int],
+    text_length: int,
+    room: int,
+) -> MicroBatches | None:
+    samples = recipe.train.global_batch_size // data_size
+    for size in _even_sizes(_points(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
+        asked = next(n for n in range(samples, 0, -1) if samples % n == 0 and 2 * n <= max(size, 2))
+        tried = replace(
+            recipe,
+            model=replace(recipe.model, recompute_granularity=granularity),
+            train=replace(recipe.train, points_per_micro_batch=size, micro_batch_size=asked),
+        )
+        work = workload(tried, data_size, latent_size, text_length)
+        memory = largest_rank(sizes, tried, work, data_size)
+        if memory.total <= room:
+            return MicroBatches(size, asked, granularity, work.micro_batches, memory)
+    return None
+
+
+def _points(recipe: Recipe, data_size: int) -> int:
+    return workload(recipe, data_size, (2, 2), 1, points=1).micro_batches
+
+
+def _even_sizes(points: int, ranks: int) -> Iterator[int]:
+    """Points of a forward, from all at once to one; a pipeline wants several forwards for each of its ranks."""
+    at_least = 1 if ranks == 1 else min(4 * ranks, points)
+    found = [-(-points // count) for count in range(at_least, points + 1)]
+    yield from dict.fromkeys(found)

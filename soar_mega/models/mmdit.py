@@ -36,6 +36,7 @@ from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.precision import around_layers, check_fp8_sizes, recompute_layer, run_layer
 from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
+from soar_mega.models.te_layers import CastOnce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -147,6 +148,12 @@ class MMDiT(MegatronModule):
         _, modulated = self.adaln(image, shift, scale)
         patches = gather(self.proj_out(modulated), lengths.image, self.config)
         return self._unpatchify(patches, latent_size).float()
+
+    def weights_changed(self) -> None:
+        """Have FP8 forms of the weights made anew at their next use."""
+        for module in self.modules() if self.config.fp8 else ():
+            if isinstance(module, CastOnce):
+                module.has_changed = True
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""

@@ -59,7 +59,7 @@ def cast_weights(layer: torch.nn.Module, number: int, config: TransformerConfig)
     """Make the FP8 forms of weights that have changed now, and not in the layer's next forward: before a CUDA graph."""
     with get_fp8_context(config, number):
         for module in layer.modules():
-            if isinstance(module, CastOnce) and module.is_first_microbatch:
+            if isinstance(module, CastOnce) and module.has_changed:
                 module.cast_weight()
 
 

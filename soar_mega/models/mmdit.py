@@ -38,6 +38,7 @@ from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.precision import around_layers, check_fp8_sizes, recompute_layer, run_layer
 from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
+from soar_mega.models.te_layers import CastOnce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -151,6 +152,12 @@ class MMDiT(MegatronModule):
         """Run the layers as graphs from now on; `ready` is told of each weight that has its gradient."""
         layers = {int(name): (layer, self._is_recomputed(int(name))) for name, layer in self.layers.items()}
         self.graphs = LayerGraphs(layers, self.config, ready, recorder)
+
+    def weights_changed(self) -> None:
+        """Have FP8 forms of the weights made anew at their next use."""
+        for module in self.modules() if self.config.fp8 else ():
+            if isinstance(module, CastOnce):
+                module.has_changed = True
 
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""

@@ -79,7 +79,7 @@ def test_fp8_is_near_bf16(recipe, form, folder):
     model = build(folder, **FP8 | {"fp8": form}, fp8_recipe=recipe)
     for _ in range(3 if recipe == "delayed" else 1):  # it begins with scales of 1
         fp8_velocity, fp8_gradients = learn(model, inputs(model))
-        model.set_is_first_microbatch()
+        model.weights_changed()
     off = distance(fp8_velocity, velocity), distance(fp8_gradients, gradients)
     # more than bf16 is off from float32: it was FP8 that computed
     assert 0.02 < off[0] < 0.08 and 0.03 < off[1] < 0.14, off
@@ -105,7 +105,7 @@ def test_recomputation_gives_the_same_gradients(recipe, folder):
         for _ in range(3):
             answer(model, given)
             found = learn(model, given)
-            model.set_is_first_microbatch()
+            model.weights_changed()
         results.append(found)
     for velocity, gradients in results[1:]:
         assert torch.equal(velocity, results[0][0])
@@ -124,7 +124,7 @@ def test_answers_leave_no_trace(recipe, folder):
         answer(answering, given)
         found = learn(answering, given)
         for one in (model, answering):
-            one.set_is_first_microbatch()
+            one.weights_changed()
     assert torch.equal(found[0], expected[0])
     assert distance(found[1], expected[1]) < 1e-6
 
@@ -162,7 +162,7 @@ def test_weights_are_cast_once_until_they_change(recipe, folder, monkeypatch):
         for linear in linears:
             linear.weight.mul_(1.5)
     assert answer(model, given).equal(first)  # nobody has said that they changed
-    model.set_is_first_microbatch()
+    model.weights_changed()
     changed, places_after = step()
     assert len(casts) == len(linears) and not changed.equal(first)
     assert places_after == places  # where a CUDA graph reads them

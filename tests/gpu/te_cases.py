@@ -1,22 +1,18 @@
-"""Small models over torch's and Transformer Engine's layers, and runs of the tiny recipe over both, in one process."""
+"""Small models over torch's and Transformer Engine's layers."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peer import make_inputs, save_peer
-from tiny_runs import tiny_recipe
 from torch import Tensor
 
-from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_weights
 from soar_mega.distributed import device, start_world
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.training.steps import Steps, make_loader
 
 WIDE: dict[str, Any] = {
     "num_layers": 4,
@@ -74,30 +70,3 @@ def distance(ours: Tensor | Gradients, theirs: Tensor | Gradients) -> float:
         ours, theirs = (torch.cat([x.flatten() for x in all_.values()]) for all_ in (ours, theirs))
     assert not isinstance(theirs, Mapping)
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@contextmanager
-def steps(shards: Path, folder: Path, **overrides: Any) -> Iterator[Steps]:
-    """A run of the tiny recipe that starts, or goes on, in this process."""
-    recipe = tiny_recipe(shards, folder, **overrides)
-    start_world(recipe.parallel)
-    run = Steps(recipe, RunFolder(folder), make_loader(recipe))
-    try:
-        yield run
-    finally:
-        run.close()
-
-
-def losses(shards: Path, folder: Path, count: int, **overrides: Any) -> Tensor:
-    """The losses [count] of a run's first steps."""
-    with steps(shards, folder, train__train_iters=count, **overrides) as run:
-        found = []
-        for _ in range(count):
-            found.append(run.learn()["loss"])
-            assert run.update().ok
-    return torch.tensor(found)
-
-
-def smoothed(curve: Tensor, window: int) -> Tensor:
-    """Means of `window` steps after another."""
-    return curve.unflatten(0, (-1, window)).mean(dim=1)

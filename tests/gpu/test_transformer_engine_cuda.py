@@ -8,11 +8,10 @@ that in bf16, the gradients 6.6 % where they are rounded to E4M3 and 8.0 % to E5
 import functools
 
 import pytest
-import te_cases
 import torch
 from peer import gradient_errors
-from te_cases import answer, build, distance, inputs, learn, losses, smoothed, steps
-from tiny_runs import make_shards
+from te_cases import answer, build, distance, inputs, learn
+from tiny_runs import losses, make_shards, smoothed, steps
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -219,4 +218,4 @@ def test_two_hundred_steps_in_fp8_stay_within_the_spread_of_three_seeds_in_bf16(
     curves = torch.stack(seeds)
     spread = (curves.amax(dim=0) - curves.amin(dim=0)).mean()
     assert (fp8 - curves[0]).abs().max() < spread, (fp8, curves)
-    assert te_cases.distance(fp8, curves[0]) < 0.02
+    assert distance(fp8, curves[0]) < 0.02

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soar_mega.models.layer import AttentionProjections, MMDiTLayer
-
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = {"e4m3": (E4M3, E4M3), "hybrid": (E4M3, E5M2)}  # of inputs and weights, and of gradients
 
@@ -47,15 +45,11 @@ class _Linear(torch.autograd.Function):
 
 
 def emulate(model: torch.nn.Module, form: str, cast: Round = current_scaling) -> list[str]:
-    """Have the linears of a model on one rank compute so that FP8 would; their names."""
+    """Have those linears of a model on one rank that FP8 is for compute as they would in it; their names."""
     kinds = FORMATS[form]
     changed = []
     for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not name.rpartition(".")[2].startswith("linear_") or isinstance(parent, MMDiTLayer):
-            continue
-        assert isinstance(parent, AttentionProjections) or ".mlp." in name or "embedder" in name
-        if "embedder" in name:
+        if not name.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")):
             continue
 
         def forward(x: Tensor, module=module) -> tuple[Tensor, None]:

@@ -10,6 +10,8 @@ torch.profiler, and a checkpoint, which is removed again. Writes into --out:
 
     profile.json   all numbers           trace.json     for ui.perfetto.dev or chrome://tracing
     profile.html   the same on one page  timeline.png, memory.png
+
+profile.json as benchmarks/results/<date>-<device>-profile.json becomes a part of docs/performance.md.
 """
 
 import argparse
@@ -237,6 +239,9 @@ def layout(recipe: Recipe) -> Json:
         "points per forward": train.points_per_micro_batch or train.micro_batch_size,
         "dtype": recipe.model.dtype,
         "recomputation": recipe.model.recompute_granularity,
+        "layers": recipe.model.transformer_impl,
+        "FP8": recipe.model.fp8 or "none",
+        "CUDA graphs": train.cuda_graphs if torch.cuda.is_available() else "none",
     }
 
 

@@ -1,5 +1,6 @@
 """Samples of keyed noise in place of a data set."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,37 +13,37 @@ from soar_mega.models.presets import model_sizes
 
 
 class MadeUp:
-    """Endless batches of one latent size, as `soar_mega.data.loader.Loader` yields them."""
+    """Endless batches as `soar_mega.data.loader.Loader` yields them, each with the same latents and text."""
 
     def __init__(self, recipe: Recipe, height: int, width: int, text_length: int) -> None:
         sizes = model_sizes(recipe.model)
-        self._seed = recipe.train.seed
         self._global_batch_size = recipe.train.global_batch_size
-        self._shape = (sizes.in_channels, height, width)
-        self._text = (text_length, sizes.joint_attention_dim)
-        self._pooled = (sizes.pooled_projection_dim,)
+        mine = self._global_batch_size // data_size()
+        shape = (sizes.in_channels, height, width)
+        text, pooled = (text_length, sizes.joint_attention_dim), (sizes.pooled_projection_dim,)
+        self._position = data_rank() * mine + torch.arange(mine)
+
+        def noise(stream: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return normal(recipe.train.seed, stream, self._position, 0, shape, device())
+
+        self._batch = Batch(
+            seed=recipe.train.seed,
+            position=self._position.to(device()),
+            valid=torch.ones(mine, dtype=torch.bool, device=device()),
+            latent_shape=shape,
+            text_length=text_length,
+            latents=noise("latents", shape),
+            text=noise("text", text),
+            pooled=noise("pooled", pooled),
+            empty_text=torch.zeros(text, device=device()),
+            empty_pooled=torch.zeros(pooled, device=device()),
+        )
         self.consumed_samples = 0
 
     def __next__(self) -> Batch:
-        mine = self._global_batch_size // data_size()
-        position = self.consumed_samples + data_rank() * mine + torch.arange(mine)
+        position = (self.consumed_samples + self._position).to(device())
         self.consumed_samples += self._global_batch_size
-
-        def noise(stream: str, shape: tuple[int, ...]) -> torch.Tensor:
-            return normal(self._seed, stream, position, 0, shape, device())
-
-        return Batch(
-            seed=self._seed,
-            position=position.to(device()),
-            valid=torch.ones(mine, dtype=torch.bool, device=device()),
-            latent_shape=self._shape,
-            text_length=self._text[0],
-            latents=noise("latents", self._shape),
-            text=noise("text", self._text),
-            pooled=noise("pooled", self._pooled),
-            empty_text=torch.zeros(self._text, device=device()),
-            empty_pooled=torch.zeros(self._pooled, device=device()),
-        )
+        return replace(self._batch, position=position)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -94,8 +94,8 @@ def measure_alone(case: Case, rows: list[Row], repeats: int, row_seconds: float)
     for result in results:
         if first is not None and result.samples_per_second is not None:
             usual = statistics.median(first.seconds)
-            ratios = [usual / taken for taken in result.seconds]
-            result.ratio, result.ratio_range = statistics.median(ratios), (min(ratios), max(ratios))
+            result.ratio = usual / statistics.median(result.seconds)
+            result.ratio_range = (usual / max(result.seconds), usual / min(result.seconds))
     return results
 
 

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 H100_COPY = 2.8e12  # bytes per second that a large copy reaches on an H100 SXM, for predictions without a GPU
 LAUNCH_SECONDS = 4e-6  # of one small launch, for the same
 BEYOND_CACHE = 2**28  # bytes that inputs taking turns move between two uses of the same: some L2 caches
-CALLS = 24  # in a row: so few that the queue of launches is never full, which would have the host wait
+CALLS = 24  # that are measured in a row: few, lest the queue of launches fills and makes the host wait
 
 
 @dataclass(kw_only=True)

@@ -32,6 +32,7 @@ from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import full_tensor
 from soar_mega.models.mmdit import MMDiT
 from soar_mega.models.names import global_parameter_names
+from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
 
 T = TypeVar("T")
@@ -148,7 +149,8 @@ class Engine(ABC):
             first=pipeline.is_first,
             last=pipeline.is_last,
         )
-        dist.all_reduce(plan.count, group=parallel_state.get_data_parallel_group())
+        with phases.waiting():
+            dist.all_reduce(plan.count, group=parallel_state.get_data_parallel_group())
         normaliser = torch.where(plan.count == 0, 1.0, plan.count)  # nothing present: all weights are zero
         self._clear_gradients()
         losses = learn_pass(pipeline, placed, answers, plan, loss, normaliser)

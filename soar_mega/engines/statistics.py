@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soar_mega.distributed import device
 from soar_mega.engines.plan import PointPlan
+from soar_mega.phases import phases
 from soar_mega.stages.points import Points
 
 STRENGTH_QUANTILES = {"k/q05": 0.05, "k/q50": 0.50, "k/q95": 0.95}
@@ -75,7 +76,8 @@ def step_statistics(plan: PointPlan, losses: Tensor | None, normaliser: Tensor) 
         assert plan.weight is not None and plan.kinds is not None
         by_kind = torch.where(plan.kinds, losses, 0.0).sum(dim=1)
         sums = torch.cat([(plan.weight * losses).sum()[None], by_kind, plan.kinds.sum(dim=1).double()])
-    dist.all_reduce(sums)
+    with phases.waiting():
+        dist.all_reduce(sums)
     return StepStatistics(torch.cat([normaliser, sums]))
 
 

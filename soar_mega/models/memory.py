@@ -96,7 +96,7 @@ def rank_memory(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: i
     chunks = _chunk_elements(sizes, parallel, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
     weights += ITEM[model.dtype] * (sizes.pos_embed_max_size**2 * sizes.hidden_size if rank == 0 else 0)
-    elements = sum(map(sum, chunks))
+    elements = rank_elements(sizes, parallel, rank)
     divided = (
         parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
     )
@@ -117,6 +117,11 @@ def largest_rank(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: 
     """The memory of the pipeline rank that needs most."""
     ranks = range(recipe.parallel.pipeline_model_parallel_size)
     return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
+
+
+def rank_elements(sizes: MMDiTConfig, parallel: ParallelConfig, rank: int) -> int:
+    """Parameters on one rank of a pipeline rank."""
+    return sum(map(sum, _chunk_elements(sizes, parallel, rank)))
 
 
 @cache

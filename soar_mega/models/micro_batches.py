@@ -51,7 +51,7 @@ def recommend(
     fallback = None
     for granularity in ("none", "full"):
         found = _fewest(sizes, recipe, granularity, data_size, latent_size, text_length, room)
-        if found is not None and found.points_per_micro_batch >= min(FEWEST, _points(recipe, data_size)):
+        if found is not None and found.points_per_micro_batch >= min(FEWEST, points_of(recipe, data_size)):
             return found
         fallback = fallback or found
     return fallback
@@ -67,7 +67,7 @@ def _fewest(
     room: int,
 ) -> MicroBatches | None:
     samples = recipe.train.global_batch_size // data_size
-    for size in _even_sizes(_points(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
+    for size in even_sizes(points_of(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
         asked = next(n for n in range(samples, 0, -1) if samples % n == 0 and 2 * n <= max(size, 2))
         tried = replace(
             recipe,
@@ -81,11 +81,12 @@ def _fewest(
     return None
 
 
-def _points(recipe: Recipe, data_size: int) -> int:
+def points_of(recipe: Recipe, data_size: int) -> int:
+    """Points of a step on one of `data_size` replicas."""
     return workload(recipe, data_size, (2, 2), 1, points=1).micro_batches
 
 
-def _even_sizes(points: int, ranks: int) -> Iterator[int]:
+def even_sizes(points: int, ranks: int) -> Iterator[int]:
     """Points of a forward, from all at once to one; a pipeline wants several forwards for each of its ranks."""
     at_least = 1 if ranks == 1 else min(4 * ranks, points)
     found = [-(-points // count) for count in range(at_least, points + 1)]

@@ -4,7 +4,7 @@ With V model chunks on each of PP ranks the layers are cut into PP x V virtual s
 rank s % PP.
 """
 
-from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 
 from soar_mega.config import ParallelConfig
@@ -31,8 +31,10 @@ def stage_layers(config: MMDiTConfig, parallel: ParallelConfig) -> list[range]:
     """
     fixed = _fixed_sizes(config.num_layers, parallel)
     tokens = usual_tokens(config)
-    work = [layer_work(config, number, tokens).total for number in range(config.num_layers)]
-    sizes = _balanced(work, embedding_work(config, tokens).total, output_work(config, tokens).total, fixed)
+    work = tuple(layer_work(config, number, tokens).total for number in range(config.num_layers))
+    sizes = _balanced(
+        work, embedding_work(config, tokens).total, output_work(config, tokens).total, tuple(fixed)
+    )
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
 
 
@@ -103,7 +105,10 @@ def _advice(num_layers: int, ranks: int, chunks: int, first: int | None, last: i
     )
 
 
-def _balanced(work: Sequence[int], embedding: int, output: int, fixed: Sequence[int | None]) -> list[int]:
+@cache
+def _balanced(
+    work: tuple[int, ...], embedding: int, output: int, fixed: tuple[int | None, ...]
+) -> tuple[int, ...]:
     """Sizes of the stages: the least work on the slowest one, then the most even."""
     done = [0, *accumulate(work)]
     # layers cut so far -> (work of the slowest stage, sum of squares, sizes) of the best way to cut them
@@ -121,4 +126,4 @@ def _balanced(work: Sequence[int], embedding: int, output: int, fixed: Sequence[
                 if end <= len(work) and (end not in reached or way < reached[end]):
                     reached[end] = way
         best = reached
-    return list(best[len(work)][2])
+    return best[len(work)][2]

@@ -1,0 +1,106 @@
+"""What a machine can do: every constant of the planner's model, and where it comes from."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU (or a process on a CPU), its links, and the price of asking it for work.
+
+    Attributes:
+        memory: key of soar_mega.gpus.MEMORY; empty: not limited.
+        gemm: FLOP/s of a matrix product that fills it.
+        tile: (rows, columns) of the output that one multiprocessor works on at a time.
+        units: multiprocessors.
+        attention: FLOP/s of forward and backward (counted as soar_mega.models.flops does) at head size 64.
+        attention_128: how much faster it is at head size 128.
+        copy: bytes/s that elementwise kernels read and write.
+        optimizer: bytes moved per parameter by clipping and AdamW.
+        link: bytes/s that a GPU sends inside a node, and network: to another one; both reached, not promised.
+        link_latency, network_latency: seconds of a collective's or a message's step.
+        layer_host: seconds of Python for a layer's forward and for its backward, hidden where the GPU takes longer.
+        layer_host_graphs: the same with train.cuda_graphs=layers.
+    """
+
+    memory: str
+    gemm: float
+    tile: tuple[int, int]
+    units: int
+    attention: tuple[float, float]
+    attention_128: float
+    copy: float
+    optimizer: float
+    link: float
+    network: float
+    link_latency: float
+    network_latency: float
+    layer_host: tuple[float, float]
+    layer_host_graphs: tuple[float, float]
+
+
+# Measured on one H100 (benchmarks/results/2026-11-26-h100-first-run.json and the run's kernel times):
+#   gemm: 675 to 763 TFLOP/s for 9,424 tokens at hidden 1536, whose last wave of tiles is not full: 790 where it is.
+#   attention: .12 s forward and .22 s backward of a step of 16 samples; at head size 128 419 against 308 TFLOP/s.
+#   copy: 3.0 TB/s, of which the kernels of a step together reach about three quarters.
+#   optimizer: .067 s for 2.24 G parameters, in several passes.
+#   layer_host: 4 and 8 points per forward take .23 s per micro-batch of 24 layers, forward, backward and its answers.
+# Not measured here: link (NVLink 4, 450 GB/s each way, of which NCCL is known to reach about four fifths), network
+# (400 Gbit/s a GPU, likewise), latencies (orders of magnitude), layer_host_graphs (a launch and copies).
+H100 = Hardware(
+    memory="h100",
+    gemm=790e12,
+    tile=(128, 256),
+    units=132,
+    attention=(346e12, 293e12),
+    attention_128=419 / 308,
+    copy=0.75 * 3.0e12,
+    optimizer=90,
+    link=360e9,
+    network=40e9,
+    link_latency=10e-6,
+    network_latency=20e-6,
+    layer_host=(1.9e-3, 7.1e-3),
+    layer_host_graphs=(30e-6, 60e-6),
+)
+# Not measured: an H100's numbers times the ratio of the data sheets' (bf16 peak, memory bandwidth, NVLink).
+HARDWARE: dict[str, Hardware] = {
+    "h100": H100,
+    "h200": replace(H100, memory="h200", copy=H100.copy * 4.8 / 3.35),
+    "b200": replace(
+        H100,
+        memory="b200",
+        gemm=H100.gemm * 2250 / 989,
+        units=148,
+        attention=(H100.attention[0] * 2250 / 989, H100.attention[1] * 2250 / 989),
+        copy=H100.copy * 8.0 / 3.35,
+        link=H100.link * 2,
+    ),
+    "a100-80": replace(
+        H100,
+        memory="a100-80",
+        gemm=H100.gemm * 312 / 989,
+        tile=(128, 128),
+        units=108,
+        attention=(H100.attention[0] * 312 / 989, H100.attention[1] * 312 / 989),
+        copy=H100.copy * 2.0 / 3.35,
+        link=H100.link * 300 / 450,
+        network=H100.network / 2,
+    ),
+    # Four processes of one thread on a CPU with as many cores, over gloo: orders of magnitude, for --validate alone.
+    "cpu": Hardware(
+        memory="",
+        gemm=6e10,
+        tile=(1, 1),
+        units=1,
+        attention=(2e10, 2e10),
+        attention_128=1.0,
+        copy=5e9,
+        optimizer=90,
+        link=1e9,
+        network=1e9,
+        link_latency=2e-4,
+        network_latency=2e-4,
+        layer_host=(1e-3, 2e-3),
+        layer_host_graphs=(1e-3, 2e-3),
+    ),
+}

@@ -1,0 +1,145 @@
+"""All layouts of a model on a number of GPUs: which cannot be, which do not fit, and how fast the others should be."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from plan.hardware import Hardware
+from plan.step_time import StepModel, StepTime
+from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.gpus import usable_memory
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.flops import Tokens, image_tokens
+from soar_mega.models.layout import check_layout
+from soar_mega.models.memory import Memory, largest_rank, workload
+from soar_mega.models.micro_batches import even_sizes, points_of
+
+TENSOR = (1, 2, 3, 4, 6, 8, 16)
+PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)
+CHUNKS = (1, 2, 3)
+CONTEXT = (1, 2, 3, 4, 6, 8)
+RECOMPUTATION = (("none", 1), ("full", 2), ("full", 1))
+MOST_SIZES = 8  # of micro-batches that are tried for each layout
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planned: the run's recipe, whose layout and micro-batches are open, on so many GPUs."""
+
+    sizes: MMDiTConfig
+    recipe: Recipe
+    gpus: int
+    hardware: Hardware
+    latent_size: tuple[int, int]
+    text_length: int
+    gpus_per_node: int = 8
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(image_tokens(self.sizes, self.latent_size), self.text_length)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU."""
+        return usable_memory(self.hardware.memory) if self.hardware.memory else math.inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with its micro-batches, what it takes and how long a step should take."""
+
+    recipe: Recipe
+    data_size: int
+    memory: Memory
+    time: StepTime
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.recipe.train.global_batch_size / self.time.total
+
+
+def search(case: Case) -> tuple[list[Plan], Counter[str]]:
+    """What can be run, fastest first, and why the rest cannot, with counts."""
+    plans, refused = [], Counter[str]()
+    for parallel in layouts(case, refused):
+        plans += _of_layout(case, parallel, refused)
+    return sorted(plans, key=lambda plan: plan.time.total), refused
+
+
+def layouts(case: Case, refused: Counter[str]) -> Iterator[ParallelConfig]:
+    """The layouts that the model and the number of GPUs allow."""
+    for tensor in TENSOR:
+        for pipeline in PIPELINE:
+            for context in CONTEXT:
+                if tensor * pipeline * context > case.gpus:
+                    continue
+                for parallel in _engines(tensor, pipeline, context):
+                    reason = _impossible(case, parallel)
+                    if reason:
+                        refused[reason] += 1
+                    else:
+                        yield parallel
+
+
+def _engines(tensor: int, pipeline: int, context: int) -> Iterator[ParallelConfig]:
+    common = {"tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1}
+    for chunks in CHUNKS if pipeline > 1 else (1,):
+        yield ParallelConfig(
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=context,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            **common,
+        )
+    if pipeline == context == 1:
+        yield from (ParallelConfig(engine="deepspeed", zero_stage=stage, **common) for stage in (1, 2, 3))
+
+
+def _impossible(case: Case, parallel: ParallelConfig) -> str | None:
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
+    heads, batch = case.sizes.num_attention_heads, case.recipe.train.global_batch_size
+    if heads % tensor:
+        return f"heads {heads} not divisible by TP {tensor}"
+    if heads % (tensor * context):
+        return f"heads {heads} not divisible by TP {tensor} x CP {context}"
+    if tensor > case.gpus_per_node:
+        return f"TP {tensor} is more than the {case.gpus_per_node} GPUs of a node"
+    if case.gpus % (tensor * pipeline * context):
+        return f"{case.gpus} GPUs not divisible by TP x PP x CP"
+    if batch % (case.gpus // (tensor * pipeline * context)):
+        return f"the global batch of {batch} not divisible by the replicas"
+    try:
+        check_layout(case.sizes, parallel)
+    except ValueError:
+        return "more (virtual) pipeline stages than layers"
+    return None
+
+
+def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> Iterator[Plan]:
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    data_size = case.gpus // (ranks * parallel.context_parallel_size)
+    samples = case.recipe.train.global_batch_size // data_size
+    asked = [n for n in range(1, samples + 1) if samples % n == 0]
+    points = points_of(case.recipe, data_size)
+    chosen = list(even_sizes(points, 1))
+    chosen = [size for size in chosen if size <= 64] or chosen[-1:]
+    step = max(1, len(chosen) // MOST_SIZES)
+    for granularity, every in RECOMPUTATION:
+        model = replace(case.recipe.model, recompute_granularity=granularity, recompute_every=every)
+        base = replace(case.recipe, model=model, parallel=parallel)
+        for size in chosen[::step]:
+            answering = max((n for n in asked if 2 * n <= max(size, 2)), default=1)
+            train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
+            recipe = replace(base, train=train)
+            work = workload(recipe, data_size, case.latent_size, case.text_length)
+            memory = largest_rank(case.sizes, recipe, work, data_size)
+            if memory.total > case.room:
+                refused[f"need more than {case.room / 2**30:.0f} GiB"] += 1
+                continue
+            model_of = StepModel(
+                case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens
+            )
+            yield Plan(recipe, data_size, memory, model_of.step(work))

@@ -1,0 +1,227 @@
+"""The time of a training step, predicted from the work of each part and what the hardware can do.
+
+A forward or backward of a pipeline stage is the sum of its matrix products (whole waves of tiles), attention,
+elementwise kernels (bytes over copy bandwidth) and the collectives of TP and CP, and at least the host's time to ask
+for it. A step is the answer pass, the training pass, each stretched by the pipeline's bubble and by its slowest stage,
+what of the reduction of gradients and the gathering of weights is not hidden, and the optimizer.
+"""
+
+import math
+from dataclasses import astuple, dataclass
+
+from plan.hardware import Hardware
+from soar_mega.config import Recipe
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.flops import Tokens, layer_work
+from soar_mega.models.layout import is_sequence_parallel
+from soar_mega.models.memory import ITEM, Workload, rank_elements
+from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
+
+# H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
+FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
+# and for the second attention of a layer, on the image alone
+DUAL_FORWARD_TRAFFIC, DUAL_BACKWARD_TRAFFIC = 11, 20
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the critical path."""
+
+    answers: float
+    training: float
+    bubble: float  # of both passes
+    reduction: float  # gradients and weights over data parallelism, as far as nothing hides it
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+
+class StepModel:
+    """Times of a recipe's parts on some hardware.
+
+    Args:
+        data_size: replicas.
+        gpus_per_node: how many share the fast link.
+    """
+
+    def __init__(
+        self,
+        sizes: MMDiTConfig,
+        recipe: Recipe,
+        hardware: Hardware,
+        data_size: int,
+        gpus_per_node: int,
+        tokens: Tokens,
+    ) -> None:
+        self.sizes, self.recipe, self.hardware, self.tokens = sizes, recipe, hardware, tokens
+        self.data_size, self.gpus_per_node = data_size, gpus_per_node
+        parallel = recipe.parallel
+        self.tensor = parallel.tensor_model_parallel_size
+        self.context = parallel.context_parallel_size
+        self.ranks = parallel.pipeline_model_parallel_size
+        self.chunks = chunks_per_rank(parallel)
+        self.item = ITEM[recipe.model.dtype]
+        self._known: dict[tuple[bool, bool, int, bool], float] = {}
+        stages = stage_layers(sizes, parallel)
+        self.layers = [
+            [n for stage in stages[rank :: self.ranks] for n in stage] for rank in range(self.ranks)
+        ]
+
+    def step(self, work: Workload) -> StepTime:
+        """The whole step."""
+        forward = max(self._rank(rank, work.points, backward=False) for rank in range(self.ranks))
+        backward = max(self._rank(rank, work.points, backward=True) for rank in range(self.ranks))
+        message = self._message(work.points)
+        each = forward + backward + 2 * message
+        answer, asked = 0.0, 0
+        if work.rows:
+            answer = max(self._rank(rank, work.rows, backward=False) for rank in range(self.ranks))
+            answer += self._message(work.rows)
+            branches = 2 if self.recipe.stage.guidance_scale != 1.0 else 1
+            asked = -(-work.samples * branches // work.rows)
+        filling = (self.ranks - 1) / self.chunks
+        group = self.ranks if self.chunks > 1 else 1
+        made = -(-work.micro_batches // group) * group  # an interleaved pipeline fills up whole groups
+        return StepTime(
+            answers=asked * answer,
+            training=made * each,
+            bubble=filling * (each + (answer if asked else 0.0)),
+            reduction=self._reduction(work, forward, backward),
+            optimizer=self._optimizer(),
+        )
+
+    def _rank(self, rank: int, rows: int, backward: bool) -> float:
+        """One forward or backward of all layers of a pipeline rank; embedders and output are a hundredth of a layer."""
+        model = self.recipe.model
+        total = sum(self._layer(number, rows, backward) for number in self.layers[rank])
+        if backward and model.recompute_granularity == "full":
+            again = [n for n in self.layers[rank] if n % model.recompute_every == 0]
+            total += sum(self._layer(number, rows, False) for number in again)
+        return total
+
+    def _layer(self, number: int, rows: int, backward: bool) -> float:
+        key = (
+            number in self.sizes.dual_attention_layers,
+            number == self.sizes.num_layers - 1,
+            rows,
+            backward,
+        )
+        if key not in self._known:
+            device = self._products(*key) + self._attention(number, rows, backward)
+            device += self._elementwise(*key) + self._collectives(key[0], rows, backward)
+            graphs = self.recipe.train.cuda_graphs == "layers" and self.recipe.parallel.engine == "megatron"
+            host = (self.hardware.layer_host_graphs if graphs else self.hardware.layer_host)[backward]
+            self._known[key] = max(device, host)
+        return self._known[key]
+
+    def _products(self, is_dual: bool, is_last: bool, rows: int, backward: bool) -> float:
+        hidden, tensor = self.sizes.hidden_size, self.tensor
+        shapes: list[tuple[float, int, float]] = []  # (tokens, in, out)
+        for stream, length in enumerate((self.tokens.text, self.tokens.image)):
+            m = rows * length / self.context
+            attentions = 2 if is_dual and stream else 1
+            shapes += attentions * [(m, hidden, 3 * hidden / tensor)]
+            if stream or not is_last:
+                shapes += attentions * [(m, hidden // tensor, hidden)]
+                shapes += [(m, hidden, 4 * hidden / tensor), (m, 4 * hidden // tensor, hidden)]
+        total = 0.0
+        for m, k, n in shapes:
+            total += self.gemm(m, k, n) if not backward else self.gemm(m, n, k) + self.gemm(n, m, k)
+        # adaLN: one vector per sample; its weights are read
+        vectors = (8 if is_last else 12) + (3 if is_dual else 0)
+        return total + (2 if backward else 1) * self.item * vectors * hidden**2 / tensor / self.hardware.copy
+
+    def gemm(self, m: float, k: float, n: float) -> float:
+        """Seconds of a product [m, k] x [k, n]: whole waves of tiles, or its bytes where they take longer."""
+        hardware = self.hardware
+        rows, columns = hardware.tile
+        waves = math.ceil(math.ceil(m / rows) * math.ceil(n / columns) / hardware.units)
+        computing = waves * hardware.units * rows * columns * 2 * k / hardware.gemm
+        return max(computing, self.item * (m * k + k * n + m * n) / hardware.copy)
+
+    def _attention(self, number: int, rows: int, backward: bool) -> float:
+        work = rows * layer_work(self.sizes, number, self.tokens).attention / (self.tensor * self.context)
+        speed = self.hardware.attention[backward]
+        if self.sizes.attention_head_dim >= 128:
+            speed *= self.hardware.attention_128
+        return (2 if backward else 1) * work / speed
+
+    def _elementwise(self, is_dual: bool, is_last: bool, rows: int, backward: bool) -> float:
+        shards = self.context * (self.tensor if is_sequence_parallel(self.recipe.parallel) else 1)
+        units = (BACKWARD_TRAFFIC if backward else FORWARD_TRAFFIC) * sum(self.tokens)
+        if is_dual:
+            units += (DUAL_BACKWARD_TRAFFIC if backward else DUAL_FORWARD_TRAFFIC) * self.tokens.image
+        return rows * units * self.sizes.hidden_size * self.item / shards / self.hardware.copy
+
+    def _collectives(self, is_dual: bool, rows: int, backward: bool) -> float:
+        """TP: a gather and a scatter for each pair of linears; CP: exchanges before and behind attention."""
+        pairs = [(2, self.tokens.text), (3 if is_dual else 2, self.tokens.image)]
+        seconds = 0.0
+        for count, length in pairs:
+            size = rows * length * self.sizes.hidden_size * self.item / self.context
+            # backward gathers the inputs once more for the gradients of weights
+            seconds += count * (3 if backward else 2) * self._collective(size, self.tensor, self.tensor)
+            if self.context > 1:
+                share = 4 * size / self.tensor / self.context  # q, k, v and the result, of this rank's tokens
+                span = self.tensor * self.context
+                seconds += (count - 1) * 2 * self._collective(share / 2, self.context, span)
+        return seconds
+
+    def _collective(self, size: float, ranks: int, span: int) -> float:
+        """A gather or scatter of `size` bytes in all over some ranks, which lie within `span` neighbours."""
+        if ranks == 1:
+            return 0.0
+        inside = span <= self.gpus_per_node
+        speed = self.hardware.link if inside else self.hardware.network
+        latency = self.hardware.link_latency if inside else self.hardware.network_latency
+        return latency + size * (ranks - 1) / ranks / speed
+
+    def _message(self, rows: int) -> float:
+        """One message between pipeline stages; between nodes where a replica's ranks are not all in one."""
+        if self.ranks == 1:
+            return 0.0
+        shards = self.context * (self.tensor if is_sequence_parallel(self.recipe.parallel) else 1)
+        size = rows * (sum(self.tokens) / shards + 1) * self.sizes.hidden_size * self.item
+        inside = self.tensor * self.context * self.data_size < self.gpus_per_node  # PP is the outermost
+        speed = self.hardware.link if inside else self.hardware.network
+        latency = self.hardware.link_latency if inside else self.hardware.network_latency
+        return self.chunks * (latency + size / speed)
+
+    def _reduction(self, work: Workload, forward: float, backward: float) -> float:
+        parallel = self.recipe.parallel
+        replicas = self.data_size * self.context
+        if replicas == 1:
+            return 0.0
+        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        scatter, gather = (self._over_replicas(size * elements, replicas) for size in (4, self.item))
+        if parallel.engine == "deepspeed":
+            # DeepSpeed reduces at each backward from stage 2 on, and at stage 3 gathers for each forward and backward
+            often = work.micro_batches if parallel.zero_stage > 1 else 1
+            gathers = 2 * often + 1 if parallel.zero_stage == 3 else 1
+            busy = work.micro_batches * (forward + backward)
+            return max(0.0, often * scatter + gathers * gather - busy) + gather * (parallel.zero_stage < 3)
+        hidden = backward if parallel.overlap_grad_reduce else 0.0  # behind the last micro-batch
+        ahead = forward if parallel.overlap_param_gather else 0.0
+        return max(0.0, scatter - hidden) + max(0.0, gather - ahead)
+
+    def _over_replicas(self, size: float, replicas: int) -> float:
+        """A reduce-scatter or all-gather: the replicas of a node share its network cards."""
+        local = max(1, min(replicas, self.gpus_per_node // self.tensor))
+        if replicas <= local:
+            return self._collective(size, replicas, 1)
+        speed = min(self.hardware.link, local * self.hardware.network)
+        steps = math.ceil(math.log2(replicas))
+        return steps * self.hardware.network_latency + size * (replicas - 1) / replicas / speed
+
+    def _optimizer(self) -> float:
+        parallel = self.recipe.parallel
+        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        is_divided = parallel.engine == "deepspeed" or parallel.use_distributed_optimizer
+        share = self.data_size * self.context if is_divided else 1
+        return elements / share * self.hardware.optimizer / self.hardware.copy
+
+
+def samples_per_second(recipe: Recipe, time: StepTime) -> float:
+    return recipe.train.global_batch_size / time.total

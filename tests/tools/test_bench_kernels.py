@@ -38,7 +38,7 @@ def test_host_time_is_of_calls_that_take_turns_over_inputs_of_their_own(monkeypa
     make = bench_kernels.all_cases()["adaln FLUX both"]
     first, second = (make(torch.device("meta")) for _ in range(2))
     inputs = [set(map(id, case.fused.__closure__[1].cell_contents)) for case in (first, second)]
-    assert len(inputs[0]) == 5 and not inputs[0] & inputs[1]
+    assert len(inputs[0]) >= 5 and not inputs[0] & inputs[1]
 
 
 def test_device_time_counts_what_lay_on_the_device_alone():

@@ -8,7 +8,7 @@ from live_bytes import LiveBytes
 from multirank import run_ranks
 from peer import SMALL, make_inputs
 
-from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.memory import Workload, rank_memory

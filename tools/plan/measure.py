@@ -1,6 +1,6 @@
-"""Times a few steps of layouts on the processes of torchrun; `validate` starts it.
+"""Times a few steps of a layout on the processes of torchrun; `validate` starts it, with tools/ on PYTHONPATH.
 
-python -m torch.distributed.run --nproc-per-node 4 tools/plan/measure.py OUT LAYOUT
+python -m torch.distributed.run --nproc-per-node 4 -m plan.measure OUT LAYOUT
 """
 
 import json
@@ -9,17 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from plan.gloo import SHAPE, SIZES, STEPS, TEXT, recipe_of
-
-from soar_mega import platform
-
-platform.install()
-
 import torch
 import torch.distributed as dist
 
+from plan.gloo import SHAPE, SIZES, STEPS, TEXT, recipe_of
+from soar_mega import platform
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, start_world, stop_world
 from soar_mega.engines import make_engine
@@ -44,7 +38,9 @@ def made_up(samples: int) -> Batch:
 
 
 def main(out: Path, layout: str) -> None:
+    """Rank 0 writes the median of the steps after the first."""
     torch.set_num_threads(1)
+    platform.install()
     recipe = recipe_of(layout)
     start_world(recipe.parallel)
     engine, stage = make_engine(recipe, SIZES), make_stage(recipe.stage, shift=1.0)

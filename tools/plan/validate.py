@@ -1,22 +1,23 @@
-"""The planner's order of layouts against that of four gloo processes on this machine, by Spearman's rank correlation."""
+"""The planner's order of layouts against that of four gloo processes here, by Spearman's rank correlation."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from origin import origin
+from tqdm import tqdm
+
 from plan.gloo import LAYOUTS, SHAPE, SIZES, TEXT, recipe_of
 from plan.hardware import HARDWARE
 from plan.step_time import StepModel
-from tqdm import tqdm
-
 from soar_mega.models.flops import Tokens, image_tokens
 from soar_mega.models.memory import workload
 
 PROCESSES = 4
-MEASURE = Path(__file__).with_name("measure.py")
+TOOLS = Path(__file__).parents[1]
 
 
 def validate(out: str) -> None:
@@ -56,16 +57,11 @@ def spearman(left: list[float], right: list[float]) -> float:
 def _measured(layout: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "seconds.json"
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={PROCESSES}",
-        ]
-        done = subprocess.run(
-            [*launcher, str(MEASURE), str(found), layout], capture_output=True, text=True, timeout=600
-        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={PROCESSES}", "-m", "plan.measure", str(found), layout]
+        path = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         if done.returncode:
             raise RuntimeError(f"{layout} failed:\n{done.stderr[-2000:]}")
         return json.loads(found.read_text())["seconds"]

@@ -1,10 +1,10 @@
 """adaLN in one pass: a gated branch joins the residual stream, which is normalised and modulated for what comes next.
 
-    hidden = residual + gate branch          modulated = norm(hidden) (1 + scale) + shift
+    hidden = residual + gate (branch + bias)          modulated = norm(hidden) (1 + scale) + shift
 
 norm is LayerNorm over the hidden size without weights. The backward pass is one kernel too; the gradients of shift,
-scale and gate are sums over tokens: each program adds up its own, and a second, small launch adds those up in a fixed
-order. On the CPU the same is done by plain torch calls.
+scale, gate and bias are sums over tokens: each program adds up its own, and a second, small launch adds those up in a
+fixed order. On the CPU the same is done by plain torch calls.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,7 @@ def adaln(
     scale: Tensor,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    bias: Tensor | None = None,
     epsilon: float = EPSILON,
 ) -> tuple[Tensor, Tensor]:
     """(hidden, modulated), both [S, B, H] in the type of `residual`; hidden is `residual` itself without a branch.
@@ -54,15 +55,16 @@ def adaln(
         residual: [S, B, H] float32, bfloat16 or float16, contiguous.
         shift, scale: [B, H] of the same type and device; may be slices of a wider tensor.
         branch, gate: [S, B, H] and [B, H], both or neither.
+        bias: [H], which the linear behind the branch has left; only with a branch.
         epsilon: added to the variance.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
     """
-    sizes = _checked(residual, shift, scale, branch, gate)
+    sizes = _checked(residual, shift, scale, branch, gate, bias)
     if not launches(residual.device):
-        return plain_adaln(residual, shift, scale, branch, gate, epsilon)
-    hidden, modulated = _operation(residual, branch, gate, shift, scale, epsilon, sizes)
+        return plain_adaln(residual, shift, scale, branch, gate, bias, epsilon)
+    hidden, modulated = _operation(residual, branch, bias, gate, shift, scale, epsilon, sizes)
     return (residual if branch is None else hidden), modulated
 
 
@@ -72,23 +74,31 @@ def plain_adaln(
     scale: Tensor,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    bias: Tensor | None = None,
     epsilon: float = EPSILON,
 ) -> tuple[Tensor, Tensor]:
     """`adaln` by plain torch calls, which autograd differentiates."""
     hidden = residual
     if branch is not None and gate is not None:
-        hidden = torch.addcmul(residual, gate, branch)
+        hidden = torch.addcmul(residual, gate, branch if bias is None else branch + bias)
     normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=epsilon)
     return hidden, torch.addcmul(shift, normed, 1 + scale)
 
 
 @once_per_layout
 def _checked(
-    residual: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None
+    residual: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
 ) -> Sizes:
     check_tensor("residual", residual, shape=("S", "B", "H"))
     if (branch is None) != (gate is None):
         raise ValueError("branch and gate go together: give both or neither")
+    if bias is not None and branch is None:
+        raise ValueError("bias is of a branch: give branch and gate too")
     tokens, samples, width = residual.shape
     if max(tokens, width) > LARGEST_ROW:
         raise ValueError(
@@ -100,6 +110,8 @@ def _checked(
             check_tensor(name, vector, shape=(samples, width), strided=True, **alike)
     if branch is not None:
         check_tensor("branch", branch, shape=(tokens, samples, width), **alike)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(width,), **alike)
     return Sizes(*_launch("forward", residual), *_launch("backward", residual))
 
 
@@ -116,6 +128,7 @@ def _launch(direction: str, tensor: Tensor) -> tuple[int, dict[str, int]]:
 def _forward(
     residual: Tensor,
     branch: Tensor | None,
+    bias: Tensor | None,
     gate: Tensor | None,
     shift: Tensor,
     scale: Tensor,
@@ -130,16 +143,16 @@ def _forward(
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
         forward_kernel, (sizes.forward_blocks, samples), residual.device,
-        residual, branch, gate, shift, scale, hidden, modulated, statistics,
+        residual, branch, bias, gate, shift, scale, hidden, modulated, statistics,
         tokens, samples, _stride(gate), shift.stride(0), scale.stride(0), epsilon, **sizes.forward,
     )  # fmt: skip
     return hidden, modulated, statistics
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor | None, Tensor, Tensor]) -> None:
-    residual, branch, gate, _, scale, _, ctx.sizes = inputs
+    residual, branch, bias, gate, _, scale, _, ctx.sizes = inputs
     hidden, _, statistics = results
-    ctx.save_for_backward(residual if hidden is None else hidden, branch, gate, scale, statistics)
+    ctx.save_for_backward(residual if hidden is None else hidden, branch, bias, gate, scale, statistics)
     ctx.set_materialize_grads(False)  # nothing may read hidden but the norm
 
 
@@ -148,7 +161,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     from soar_mega.kernels.source.adaln import backward_kernel
 
-    hidden, branch, gate, scale, statistics = ctx.saved_tensors
+    hidden, branch, bias, gate, scale, statistics = ctx.saved_tensors
     tokens, samples, width = hidden.shape
     sizes = ctx.sizes
     grad_hidden = None if grad_hidden is None else grad_hidden.contiguous()
@@ -157,15 +170,19 @@ def _backward(
     grad_branch = None if branch is None else _empty(hidden)
     kinds = 2 if branch is None else 3
     partials = torch.empty(sizes.backward_blocks, kinds, samples, width, device=hidden.device)
+    bias_sums = None
+    if ctx.needs_input_grad[2]:
+        bias_sums = torch.empty(sizes.backward_blocks * samples, width, device=hidden.device)
     launch(
         backward_kernel, (sizes.backward_blocks, samples), hidden.device,
-        grad_hidden, grad_modulated, hidden, branch, gate, scale, statistics,
-        grad_residual, grad_branch, partials,
+        grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
+        grad_residual, grad_branch, partials, bias_sums,
         tokens, samples, _stride(gate), scale.stride(0), **sizes.backward,
     )  # fmt: skip
     vectors = sum_lines(partials, hidden.dtype)
     grad_gate = None if branch is None else vectors[2]
-    return grad_residual, grad_branch, grad_gate, vectors[0], vectors[1], None, None
+    grad_bias = None if bias_sums is None else sum_lines(bias_sums, hidden.dtype)
+    return grad_residual, grad_branch, grad_bias, grad_gate, vectors[0], vectors[1], None, None
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch, launches
-from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
+from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch, launches, once_per_layout
+from soar_mega.kernels.sources import WEIGHT, PointTable, check_sources, combined, one_table, width_class
 from soar_mega.kernels.tables import launch_of
 
 
@@ -51,115 +51,84 @@ def correction_loss(
             read and nobody gives, or one that asks for a gradient; the message names it.
     """
     sources = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    point = check_points(sources, rows, sample, path, draw, position)
-    check_tensor("velocity", velocity, shape=(*point.leading, *z0.shape[1:]), device=z0.device)
-    if weight is not None:
-        check_tensor("weight", weight, shape=point.leading, dtypes=(torch.float64,), device=rows.device)
-        weight = weight.flatten()
+    table, leading = one_table(
+        sources, rows, weight=weight, sample=sample, path=path, draw=draw, seed=seed, position=position
+    )
+    check_tensor("velocity", velocity, shape=(*leading, *z0.shape[1:]), device=z0.device)
+    return losses_of(velocity.flatten(0, len(leading) - 1), sources, table).unflatten(0, leading)
+
+
+def losses_of(velocity: Tensor, sources: Sequence[Tensor | None], table: PointTable) -> Tensor:
+    """`correction_loss` of velocities [P, C, H, W] and a table that is on the device already: [P] float32.
+
+    The host waits for nothing.
+
+    Args:
+        sources: in the order of `soar_mega.flow.SOURCES`; v_uncond and v_cond [A, C, H, W] have the table's answers as
+            rows.
+    """
+    z0 = sources[0]
+    assert z0 is not None
+    check_sources(z0, *sources[1:])
+    _check_velocity(velocity, z0)
+    if len(velocity) != len(table):
+        raise ValueError(f"velocity must have a row for each of the {len(table)} points, not {len(velocity)}")
     if any(source is not None and source.requires_grad for source in sources):
         raise ValueError("the sources are constants of correction_loss: detach those that require a gradient")
     learn = velocity.requires_grad and torch.is_grad_enabled()
-    losses, _ = _operation(
-        velocity.flatten(0, len(point.leading) - 1), *sources, point.rows, weight,
-        point.sample, point.path, point.position, seed, point.drawn, learn,
-    )  # fmt: skip
-    return losses.unflatten(0, point.leading)
+    (losses,) = _operation(velocity, sources, table, learn)
+    return losses  # type: ignore[no-any-return]
 
 
-def _triton(
-    velocity: Tensor,
-    z0: Tensor,
-    z1: Tensor | None,
-    v_uncond: Tensor | None,
-    v_cond: Tensor | None,
-    eps: Tensor | None,
-    z1_aux: Tensor | None,
-    rows: Tensor,
-    weight: Tensor | None,
-    sample: Tensor,
-    path: Tensor,
-    position: Tensor | None,
-    seed: int,
-    drawn: Sequence[bool],
-    learn: bool,
-) -> tuple[Tensor, Tensor]:
+@once_per_layout
+def _check_velocity(velocity: Tensor, z0: Tensor) -> bool:
+    check_tensor("velocity", velocity, shape=("P", *z0.shape[1:]), device=z0.device)
+    return True
+
+
+def _forward(
+    velocity: Tensor, sources: Sequence[Tensor | None], table: PointTable, learn: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses and, to `learn`, their gradient."""
+    read = table.read(sources)
+    if launches(velocity.device):
+        return _launched(velocity, read, table, learn)
+    error = velocity.float() - combined(sources, table)
+    weight = table.points[:, WEIGHT]
+    losses = error.square().flatten(1).mean(dim=1) * weight
+    slope = 2.0 * (weight / velocity[0].numel())
+    return losses, (error * slope[:, None, None, None]).to(velocity.dtype) if learn else None
+
+
+def _launched(
+    velocity: Tensor, sources: list[Tensor | None], table: PointTable, learn: bool
+) -> tuple[Tensor, Tensor | None]:
     from soar_mega.kernels.source.correction_loss import loss_kernel
 
-    given = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    used = check_values(given, rows, sample, drawn)
-    sources = [source if read else None for source, read in zip(given, used, strict=True)]
-    draws = [made and read for made, read in zip(drawn, used, strict=True)]
-    size = z0[0].numel()
-    weight = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight
-    groups, points = tables(rows, sample, path, position, seed, weight / size, z0.device)
-    shape = launch_of("correction_loss", width_class(*sources, velocity), architecture(z0.device))
+    size = velocity[0].numel()
+    shape = launch_of("correction_loss", width_class(*sources, velocity), architecture(velocity.device))
     blocks = -(-size // shape.block)
-    partial = torch.empty(len(rows), blocks, device=z0.device)
-    gradient = torch.empty(velocity.shape if learn else 0, dtype=velocity.dtype, device=z0.device)
+    partial = torch.empty(len(table), blocks, device=velocity.device)
+    gradient = torch.empty_like(velocity) if learn else None
     launch(
         loss_kernel,
-        (blocks, len(groups)),
-        z0.device,
-        *sources, groups, points, velocity, gradient if learn else None, partial, size,
-        DRAW_Z1=draws[1], DRAW_EPS=draws[4], DRAW_Z1_AUX=draws[5], BLOCK=shape.block, num_warps=shape.num_warps,
+        (blocks, len(table.groups)),
+        velocity.device,
+        *sources, table.groups, table.points, velocity, gradient, partial, size,
+        **table.draws(), BLOCK=shape.block, num_warps=shape.num_warps,
     )  # fmt: skip
     return partial.sum(dim=1), gradient
 
 
-def _eager(
-    velocity: Tensor,
-    z0: Tensor,
-    z1: Tensor | None,
-    v_uncond: Tensor | None,
-    v_cond: Tensor | None,
-    eps: Tensor | None,
-    z1_aux: Tensor | None,
-    rows: Tensor,
-    weight: Tensor | None,
-    sample: Tensor,
-    path: Tensor,
-    position: Tensor | None,
-    seed: int,
-    drawn: Sequence[bool],
-    learn: bool,
-) -> tuple[Tensor, Tensor]:
-    sources = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    error = velocity.float() - combined(sources, rows, sample, path, position, seed, drawn)
-    losses = error.square().flatten(1).mean(dim=1)
-    scale = torch.full_like(losses, 1.0 / z0[0].numel())
-    if weight is not None:
-        losses = losses * weight.to(losses)
-        scale = scale * weight.to(losses)
-    if not learn:
-        return losses, velocity.new_empty(0)
-    return losses, (error * (2.0 * scale)[:, None, None, None]).to(velocity.dtype)
+def _setup_context(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, Tensor | None]) -> None:
+    ctx.save_for_backward(results[1])
 
 
-def _forward(velocity: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return (_triton if launches(velocity.device) else _eager)(velocity, *arguments)
-
-
-def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
-) -> None:  # type: ignore[type-arg]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, losses: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-    rest = (None,) * 14
-    if losses is None:
-        return None, *rest
-    return (gradient * losses[:, None, None, None]).to(gradient.dtype), *rest
+def _backward(ctx: Any, losses: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * losses[:, None, None, None]).to(gradient.dtype), None, None, None
 
 
 _operation = define(
-    "correction_loss",
-    forward=_forward,
-    setup_context=_setup_context,
-    backward=_backward,
+    "correction_loss", forward=_forward, setup_context=_setup_context, backward=_backward, outputs=1
 )

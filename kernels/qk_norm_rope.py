@@ -29,7 +29,8 @@ from soar_mega.kernels.tables import launch_of
 
 EPSILON = 1e-6
 PROGRAMS = 528  # of the backward pass, at most: four for each multiprocessor of an H100
-HEADS = 8  # that a program of the backward pass takes at a time, at most
+HEADS = 8  # that such a program takes at a time, at most
+ROWS_EACH = 16  # tokens of one sample whose sums it adds up at least: they are written once per program
 
 
 class Projected(NamedTuple):
@@ -49,10 +50,9 @@ class Projected(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of one stream: its place in the joint sequence, its launches' grids and what they know at compile time."""
+    """Of one stream: its tokens, its launches' grids, and what they know at compile time."""
 
     length: int
-    first: int  # tokens before it
     heads: int
     forward_grid: tuple[int]
     forward: dict[str, int]
@@ -144,9 +144,7 @@ def _checked(
     heads = width // (3 * head_size)
     if length * samples * heads > LARGEST_ROW:
         raise ValueError(f"streams have more than {LARGEST_ROW} heads in all: they cannot be indexed")
-    firsts = (sum(lengths[:i]) for i in range(len(lengths)))
-    kind = "" if cosine is None else " rotary"
-    return [_sizes(stream, first, heads, head_size, kind) for stream, first in zip(streams, firsts)]
+    return [_sizes(stream, heads, head_size, "" if cosine is None else " rotary") for stream in streams]
 
 
 def _check_stream(name: str, stream: Projected, first: Tensor, head_size: int) -> None:
@@ -169,7 +167,7 @@ def _check_stream(name: str, stream: Projected, first: Tensor, head_size: int) -
             check_tensor(name + part, vector, shape=(size,), **alike)
 
 
-def _sizes(stream: Projected, first: int, heads: int, head_size: int, kind: str) -> Sizes:
+def _sizes(stream: Projected, heads: int, head_size: int, kind: str) -> Sizes:
     width, samples = power_of_two(head_size), stream.mixed.shape[1]
     found = architecture(stream.mixed.device)
     entry = launch_of("qk_norm_rope", "forward" + kind, found)
@@ -182,10 +180,9 @@ def _sizes(stream: Projected, first: int, heads: int, head_size: int, kind: str)
     heads_block = min(HEADS, block, power_of_two(heads))
     rows_block = block // heads_block
     head_blocks = -(-heads // heads_block)
-    programs = min(max(1, PROGRAMS // head_blocks), -(-stream.length * samples // rows_block))
+    programs = min(max(1, PROGRAMS // head_blocks), -(-stream.length * samples // max(rows_block, ROWS_EACH)))
     return Sizes(
         length=stream.length,
-        first=first,
         heads=heads,
         forward_grid=forward_grid,
         forward=forward,
@@ -204,13 +201,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     *tensors, cosine, sine, epsilon, sizes = arguments
     mixed, samples, heads = tensors[0], tensors[0].shape[1], sizes[0].heads
-    shape = (sizes[-1].first + sizes[-1].length, samples, heads, sizes[0].forward["D"])
+    lengths = [size.length for size in sizes]
+    shape = (sum(lengths), samples, heads, sizes[0].forward["D"])
     query, key, value = (torch.empty(shape, dtype=mixed.dtype, device=mixed.device) for _ in range(3))
+    parts = _parts(lengths, cosine, sine, query, key, value)
     for i, size in enumerate(sizes):
         launch(
             forward_kernel, size.forward_grid, mixed.device,
-            *tensors[4 * i : 4 * i + 4], cosine, sine, query, key, value,
-            size.length * samples * heads, size.first * samples * heads, samples, heads, epsilon,
+            *tensors[4 * i : 4 * i + 4], *parts[i],
+            size.length * samples * heads, samples, heads, epsilon,
             **size.forward,
         )  # fmt: skip
     return query, key, value
@@ -226,27 +225,21 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     strides = gradients[0].stride()
     if strides[-1] != 1 or any(gradient.stride() != strides for gradient in gradients):
         gradients = tuple(gradient.contiguous() for gradient in gradients)
+    parts = _parts([size.length for size in ctx.sizes], cosine, sine, *gradients)
     found: list[Tensor | None] = []
     for i, size in enumerate(ctx.sizes):
         wants_bias = ctx.needs_input_grad[4 * i + 1]
-        found += _backward_of_one(
-            gradients, tensors[4 * i : 4 * i + 4], cosine, sine, ctx.epsilon, size, wants_bias
-        )
+        found += _backward_of_one(tensors[4 * i : 4 * i + 4], parts[i], ctx.epsilon, size, wants_bias)
     return (*found, None, None, None, None)
 
 
 def _backward_of_one(
-    gradients: Sequence[Tensor],
-    tensors: Sequence[Any],
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    epsilon: float,
-    size: Sizes,
-    wants_bias: bool,
+    tensors: Sequence[Any], part: tuple[Any, ...], epsilon: float, size: Sizes, wants_bias: bool
 ) -> list[Tensor | None]:
     """Gradients of mixed, bias, query_weight and key_weight of one stream."""
     from soar_mega.kernels.source.qk_norm_rope import backward_kernel
 
+    cosine, sine, *gradients = part
     mixed, weight = tensors[0], tensors[2]
     samples, device = mixed.shape[1], mixed.device
     programs, head_blocks = size.backward_grid
@@ -260,12 +253,19 @@ def _backward_of_one(
     launch(
         backward_kernel, size.backward_grid, device,
         *gradients, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        size.length * samples, size.first, samples, size.heads, *gradients[0].stride()[:3], epsilon,
-        **size.backward,
+        size.length * samples, samples, size.heads, *gradients[0].stride()[:3], epsilon, **size.backward,
     )  # fmt: skip
     grad_bias = None if bias_sums is None else sum_lines(bias_sums, mixed.dtype)
     weights = (None, None) if weight_sums is None else sum_lines(weight_sums, mixed.dtype)
     return [grad_mixed, grad_bias, *weights]
+
+
+def _parts(lengths: list[int], *joint: Tensor | None) -> list[Any]:
+    """Each stream's tokens of tensors that hold all streams."""
+    if len(lengths) == 1:
+        return [joint]
+    cut = [(None,) * len(lengths) if x is None else x.split(lengths) for x in joint]
+    return list(zip(*cut, strict=True))
 
 
 _operation = define("qk_norm_rope", forward=_forward, setup_context=_setup_context, backward=_backward)

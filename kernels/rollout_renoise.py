@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch, launches
-from soar_mega.kernels.sources import check_points, check_values, combined, tables, width_class
+from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch, launches, power_of_two
+from soar_mega.kernels.sources import (
+    ANSWER,
+    SAMPLE,
+    PointTable,
+    check_sources,
+    combined,
+    one_table,
+    width_class,
+)
 from soar_mega.kernels.tables import launch_of
 
 PATCHES = (1, 2, 4, 8)
@@ -55,7 +63,27 @@ def rollout_renoise(
             read and nobody gives; the message names it.
     """
     sources = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    point = check_points(sources, rows, sample, path, draw, position)
+    table, leading = one_table(
+        sources, rows, weight=None, sample=sample, path=path, draw=draw, seed=seed, position=position
+    )
+    return states_of(sources, table, dtype, patch_size).unflatten(0, leading)
+
+
+def states_of(
+    sources: Sequence[Tensor | None],
+    table: PointTable,
+    dtype: torch.dtype = torch.float32,
+    patch_size: int | None = None,
+) -> Tensor:
+    """`rollout_renoise` of a table that is on the device already: [P, C, H, W], or patches. The host waits for nothing.
+
+    Args:
+        sources: in the order of `soar_mega.flow.SOURCES`; v_uncond and v_cond [A, C, H, W] have the table's answers as
+            rows.
+    """
+    z0 = sources[0]
+    assert z0 is not None
+    check_sources(z0, *sources[1:])
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     patch = 0 if patch_size is None else patch_size
@@ -63,90 +91,43 @@ def rollout_renoise(
         raise ValueError(
             f"patch_size must be one of {PATCHES} and divide height and width of z0 {list(z0.shape)}, not {patch_size}"
         )
-    states = _operation(
-        *sources, point.rows, point.sample, point.path, point.position, seed, point.drawn, dtype, patch
-    )
-    return states.unflatten(0, point.leading)
+    states: Tensor = _operation(*sources, table, dtype, patch)
+    return states
 
 
-def _triton(
-    z0: Tensor,
-    z1: Tensor | None,
-    v_uncond: Tensor | None,
-    v_cond: Tensor | None,
-    eps: Tensor | None,
-    z1_aux: Tensor | None,
-    rows: Tensor,
-    sample: Tensor,
-    path: Tensor,
-    position: Tensor | None,
-    seed: int,
-    drawn: Sequence[bool],
-    dtype: torch.dtype,
-    patch: int,
+def _forward(*arguments: Any) -> Tensor:
+    sources, (table, dtype, patch) = arguments[:6], arguments[6:]
+    read = table.read(sources)
+    if launches(sources[0].device):
+        return _launched(sources[0], read, table, dtype, patch)
+    states = combined(sources, table).to(dtype)
+    return to_tokens(states, patch) if patch else states
+
+
+def _launched(
+    z0: Tensor, sources: list[Tensor | None], table: PointTable, dtype: torch.dtype, patch: int
 ) -> Tensor:
     from soar_mega.kernels.source.rollout_renoise import latent_kernel, tokens_kernel
 
-    given = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    used = check_values(given, rows, sample, drawn)
-    sources = [source if read else None for source, read in zip(given, used, strict=True)]
-    draws = [made and read for made, read in zip(drawn, used, strict=True)]
-    groups, points = tables(rows, sample, path, position, seed, None, z0.device)
-    flags = {"DRAW_Z1": draws[1], "DRAW_EPS": draws[4], "DRAW_Z1_AUX": draws[5]}
-    arch = architecture(z0.device)
     _, channels, height, width = z0.shape
-    out = torch.empty(_shape(z0, len(rows), patch), dtype=dtype, device=z0.device)
-    arguments = (*sources, groups, points, out)
+    out = torch.empty(_shape(z0, len(table), patch), dtype=dtype, device=z0.device)
+    arguments = (*sources, table.groups, table.points, out)
+    arch = architecture(z0.device)
     if not patch:
         size = launch_of("rollout_renoise", width_class(*sources, out), arch)
         elements = channels * height * width
-        grid: tuple[int, ...] = (-(-elements // size.block), len(groups))
-        launch(
-            latent_kernel,
-            grid,
-            z0.device,
-            *arguments,
-            elements,
-            **flags,
-            BLOCK=size.block,
-            num_warps=size.num_warps,
-        )
+        grid: tuple[int, ...] = (-(-elements // size.block), len(table.groups))
+        constants = {"BLOCK": size.block, "num_warps": size.num_warps}
+        launch(latent_kernel, grid, z0.device, *arguments, elements, **table.draws(), **constants)
         return out
     size = launch_of("rollout_renoise", "tokens", arch)
-    channels_tile = _power_of_two(channels)
-    tile = min(max(patch, size.block // (channels_tile * patch)), _power_of_two(width))
-    grid = (-(-width // tile), height // patch, len(groups))
-    tiles = {"CHANNELS": channels, "CHANNELS_TILE": channels_tile, "PATCH": patch, "WIDTH_TILE": tile}
-    launch(
-        tokens_kernel, grid, z0.device, *arguments, height, width, **flags, **tiles, num_warps=size.num_warps
-    )
+    channels_tile = power_of_two(channels)
+    tile = min(max(patch, size.block // (channels_tile * patch)), power_of_two(width))
+    grid = (-(-width // tile), height // patch, len(table.groups))
+    constants = {"CHANNELS": channels, "CHANNELS_TILE": channels_tile, "PATCH": patch, "WIDTH_TILE": tile}
+    constants["num_warps"] = size.num_warps
+    launch(tokens_kernel, grid, z0.device, *arguments, height, width, **table.draws(), **constants)
     return out
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def _eager(
-    z0: Tensor,
-    z1: Tensor | None,
-    v_uncond: Tensor | None,
-    v_cond: Tensor | None,
-    eps: Tensor | None,
-    z1_aux: Tensor | None,
-    rows: Tensor,
-    sample: Tensor,
-    path: Tensor,
-    position: Tensor | None,
-    seed: int,
-    drawn: Sequence[bool],
-    dtype: torch.dtype,
-    patch: int,
-) -> Tensor:
-    sources = (z0, z1, v_uncond, v_cond, eps, z1_aux)
-    states = combined(sources, rows, sample, path, position, seed, drawn).to(dtype)
-    return to_tokens(states, patch) if patch else states
 
 
 def to_tokens(states: Tensor, patch: int) -> Tensor:
@@ -170,34 +151,30 @@ def _shape(z0: Tensor, points: int, patch: int) -> tuple[int, ...]:
     return points, channels, height, width
 
 
-def _forward(z0: Tensor, *arguments: Any) -> Tensor:
-    return (_triton if launches(z0.device) else _eager)(z0, *arguments)
+def _setup_context(ctx: Any, arguments: tuple[Any, ...], states: Tensor) -> None:
+    sources, (table, _, patch) = arguments[:6], arguments[6:]
+    ctx.table, ctx.patch = table, patch
+    ctx.layouts = [None if source is None else (source.shape, source.dtype) for source in sources]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
-    sources, (rows, sample) = inputs[:6], inputs[6:8]
-    ctx.save_for_backward(rows, sample)
-    ctx.shape = sources[0].shape  # type: ignore[attr-defined]
-    ctx.dtypes = [None if source is None else source.dtype for source in sources]  # type: ignore[attr-defined]
-    ctx.patch = inputs[13]  # type: ignore[attr-defined]
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """A state is linear in its sources: each one's gradient is the sum of its points', with their coefficients."""
-    rows, sample = ctx.saved_tensors  # type: ignore[attr-defined]
-    shape, dtypes, patch = ctx.shape, ctx.dtypes, ctx.patch  # type: ignore[attr-defined]
-    if patch:
-        gradient = to_latents(gradient, patch, shape)
-    reads = (torch.arange(shape[0])[:, None] == sample).double()  # [B, P]
+    table = ctx.table
+    if ctx.patch:
+        gradient = to_latents(gradient, ctx.patch, ctx.layouts[0][0])
+    gradient = gradient.float().flatten(1)
+    sample, answer = table.column(SAMPLE), table.column(ANSWER)
     found: list[Tensor | None] = []
-    for column, (dtype, needed) in enumerate(zip(dtypes, ctx.needs_input_grad[:6], strict=True)):  # type: ignore[attr-defined]
+    for column, (layout, needed) in enumerate(zip(ctx.layouts, ctx.needs_input_grad[:6], strict=True)):
         if not needed:
             found.append(None)
             continue
-        factors = (reads * rows[:, column]).to(gradient.device, torch.float32)
+        shape, dtype = layout
+        row = answer if column in (2, 3) else sample
+        reads = torch.arange(shape[0], device=row.device)[:, None] == row  # [rows, P]
         # a matrix product sums in a fixed order, unlike index_add
-        found.append((factors @ gradient.float().flatten(1)).reshape(shape).to(dtype))
-    return *found, *[None] * 8
+        found.append(((reads * table.points[:, column]) @ gradient).reshape(shape).to(dtype))
+    return *found, None, None, None
 
 
 _operation = define(

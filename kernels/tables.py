@@ -38,6 +38,9 @@ LAUNCHES: dict[str, dict[str, dict[str, Launch]]] = {
         "backward": {"any": Launch(1024, 8)},
         "backward rotary": {"any": Launch(1024, 8)},
     },
+    # block: columns; 16 bit as above
+    "gated_add": {"16 bit": {"any": Launch(512, 2)}, "32 bit": {"any": Launch(512, 4)}},
+    "bias_gelu": {"16 bit": {"any": Launch(1024, 4)}, "32 bit": {"any": Launch(1024, 8)}},
     "sum_lines": {"columns": {"any": Launch(32, 4)}},
 }
 

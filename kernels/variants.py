@@ -117,7 +117,7 @@ def adaln() -> list[Variant]:
     """At the hidden sizes of SD3.5-M, SD3.5-L and FLUX. What a program adds up for the vectors is not a stream."""
 
     def one(direction: str, hidden_size: int, branch: bool, kind: str = "bf16") -> Variant:
-        absent = set() if branch else {"branch", "gate", "grad_branch"}
+        absent = set() if branch else {"branch", "bias", "gate", "grad_branch"}
         forward = direction == "forward"
         read: tuple[str, ...]
         if forward:
@@ -129,13 +129,13 @@ def adaln() -> list[Variant]:
             absent |= set() if branch else {"grad_hidden"}
         width = power_of_two(hidden_size)
         launch = launch_of("adaln", f"{direction} {width}", "any")
-        pointers = {*read, *written, "gate", "scale", *(("shift",) if forward else ())}
+        pointers = {*read, *written, "bias", "gate", "scale", *(("shift",) if forward else ())}
         return Variant(
             name=f"adaln {direction} {hidden_size}{'' if branch else ', no branch'}, {kind}",
             module="adaln",
             kernel=f"{direction}_kernel",
             pointers={name: None if name in absent else kind for name in sorted(pointers)}
-            | {"statistics": "fp32", "partials": "fp32"},
+            | {"statistics": "fp32", "partials": "fp32", "bias_sums": "fp32" if branch else None},
             integers=("tokens", "samples", "gate_stride", "shift_stride", "scale_stride"),
             constants={"H": hidden_size, "WIDTH": width, "ROWS": launch.block},
             num_warps=min(32, launch.num_warps * WIDTHS[kind] // 2),
@@ -183,7 +183,7 @@ def qk_norm_rope() -> list[Variant]:
             kernel=f"{direction}_kernel",
             pointers=pointers,
             integers=(
-                "lines", "first", "rows", "first_token", "samples", "heads",
+                "lines", "rows", "samples", "heads",
                 "token_stride", "sample_stride", "head_stride",
             ),
             constants={"D": head_size, "WIDTH": head_size} | tile,
@@ -200,6 +200,63 @@ def qk_norm_rope() -> list[Variant]:
         *(one(way, 64, "") for way in ways),
         *(one(way, 128, "bias norm rotary") for way in ways),
         *(one(way, 64, "bias norm", "fp32") for way in ways),
+    ]
+
+
+def bias_gelu() -> list[Variant]:
+    """Between the two linears of an MLP; without a bias where the linear has added it."""
+
+    def one(direction: str, bias: bool, kind: str = "bf16") -> Variant:
+        launch = launch_of("bias_gelu", "16 bit" if kind == "bf16" else "32 bit", "any")
+        forward = direction == "forward"
+        read, written = (("x",), ("out",)) if forward else (("grad_out", "x"), ("grad_x",))
+        pointers: dict[str, str | None] = dict.fromkeys((*read, *written), kind)
+        return Variant(
+            name=f"bias_gelu {direction}{'' if bias else ', no bias'}, {kind}",
+            module="bias_gelu",
+            kernel=f"{direction}_kernel",
+            pointers=pointers | {"bias": kind if bias else None, "sums": "fp32" if bias else None},
+            integers=("rows", "each", "F"),
+            constants={"BLOCK": launch.block},
+            num_warps=launch.num_warps,
+            read=read,
+            written=written,
+        )
+
+    ways = ("forward", "backward")
+    return [
+        *(one(way, bias) for way in ways for bias in (True, False)),
+        *(one(way, True, "fp32") for way in ways),
+    ]
+
+
+def gated_add() -> list[Variant]:
+    """Behind each MLP and the image's own attention; without a bias where the linear has added it."""
+
+    def one(direction: str, bias: bool, kind: str = "bf16") -> Variant:
+        launch = launch_of("gated_add", "16 bit" if kind == "bf16" else "32 bit", "any")
+        forward = direction == "forward"
+        read, written = (
+            (("residual", "branch"), ("out",)) if forward else (("grad_out", "branch"), ("grad_branch",))
+        )
+        pointers: dict[str, str | None] = dict.fromkeys((*read, *written, "gate"), kind)
+        return Variant(
+            name=f"gated_add {direction}{'' if bias else ', no bias'}, {kind}",
+            module="gated_add",
+            kernel=f"{direction}_kernel",
+            pointers=pointers
+            | {"bias": kind if bias else None, "gate_sums": "fp32", "bias_sums": "fp32" if bias else None},
+            integers=("tokens", "samples", "each", "H", "gate_stride"),
+            constants={"BLOCK": launch.block},
+            num_warps=launch.num_warps,
+            read=read,
+            written=written,
+        )
+
+    ways = ("forward", "backward")
+    return [
+        *(one(way, bias) for way in ways for bias in (True, False)),
+        *(one(way, True, "fp32") for way in ways),
     ]
 
 
@@ -232,4 +289,12 @@ def _draws(drawn: str) -> dict[str, object]:
 
 def all_variants() -> list[Variant]:
     """Of every operation."""
-    return [*rollout_renoise(), *correction_loss(), *adaln(), *qk_norm_rope(), *sums()]
+    return [
+        *rollout_renoise(),
+        *correction_loss(),
+        *adaln(),
+        *qk_norm_rope(),
+        *bias_gelu(),
+        *gated_add(),
+        *sums(),
+    ]

@@ -1,14 +1,42 @@
 """Where this process is in its run, and how long it has waited for its peers.
 
 One per process, like its log: the loop says what it does, whoever waits for other ranks says so, and watchdogs,
-messages and timers read it.
+messages and timers read it. On a GPU the host is ahead of what it told the device to do, and waits for nothing: times
+are those at which the device came by, and are looked up when they are asked for.
 """
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+
+Mark = float | torch.cuda.Event  # a place in time: of the host, or of the device
+
+
+@dataclass
+class _Wait:
+    begin: Mark
+    end: Mark | None = None
+
+
+@dataclass
+class _Span:
+    """A phase from its begin to its end, and what it waited in between."""
+
+    phase: str
+    begin: Mark
+    end: Mark | None = None
+    of_step: bool = True
+    waits: list[_Wait] = field(default_factory=list)
+
+    def own_seconds(self) -> float:
+        """Without the waits; when all of it is past."""
+        assert self.end is not None
+        waited = sum(_seconds(wait.begin, wait.end) for wait in self.waits if wait.end is not None)
+        return _seconds(self.begin, self.end) - waited
 
 
 class Phases:
@@ -21,7 +49,6 @@ class Phases:
         entered: when the phase began, and
         step_began: when the step did, None where no step is under way: by time.monotonic().
         steps_begun: of this process.
-        is_waiting: inside `waiting`.
     """
 
     def __init__(self) -> None:
@@ -33,8 +60,9 @@ class Phases:
         self.entered = time.monotonic()
         self.step_began: float | None = None
         self.steps_begun = 0
-        self.is_waiting = False
-        self._waited = 0.0  # in this phase
+        self._spans = deque(
+            [_Span("start", self.entered)]
+        )  # those that the device has not come past, and this one
         self._seconds: dict[str, float] = {}
 
     @property
@@ -42,6 +70,12 @@ class Phases:
         """When the step began, or where none is under way the phase: by time.monotonic()."""
         began = self.step_began
         return self.entered if began is None else began
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this process, or what it has its device do, has come to a wait and not past it."""
+        waits = [wait for span in list(self._spans) for wait in list(span.waits)]
+        return any(_is_past(wait.begin) and (wait.end is None or not _is_past(wait.end)) for wait in waits)
 
     def begin_step(self, step: int, phase: str) -> None:
         """Begins a step with its first phase."""
@@ -51,11 +85,11 @@ class Phases:
 
     def enter(self, phase: str) -> None:
         """Goes on to another phase of the step."""
-        now = time.monotonic()
-        if self.step_began is not None:
-            own = now - self.entered - self._waited
-            self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + own
-        self.phase, self.entered, self._waited = phase, now, 0.0
+        mark, last = _mark(), self._spans[-1]
+        last.end, last.of_step = mark, self.step_began is not None
+        self._spans.append(_Span(phase, mark))
+        self._look_back()
+        self.phase, self.entered = phase, time.monotonic()
         self.number += 1
 
     def leave_step(self, phase: str) -> None:
@@ -65,26 +99,47 @@ class Phases:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a collective whose result is needed at once: the time in it is not this process's own."""
-        _finish_computing()  # its own work ends here; the result would be waited for anyway
-        began, self.is_waiting = time.monotonic(), True
+        """Around a collective: the time in it is not this process's own."""
+        wait = _Wait(_mark())
+        self._spans[-1].waits.append(wait)
         try:
             yield
-            _finish_computing()
         finally:
-            self.is_waiting = False
-            self._waited += time.monotonic() - began
+            wait.end = _mark()
 
     def take_seconds(self) -> dict[str, float]:
-        """Own seconds by phase of the steps since the last call."""
+        """Own seconds by phase of the steps since the last call. Waits for what the device has been told so far."""
+        begin = self._spans[-1].begin
+        if not isinstance(begin, float):
+            begin.synchronize()
+        self._look_back()
         taken, self._seconds = self._seconds, {}
         return taken
 
+    def _look_back(self) -> None:
+        """Count in what is past."""
+        while self._spans[0].end is not None and _is_past(self._spans[0].end):
+            span = self._spans.popleft()
+            if span.of_step:
+                self._seconds[span.phase] = self._seconds.get(span.phase, 0.0) + span.own_seconds()
 
-def _finish_computing() -> None:
-    """Wait for what this process computes on a GPU. The device as a whole may hold messages that peers still owe."""
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().record_event().synchronize()
+
+def _mark() -> Mark:
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _is_past(mark: Mark) -> bool:
+    return isinstance(mark, float) or mark.query()
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(end, float):
+        return end - begin if isinstance(begin, float) else 0.0
+    return 0.0 if isinstance(begin, float) else begin.elapsed_time(end) / 1000.0
 
 
 phases = Phases()

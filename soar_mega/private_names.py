@@ -62,19 +62,17 @@ class MainCopy:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """While CUDA work is recorded as a graph: megatron's and Transformer Engine's hooks then leave it alone."""
+    """While CUDA work is recorded as a graph: megatron's hooks then leave it alone.
+
+    Transformer Engine is not told: its attention would choose a form that keeps all scores.
+    """
     from megatron.core.transformer import cuda_graphs
 
-    flags = [(cuda_graphs._set_capture_start, cuda_graphs._set_capture_end)]
-    if cuda_graphs.HAVE_TE_GRAPHS:
-        flags.append((cuda_graphs.te_set_capture_start, cuda_graphs.te_set_capture_end))
-    for start, _ in flags:
-        start()
+    cuda_graphs._set_capture_start()
     try:
         yield
     finally:
-        for _, end in flags:
-            end()
+        cuda_graphs._set_capture_end()
 
 
 def with_sharded_keys(state: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ IMPORTED = {
         "DistributedOptimizer._get_main_param_and_optimizer_states",
         "DistributedOptimizer._get_model_param_range_map",
     ],
+    "megatron.core.transformer.cuda_graphs": ["_set_capture_start", "_set_capture_end"],
     "deepspeed.ops": ["__compatible_ops__"],
     "deepspeed.runtime.zero.stage3": ["DeepSpeedZeroOptimizer_Stage3.get_param_id"],
     "deepspeed.runtime.zero.parameter_offload": ["DeepSpeedZeRoOffload.partition_all_parameters"],
@@ -53,6 +54,7 @@ IMPORTED = {
 }
 # what instances hold: written in these sources as `something.name = ...`, or as a field of a dataclass
 HELD = {
+    "torch.nn.modules.module": ["_forward_pre_hooks"],
     "megatron.core.optimizer.distrib_optimizer": [
         "model_fp32_groups", "model_float16_groups", "shard_fp32_groups", "shard_fp32_from_float16_groups",
     ],

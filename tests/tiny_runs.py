@@ -3,18 +3,24 @@
 import logging
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch import Tensor
 
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import EMPTY_FILE, EncodedSample, ShardWriter, write_dataset_file
+from soar_mega.distributed import start_world
 from soar_mega.flow import normal
 from soar_mega.recipe import load_recipe
 from soar_mega.training.loop import train
+from soar_mega.training.steps import Steps, make_loader
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +106,40 @@ def run(recipe: Recipe) -> int:
     logging.getLogger("soar_mega").setLevel(logging.INFO)
     os.chdir(ROOT)
     return train(recipe)
+
+
+@contextmanager
+def steps(shards: Path, folder: Path, **overrides: Any) -> Iterator[Steps]:
+    """A run of the tiny recipe that starts, or goes on, in this process."""
+    recipe = tiny_recipe(shards, folder, **overrides)
+    start_world(recipe.parallel)
+    run = Steps(recipe, RunFolder(folder), make_loader(recipe))
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def losses(
+    shards: Path,
+    folder: Path,
+    count: int,
+    prepare: Callable[[torch.nn.Module], object] = lambda model: None,
+    **overrides: Any,
+) -> Tensor:
+    """The losses [count] of a run's first steps in this process; `prepare` is called with the model before them."""
+    with steps(shards, folder, train__train_iters=count, **overrides) as run:
+        prepare(run.engine.model)
+        found = []
+        for _ in range(count):
+            found.append(run.learn()["loss"])
+            assert run.update().ok
+    return torch.tensor(found)
+
+
+def smoothed(curve: Tensor, window: int) -> Tensor:
+    """Means of `window` steps after another."""
+    return curve.unflatten(0, (-1, window)).mean(dim=1)
 
 
 def logged(folder: Path) -> dict[int, tuple[float, float]]:

@@ -3,42 +3,34 @@
     python tools/bench_kernels.py                   all operations at SD3.5 and FLUX shapes
     python tools/bench_kernels.py --only loss --out /tmp/bench.json
 
-On CUDA: each operation fused, eager, and eager under torch.compile; the median of 50 calls between events, the
-bandwidth, and its share of a copy's bandwidth measured in the same run. On the CPU: counted launches and bytes (the
-meta device stands for the GPU, see kernel_traffic.py), and the time that the bytes take at a stated bandwidth. Writes
-JSON and a roofline picture next to it.
+On CUDA: each operation fused, eager, and eager under torch.compile. Device time is that of its kernels alone, by the
+profiler, over inputs that take turns, so that none is in the L2 cache any more; the bandwidth and its share of a copy's
+follow from it. Host time is what a call takes before it returns, with nothing waited for. On the CPU: counted launches
+and bytes (the meta device stands for the GPU, see kernel_traffic.py), and the time that the bytes take at a stated
+bandwidth. Writes JSON and a roofline picture next to it.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from kernel_cases import Case, all_cases
 from kernel_traffic import Counter, Traffic
 from origin import origin
-from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from soar_mega.kernels import correction_loss, rollout_renoise
-from soar_mega.kernels.adaln import adaln, plain_adaln
-from soar_mega.kernels.qk_norm_rope import Projected, plain_qk_norm_rope, qk_norm_rope
-
-LATENTS = {"512 px": (16, 64, 64), "1024 px": (16, 128, 128)}  # the VAEs of SD3.5 and FLUX have 16 channels
 H100_COPY = 2.8e12  # bytes per second that a large copy reaches on an H100 SXM, for predictions without a GPU
 LAUNCH_SECONDS = 4e-6  # of one small launch, for the same
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape: fused and eager do the same work."""
-
-    name: str
-    fused: Callable[[], object]
-    eager: Callable[[], object]
+BEYOND_CACHE = 2**28  # bytes that inputs taking turns move between two uses of the same: some L2 caches
+CALLS = 24  # that are measured in a row: few, lest the queue of launches fills and makes the host wait
 
 
 @dataclass(kw_only=True)
@@ -49,148 +41,22 @@ class Row:
     form: str
     launches: int
     bytes: int
-    seconds: float
-    measured: bool
+    device_seconds: float
+    host_seconds: float | None  # None: not measured
 
     @property
     def bandwidth(self) -> float:
-        return self.bytes / self.seconds
-
-
-def soar_cases(device: torch.device) -> list[Case]:
-    """States and losses of B = 4 samples, N = 1 and 6 points; noise given, so that all forms read the same."""
-    cases = []
-    for label, shape in LATENTS.items():
-        for points in (1, 6):
-            z0, z1, v_uncond, v_cond = (torch.randn(4, *shape, device=device) for _ in range(4))
-            rows = torch.randn(4, points, 6, dtype=torch.float64)
-            rows[..., 4:] = 0
-            velocity = torch.randn(4, points, *shape, device=device, requires_grad=True)
-            cases += [
-                states_case(f"rollout_renoise {label} N={points}", [z0, z1, v_uncond, v_cond], rows),
-                loss_case(f"correction_loss {label} N={points}", [z0, z1, v_uncond, v_cond], rows, velocity),
-            ]
-    return cases
-
-
-def states_case(name: str, sources: list[Tensor], rows: Tensor) -> Case:
-    z0, z1, v_uncond, v_cond = sources
-
-    def fused() -> Tensor:
-        return rollout_renoise(z0, z1, v_uncond, v_cond, rows, dtype=torch.bfloat16)
-
-    on_device = rows.to(z0.device)
-
-    def eager() -> Tensor:
-        return plain(sources, on_device).bfloat16()
-
-    return Case(name, fused, eager)
-
-
-def loss_case(name: str, sources: list[Tensor], rows: Tensor, velocity: Tensor) -> Case:
-    z0, z1, v_uncond, v_cond = sources
-
-    def gradient(losses: Tensor) -> Tensor:
-        return torch.autograd.grad(losses.sum(), velocity)[0]
-
-    def fused() -> Tensor:
-        return gradient(correction_loss(velocity, z0, z1, v_uncond, v_cond, rows))
-
-    on_device = rows.to(z0.device)
-
-    def eager() -> Tensor:
-        return gradient((velocity - plain(sources, on_device)).square().flatten(2).mean(dim=2))
-
-    return Case(name, fused, eager)
-
-
-def plain(sources: list[Tensor], rows: Tensor) -> Tensor:
-    """Rows [B, N, 6] over four sources by plain calls: what torch.compile gets to fuse."""
-    z0, *others = (source[:, None] for source in sources)
-    first, *factors = (column[..., None, None, None].float() for column in rows.unbind(-1)[:4])
-    total = first * z0
-    for factor, source in zip(factors, others, strict=True):
-        total = torch.addcmul(total, factor, source)
-    return total
-
-
-def adaln_cases(device: torch.device) -> list[Case]:
-    """A gated site of each model at 512 px (1024 image tokens, text beside them), B = 4, forward and backward."""
-    cases = []
-    for model, tokens, width in (("SD3.5-M", 1357, 1536), ("SD3.5-L", 1357, 2432), ("FLUX", 1536, 3072)):
-        made = [torch.randn(tokens, 4, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
-        vectors = [torch.randn(4, width, device=device, dtype=torch.bfloat16) for _ in range(3)]
-        (residual, branch), (shift, scale, gate) = (
-            [tensor.requires_grad_() for tensor in group] for group in (made, vectors)
-        )
-        arguments = (residual, shift, scale, branch, gate)
-        cases += [
-            Case(f"adaln {model} forward", partial(adaln, *arguments), partial(plain_adaln, *arguments)),
-            Case(
-                f"adaln {model} both",
-                partial(gradients, adaln, arguments),
-                partial(gradients, plain_adaln, arguments),
-            ),
-        ]
-    return cases
-
-
-def qk_cases(device: torch.device) -> list[Case]:
-    """Image and text of a joint attention at 512 px, B = 4, with the bias of the linear before."""
-    cases = []
-    for model, heads, width in (("SD3.5-M", 24, 64), ("SD3.5-L", 38, 64), ("FLUX", 24, 128)):
-        text = 512 if model == "FLUX" else 333
-        tensors: list[Tensor] = []
-
-        def leaf(*shape: int, into: list[Tensor] = tensors) -> Tensor:
-            into.append(torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_())
-            return into[-1]
-
-        features = 3 * heads * width
-        streams = [
-            Projected(leaf(tokens, 4, features), tokens, leaf(features), leaf(width), leaf(width))
-            for tokens in (1024, text)
-        ]
-        cosine, sine = (
-            torch.randn(1024 + text, width, device=device) if model == "FLUX" else None for _ in range(2)
-        )
-        fused, eager = (
-            partial(form, streams, width, cosine, sine) for form in (qk_norm_rope, plain_qk_norm_rope)
-        )
-        cases += [
-            Case(f"qk_norm_rope {model} forward", fused, eager),
-            Case(
-                f"qk_norm_rope {model} both",
-                partial(gradients_of, fused, tensors),
-                partial(gradients_of, eager, tensors),
-            ),
-        ]
-    return cases
-
-
-def gradients(
-    operation: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Forward and backward of tensors that all are differentiable, with ones from above."""
-    return gradients_of(partial(operation, *arguments), arguments)
-
-
-def gradients_of(call: Callable[[], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of `inputs` of what `call` computes from them, with ones from above."""
-    outputs = call()
-    return torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
-
-
-def all_cases(device: torch.device) -> list[Case]:
-    return [*soar_cases(device), *adaln_cases(device), *qk_cases(device)]
+        return self.bytes / self.device_seconds
 
 
 def main() -> None:
     args = parse_arguments()
     gpu = torch.cuda.is_available()
-    cases = [c for c in all_cases(torch.device("cuda" if gpu else "meta")) if args.only in c.name]
+    cases = {name: make for name, make in all_cases().items() if args.only in name}
     copy = copy_bandwidth() if gpu else H100_COPY
-    rows = [row for case in cases for row in (measured(case) if gpu else predicted(case, copy))]
+    rows: list[Row] = []
+    for name, make in cases.items():
+        rows += measured(name, make, args.forms) if gpu else predicted(name, make, copy)
     device = torch.cuda.get_device_name() if gpu else "none: predicted for an H100"
     print_table(rows, copy, device)
     path = Path(args.out or f"benchmarks/results/{date.today()}-{'gpu' if gpu else 'cpu'}-kernels.json")
@@ -211,35 +77,52 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        choices=["fused", "eager", "torch.compile"],
+        default=["fused", "eager", "torch.compile"],
+        help="to measure on a GPU (default: all; torch.compile takes some seconds per case)",
+    )
     parser.add_argument("--out", help="where to write the JSON (default: benchmarks/results/<date>-...)")
     return parser.parse_args()
 
 
-def predicted(case: Case, copy: float) -> list[Row]:
+def predicted(name: str, make: Callable[[torch.device], Case], copy: float) -> list[Row]:
     """Counted launches and bytes, and the time they take at the bandwidth of a copy plus that of the launches."""
-    rows = []
+    rows, case = [], make(torch.device("meta"))
     for form, call in (("fused", case.fused), ("eager", case.eager)):
         found = counted(call)
         seconds = found.bytes / copy + found.launches * LAUNCH_SECONDS
-        rows.append(Row(name=case.name, form=form, seconds=seconds, measured=False, **asdict(found)))
+        rows.append(Row(name=name, form=form, device_seconds=seconds, host_seconds=None, **asdict(found)))
     return rows
 
 
-def measured(case: Case) -> list[Row]:
-    """Times of the three forms; all are held against the bytes that the fused one cannot avoid."""
-    moved = counted_on_meta(case.name)
-    forms = {"fused": case.fused, "eager": case.eager, "torch.compile": torch.compile(case.eager)}
-    return [
-        Row(
-            name=case.name,
-            form=form,
-            launches=moved.launches if form == "fused" else 0,
-            bytes=moved.bytes,
-            seconds=seconds_of(call),
-            measured=True,
+def measured(name: str, make: Callable[[torch.device], Case], forms: Sequence[str]) -> list[Row]:
+    """Times of the forms; all are held against the bytes that the fused one cannot avoid."""
+    moved = counted(make(torch.device("meta")).fused)
+    copies = min(CALLS, max(2, -(-BEYOND_CACHE // moved.bytes)))
+    cases = [make(torch.device("cuda")) for _ in range(copies)]
+    rows = []
+    for form in forms:
+        calls = [calls_of(case)[form] for case in cases]
+        host = host_seconds(calls)
+        rows.append(
+            Row(
+                name=name,
+                form=form,
+                launches=moved.launches if form == "fused" else 0,
+                bytes=moved.bytes,
+                device_seconds=device_seconds(calls),
+                host_seconds=host,
+            )
         )
-        for form, call in forms.items()
-    ]
+    return rows
+
+
+def calls_of(case: Case) -> dict[str, Callable[[], object]]:
+    """By form."""
+    return {"fused": case.fused, "eager": case.eager, "torch.compile": torch.compile(case.eager)}
 
 
 def counted(call: Callable[[], object]) -> Traffic:
@@ -249,43 +132,61 @@ def counted(call: Callable[[], object]) -> Traffic:
     return counter.traffic
 
 
-def counted_on_meta(name: str) -> Traffic:
-    (case,) = (case for case in all_cases(torch.device("meta")) if case.name == name)
-    return counted(case.fused)
+def in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    for number in range(CALLS):
+        calls[number % len(calls)]()
 
 
-def seconds_of(call: Callable[[], object], repeats: int = 50) -> float:
-    """Median over calls, each between two events, after a warm-up."""
-    for _ in range(10):
-        call()
+def host_seconds(calls: Sequence[Callable[[], object]], repeats: int = 10) -> float:
+    """Median over repeats of the time until a call returns; the device is waited for between the repeats alone."""
     times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    for repeat in range(repeats + 2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        in_turn(calls)
+        taken = (time.perf_counter() - started) / CALLS
+        if repeat >= 2:  # the first ones compile and allocate
+            times.append(taken)
+    torch.cuda.synchronize()
     return statistics.median(times)
 
 
+def device_seconds(calls: Sequence[Callable[[], object]]) -> float:
+    """What the kernels and copies of a call take on the device, without the gaps between them."""
+    in_turn(calls)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        in_turn(calls)
+        torch.cuda.synchronize()
+    return kernel_seconds(profiler.events()) / CALLS
+
+
+def kernel_seconds(events: Iterable[Any]) -> float:
+    """Of a profile: what lay on the device, each once."""
+    on_device = [
+        event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sum(event.self_device_time_total for event in on_device) / 1e6
+
+
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy beyond the L2 cache."""
+    """Bytes read and written per second by a copy beyond the L2 cache, by its time on the device."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
+    return 2 * source.numel() / device_seconds([lambda: target.copy_(source)])
 
 
 def print_table(rows: list[Row], copy: float, device: str) -> None:
     print(f"{device}; copy bandwidth {copy / 1e9:.0f} GB/s")
-    kind = "measured" if rows and rows[0].measured else "predicted"
     print(
-        f"{'operation':36} {'form':14} {'launches':>8} {'MiB':>9} {kind + ' us':>13} {'GB/s':>7} {'of copy':>7}"
+        f"{'operation':36} {'form':14} {'launches':>8} {'MiB':>9} {'device us':>10} {'host us':>8} "
+        f"{'GB/s':>7} {'of copy':>7}"
     )
     for r in rows:
+        host = "" if r.host_seconds is None else f"{r.host_seconds * 1e6:.1f}"
         print(
-            f"{r.name:36} {r.form:14} {r.launches or '':>8} {r.bytes / 2**20:9.1f} {r.seconds * 1e6:13.1f} "
-            f"{r.bandwidth / 1e9:7.0f} {r.bandwidth / copy:7.0%}"
+            f"{r.name:36} {r.form:14} {r.launches or '':>8} {r.bytes / 2**20:9.1f} {r.device_seconds * 1e6:10.1f} "
+            f"{host:>8} {r.bandwidth / 1e9:7.0f} {r.bandwidth / copy:7.0%}"
         )
 
 
@@ -304,7 +205,7 @@ def draw_roofline(rows: list[Row], copy: float, device: str, path: Path) -> None
     axes.set(
         xlabel="MiB moved",
         ylabel="GB/s",
-        title=f"{device} ({'measured' if rows[0].measured else 'predicted'})",
+        title=device,
     )
     axes.legend()
     figure.tight_layout()

@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
+from soar_mega.engines import channel, plan
 from soar_mega.engines.channel import Answers
-from soar_mega.engines.pipeline import cut, in_order, query_states, with_sources
-from soar_mega.stages import make_stage
+from soar_mega.engines.pipeline import query_states
+from soar_mega.engines.statistics import kinds_of
+from soar_mega.stages import Soar, make_stage
 
 GPU = torch.device("meta")
 # memory is set aside, or a tensor is looked at in another way
@@ -41,6 +43,7 @@ FREE = (
 )
 # these read no more of their input than they write
 GATHERS = ("index", "index_select", "gather", "slice", "select")
+SOAR_KERNELS = ("latent_kernel", "tokens_kernel", "loss_kernel")
 
 
 @dataclass
@@ -84,7 +87,12 @@ class Counter(TorchDispatchMode):
 
     def launched(self, kernel: Any, grid: Any, device: torch.device, *args: Any, **options: Any) -> None:
         """Stands for `soar_mega.kernels.dispatch.launch`."""
-        self.add(sum(map(size, on_gpu(args))))
+        moved = sum(map(size, on_gpu(args)))
+        if kernel.__name__ in SOAR_KERNELS:
+            # of v_uncond and v_cond the rows of the samples, in a tensor that holds more
+            z0, _, *velocities = args[:4]
+            moved -= sum(size(v) - size(z0) for v in on_gpu(velocities))
+        self.add(moved)
 
     def add(self, moved: int) -> None:
         self.traffic.launches += 1
@@ -98,22 +106,30 @@ def soar_traffic(
     assert stage.shift is not None
     method = make_stage(stage, stage.shift)
     batch = meta_batch(latent_shape, batch_size)
-    velocity = torch.empty(2 * batch_size, *latent_shape, device=GPU)
-    answers = Answers(batch_size, stage.guidance_scale != 1.0, None)
-    answers.put(0, velocity)
-    queries = method.queries(batch)
-    everyone = torch.arange(batch_size)
-    pieces = list(cut(in_order(method.points(batch)), points))
-    outputs = [torch.empty(points, *latent_shape, device=GPU, requires_grad=True) for _ in pieces]
+    with mock.patch.object(plan, "device", lambda: GPU), mock.patch.object(channel, "device", lambda: GPU):
+        return _counted(method, plan.place(batch, dtype), dtype, points)
+
+
+def _counted(method: Soar, placed: plan.PlacedBatch, dtype: torch.dtype, size: int) -> Traffic:
+    batch = placed.batch
+    queries, answers = method.queries(batch), None
+    if queries is not None:
+        answers = Answers(1, len(batch), batch.latent_shape, queries.unconditional, None)
+        velocity = torch.empty(2 * len(batch), *batch.latent_shape, device=GPU)
+        answers.put(0, velocity if queries.unconditional else velocity[: len(batch)])
     with Counter() as counter:
         if queries is not None:
-            sample = torch.cat([everyone, everyone]) if queries.unconditional else everyone
-            query_states(batch, queries, sample, dtype)
-        for piece, output in zip(pieces, outputs, strict=True):
-            piece = with_sources(batch, piece, answers if queries is not None else None)
-            piece.states(dtype)
-            losses = method.loss(piece, output)
-            (losses * piece.weight.to(losses)).sum().backward()
+            (asked,) = plan.query_pieces(placed, queries, len(batch), 1)
+            query_states(placed, asked, queries.fused, dtype)
+        points = plan.in_order(method.points(batch))
+        made = plan.point_plan(placed, points, kinds_of(points), answers, size, 1, first=True, last=True)
+        for piece in made.pieces:
+            ready = piece.with_sources(placed, answers)
+            ready.states(dtype)
+            output = torch.empty(size, *batch.latent_shape, device=GPU, requires_grad=True)
+            losses, weight = method.loss(ready, output), piece.weight
+            assert weight is not None
+            (losses * weight.to(losses)).sum().backward()
     return counter.traffic
 
 
@@ -148,6 +164,7 @@ def meta_batch(latent_shape: tuple[int, int, int], size: int) -> Batch:
         latent_shape=latent_shape,
         text_length=1,
         latents=torch.empty(size, *latent_shape, device=GPU),
+        empty_text=torch.empty(1, 1, device=GPU),
     )
 
 

@@ -12,12 +12,13 @@ from soar_mega.kernels.source.sources import row_offset
 
 @triton.jit
 def forward_kernel(
-    residual, branch, gate, shift, scale, hidden, modulated, statistics,
+    residual, branch, bias, gate, shift, scale, hidden, modulated, statistics,
     tokens, samples, gate_stride, shift_stride, scale_stride, epsilon,
     H: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """hidden = residual + gate branch (not without a branch); modulated = norm(hidden) (1 + scale) + shift.
+    """hidden = residual + gate (branch + bias), not without a branch; modulated = norm(hidden) (1 + scale) + shift.
 
+    bias [H] may be None.
     statistics [S, B, 2]: mean and 1 / deviation of each row. WIDTH: the power of two >= H. Grid: (blocks of ROWS
     tokens, samples).
     """
@@ -34,7 +35,7 @@ def forward_kernel(
         place = line * H + column
         row = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
         if branch is not None:
-            row += strength * tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+            row += strength * biased(branch, bias, place, column, mask)
             stored = row.to(hidden.dtype.element_ty)
             tl.store(hidden + place, stored, mask=mask)
             row = stored.to(tl.float32)  # what the backward pass will read
@@ -49,14 +50,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_hidden, grad_modulated, hidden, branch, gate, scale, statistics,
-    grad_residual, grad_branch, partials,
+    grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
+    grad_residual, grad_branch, partials, bias_sums,
     tokens, samples, gate_stride, scale_stride,
     H: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of residual and branch, and this block's sums for shift, scale and gate: partials [blocks, 3, B, H].
 
     grad_hidden is absent where nothing but the norm reads hidden; without a branch partials are [blocks, 2, B, H].
+    bias_sums [blocks, B, H]: the same for the bias, where its gradient is asked for.
     """
     sample = tl.program_id(1)
     column = tl.arange(0, WIDTH)
@@ -65,6 +67,7 @@ def backward_kernel(
     if branch is not None:
         strength = vector(gate, sample, gate_stride, column, mask)
         sum_gate = tl.zeros([WIDTH], tl.float32)
+        sum_bias = tl.zeros([WIDTH], tl.float32)
     sum_shift = tl.zeros([WIDTH], tl.float32)
     sum_scale = tl.zeros([WIDTH], tl.float32)
     first = tl.program_id(0) * ROWS
@@ -86,13 +89,27 @@ def backward_kernel(
         tl.store(grad_residual + place, gradient.to(grad_residual.dtype.element_ty), mask=mask)
         if branch is not None:
             tl.store(grad_branch + place, (strength * gradient).to(grad_branch.dtype.element_ty), mask=mask)
-            sum_gate += gradient * tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+            sum_gate += gradient * biased(branch, bias, place, column, mask)
+            if bias_sums is not None:
+                sum_bias += strength * gradient
     kinds = 2 if branch is None else 3
     block = row_offset(tl.program_id(0), kinds * samples) + sample
     tl.store(partials + block * H + column, sum_shift, mask=mask)
     tl.store(partials + (block + samples) * H + column, sum_scale, mask=mask)
     if branch is not None:
         tl.store(partials + (block + 2 * samples) * H + column, sum_gate, mask=mask)
+        if bias_sums is not None:
+            place = (row_offset(tl.program_id(0), samples) + sample) * H + column
+            tl.store(bias_sums + place, sum_bias, mask=mask)
+
+
+@triton.jit
+def biased(branch, bias, place, column, mask):
+    """A row of the branch with its bias, float32."""
+    row = tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        row += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit

@@ -27,11 +27,11 @@ def loss_kernel(
     first = block * BLOCK
     element = first + tl.arange(0, BLOCK)
     mask = element < size
-    sample, path, position, point, end = group_of(groups, tl.program_id(1))
+    sample, path, position, point, end, answer = group_of(groups, tl.program_id(1))
     s0 = given(z0, sample, size, element, mask)
     s1 = source(z1, groups + 5, sample, 0, position, size, first, element, mask, DRAW_Z1, BLOCK)
-    s2 = given(v_uncond, sample, size, element, mask)
-    s3 = given(v_cond, sample, size, element, mask)
+    s2 = given(v_uncond, answer, size, element, mask)
+    s3 = given(v_cond, answer, size, element, mask)
     while point < end:
         target = stochastic_part(
             eps, z1_aux, groups, points, point, sample, path, position, size, first, element, mask,
@@ -40,11 +40,11 @@ def loss_kernel(
         if DRAW_EPS or DRAW_Z1_AUX:
             # making noise takes their registers: they come back from the cache
             s0 = given(z0, sample, size, element, mask)
-            s2 = given(v_uncond, sample, size, element, mask)
-            s3 = given(v_cond, sample, size, element, mask)
+            s2 = given(v_uncond, answer, size, element, mask)
+            s3 = given(v_cond, answer, size, element, mask)
         target += shared_part(points, point, s0, s1, s2, s3, z1, v_uncond, v_cond, DRAW_Z1)
         error = tl.where(mask, given(velocity, point, size, element, mask) - target, 0.0)
-        scale = coefficient(points, point, 6)  # the weight over the number of elements
+        scale = coefficient(points, point, 6) / size  # the weight over the number of elements
         tl.store(partial + row_offset(point, tl.num_programs(0)) + block, tl.sum(error * error) * scale)
         if gradient is not None:
             slope = 2.0 * scale * error

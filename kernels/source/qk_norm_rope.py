@@ -13,19 +13,19 @@ from soar_mega.kernels.source.sources import row_offset
 @triton.jit
 def forward_kernel(
     mixed, bias, query_weight, key_weight, cosine, sine, query, key, value,
-    lines, first, samples, heads, epsilon,
+    lines, samples, heads, epsilon,
     D: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """One stream into query, key, value [joint lines, D], from line `first` on. Grid: (blocks of LINES lines,).
+    """One stream into its part of query, key and value, each [lines, D]. Grid: (blocks of LINES lines,).
 
-    bias [heads, 3, D], the weights [D] and cosine, sine [joint tokens, D] may be None. WIDTH: the power of two >= D.
+    bias [heads, 3, D], the weights [D] and cosine, sine [tokens, D] may be None. WIDTH: the power of two >= D.
     """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)
     mask = (line < lines)[:, None] & (column < D)[None, :]
     head = line % heads
-    place = row_offset(first + line, D)[:, None] + column[None, :]
-    angle = row_offset((first + line) // heads // samples, D)[:, None] + column[None, :]
+    place = row_offset(line, D)[:, None] + column[None, :]
+    angle = row_offset(line // heads // samples, D)[:, None] + column[None, :]
     values = biased(mixed, bias, line, head, column, mask, 0, D)
     values = rotate(
         normed_by(query_weight, values, column, epsilon, D), cosine, sine, angle, mask, LINES, WIDTH
@@ -44,29 +44,29 @@ def forward_kernel(
 def backward_kernel(
     grad_query, grad_key, grad_value, mixed, bias, query_weight, key_weight, cosine, sine,
     grad_mixed, bias_sums, weight_sums,
-    rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+    rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one stream's `mixed`, and each program's sums for the bias and the two weights.
 
-    The gradients of query, key and value [joint tokens, samples, heads, D] lie alike, with these strides. A program
+    The gradients of query, key and value [tokens, samples, heads, D] lie alike, with these strides. A program
     takes HEADS heads of every (number of programs)-th block of ROWS rows. bias_sums [programs, heads, 3, D] and
     weight_sums [programs, blocks of heads, 2, D] are None where there is no bias, no weight.
     Grid: (programs, blocks of HEADS heads).
     """
     backward_of_one(
         grad_query, mixed, bias, query_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
         0, D, WIDTH, ROWS, HEADS,
     )  # fmt: skip
     backward_of_one(
         grad_key, mixed, bias, key_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
         1, D, WIDTH, ROWS, HEADS,
     )  # fmt: skip
     backward_of_one(
         grad_value, mixed, bias, None, None, None, grad_mixed, bias_sums, None,
-        rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
         2, D, WIDTH, ROWS, HEADS,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def backward_kernel(
 @triton.jit
 def backward_of_one(
     grad_out, mixed, bias, weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-    rows, first_token, samples, heads, token_stride, sample_stride, head_stride, epsilon,
+    rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
     PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """This program's share of the gradient of queries (PART 0), keys (1) or values (2)."""
@@ -87,7 +87,7 @@ def backward_of_one(
         row = block * ROWS + lane // HEADS
         line = row * heads + head
         mask = ((row < rows) & (head < heads))[:, None] & (column < D)[None, :]
-        token = first_token + row // samples
+        token = row // samples
         angle = row_offset(token, D)[:, None] + column[None, :]
         read = strided(token, row % samples, head, token_stride, sample_stride, head_stride)
         gradient = tl.load(grad_out + (read[:, None] + column[None, :]), mask=mask, other=0.0).to(tl.float32)

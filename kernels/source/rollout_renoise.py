@@ -15,11 +15,11 @@ def latent_kernel(
     first = tl.program_id(0) * BLOCK
     element = first + tl.arange(0, BLOCK)
     mask = element < size
-    sample, path, position, point, end = group_of(groups, tl.program_id(1))
+    sample, path, position, point, end, answer = group_of(groups, tl.program_id(1))
     s0 = given(z0, sample, size, element, mask)
     s1 = source(z1, groups + 5, sample, 0, position, size, first, element, mask, DRAW_Z1, BLOCK)
-    s2 = given(v_uncond, sample, size, element, mask)
-    s3 = given(v_cond, sample, size, element, mask)
+    s2 = given(v_uncond, answer, size, element, mask)
+    s3 = given(v_cond, answer, size, element, mask)
     while point < end:
         state = stochastic_part(
             eps, z1_aux, groups, points, point, sample, path, position, size, first, element, mask,
@@ -28,8 +28,8 @@ def latent_kernel(
         if DRAW_EPS or DRAW_Z1_AUX:
             # making noise takes their registers: they come back from the cache
             s0 = given(z0, sample, size, element, mask)
-            s2 = given(v_uncond, sample, size, element, mask)
-            s3 = given(v_cond, sample, size, element, mask)
+            s2 = given(v_uncond, answer, size, element, mask)
+            s3 = given(v_cond, answer, size, element, mask)
         state += shared_part(points, point, s0, s1, s2, s3, z1, v_uncond, v_cond, DRAW_Z1)
         tl.store(out + row_offset(point, size) + element, state.to(out.dtype.element_ty), mask=mask)
         point += 1
@@ -61,11 +61,11 @@ def tokens_kernel(
     target = (top * (width // PATCH) + token_column) * token_size + flat % token_tile
     inside = (flat % token_tile < token_size) & (token_column < width // PATCH)
 
-    sample, path, position, point, end = group_of(groups, tl.program_id(2))
+    sample, path, position, point, end, answer = group_of(groups, tl.program_id(2))
     s0 = given(z0, sample, size, element, mask)
     s1 = source(z1, groups + 5, sample, 0, position, size, 0, element, mask, DRAW_Z1, 0)
-    s2 = given(v_uncond, sample, size, element, mask)
-    s3 = given(v_cond, sample, size, element, mask)
+    s2 = given(v_uncond, answer, size, element, mask)
+    s3 = given(v_cond, answer, size, element, mask)
     while point < end:
         state = stochastic_part(
             eps, z1_aux, groups, points, point, sample, path, position, size, 0, element, mask,

@@ -1,8 +1,9 @@
 """How a program reads its group of points, and forms what their rows say of the six sources.
 
-A group is a run of points of one sample and one rollout path; its line of the table is eight int64 words (GROUP_WORDS),
-a point's line eight float32 words (POINT_WORDS): the row's six coefficients, the weight, and one that is not used.
-Every offset of a row is 64 bits wide, the offset of an element inside it 32.
+A group is a run of points of one sample, one rollout path and one answer; its line of the table is ten int64 words
+(GROUP_WORDS), so that every line begins at a multiple of 16 bytes. A point's line is eight float32 words (POINT_WORDS):
+the row's six coefficients, the weight, and the number of its group, which kernels do not need. Every offset of a row is
+64 bits wide, the offset of an element inside it 32.
 """
 
 import triton
@@ -10,7 +11,8 @@ import triton.language as tl
 
 from soar_mega.kernels.source.philox import normal_at, normal_block
 
-GROUP_WORDS = tl.constexpr(8)  # sample, path, position, first point, end, keys of z1, eps and z1_aux
+# sample, path, position, first point, end, keys of z1, eps and z1_aux, answer, and one that is not used
+GROUP_WORDS = tl.constexpr(10)
 POINT_WORDS = tl.constexpr(8)
 
 
@@ -22,10 +24,10 @@ def row_offset(row, size):
 
 @triton.jit
 def group_of(groups, index):
-    """(sample, path, position, first point, end) of a group."""
+    """(sample, path, position, first point, end, answer) of a group; an answer is a row of v_uncond and v_cond."""
     line = groups + index * GROUP_WORDS
     sample, path, position = tl.load(line), tl.load(line + 1).to(tl.int32), tl.load(line + 2)
-    return sample, path, position, tl.load(line + 3), tl.load(line + 4)
+    return sample, path, position, tl.load(line + 3), tl.load(line + 4), tl.load(line + 8)
 
 
 @triton.jit

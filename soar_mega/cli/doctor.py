@@ -44,6 +44,7 @@ OPTIONAL = {
         True,
     ),
     "flash-attn": ("flash_attn", "model.attention_backend=flash", True),
+    "flash-attn-3": ("flash_attn_interface", "model.attention_backend=flash on Hopper", True),
     "triton": ("triton", "fused kernels (without it their eager twins run)", True),
 }
 
@@ -182,6 +183,8 @@ def devices() -> Iterator[str]:
     import torch
     import torch.distributed
 
+    from soar_mega.layer_checks import fp8_recipes
+
     if not torch.cuda.is_available():
         reason = (
             "this torch is a CPU build"
@@ -193,9 +196,9 @@ def devices() -> Iterator[str]:
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        features = (
-            "bf16, FP8" if (gpu.major, gpu.minor) >= (8, 9) else "bf16" if gpu.major >= 8 else "no bf16"
-        )
+        recipes = fp8_recipes((gpu.major, gpu.minor))
+        fp8 = f", model.fp8_recipe={' | '.join(recipes)}" if recipes else ""
+        features = f"bf16{fp8}" if gpu.major >= 8 else "no bf16"
         yield f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor} ({features})"
     nccl = (
         ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "MISSING"

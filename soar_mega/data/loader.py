@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 class Loader:
-    """Yields this rank's share of each global batch, on this process's device.
+    """Yields this rank's share of each global batch: tensors on its device, positions and validity on the CPU.
 
     Building it, each `next` and nothing else are collective over the world. What stops one rank stops all of them, with
     the same DataError. Samples that any rank failed to read are not valid on all ranks.
@@ -193,12 +193,11 @@ class Loader:
             )
 
     def _batch(self, part: Stretch, read: Read, valid: Tensor) -> Batch:
-        device = distributed.device()
         info, ranks = self.info, self.ranks
         batch = Batch(
             seed=self.seed,
-            position=part.positions().to(device),
-            valid=valid.to(device),
+            position=part.positions(),
+            valid=valid,
             latent_shape=info.latent_shape(part.bucket),
             text_length=info.text_shape[0],
             names=read.names,

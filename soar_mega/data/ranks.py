@@ -13,6 +13,7 @@ from torch import Tensor
 from soar_mega import distributed
 from soar_mega.data.info import DataError
 from soar_mega.phases import phases
+from soar_mega.upload import pinned
 
 NAMED = 8  # ranks that say the same
 
@@ -39,7 +40,7 @@ class Ranks:
         device = distributed.device()
         if self.leader:
             assert tensor is not None and tensor.shape == tuple(shape) and tensor.dtype == dtype
-            received = tensor.to(device).contiguous()
+            received = pinned(tensor.contiguous(), device)
         else:
             received = torch.empty(tuple(shape), dtype=dtype, device=device)
         if self.group is not None:
@@ -82,10 +83,10 @@ def agree(failures: dict[int, str], count: int, fatal: str | None = None) -> tup
     flags[list(failures)] = 1
     flags[count] = int(fatal is not None)
     if dist.is_initialized():
-        on_device = flags.to(distributed.device())
-        with phases.waiting():
-            dist.all_reduce(on_device, op=dist.ReduceOp.MAX)
-        flags = on_device.cpu()
+        with (
+            phases.waiting()
+        ):  # on the CPU: the host would otherwise stop until the device has done its last step
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if not flags.any():
         return flags[:count].bool(), []
     # Messages travel only when there are some.

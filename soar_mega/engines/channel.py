@@ -11,6 +11,7 @@ nothing that the other end still has to do before it can depend on what comes be
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,28 +28,31 @@ class RolloutChannel(ABC):
     """Carries answer i from the last pipeline rank to the first of the same tensor-, context- and data-parallel rank.
 
     In an answer pass all ranks of the pipeline call `open` and at the end `end_pass`; in between the last one calls
-    `send` with each answer in turn, and the first one `advance` before each forward. Afterwards `wait` hands out an
-    answer at both ends.
+    `send` for each answer in turn, and the first one `advance` before each forward. Afterwards an answer is there
+    behind `wait`, at both ends.
     """
 
     def __init__(self) -> None:
         self._group, self._last, self._first = _last_to_first_group()
         self._count = 0
-        self._shape: tuple[int, ...] = ()
         self._moved = 0  # answers that are in a message by now
-        self._answers: dict[int, Tensor] = {}
+        self._answers: Tensor | None = None
         self._messages: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
         self._warm_up()
 
-    def open(self, count: int, shape: tuple[int, ...]) -> None:
-        """Announce `count` answers, each float32 of `shape`."""
-        assert not self._answers, "the channel is still carrying earlier answers"
-        self._count, self._shape, self._moved = count, shape, 0
+    def open(self, count: int, answers: Tensor | None) -> None:
+        """Announce `count` answers, the rows of `answers` [count, ...] at both ends, which are written in place."""
+        assert not self._messages, "the channel is still carrying earlier answers"
+        self._count, self._answers, self._moved = count, answers, 0
 
-    def send(self, i: int, velocity: Tensor) -> None:
-        """Answer i, as the last rank has computed it; returns at once."""
-        assert velocity.dtype == torch.float32 and tuple(velocity.shape) == self._shape
-        self._answers[i] = velocity
+    @abstractmethod
+    def send(self, i: int) -> None:
+        """On the last rank, with answer i in its place: start the messages that are due; returns at once."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this rank is one of the two ends."""
+        return self._group is not None
 
     @abstractmethod
     def advance(self, forwards: int) -> None:
@@ -58,18 +62,17 @@ class RolloutChannel(ABC):
         """Start the messages that are left: this rank's part of the answer pass is over."""
         self._move(self._count)
 
-    def wait(self, i: int) -> Tensor:
-        """Answer i, when it has arrived at the first rank, or left the last one. The channel lets go of it."""
+    def wait(self, i: int) -> None:
+        """Until answer i has arrived at the first rank, or left the last one."""
         works = self._messages.pop(i)
         while works:
             works.pop().wait()
-        return self._answers.pop(i)
 
     def close(self) -> None:
         """Finish all messages, also of answers that nobody asked for."""
         for i in list(self._messages):
             self.wait(i)
-        self._answers.clear()
+        self._answers = None
 
     def _move(self, until: int) -> None:
         """One message of the answers before `until` that are in none yet; nothing on the ranks in between."""
@@ -77,10 +80,8 @@ class RolloutChannel(ABC):
         if self._group is None or not answers:
             return
         self._moved = until
+        assert self._answers is not None
         sends = dist.get_rank() == self._last
-        if not sends:
-            for i in answers:
-                self._answers[i] = torch.empty(self._shape, dtype=torch.float32, device=device())
         operation = dist.isend if sends else dist.irecv
         peer = self._first if sends else self._last
         # gloo sends each answer for itself, told apart by its tag; NCCL all of them at once
@@ -89,9 +90,8 @@ class RolloutChannel(ABC):
 
     def _warm_up(self) -> None:
         """An answer of one number: at the first message NCCL makes a communicator, and the host waits for both ends."""
-        self.open(1, (1,))
-        if dist.get_rank() == self._last:
-            self.send(0, torch.zeros(1, device=device()))
+        self.open(1, torch.zeros(1, 1, device=device()))
+        self.send(0)
         self.end_pass()
         self.close()
 
@@ -99,8 +99,11 @@ class RolloutChannel(ABC):
 class BatchedChannel(RolloutChannel):
     """All answers in one message, after the pass."""
 
-    def advance(self, forwards: int) -> None:
+    def send(self, i: int) -> None:
         """No message is due during the pass."""
+
+    def advance(self, forwards: int) -> None:
+        """Here neither."""
 
 
 class OverlappedChannel(RolloutChannel):
@@ -112,8 +115,7 @@ class OverlappedChannel(RolloutChannel):
         self._window = max(WINDOW, ranks)
         super().__init__()
 
-    def send(self, i: int, velocity: Tensor) -> None:
-        super().send(i, velocity)
+    def send(self, i: int) -> None:
         if (i + 1) % self._window == 0:
             self._move(i + 1)
 
@@ -132,68 +134,82 @@ class Answers:
     """The answers of a batch, by micro-batch of samples: a lazy handle on the stages that need them.
 
     The first and the last pipeline rank wait for a message when they need what is in it, others hold nothing.
-    Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's samples, then their v_uncond where wanted.
+    Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's samples, then their v_uncond where wanted. They
+    are parts of one tensor, with zeros behind the last, and go all at once.
+
+    Args:
+        shape: (C, H, W).
+        channel: None without pipeline parallelism.
     """
 
-    def __init__(self, micro_batch_size: int, unconditional: bool, channel: RolloutChannel | None) -> None:
-        self.micro_batch_size = micro_batch_size
-        self.unconditional = unconditional
-        self._channel = channel  # None without pipeline parallelism: the answers are then a local list
-        self._kept: dict[int, Tensor] = {}
+    def __init__(
+        self,
+        count: int,
+        micro_batch_size: int,
+        shape: tuple[int, ...],
+        unconditional: bool,
+        channel: RolloutChannel | None,
+    ) -> None:
+        self.count, self.micro_batch_size, self.unconditional = count, micro_batch_size, unconditional
+        self._rows = micro_batch_size * (2 if unconditional else 1)
+        self._channel = channel
+        self._ready: set[int] = set()
+        self._all: Tensor | None = None  # [count + 1, rows, C, H, W]
+        if channel is None or channel.is_end:
+            self._all = torch.empty(count + 1, self._rows, *shape, device=device())
+            self._all[count].zero_()
+        if channel is not None:
+            channel.open(count, self._all)
 
     def put(self, i: int, velocity: Tensor) -> None:
         """Answer i, as the last pipeline rank has computed it."""
+        assert self._all is not None
+        self._all[i].copy_(velocity)
         if self._channel is None:
-            self._kept[i] = velocity
+            self._ready.add(i)
         else:
-            self._channel.send(i, velocity)
+            self._channel.send(i)
 
     def get(self, i: int) -> Tensor:
         """Answer i, waiting for its message where there are several pipeline ranks."""
-        if i not in self._kept:
+        if i not in self._ready:
             assert self._channel is not None
-            self._kept[i] = self._channel.wait(i)
-        return self._kept[i]
-
-    def drop(self, i: int) -> None:
-        """Free answer i: no later point needs it."""
-        self._kept.pop(i, None)
+            self._channel.wait(i)
+            self._ready.add(i)
+        assert self._all is not None
+        return self._all[i]
 
     def close(self) -> None:
-        """Finish the messages and free what is left."""
+        """Finish the messages and free everything."""
         if self._channel is not None:
             self._channel.close()
-        self._kept.clear()
+        self._all = None
+        self._ready.clear()
 
-    def velocities(self, sample: Tensor, wanted: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(v_uncond, v_cond), each [M, C, H, W], of the samples at `sample` [M]; zero where `wanted` [M] is False.
-
-        Waits only for the wanted ones. None where nothing is wanted, or where v_uncond was not asked for. Views of an
-        answer where the samples are neighbours in one.
-        """
-        if not bool(wanted.any()):
-            return None, None
+    def rows_of(self, sample: Tensor, wanted: Tensor) -> Tensor:
+        """[M] int64: the rows of `velocities` where those of samples are, and a row of zeros where not `wanted` [M]."""
         size = self.micro_batch_size
-        first, last = int(sample[0]), int(sample[-1])
-        neighbours = torch.equal(sample, torch.arange(first, last + 1))
-        if neighbours and first // size == last // size and bool(wanted.all()):
-            answer = self.get(first // size)
-            start, stop = first % size, last % size + 1
-            return answer[size + start : size + stop] if self.unconditional else None, answer[start:stop]
-        pieces = (sample // size).where(wanted, -1)
-        v_uncond: Tensor | None = None
-        v_cond: Tensor | None = None
-        for i in sorted({int(piece) for piece in pieces} - {-1}):
-            answer = self.get(i)
-            if v_cond is None:
-                v_cond = answer.new_zeros(len(sample), *answer.shape[1:])
-                v_uncond = torch.zeros_like(v_cond) if self.unconditional else None
-            here = (pieces == i).nonzero().flatten()
-            row = sample[here] % size
-            v_cond[here] = answer[row]
-            if v_uncond is not None:
-                v_uncond[here] = answer[size + row]
-        return v_uncond, v_cond
+        return torch.where(wanted, sample // size * self._rows + sample % size, self.count * self._rows)
+
+    def read_by(self, samples: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[int]]:
+        """By micro-batch of points: the answers that hold the wanted ones of its samples."""
+        return [
+            (sample[mask] // self.micro_batch_size).unique().tolist()
+            for sample, mask in zip(samples, wanted, strict=True)
+        ]
+
+    def velocities(self, wanted: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """(v_uncond, v_cond), both [A, C, H, W] with rows as `rows_of` says, when the wanted answers have arrived.
+
+        None where nothing is wanted, or where v_uncond was not asked for.
+        """
+        if not wanted:
+            return None, None
+        for i in wanted:
+            self.get(i)
+        assert self._all is not None
+        rows = self._all.flatten(0, 1)
+        return rows[self.micro_batch_size :] if self.unconditional else None, rows
 
 
 def make_channel(parallel: ParallelConfig) -> RolloutChannel | None:

@@ -38,6 +38,7 @@ from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.gather import partition_dim
 from soar_mega.models.mmdit import build_model
 from soar_mega.models.names import global_parameter_names, named_tensors
+from soar_mega.phases import phases
 from soar_mega.private_names import without_shared_memory
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> StepResult:
         norm = self._gradient_norm()
-        if not (math.isfinite(norm) and math.isfinite(self._loss)):
+        if not (math.isfinite(norm) and math.isfinite(self._statistics["loss"])):
             return StepResult(False, norm)
         settings = self.recipe.optimizer
         if settings.clip_grad > 0.0 and norm > settings.clip_grad:
@@ -182,8 +183,9 @@ class DeepSpeedEngine(Engine):
                 total += self._gradient(name).double().square().sum().to(device())
         # at stage 0 every data-parallel rank has the whole
         group = parallel_state.get_tensor_model_parallel_group() if self._stage == 0 else dist.group.WORLD
-        dist.all_reduce(total, group=group)
-        return total.sqrt().item()
+        with phases.waiting():  # the one wait of a step for the device; the statistics come with it
+            dist.all_reduce(total, group=group)
+            return total.sqrt().item()
 
     def _state(self, name: str, kind: str) -> Tensor:
         """This rank's flat piece of the main weights (`param`) or of a moment."""

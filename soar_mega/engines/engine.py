@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -22,9 +22,10 @@ from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.parameter_groups import freeze
-from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, in_order, learn_pass, predict_velocity
+from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
+from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.statistics import StepStatistics, step_statistics
+from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.models.chunks import ModelChunks, build_chunks
 from soar_mega.models.config import MMDiTConfig
@@ -59,6 +60,7 @@ class Engine(ABC):
 
     _main: MainWeights
     _pipeline: Pipeline
+    _statistics: StepStatistics
 
     def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
         self.recipe = recipe
@@ -71,7 +73,7 @@ class Engine(ABC):
         self.weights: dict[str, KeptWeights] = {}
         self._channel = make_channel(recipe.parallel)
         self._answers: Answers | None = None
-        self._loss = 0.0
+        self._placed: PlacedBatch | None = None  # the batch that was answered
         self.learned: tuple[Points, Tensor | None]
 
     @abstractmethod
@@ -115,13 +117,14 @@ class Engine(ABC):
         if self._answers is not None:
             self._answers.close()
             self._answers = None
-        batch = _placed(batch)
-        asked = queries(batch)
+        placed = place(batch, self._pipeline.dtype)
+        self._placed = placed
+        asked = queries(placed.batch)
         if asked is None:
             return None
         size = min(self.recipe.train.micro_batch_size, len(batch))
         with self.using(weights):
-            self._answers = answer_pass(self._pipeline, self._channel, batch, asked, size)
+            self._answers = answer_pass(self._pipeline, self._channel, placed, asked, size)
         return self._answers
 
     def learn(
@@ -131,23 +134,33 @@ class Engine(ABC):
 
         They do not depend on how the batch is cut into micro-batches, stages or ranks.
         """
-        batch = _placed(batch)
-        mine = in_order(points(batch))
-        counts = mine.count.sum().to(device())
+        pipeline, train = self._pipeline, self.recipe.train
+        placed = self._placed
+        if placed is None or placed.given is not batch:  # the one that was answered is there already
+            placed = place(batch, pipeline.dtype)
+        mine = in_order(points(placed.batch))
+        plan = point_plan(
+            placed,
+            mine,
+            kinds_of(mine),
+            answers,
+            min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
+            pipeline.group,
+            first=pipeline.is_first,
+            last=pipeline.is_last,
+        )
         with phases.waiting():
-            dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        normaliser = counts.item() or 1.0  # nothing present: all weights are zero
-        train = self.recipe.train
-        size = min(train.points_per_micro_batch or train.micro_batch_size, len(mine))
+            dist.all_reduce(plan.count, group=parallel_state.get_data_parallel_group())
+        normaliser = torch.where(plan.count == 0, 1.0, plan.count)  # nothing present: all weights are zero
         self._clear_gradients()
-        losses = learn_pass(self._pipeline, batch, answers, mine, loss, normaliser, size)
+        losses = learn_pass(pipeline, placed, answers, plan, loss, normaliser)
         if answers is not None:
             answers.close()
             self._answers = None
+        self._placed = None
         self.learned = mine, losses
-        statistics = step_statistics(mine, losses, normaliser)
-        self._loss = statistics["loss"]
-        return statistics
+        self._statistics = step_statistics(plan, losses, normaliser)
+        return self._statistics
 
     @torch.no_grad()
     def velocity(
@@ -264,14 +277,3 @@ class Engine(ABC):
             start = self._main.pieces[name].start if divided else 0
             pieces.append(SavedPiece(f"{prefix}.{name}", flat.detach(), start, self._shards[name]))
         return pieces
-
-
-def _placed(batch: Batch) -> Batch:
-    """Positions on the CPU, where rows are made; latents on the device, zero where a sample could not be read."""
-    batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
-    if batch.latents is not None:
-        latents = batch.latents.to(device(), torch.float32)
-        present = batch.valid.to(device())[:, None, None, None]
-        # weight zero times a latent that is not a number would still be one
-        batch = replace(batch, latents=torch.where(present, latents, 0.0))
-    return batch

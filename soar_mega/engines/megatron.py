@@ -67,8 +67,9 @@ class MegatronEngine(Engine):
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
             group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not (math.isfinite(norm) and math.isfinite(self._loss)):
+        with phases.waiting():  # the one wait of a step for the device; the statistics come with it
+            norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(norm) and math.isfinite(self._statistics["loss"])):
             return StepResult(False, norm)
         for one in self.optimizer.chained_optimizers:
             if one.get_parameters() and settings.clip_grad > 0.0:

@@ -27,7 +27,7 @@ def main_weights(
     def complete() -> None:
         gather_parameters(chunks)
         for chunk in chunks:
-            chunk.module.set_is_first_microbatch()  # what is cast to FP8 is made anew
+            chunk.module.weights_changed()  # what is cast to FP8 is made anew
 
     return MainWeights(parameters, pieces, divided, complete)
 

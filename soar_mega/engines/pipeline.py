@@ -5,7 +5,6 @@ nothing of latent size exists for more points than those of one micro-batch.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, RolloutChannel
-from soar_mega.stages.points import Points, Queries, gather_sources
+from soar_mega.engines.plan import PlacedBatch, PointPiece, PointPlan, QueryPiece, filled, query_pieces
+from soar_mega.stages.points import Points, Queries
 from soar_mega.stages.sources import Sources
 
 Loss = Callable[[Points, Tensor], Tensor]
-ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
 
 
 class Pipeline:
@@ -37,6 +36,8 @@ class Pipeline:
         self.chunks = chunks
         self.dtype = next(chunks[0].module.parameters()).dtype
         self.patch_size = chunks[0].module.sizes.patch_size
+        self.is_first = any(chunk.module.pre_process for chunk in chunks)
+        self.is_last = any(chunk.module.post_process for chunk in chunks)
         # interleaved micro-batches come in groups of the pipeline's length
         self.group = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
 
@@ -111,32 +112,28 @@ class Pipeline:
 
 
 def answer_pass(
-    pipeline: Pipeline, channel: RolloutChannel | None, batch: Batch, queries: Queries, micro_batch_size: int
+    pipeline: Pipeline, channel: RolloutChannel | None, placed: PlacedBatch, queries: Queries, size: int
 ) -> Answers:
-    """Answer all queries of a batch: the conditional and the unconditional branch in one forward of both."""
-    answers = Answers(micro_batch_size, queries.unconditional, channel)
-    count = -(-len(batch) // micro_batch_size)
-    index = filled(len(batch), micro_batch_size, pipeline.group).clamp(max=len(batch) - 1)
-    steps = list(enumerate(index.split(micro_batch_size)))
-    rows = micro_batch_size * (2 if queries.unconditional else 1)
-    if channel is not None:
-        channel.open(count, (rows, *batch.latent_shape))
+    """Answer all queries of a batch, `size` samples at a time: both branches of them in one forward."""
+    batch = placed.batch
+    count = -(-len(batch) // size)
+    answers = Answers(count, size, batch.latent_shape, queries.unconditional, channel)
+    steps = range(len(filled(len(batch), size, pipeline.group)) // size)
+    pieces = query_pieces(placed, queries, size, pipeline.group) if pipeline.is_first else []
 
-    def inputs(step: tuple[int, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        i, sample = step
+    def inputs(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if channel is not None:
             channel.advance(i)
-        dropped = queries.dropped[sample]
-        if queries.unconditional:
-            sample, dropped = torch.cat([sample, sample]), torch.cat([dropped, torch.ones_like(dropped)])
-        states = query_states(batch, queries, sample, pipeline.dtype, pipeline.patch_size)
-        return states, queries.timestep[sample], *conditions(batch, sample, dropped)
+        piece = pieces[i]
+        states = query_states(placed, piece, queries.fused, pipeline.dtype, pipeline.patch_size)
+        return states, piece.timestep, *placed.conditions(piece.condition)
 
-    def outputs(step: tuple[int, Tensor], velocity: Tensor) -> None:
-        if step[0] < count:  # the others only fill up the schedule
-            answers.put(step[0], velocity.float().contiguous())
+    def outputs(i: int, velocity: Tensor) -> None:
+        if i < count:  # the others only fill up the schedule
+            answers.put(i, velocity)
 
-    pipeline.predict(inputs, outputs, steps, rows, latent_size(batch), batch.text_length)
+    rows = size * (2 if queries.unconditional else 1)
+    pipeline.predict(inputs, outputs, list(steps), rows, latent_size(batch), batch.text_length)
     if channel is not None:
         channel.end_pass()
     return answers
@@ -144,46 +141,45 @@ def answer_pass(
 
 def learn_pass(
     pipeline: Pipeline,
-    batch: Batch,
+    placed: PlacedBatch,
     answers: Answers | None,
-    points: Points,
+    plan: PointPlan,
     loss: Loss,
-    normaliser: float,
-    size: int,
+    normaliser: Tensor,
 ) -> Tensor | None:
-    """Forward and backward over `points`, `size` of them at a time: gradients of sum(weight loss) / normaliser.
+    """Forward and backward over the points of a plan: gradients of sum(weight loss) / normaliser.
 
-    Returns the loss of each point, [P] float64 on the last stage, None elsewhere.
+    Args:
+        normaliser: [1] float64, on the device.
+
+    Returns:
+        The loss of each point, [P] float64 on the last stage, None elsewhere.
     """
-    pieces = list(cut(points, size, pipeline.group))
-    last_use = last_uses(pieces, answers)
-    scale = pipeline.averaging(len(pieces)) / normaliser
+    batch = placed.batch
+    scale = pipeline.averaging(len(plan.pieces)) / normaliser
     losses: list[Tensor] = []
 
-    def weighted(piece: Points, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        per_point = loss(piece, velocity)
+    def weighted(weight: Tensor | None, points: Points, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert weight is not None
+        per_point = loss(points, velocity)
         losses.append(per_point.detach().double())
-        return (per_point * (piece.weight * scale).to(per_point)).sum(), {}
+        return (per_point * (weight * scale).to(per_point)).sum(), {}
 
-    def forward_step(iterator: Iterator[tuple[int, Points]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        j, piece = next(iterator)
-        is_end = chunk.module.pre_process or chunk.module.post_process
-        if is_end:
-            piece = with_sources(batch, piece, answers)
-        inputs = None
+    def forward_step(iterator: Iterator[PointPiece], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        piece = next(iterator)
+        points, inputs = piece.points, None
+        if chunk.module.pre_process or chunk.module.post_process:
+            points = piece.with_sources(placed, answers)
         if chunk.module.pre_process:
+            assert piece.timestep is not None and piece.condition is not None
             # the only place where a state is cast, and it is written as the model reads it
-            states = piece.states(pipeline.dtype, pipeline.patch_size)
-            inputs = (states, piece.timestep, *conditions(batch, piece.sample, piece.dropped))
+            states = points.states(pipeline.dtype, pipeline.patch_size)
+            inputs = (states, piece.timestep, *placed.conditions(piece.condition))
         velocity = pipeline.forward(chunk, inputs, latent_size(batch), batch.text_length)
-        if is_end:  # a rank with several chunks has at most one that needs answers
-            for i in last_use.get(j, ()):
-                assert answers is not None
-                answers.drop(i)
-        return velocity, partial(weighted, piece)
+        return velocity, partial(weighted, piece.weight, points)
 
-    pipeline.run(forward_step, list(enumerate(pieces)), size, latent_size(batch), batch.text_length)
-    return torch.cat(losses)[: len(points)] if losses else None
+    pipeline.run(forward_step, plan.pieces, plan.size, latent_size(batch), batch.text_length)
+    return torch.cat(losses)[: len(plan.points)] if losses else None
 
 
 def predict_velocity(
@@ -208,81 +204,15 @@ def predict_velocity(
     return result
 
 
-def in_order(points: Points) -> Points:
-    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
-    key = torch.where(points.auxiliary, points.sample + 1, 0)
-    return points.take(key.argsort(stable=True))
-
-
-def filled(total: int, size: int, group: int) -> Tensor:
-    """Places [N] 0..total-1, and on to whole groups of `group` micro-batches of `size`."""
-    whole = size * group
-    return torch.arange(-(-total // whole) * whole)
-
-
-def cut(points: Points, size: int, group: int = 1) -> Iterator[Points]:
-    """Micro-batches of exactly `size` points, a multiple of `group` of them.
-
-    The tail is filled with points of weight and count zero.
-    """
-    total = len(points)
-    for index in filled(total, size, group).split(size):
-        piece, real = points.take(index.clamp(max=total - 1)), index < total
-        yield replace(piece, weight=piece.weight * real, count=piece.count * real)
-
-
-def needs_answer(points: Points) -> Tensor:
-    """[P] bool: whether a point's rows have a velocity coefficient that is not zero."""
-    rows = torch.stack([points.state_rows, points.target_rows])[..., ANSWER_COLUMNS]
-    return rows.ne(0).any(dim=-1).any(dim=0)
-
-
-def last_uses(pieces: list[Points], answers: Answers | None) -> dict[int, list[int]]:
-    """By micro-batch of points: the answers that no later one needs."""
-    last: dict[int, int] = {}
-    if answers is not None:
-        for j, piece in enumerate(pieces):
-            last.update({int(i): j for i in piece.sample[needs_answer(piece)] // answers.micro_batch_size})
-    return {j: [i for i in last if last[i] == j] for j in set(last.values())}
-
-
-def with_sources(batch: Batch, piece: Points, answers: Answers | None) -> Points:
-    """The micro-batch with the sources of its samples: the first stage makes states of them, the last one losses."""
-    samples = piece.sample.unique()
-    v_uncond, v_cond = None, None
-    if answers is not None:
-        wanted = torch.isin(samples, piece.sample[needs_answer(piece)])
-        v_uncond, v_cond = answers.velocities(samples, wanted)
-    return replace(piece, sources=gather_sources(batch, piece, v_uncond, v_cond, samples))
-
-
 def query_states(
-    batch: Batch, queries: Queries, sample: Tensor, dtype: torch.dtype, patch_size: int | None = None
+    placed: PlacedBatch, piece: QueryPiece, fused: bool, dtype: torch.dtype, patch_size: int | None = None
 ) -> Tensor:
-    """States [M, C, H, W], or patches [M, H W / p^2, C p p], of the queries at `sample` [M]: rows over z0 and z1."""
-    assert batch.latents is not None
+    """States [M, C, H, W], or patches [M, H W / p^2, C p p], of queries: rows over z0 and z1."""
+    assert placed.batch.latents is not None
     sources = Sources(
-        seed=batch.seed,
-        position=batch.position,
-        z0=batch.latents,
-        v_uncond=None,
-        v_cond=None,
-        sample=sample,
-        path=torch.zeros_like(sample),
-        fused=queries.fused,
+        z0=placed.batch.latents, v_uncond=None, v_cond=None, states=piece.table, targets=None, fused=fused
     )
-    return sources.combine(queries.rows[sample], dtype, patch_size)
-
-
-def conditions(batch: Batch, sample: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """(text [M, S, D], pooled [M, P]) of the samples at `sample` [M], the empty prompt where `dropped` [M]."""
-    assert batch.text is not None and batch.pooled is not None
-    text, pooled = batch.text[sample], batch.pooled[sample]
-    if bool(dropped.any()):
-        assert batch.empty_text is not None and batch.empty_pooled is not None
-        text[dropped] = batch.empty_text.to(text)
-        pooled[dropped] = batch.empty_pooled.to(pooled)
-    return text, pooled
+    return sources.combine(piece.table, dtype, patch_size)
 
 
 def latent_size(batch: Batch) -> tuple[int, int]:

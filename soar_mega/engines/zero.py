@@ -105,7 +105,7 @@ def main_weights(
 
     def complete() -> None:
         _gather(flat)
-        engine.module.set_is_first_microbatch()  # what is cast to FP8 is made anew
+        engine.module.weights_changed()  # what is cast to FP8 is made anew
 
     return MainWeights(parameters, pieces, divided, complete)
 

@@ -9,7 +9,6 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from soar_mega.distributed import device
 from soar_mega.phases import phases
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -59,7 +58,7 @@ class StopRequest:
     def reason(self) -> str | None:
         """Why to stop now, or None. Collective over the world: every rank gets the same answer."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        votes = torch.tensor([self._signal, int(late)], dtype=torch.int32, device=device())
+        votes = torch.tensor([self._signal, int(late)], dtype=torch.int32)  # the host waits for hosts alone
         with phases.waiting():
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         number, is_late = votes.tolist()

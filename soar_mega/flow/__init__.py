@@ -8,7 +8,7 @@ the schedule. Sigmas and coefficients are float64, latents and noise float32.
 from soar_mega.flow.auxiliary import auxiliary_latents
 from soar_mega.flow.noise import normal, philox, stream_key, uniform
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
-from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength
+from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
 from soar_mega.flow.schedule import Schedule
 from soar_mega.flow.timesteps import DENSITIES, sample_time
@@ -35,4 +35,5 @@ __all__ = [
     "sample_time",
     "stream_key",
     "uniform",
+    "weighted_sum",
 ]

@@ -89,7 +89,9 @@ def _draw(
     """Four words [B, blocks] for every counter (block, point, position low, position high)."""
     assert position.dtype == torch.int64 and position.ndim == 1, "position is [B] int64"
     position = position.to(device or position.device)[:, None]
-    point = torch.as_tensor(point, dtype=torch.int64, device=position.device).expand(len(position))[:, None]
+    if isinstance(point, int):
+        point = torch.full_like(position[:, 0], point)  # made where it is used: nothing is copied there
+    point = point.to(position.device)[:, None]
     block = torch.arange(blocks, device=position.device)[None, :]
     return _philox_words(block, point, position & _WORD, (position >> 32) & _WORD, stream_key(seed, stream))
 

@@ -76,11 +76,19 @@ def combine(rows: Tensor, sources: Sequence[Tensor | None]) -> Tensor:
         sources: in the order of SOURCES, each [P, C, H, W] (or broadcastable to it), None where the column is
             all zero.
     """
+    for name, column, source in zip(SOURCES, rows.unbind(-1), sources, strict=True):
+        assert source is not None or not bool(column.any()), (
+            f"the rows read the source {name}, which is missing"
+        )
+    return weighted_sum(rows, sources)
+
+
+def weighted_sum(rows: Tensor, sources: Sequence[Tensor | None]) -> Tensor:
+    """`combine` without a look at the values of `rows`, which may be on the device as the sources are."""
     assert rows.shape[-1] == len(SOURCES) == len(sources), "one source per column"
     total: Tensor | None = None
-    for name, column, source in zip(SOURCES, rows.unbind(-1), sources, strict=True):
+    for column, source in zip(rows.unbind(-1), sources, strict=True):
         if source is None:
-            assert not bool(column.any()), f"the rows read the source {name}, which is missing"
             continue
         dtype = torch.promote_types(source.dtype, torch.float32)
         latent_dims = source.ndim - column.ndim

@@ -40,7 +40,7 @@ class ModelChunks(torch.nn.Module):
         """Have FP8 forms of the weights made anew at their next use."""
         for chunk in self.chunks:
             assert isinstance(chunk, MMDiT)
-            chunk.set_is_first_microbatch()
+            chunk.weights_changed()
 
     def sharded_state_dict(self, metadata: dict | None = None) -> dict[str, Any]:
         """Sharded tensors for dist_checkpointing. Names and full shapes do not depend on the layout."""

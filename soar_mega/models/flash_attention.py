@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from soar_mega.layer_checks import flash_version, gpu_capability
+from soar_mega import layer_checks
 
 
 class FlashAttention(torch.nn.Module):
@@ -34,9 +34,9 @@ class FlashAttention(torch.nn.Module):
 
 
 def _load() -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    capability = gpu_capability()
+    capability = layer_checks.gpu_capability()
     assert capability is not None
-    if flash_version(capability) == 2:
+    if layer_checks.flash_version(capability) == 2:
         from flash_attn import flash_attn_func
 
         return flash_attn_func

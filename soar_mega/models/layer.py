@@ -27,6 +27,7 @@ class MMDiTLayerSubmodules:
     core_attention: type
     mlp: ModuleSpec
     adaln: Callable[..., tuple[Tensor, Tensor]]  # soar_mega.kernels.adaln, or the same by plain torch calls
+    gated_add: Callable[..., Tensor]
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -105,11 +106,11 @@ class AttentionProjections(torch.nn.Module):
             return Projected(mixed, length, bias)
         return Projected(mixed, length, bias, self.q_layernorm(), self.k_layernorm())
 
-    def project(self, context: Tensor) -> Tensor:
-        """Context [length, B, local heads x D] -> this rank's tokens [S, B, H]."""
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Context [length, B, local heads x D] -> this rank's tokens [S, B, H] and the bias that is left to add."""
         assert self.linear_proj is not None
         context = heads_to_tokens(pad(context, self.config), self.config)
-        return add_bias(*self.linear_proj(context))
+        return self.linear_proj(context)
 
 
 class Stream(torch.nn.Module):
@@ -135,15 +136,26 @@ class Stream(torch.nn.Module):
                 ffn_hidden_size=config.ffn_hidden_size,
                 tp_group=tensor_parallel_group(),
             )
-        self.adaln = submodules.adaln
+        self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
 
     def add_mlp(
-        self, hidden: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor
+        self,
+        hidden: Tensor,
+        attended: tuple[Tensor, Tensor | None],
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        mlp_gate: Tensor,
     ) -> Tensor:
-        """hidden [S, B, H] plus gated attention, plus the gated MLP of their modulated sum."""
+        """hidden [S, B, H] plus gated attention, plus the gated MLP of their modulated sum.
+
+        attended: what attention's projection returned, and the bias that is left to add to it.
+        """
         assert self.mlp is not None
-        hidden, modulated = self.adaln(hidden, shift, scale, attended, gate)
-        return torch.addcmul(hidden, mlp_gate, add_bias(*self.mlp(modulated)))
+        branch, bias = attended
+        hidden, modulated = self.adaln(hidden, shift, scale, branch, gate, bias)
+        branch, bias = self.mlp(modulated)
+        return self.gated_add(hidden, branch, mlp_gate, bias)
 
 
 class MMDiTLayer(torch.nn.Module):
@@ -199,7 +211,8 @@ class MMDiTLayer(torch.nn.Module):
             dual_shift, dual_scale, dual_gate = dual
             _, modulated = self.adaln(image, dual_shift, dual_scale)
             context_dual = self._attend(self.image.dual_attention.qkv(modulated, lengths.image))
-            image = torch.addcmul(image, gate, attended)
+            branch, bias = attended
+            image = self.image.gated_add(image, branch, gate, bias)
             attended, gate = self.image.dual_attention.project(context_dual), dual_gate
         image = self.image.add_mlp(image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
         if self.is_last:

@@ -90,9 +90,11 @@ class RecordedLayer:
     def forward(self, inputs: list[Tensor], wanted: list[bool]) -> None:
         """Compute `outputs`; with gradients `wanted` of any input or weight, keep what `backward` needs."""
         self._inputs = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        with torch.set_grad_enabled(any(wanted) and not self.recomputed):
-            self._results = self._run()
-        text, image = self._results
+        keeps = any(wanted) and not self.recomputed
+        with torch.set_grad_enabled(keeps):
+            text, image = self._run()
+        if keeps:
+            self._results = text, image
         self.outputs = (None if text is None else text.detach(), image.detach())
 
     def backward(self, gradients: list[Tensor | None]) -> None:
@@ -128,6 +130,14 @@ class RecordedLayer:
         for name, total in sums.items():
             self._weights[name].main_grad = total  # type: ignore[attr-defined]
 
+    def forget(self, outputs: bool, gradients: bool) -> None:
+        """Let go of what no replay hands out: its memory is then used for recordings of other shapes too."""
+        self._inputs = []
+        if outputs:
+            del self.outputs
+        if gradients:
+            self.gradients = []
+
     def prepare(self) -> None:
         """What comes before a forward and is in no graph: hooks, which wait for weights, and the weights' FP8 forms."""
         for module in self._modules:
@@ -156,7 +166,8 @@ class Recording:
             recorder.warm_up(partial(self._try, number, learns))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the graphs' memory comes out of what is free
-        self._forwards = [recorder.record(partial(self._forward, number)) for number in range(len(layers))]
+        forward = self._forward if learns else self._forward_alone
+        self._forwards = [recorder.record(partial(forward, number)) for number in range(len(layers))]
         self._backwards: list[Replay] = []
         if learns:
             self._output_gradients = [None if x is None else torch.zeros_like(x) for x in layers[-1].outputs]
@@ -193,7 +204,7 @@ class Recording:
             replay()
             for parameter in layer.trained.values():
                 ready(parameter)
-        text, image, _ = self._layers[0].gradients
+        text, image, _ = self._layers[0].gradients  # the only ones that are kept
         return [text, image, self._conditioning_gradient if self._wanted[2] else None]
 
     def _forward(self, number: int) -> None:
@@ -202,12 +213,21 @@ class Recording:
         wanted = self._wanted if first or not any(self._wanted) else [True, True, self._wanted[2]]
         self._layers[number].forward([*before, self._inputs[2]], wanted)
 
+    def _forward_alone(self, number: int) -> None:
+        """With no backward to follow."""
+        self._forward(number)
+        if number > 0:
+            self._layers[number - 1].forget(outputs=True, gradients=False)
+
     def _backward(self, number: int) -> None:
         layer, is_last = self._layers[number], number + 1 == len(self._layers)
         layer.backward(self._output_gradients if is_last else self._layers[number + 1].gradients[:2])
         gradient = layer.gradients[2]
         if gradient is not None:
             self._conditioning_gradient.add_(gradient)
+        if not is_last:
+            is_next_last = number + 2 == len(self._layers)
+            self._layers[number + 1].forget(outputs=not is_next_last, gradients=True)
 
     def _try(self, number: int, learns: bool) -> None:
         """A layer's work once, with the gradients of its weights going nowhere."""

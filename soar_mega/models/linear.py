@@ -21,6 +21,8 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from soar_mega.kernels.dispatch import launches
+
 # with skip_bias_add the bias is left to the caller, unless it is in already
 Output = tuple[Tensor, Tensor | None]
 
@@ -38,6 +40,19 @@ class ColumnLinear(ColumnParallelLinear):
         return output, self.bias
 
 
+class ColumnLinearBeforeKernel(ColumnLinear):
+    """Leaves its bias to the kernel that reads its output, where kernels are launched.
+
+    That costs no pass over the output, and the kernel's backward pass adds up the bias's gradient on its way.
+    """
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Output:
+        """[..., in] -> [..., out / TP] and what is left to add."""
+        if get_pg_size(self.tp_group) == 1 and launches(input_.device):
+            return linear(input_, self.weight, None), self.bias
+        return super().forward(input_, *args, **kwargs)
+
+
 class RowLinear(RowParallelLinear):
     """Input features are cut over TP."""
 
@@ -51,6 +66,16 @@ class RowLinear(RowParallelLinear):
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group), self.bias
         return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group), self.bias
+
+
+class RowLinearBeforeKernel(RowLinear):
+    """Leaves its bias to the kernel that reads its output, as above."""
+
+    def forward(self, input_: Tensor) -> Output:
+        """[..., in / TP] -> [..., out] and what is left to add."""
+        if get_pg_size(self.tp_group) == 1 and launches(input_.device):
+            return linear(input_, self.weight, None), self.bias
+        return super().forward(input_)
 
 
 def add_bias(output: Tensor, bias: Tensor | None) -> Tensor:

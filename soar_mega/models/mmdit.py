@@ -6,6 +6,7 @@ more token (a full copy on each tensor- and context-parallel rank), so no embedd
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.precision import around_layers, check_fp8_sizes, recompute_layer, run_layer
 from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
+from soar_mega.models.te_layers import CastOnce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -151,6 +153,12 @@ class MMDiT(MegatronModule):
         layers = {int(name): (layer, self._is_recomputed(int(name))) for name, layer in self.layers.items()}
         self.graphs = LayerGraphs(layers, self.config, ready, recorder)
 
+    def weights_changed(self) -> None:
+        """Have FP8 forms of the weights made anew at their next use."""
+        for module in self.modules() if self.config.fp8 else ():
+            if isinstance(module, CastOnce):
+                module.has_changed = True
+
     def pipeline_sequence_length(self, latent_size: tuple[int, int], text_length: int) -> int:
         """The seq_length to declare to megatron's schedules, which divide it by CP, and by TP under SP."""
         lengths = (text_length, self._image_length(latent_size))
@@ -245,10 +253,8 @@ def _mark_partitions(model: MMDiT) -> None:
                 set_tensor_model_parallel_attributes(linear.weight, True, dim, 1)
 
 
-def transformer_config(
-    sizes: MMDiTConfig, model: ModelConfig, parallel: ParallelConfig, meta: bool = False
-) -> TransformerConfig:
-    """megatron's configuration of this model; `meta`: of one that is built without memory."""
+def transformer_config(sizes: MMDiTConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """megatron's configuration of this model."""
     if model.dtype not in DTYPES:
         raise ValueError(f"model.dtype={model.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     is_interleaved = chunks_per_rank(parallel) > 1
@@ -278,7 +284,6 @@ def transformer_config(
         sequence_parallel=is_sequence_parallel(parallel),
         # megatron's own layers are made on the device in context; Transformer Engine's would stay on the CPU
         use_cpu_initialization=model.transformer_impl == "local",
-        init_model_with_meta_device=meta,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -318,6 +323,15 @@ def build_model(
         )
     provider = get_provider(model)
     check_fp8_sizes(config, model, parallel)
+    if meta:  # Transformer Engine's layers would take memory; torch's have the same parameters
+        model = replace(
+            model,
+            transformer_impl="local",
+            attention_backend="sdpa",
+            fp8=None,
+            first_last_layers_bf16=False,
+        )
+        provider = get_provider(model)
     ranks = parallel.pipeline_model_parallel_size
     rank = parallel_state.get_pipeline_model_parallel_rank() if ranks > 1 else 0
     stages = stage_layers(config, parallel)
@@ -325,7 +339,7 @@ def build_model(
     with torch.device("meta" if meta else device()):
         mmdit = MMDiT(
             config,
-            transformer_config(config, model, parallel, meta),
+            transformer_config(config, model, parallel),
             get_mmdit_layer_spec(provider, model.fused_kernels, granularity == "selective"),
             stages[stage],
             pre_process=stage == 0,

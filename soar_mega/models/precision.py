@@ -57,7 +57,7 @@ def around_layers(config: TransformerConfig) -> Iterator[None]:
 
 def cast_weights(modules: Iterable[torch.nn.Module], number: int, config: TransformerConfig) -> None:
     """Make the FP8 forms of weights that have changed now, and not in the layer's next forward: before a CUDA graph."""
-    changed = [module for module in modules if isinstance(module, CastOnce) and module.is_first_microbatch]
+    changed = [module for module in modules if isinstance(module, CastOnce) and module.has_changed]
     if changed:
         with get_fp8_context(config, number):
             for module in changed:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,11 +18,14 @@ with warnings.catch_warnings():
 
 from soar_mega.config import ModelConfig
 from soar_mega.kernels.adaln import adaln, plain_adaln
+from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
+from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.layer_checks import check_layers, check_machine
+from soar_mega.models.feed_forward import FeedForward
 from soar_mega.models.flash_attention import FlashAttention
 from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
-from soar_mega.models.linear import ColumnLinear, RowLinear
+from soar_mega.models.linear import ColumnLinear, ColumnLinearBeforeKernel, RowLinear, RowLinearBeforeKernel
 from soar_mega.models.recompute import recomputed
 from soar_mega.models.te_layers import get_te_provider
 
@@ -103,6 +106,8 @@ def get_mmdit_layer_spec(
 ) -> ModuleSpec:
     """One joint layer of text and image, made of the provider's modules and our kernels or plain torch calls."""
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
+    if fused_kernels and isinstance(provider, LocalLayers):
+        column, row = ColumnLinearBeforeKernel, RowLinearBeforeKernel
     attention = provider.core_attention()
     return ModuleSpec(
         module=MMDiTLayer,
@@ -110,8 +115,13 @@ def get_mmdit_layer_spec(
             linear_qkv=column,
             linear_proj=row,
             core_attention=recomputed(attention) if recompute_attention else attention,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=FeedForward,
+                params={"bias_gelu": bias_gelu if fused_kernels else plain_bias_gelu},
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            ),
             adaln=adaln if fused_kernels else plain_adaln,
+            gated_add=gated_add if fused_kernels else plain_gated_add,
             qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,
         ),
     )

@@ -14,19 +14,18 @@ VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN", "unfused": 
 class CastOnce:
     """Casts its weight to FP8 when it has changed and at no other time; goes in front of megatron's TE linears.
 
-    megatron has them cast in the first micro-batch of a step. Where that is one without gradients, of an answer pass,
-    they leave out the transposed form, and the first micro-batch that learns must cast again. Here both forms are made
-    at once, outside of what a CUDA graph captures, and stay at their addresses.
-
-    `is_first_microbatch` is megatron's name for "the weight has changed".
+    megatron's schedules have them cast in the first micro-batch of a pass. Where that is one without gradients, of an
+    answer pass, they leave out the transposed form, and learning casts everything again. Here both forms are made at
+    once, outside of what a CUDA graph captures, and stay at their addresses.
     """
 
-    is_first_microbatch: bool
+    has_changed = True  # the weight, since it was cast
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[..., in] -> [..., out] and the bias that is left to add."""
-        if self.is_first_microbatch:
+        if self.has_changed:
             self.cast_weight()
+        self.is_first_microbatch = False  # as the schedules have set it
         return super().forward(x)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -34,7 +33,7 @@ class CastOnce:
         """Write the FP8 forms of the weight; nothing outside an FP8 context."""
         from megatron.core.extensions.transformer_engine import FP8GlobalStateManager
 
-        self.is_first_microbatch = False
+        self.has_changed = False
         if not FP8GlobalStateManager.is_fp8_enabled():
             return
         self.init_fp8_metadata()

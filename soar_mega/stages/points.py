@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.stages.sources import Sources
+from soar_mega.kernels.sources import PointTable, group_table, point_table, uses
+from soar_mega.stages.sources import DRAWN, Sources
+from soar_mega.upload import upload
 
 
 @dataclass(kw_only=True)
@@ -50,20 +52,20 @@ class Points:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def take(self, index: Tensor) -> "Points":
-        """The points at `index` [M] int64; sources are not carried over."""
+    def take(self, index: Tensor | slice) -> "Points":
+        """The points at `index` [M] int64, or views of a slice of them; sources are not carried over."""
         taken = {name: getattr(self, name)[index] for name in PER_POINT}
         return replace(self, **taken, extra={k: v[index] for k, v in self.extra.items()}, sources=None)
 
     def states(self, dtype: torch.dtype = torch.float32, patch_size: int | None = None) -> Tensor:
         """States [M, C, H, W], or patches [M, H W / p^2, C p p], from the sources of this micro-batch."""
-        assert self.sources is not None
-        return self.sources.combine(self.state_rows, dtype, patch_size)
+        assert self.sources is not None and self.sources.states is not None
+        return self.sources.combine(self.sources.states, dtype, patch_size)
 
     def targets(self) -> Tensor:
         """Target velocities [M, C, H, W] float32, from the sources of this micro-batch."""
-        assert self.sources is not None
-        return self.sources.combine(self.target_rows)
+        assert self.sources is not None and self.sources.targets is not None
+        return self.sources.combine(self.sources.targets)
 
 
 PER_POINT = [f.name for f in fields(Points) if f.name not in ("extra", "fused", "sources")]
@@ -81,40 +83,36 @@ class Stage(Protocol):
     def loss(self, points: Points, velocity: Tensor) -> Tensor: ...
 
 
-def gather_sources(
-    batch: Batch,
-    points: Points,
-    v_uncond: Tensor | None,
-    v_cond: Tensor | None,
-    samples: Tensor | None = None,
-) -> Sources:
-    """The sources of a micro-batch of M points.
+def gather_sources(batch: Batch, points: Points, v_uncond: Tensor | None, v_cond: Tensor | None) -> Sources:
+    """The sources of M points at once.
 
     Args:
-        samples: [S] int64 ascending, the batch's samples that the points read; None: all of them.
-        v_uncond: [S, C, H, W] answers of these samples, or None. v_cond: the same.
+        v_uncond: [B, C, H, W] answers of the batch's samples, or None. v_cond: the same.
     """
     assert batch.latents is not None
-    if samples is None:
-        samples = torch.arange(len(batch))
-    first, last = int(samples[0]), int(samples[-1])
-    neighbours = last - first + 1 == len(samples)  # then no latent is copied
+    device, size = batch.latents.device, len(points)
+    position = batch.position[points.sample]
+    groups, group, _ = group_table(points.sample, points.path, points.sample, position, batch.seed, size)
+    rows = (points.state_rows, points.target_rows)
+    on_device = upload([groups, *(point_table(each, group) for each in rows)], device)
+    states, targets = (
+        PointTable(on_device[0], table, uses(each, size)[0], DRAWN, batch.seed)
+        for each, table in zip(rows, on_device[1:], strict=True)
+    )
     return Sources(
-        seed=batch.seed,
-        position=batch.position[samples],
-        z0=batch.latents[first : last + 1] if neighbours else batch.latents[samples],
+        z0=batch.latents,
         v_uncond=v_uncond,
         v_cond=v_cond,
-        sample=torch.searchsorted(samples, points.sample),
-        path=points.path,
+        states=states,
+        targets=targets,
         fused=points.fused,
     )
 
 
 def squared_error(points: Points, velocity: Tensor) -> Tensor:
     """Mean squared error of the velocity [M, C, H, W] against the targets, per point: [M] float32."""
-    assert points.sources is not None
-    return points.sources.squared_error(velocity, points.target_rows)
+    assert points.sources is not None and points.sources.targets is not None
+    return points.sources.squared_error(velocity, points.sources.targets)
 
 
 def concatenate(parts: list[Points]) -> Points:

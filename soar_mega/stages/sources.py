@@ -5,68 +5,62 @@ fused, they are the plain torch calls that say what the kernels must compute.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from soar_mega.flow import combine, normal
-from soar_mega.kernels import STREAMS, correction_loss, rollout_renoise, to_tokens
+from soar_mega.flow import SOURCES, normal, weighted_sum
+from soar_mega.kernels import STREAMS, PointTable, losses_of, states_of, to_tokens
+from soar_mega.kernels.sources import ANSWER, PATH, POSITION, SAMPLE
+
+DRAWN = tuple(name in STREAMS for name in SOURCES)  # of the six sources, whether it is drawn
 
 
 @dataclass(kw_only=True)
 class Sources:
-    """Six sources of M points: S samples' latents and velocities, and what keys their noise."""
+    """Six sources of M points, three of them drawn, and the tables that say what each point takes of them."""
 
-    seed: int
-    position: Tensor  # [S] int64
-    z0: Tensor  # [S, C, H, W] float32
-    v_uncond: Tensor | None  # [S, C, H, W], None where no row reads it
+    z0: Tensor  # [B, C, H, W] float32
+    v_uncond: (
+        Tensor | None
+    )  # [A, C, H, W] float32, whose rows are the tables' answers; None where no row reads it
     v_cond: Tensor | None
-    sample: Tensor  # [M] int64, which of the S samples a point reads
-    path: Tensor  # [M] int64, rollout path: keys eps and z1_aux
+    states: PointTable | None  # None where no states are made
+    targets: PointTable | None
     fused: bool
 
     def combine(
-        self, rows: Tensor, dtype: torch.dtype = torch.float32, patch_size: int | None = None
+        self, table: PointTable, dtype: torch.dtype = torch.float32, patch_size: int | None = None
     ) -> Tensor:
-        """The states or targets of rows [M, 6]: [M, C, H, W] of `dtype`, or cut into patches [M, H W / p^2, C p p]."""
-        if not self.fused:
-            combined = combine(rows, self.materialised(rows)).to(dtype)
-            return combined if patch_size is None else to_tokens(combined, patch_size)
-        sources = (self.z0, None, self.v_uncond, self.v_cond)
-        return rollout_renoise(*sources, rows, dtype=dtype, patch_size=patch_size, **self._keys())
+        """The states or targets of a table: [M, C, H, W] of `dtype`, or cut into patches [M, H W / p^2, C p p]."""
+        if self.fused:
+            return states_of(self._given(), table, dtype, patch_size)
+        combined = weighted_sum(table.points[:, :6], self.materialised(table)).to(dtype)
+        return combined if patch_size is None else to_tokens(combined, patch_size)
 
-    def squared_error(self, velocity: Tensor, rows: Tensor) -> Tensor:
-        """Mean squared error of velocity [M, C, H, W] against the targets of rows [M, 6]: [M] float32."""
-        if not self.fused:
-            return (velocity.float() - self.combine(rows)).square().flatten(1).mean(dim=1)
-        return correction_loss(
-            velocity.contiguous(), self.z0, None, self.v_uncond, self.v_cond, rows, **self._keys()
-        )
+    def squared_error(self, velocity: Tensor, table: PointTable) -> Tensor:
+        """Mean squared error of velocity [M, C, H, W] against the targets of a table: [M] float32."""
+        if self.fused:
+            return losses_of(velocity.contiguous(), self._given(), table)
+        return (velocity.float() - self.combine(table)).square().flatten(1).mean(dim=1)
 
-    def _keys(self) -> dict[str, Any]:
-        return {
-            "sample": self.sample,
-            "path": self.path,
-            "draw": tuple(STREAMS),
-            "seed": self.seed,
-            "position": self.position,
-        }
+    def _given(self) -> tuple[Tensor | None, ...]:
+        return self.z0, None, self.v_uncond, self.v_cond, None, None
 
-    def materialised(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+    def materialised(self, table: PointTable) -> list[Tensor | None]:
         """The six sources, each [M, C, H, W], or None where no row reads it."""
-        used = rows.ne(0).any(dim=0).tolist()
-        position = self.position[self.sample]
-
-        def noise(name: str, path: Tensor | int) -> Tensor:
-            return normal(self.seed, STREAMS[name], position, path, self.z0.shape[1:], self.z0.device)
-
-        return (
-            self.z0[self.sample] if used[0] else None,
-            noise("z1", 0) if used[1] else None,
-            self.v_uncond[self.sample] if used[2] and self.v_uncond is not None else None,
-            self.v_cond[self.sample] if used[3] and self.v_cond is not None else None,
-            noise("eps", self.path) if used[4] else None,
-            noise("z1_aux", self.path) if used[5] else None,
-        )
+        sample, answer = table.column(SAMPLE), table.column(ANSWER)
+        position, path = table.column(POSITION), table.column(PATH)
+        found: list[Tensor | None] = []
+        for name, source in zip(SOURCES, table.read(self._given()), strict=True):
+            if not table.used[len(found)]:
+                found.append(None)
+            elif name in STREAMS:
+                point = 0 if name == "z1" else path
+                found.append(
+                    normal(table.seed, STREAMS[name], position, point, self.z0.shape[1:], self.z0.device)
+                )
+            else:
+                assert source is not None
+                found.append(source[answer if name in ("v_uncond", "v_cond") else sample])
+        return found

@@ -23,7 +23,7 @@ class Interval:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, statistics: dict[str, float], samples: int, ok: bool, seconds: float) -> None:
+    def add(self, statistics: Mapping[str, float], samples: int, ok: bool, seconds: float) -> None:
         """Counts one step; the statistics of skipped steps are left out of the averages, as in Megatron.
 
         Args:

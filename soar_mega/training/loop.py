@@ -15,6 +15,7 @@ from soar_mega.checkpoints.lineage import record_start
 from soar_mega.checkpoints.recipes import write_recipe
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
+from soar_mega.engines.statistics import strength_quantiles
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
 from soar_mega.faults.stragglers import Stragglers
@@ -208,6 +209,7 @@ class Trainer(Steps):
         logger.info("%s", line)
         values = {
             **interval.averages(),
+            **strength_quantiles(self.engine.learned[0]),
             "grad-norm": grad_norm,
             "learning-rate": self.rate,
             "skipped-steps": progress.skipped_steps,

@@ -60,9 +60,14 @@ def least_seconds(work: Work, token_linears: float, others: float) -> float:
 
 
 def peaks(recipe: Recipe, device_name: str) -> tuple[float, float] | None:
-    """TFLOP/s of a GPU for linears over tokens and for the rest, at the recipe's precisions; None where unknown."""
+    """TFLOP/s of a GPU for linears over tokens and for the rest, at the recipe's precisions; None where unknown.
+
+    Layers that model.first_last_layers_bf16 excepts from FP8 are not told apart.
+    """
     override = recipe.logging.peak_tflops
     if override is not None:
         return override, override
-    known = peak_tflops(device_name, recipe.model.dtype)
-    return None if known is None else (known, known)
+    model = recipe.model
+    token_linears = peak_tflops(device_name, "fp8" if model.fp8 else model.dtype)
+    others = peak_tflops(device_name, model.dtype)
+    return None if token_linears is None or others is None else (token_linears, others)

@@ -44,7 +44,7 @@ def order_of_events(recipe):
     answers = engine.answer(stage.queries, batch)
     during, events[:] = list(events), []
     engine.learn(stage.points, stage.loss, batch, answers)
-    return during, events, answers._kept, engine._channel._answers, engine._channel._messages
+    return during, events, answers._ready, answers._all is not None, engine._channel._messages
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,17 @@ def test_answers_that_nobody_asks_for_do_no_harm(settings):
 
 
 def test_velocities_are_taken_by_sample_and_only_where_wanted():
-    answers = Answers(2, True, None)
+    answers = Answers(2, 2, (1, 1, 1), True, None)
     for i in range(2):
         cond = torch.arange(2.0) + 2 * i
         answers.put(i, torch.cat([cond, cond + 100])[:, None, None, None])
-    sample, wanted = torch.tensor([3, 0, 2]), torch.tensor([True, False, True])
-    v_uncond, v_cond = answers.velocities(sample, wanted)
-    assert v_cond.flatten().tolist() == [3, 0, 2] and v_uncond.flatten().tolist() == [103, 0, 102]
-    assert answers.velocities(sample, torch.zeros(3, dtype=torch.bool)) == (None, None)
+    sample, wanted = torch.tensor([3, 0, 2, 1]), torch.tensor([True, False, True, True])
+    assert answers.read_by(sample.split(2), wanted.split(2)) == [[1], [0, 1]]
+    rows = answers.rows_of(sample, wanted)
+    v_uncond, v_cond = answers.velocities([0, 1])
+    assert v_cond[rows].flatten().tolist() == [3, 0, 2, 1]
+    assert v_uncond[rows].flatten().tolist() == [103, 0, 102, 101]
+    assert answers.velocities([]) == (None, None)
 
 
 def steps_under_rules(pipeline, settings, answers, rules=None, old=False):
@@ -132,12 +135,11 @@ class EarlyReceives(OverlappedChannel):
     def _warm_up(self):
         pass
 
-    def open(self, count, shape):
-        RolloutChannel.open(self, count, shape)
+    def open(self, count, answers):
+        RolloutChannel.open(self, count, answers)
         self._post(4)
 
-    def send(self, i, velocity):
-        RolloutChannel.send(self, i, velocity)
+    def send(self, i):
         self._move(i + 1)
 
     def advance(self, forwards):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from engine_cases import SOAR, assert_gradients_agree, make_batch, make_recipe, start_engine
 
-from soar_mega.kernels import correction_loss
+from soar_mega.kernels import losses_of
 from soar_mega.kernels.dispatch import interpreted
 from soar_mega.stages import make_stage
 from soar_mega.stages.sources import Sources
@@ -33,9 +33,9 @@ def test_kernels_do_what_plain_calls_do(monkeypatch):
 
     def counted(*args, **options):
         called.append(True)
-        return correction_loss(*args, **options)
+        return losses_of(*args, **options)
 
-    monkeypatch.setattr("soar_mega.stages.sources.correction_loss", counted)
+    monkeypatch.setattr("soar_mega.stages.sources.losses_of", counted)
     plain, plain_gradients = step(fused=False)
     assert not called
     fused, fused_gradients = step(fused=True)

@@ -1,5 +1,6 @@
 """One step of the engine in one process: its gradients, how it cuts the points, and what it never holds."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from engine_cases import SOAR, assert_gradients_agree, iterate, make_batch, make_recipe, start_engine
 
 from soar_mega.config import StageConfig
-from soar_mega.engines.pipeline import cut, in_order, needs_answer
+from soar_mega.engines.plan import fill_up, in_order, needs_answer
 from soar_mega.flow import normal
 from soar_mega.stages import make_stage
 from soar_mega.stages.points import gather_sources
@@ -48,10 +49,13 @@ def plain_loss(model, stage, batch):
 def test_gradients_are_those_of_plain_autograd():
     recipe = make_recipe()
     engine, statistics = learned(recipe)
+    found = engine.gradients()
+    for parameter in engine.parameters.values():
+        del parameter.main_grad  # or the model would add to it in place of what torch does
     loss = plain_loss(engine.model, make_stage(recipe.stage, shift=1.0), make_batch(0))
     gradients = torch.autograd.grad(loss, list(engine.parameters.values()))
     assert statistics["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert_gradients_agree(engine.gradients(), dict(zip(engine.parameters, gradients, strict=True)))
+    assert_gradients_agree(found, dict(zip(engine.parameters, gradients, strict=True)))
 
 
 @pytest.mark.parametrize("answers, points", [(1, 1), (3, 5), (8, 40)])
@@ -93,31 +97,39 @@ def test_rollout_builds_no_graph_and_keeps_no_answer_too_long():
     held = [answers.get(i) for i in range(4)]
     assert all(v.grad_fn is None and not v.requires_grad for v in held)
     assert held[0].shape == (4, *batch.latent_shape)  # both branches of two samples
+    memory = weakref.ref(held.pop().untyped_storage())
+    held.clear()
 
     seen = []
 
     def loss(points, velocity):
-        needed = points.sample[needs_answer(points)] // 2
-        seen.append(
-            (points.auxiliary.any().item(), len(answers._kept), needed.min().item() if len(needed) else 0)
-        )
+        seen.append((points.auxiliary.any().item(), points.sources.v_cond is not None))
         return stage.loss(points, velocity)
 
     engine.learn(stage.points, loss, batch, answers)
     assert len(seen) == 14  # 40 points by three
-    assert [kept for auxiliary, kept, _ in seen if not auxiliary] == [4, 4]
-    # what an earlier sample needed is gone; the micro-batch's own answers may be gone too, its sources hold them
-    assert all(kept <= 4 - needed for auxiliary, kept, needed in seen if auxiliary)
-    assert not answers._kept
+    assert seen == sorted(seen) and (True, True) in seen and (False, True) not in seen
+    assert memory() is None
+
+
+def test_points_that_need_no_answer_read_none():
+    """An answer that is not a number spoils the points of its own samples alone."""
+    recipe = make_recipe(train={"points_per_micro_batch": 40})
+    engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
+    answers = engine.answer(stage.queries, batch)
+    answers.get(3).fill_(torch.nan)  # of samples 6 and 7
+    engine.learn(stage.points, stage.loss, batch, answers)
+    points, losses = engine.learned
+    assert losses.isnan().equal(needs_answer(points) & (points.sample >= 6))
 
 
 def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
     """And with the fused loss not even for those."""
     made, original = [], Sources.combine
 
-    def combine(self, rows, dtype=torch.float32, patch_size=None):
-        made.append((len(rows), patch_size))
-        return original(self, rows, dtype, patch_size)
+    def combine(self, table, dtype=torch.float32, patch_size=None):
+        made.append((len(table), patch_size))
+        return original(self, table, dtype, patch_size)
 
     monkeypatch.setattr(Sources, "combine", combine)
     learned(make_recipe())
@@ -136,10 +148,14 @@ def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
 
     def loss(points, velocity):
         assert velocity.dtype == torch.float32
-        for rows, made in ((points.state_rows, points.states()), (points.target_rows, points.targets())):
+        sources = points.sources
+        for rows, table, made in (
+            (points.state_rows, sources.states, points.states()),
+            (points.target_rows, sources.targets, points.targets()),
+        ):
             terms = [
                 row[:, None, None, None] * source.double()
-                for row, source in zip(rows.unbind(-1), points.sources.materialised(rows), strict=True)
+                for row, source in zip(rows.unbind(-1), sources.materialised(table), strict=True)
                 if source is not None
             ]
             exact, largest = sum(terms), sum(term.abs() for term in terms).max()
@@ -158,10 +174,10 @@ def test_order_and_cut():
     ordered = in_order(shuffled)
     assert ordered.auxiliary.tolist() == [False] * 8 + [True] * 32
     assert ordered.sample[8:].tolist() == sorted(ordered.sample[8:].tolist())
-    pieces = list(cut(ordered, 7))
-    assert [len(piece) for piece in pieces] == [7] * 6
-    assert torch.cat([p.weight for p in pieces])[:40].equal(ordered.weight)
-    assert not torch.cat([p.weight for p in pieces])[40:].any() and not pieces[-1].count[-2:].any()
+    whole = fill_up(ordered, 7)
+    assert len(whole) == 42 and len(fill_up(ordered, 7, 4)) == 56
+    assert whole.weight[:40].equal(ordered.weight) and whole.count[:40].equal(ordered.count)
+    assert not whole.weight[40:].any() and not whole.count[40:].any()
 
 
 def test_losses_can_read_extra_tensors():

@@ -1,12 +1,15 @@
-"""adaLN and QK norm with rotary embedding on CUDA: float64, rounding to nearest, equal bits of two runs."""
+"""The kernels of a layer on CUDA: float64, rounding to nearest, equal bits of two runs; gradients in main_grad."""
 
 import adaln_cases
+import gated_cases
+import gelu_cases
 import pytest
 import qk_cases
 import torch
 from guards import assert_close
 
 from soar_mega.kernels.adaln import adaln
+from soar_mega.models.linear import linear
 
 ADALN = [(19, 3, 40), (1, 2, 7), (5, 1, 64), (77, 2, 1536), (33, 1, 2432), (64, 2, 3072)]
 QK = [
@@ -30,6 +33,33 @@ def test_adaln_matches_float64(shape, dtype):
 def test_qk_norm_rope_matches_float64(shape, has, dtype):
     for name, (found, exact) in qk_cases.outcome(shape, has, dtype, "cuda").items():
         assert_close(found, exact, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 2, 40), (1, 1, 5), (77, 2, 6144)])
+@pytest.mark.parametrize("cases", [gelu_cases, gated_cases])
+def test_behind_the_linears_of_an_mlp(cases, shape, dtype):
+    for with_bias in (True, False):
+        for name, (found, exact) in cases.outcome(shape, with_bias, dtype, "cuda").items():
+            assert_close(found, exact, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_gradients_are_added_up_in_float32(dtype):
+    """Over several micro-batches: each product is added to main_grad without being rounded to bf16 first."""
+    weight, bias, *x = (
+        torch.randn(size, device="cuda").to(dtype).requires_grad_()
+        for size in ((96, 64), (96,), *[(33, 2, 64)] * 3)
+    )
+    weight.main_grad = torch.zeros(96, 64, device="cuda")
+    wanted = torch.zeros(96, 64, device="cuda", dtype=torch.float64)
+    for part in x:
+        gradient = torch.randn(33, 2, 96, device="cuda").to(dtype)
+        linear(part, weight, bias).backward(gradient)
+        wanted += gradient.double().flatten(0, 1).t() @ part.detach().double().flatten(0, 1)
+        assert weight.grad_added_to_main_grad
+    error = (weight.main_grad - wanted).abs().max() / wanted.abs().max()
+    assert error < 1e-5, f"{error:.2e}"
 
 
 def test_two_runs_give_equal_bits():

@@ -5,7 +5,7 @@ from guards import canaries, guarded
 
 from soar_mega.kernels.adaln import adaln, plain_adaln
 
-NAMES = ("hidden", "modulated", "residual", "shift", "scale", "branch", "gate")
+NAMES = ("hidden", "modulated", "residual", "shift", "scale", "branch", "gate", "bias")
 
 
 def case(shape, dtype=torch.float32, device="cpu"):
@@ -31,13 +31,14 @@ def upstream(shape, dtype, device="cpu"):
 
 
 def outcome(shape, dtype, device="cpu"):
-    """{name: (found, float64)} of both outputs and the five gradients.
+    """{name: (found, float64)} of both outputs and the six gradients.
 
     In float64 the norm is of the residual stream as the kernel has stored it: that rounding is no error of the rest.
     """
     (residual, branch), (shift, scale, gate) = case(shape, dtype, device)
-    inputs = [residual, shift, scale, branch, gate]
     gradients = upstream(shape, dtype, device)
+    bias = guarded(gradients[0][0, 0].flip(0)).requires_grad_()
+    inputs = [residual, shift, scale, branch, gate, bias]
     with canaries():
         outputs = adaln(*inputs)
         found = torch.autograd.grad(outputs, inputs, [guarded(g) for g in gradients])

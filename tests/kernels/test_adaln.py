@@ -76,6 +76,12 @@ def bad_inputs():
         (good, {"branch": tokens.bfloat16()}, "branch must be float32, not bfloat16"),
         (good, {"branch": torch.zeros(4, 2, 9)}, r"branch must be of shape \[4, 2, 8\], not \[4, 2, 9\]"),
         (good, {"branch": None}, "branch and gate go together"),
+        (
+            good,
+            {"branch": None, "gate": None, "bias": vector[0]},
+            "bias is of a branch: give branch and gate too",
+        ),
+        (good, {"bias": torch.zeros(9)}, r"bias must be of shape \[8\]"),
         (good, {"gate": None}, "branch and gate go together"),
         (good, {"gate": torch.zeros(3, 8)}, r"gate must be of shape \[2, 8\]"),
         (good, {"shift": torch.zeros(8, 2).T}, "shift must be contiguous along its last dimension"),

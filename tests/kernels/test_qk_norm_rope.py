@@ -28,7 +28,8 @@ def small_blocks(monkeypatch):
     """A few lines per block, and fewer programs than blocks."""
     table = {name: {"any": Launch(128, 4)} for name in LAUNCHES["qk_norm_rope"]}
     monkeypatch.setitem(LAUNCHES, "qk_norm_rope", table)
-    monkeypatch.setattr("soar_mega.kernels.qk_norm_rope.PROGRAMS", 2)
+    monkeypatch.setattr("soar_mega.kernels.qk_norm_rope.PROGRAMS", 4)
+    monkeypatch.setattr("soar_mega.kernels.qk_norm_rope.ROWS_EACH", 1)
     _checked.known.clear()
     yield
     _checked.known.clear()

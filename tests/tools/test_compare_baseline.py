@@ -1,13 +1,17 @@
 """The comparison with the published procedure: what is certain anywhere. Speed is reported, not asserted."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from baseline.case import make_case
+from baseline.measuring import measure_alone
 from baseline.our_arm import OurArm
 from baseline.published_arm import OneForward, PublishedArm, procedure_of
-from baseline.worker import Memory, Worker
+from baseline.rows import rows_alone
+from baseline.worker import Failed, Memory, Worker
+from compare_baseline import named, print_table
 
 from soar_mega.config import StageConfig
 
@@ -24,13 +28,15 @@ class Measured:
 def measured() -> dict[str, Measured]:
     stage = StageConfig(num_auxiliary_points=POINTS, timesteps="grid", shift=3.0)
     case = make_case("tiny", stage=stage, batch_size=BATCH)
-    workers = {
-        "published": Worker("published", PublishedArm, case, procedure_of(case), BATCH),
-        "ours": Worker("ours", OurArm, case, BATCH // 2, BATCH),
-        "one forward": Worker("one forward", OneForward, case),
+    arms = {
+        "published": (PublishedArm, (case, procedure_of(case), BATCH)),
+        "ours": (OurArm, (case, BATCH // 2, BATCH)),
+        "one forward": (OneForward, (case,)),
     }
     results = {}
-    for name, worker in workers.items():
+    for name, arm in arms.items():
+        worker = Worker(name)
+        worker.build(arm)
         worker.step()
         worker.step()
         results[name] = Measured(worker.peak_memory(), worker.flops())
@@ -51,13 +57,6 @@ def test_the_work_is_that_of_the_method(measured: dict[str, Measured]) -> None:
         assert expected - 0.5 < units <= expected  # a little less: inputs need no gradient
 
 
-def test_a_failing_arm_says_why() -> None:
-    worker = Worker("broken", int, "x")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match=r"(?s)broken failed:.*ValueError: invalid literal"):
-        worker.step()
-    worker.close()
-
-
 def test_unknown_model() -> None:
     with pytest.raises(ValueError, match="choose tiny, wide or a preset: sd35"):
         make_case("huge", stage=StageConfig(), batch_size=1)
@@ -71,3 +70,39 @@ def test_peak_memory_is_above_what_was_there_before() -> None:
     passing = np.ones(128 << 20, dtype=np.uint8)
     del passing
     assert len(ballast) and abs(memory.peak() - before - (128 << 20)) < 32 << 20
+
+
+def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a GPU: the best size of an arm is its row, and what cannot run says why and ends nothing."""
+    stage = StageConfig(num_auxiliary_points=1, timesteps="grid", shift=3.0)
+    case = make_case("tiny", stage=stage, batch_size=4)
+    every = rows_alone(case, [2, 4], [4], ["local", "transformer_engine"])
+    assert len({row.name for row in every}) == len(every) == 6 + 4 + 1
+    rows = named(every, ["all three repaired", "soar_mega, 4 points", "Transformer Engine, 4 points"])
+    assert [row.name.strip() for row in rows[:2]] == ["all three repaired", "soar_mega, 4 points"]
+    rows = [rows[-2], rows[0]]  # the failing one first
+    engine, repaired = measure_alone(case, rows, repeats=2, row_seconds=600.0)
+    assert engine.failure is not None and "transformer_engine" in engine.failure
+    assert "\n" not in engine.failure and engine.ratio is None
+    assert repaired.micro_batch in (2, 4) and len(repaired.seconds) == 2 and repaired.peak_memory
+    assert repaired.ratio == 1.0 and repaired.tflops and repaired.mfu is None
+    print_table(case, [engine, repaired])
+    printed = capsys.readouterr().out
+    assert f"{engine.name:46} {4:7d} {engine.failure}" in printed and printed.count("samples/s (") == 2
+    with pytest.raises(ValueError, match="--rows names no row of: published procedure, with online"):
+        named(every, ["nothing"])
+
+
+def test_a_failing_arm_says_why_and_its_process_takes_another() -> None:
+    case = make_case("tiny", stage=StageConfig(num_auxiliary_points=1, shift=3.0), batch_size=2)
+    worker = Worker("broken")
+    with pytest.raises(Failed, match=r"(?s)broken failed:.*ValueError: invalid literal") as failed:
+        worker.build((int, ("x\ny",)))  # type: ignore[arg-type]
+    assert failed.value.reason.startswith("ValueError: invalid literal") and "\n" not in failed.value.reason
+    worker.build((OurArm, (case, 1, 2)))
+    worker.step()
+    worker.build((OurArm, (case, 2, 4)))  # another world in the same process
+    assert worker.step() > 0
+    with pytest.raises(Failed, match="ended with exit code 3"):
+        worker.build((os._exit, (3,)))  # type: ignore[arg-type]
+    worker.close()

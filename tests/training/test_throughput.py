@@ -81,6 +81,9 @@ def test_each_precision_has_its_peak() -> None:
     assert least_seconds(work, 3.0, 2.0) == 2.0
     assert peaks(Recipe(model=ModelConfig(dtype="bf16")), "NVIDIA H100 PCIe") == (756, 756)
     assert peaks(Recipe(model=ModelConfig(dtype="fp32")), "NVIDIA H100 PCIe") == (51, 51)
+    fp8 = Recipe(model=ModelConfig(dtype="bf16", fp8="hybrid"))
+    assert peaks(fp8, "NVIDIA H100 80GB HBM3") == (1979, 989)
+    assert peaks(fp8, "NVIDIA A100-SXM4-80GB") is None
 
 
 @pytest.mark.parametrize(

@@ -2,42 +2,59 @@
 memory.
 """
 
+from typing import Any
+from unittest import mock
+
 import torch
 from baseline.case import LEARNING_RATE, Case, make_samples
 
 from soar_mega import platform
 from soar_mega.config import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import device, start_world
+from soar_mega.distributed import device, start_world, stop_world
 from soar_mega.engines import make_engine
+from soar_mega.models import mmdit
 from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.embeddings import position_table
 from soar_mega.stages import make_stage
 
 
 class OurArm:
     """soar_mega's stage and engine, single process."""
 
-    def __init__(self, case: Case, micro_batch_size: int, points_per_micro_batch: int) -> None:
+    def __init__(
+        self,
+        case: Case,
+        micro_batch_size: int,
+        points_per_micro_batch: int,
+        cuda_graphs: str = "none",
+        model: dict[str, Any] | None = None,
+    ) -> None:
+        """model: further settings of the recipe's group of that name."""
         platform.install()
+        stop_world()  # of the arm before
         recipe = Recipe(
             model=ModelConfig(
                 pipeline=case.pipeline,
                 init="pretrained" if case.pipeline else "random",
                 dtype=case.dtype,
                 recompute_granularity="full" if case.recompute else "none",
+                **(model or {}),
             ),
             stage=case.stage,
             train=TrainConfig(
                 global_batch_size=case.batch_size,
                 micro_batch_size=micro_batch_size,
                 points_per_micro_batch=points_per_micro_batch,
+                cuda_graphs=cuda_graphs,
             ),
             optimizer=OptimizerConfig(lr=LEARNING_RATE),
         )
         start_world(recipe.parallel)
         assert case.stage.shift is not None
         self.stage = make_stage(case.stage, case.stage.shift)
-        self.engine = make_engine(recipe, MMDiTConfig.from_diffusers(case.transformer))
+        with mock.patch.object(mmdit, "initialize", draw_on_device):
+            self.engine = make_engine(recipe, MMDiTConfig.from_diffusers(case.transformer))
         self.samples = make_samples(case, device())
         self.latent_shape, self.consumed = case.latent_shape, 0
 
@@ -64,3 +81,13 @@ class OurArm:
             empty_text=s.empty_text,
             empty_pooled=s.empty_pooled,
         )
+
+
+@torch.no_grad()
+def draw_on_device(model: torch.nn.Module, config: MMDiTConfig, seed: int) -> None:
+    """Random weights, drawn where they are: billions of them take a CPU longer than all steps that are measured."""
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    for name, buffer in model.named_buffers():
+        if name == "pos_embed.pos_embed":
+            buffer.copy_(position_table(config, buffer.device))

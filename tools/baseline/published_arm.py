@@ -25,7 +25,7 @@ class PublishedArm:
         self.autocast = (
             torch.autocast(self.device.type, torch.bfloat16) if case.dtype == "bf16" else nullcontext()
         )
-        self.model = build_diffusers(case).to(self.device)
+        self.model = build_diffusers(case, self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-2, fused=True
         )
@@ -57,7 +57,7 @@ class OneForward:
     """One forward of one sample without a gradient: the unit in which work is counted."""
 
     def __init__(self, case: Case) -> None:
-        self.model, self.samples = build_diffusers(case).to(device()), make_samples(case, device())
+        self.model, self.samples = build_diffusers(case, device()), make_samples(case, device())
 
     @torch.no_grad()
     def step(self) -> None:
@@ -91,12 +91,13 @@ class OnlineEncoders:
         )
 
 
-def build_diffusers(case: Case) -> SD3Transformer2DModel:
-    """fp32 weights; attention is diffusers' default, PyTorch's SDPA."""
+def build_diffusers(case: Case, device: torch.device) -> SD3Transformer2DModel:
+    """fp32 weights, made where they are used; attention is diffusers' default, PyTorch's SDPA."""
     if case.pipeline:
-        model = SD3Transformer2DModel.from_pretrained(case.pipeline, subfolder="transformer")
+        model = SD3Transformer2DModel.from_pretrained(case.pipeline, subfolder="transformer").to(device)
     else:
-        model = SD3Transformer2DModel(**case.config)
+        with device:
+            model = SD3Transformer2DModel(**case.config)
     model.train()
     if case.recompute:
         model.enable_gradient_checkpointing()

@@ -2,11 +2,12 @@
 gives the turns.
 """
 
+import gc
 import multiprocessing
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,16 +23,32 @@ class Arm(Protocol):
         """One optimizer step on one global batch."""
 
 
-class Worker:
-    """A child process that builds an arm and runs its steps when asked."""
+class Failed(RuntimeError):
+    """What an arm was asked for went wrong in its process, which can be given another arm."""
 
-    def __init__(self, name: str, build: Callable[..., Arm], *args: Any) -> None:
+    def __init__(self, name: str, reason: str, report: str) -> None:
+        super().__init__(f"{name} failed:\n{report}")
+        self.reason = reason  # in a line
+
+
+class Worker:
+    """A child process that builds arms, one at a time, and runs their steps when asked. It imports at once."""
+
+    def __init__(self, name: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+
+    def build(self, arm: tuple[Callable[..., Arm], tuple[Any, ...]]) -> None:
+        """An arm, called with its arguments, in the place of the one before, whose memory is freed.
+
+        Raises:
+            Failed: here and below: the arm could not be built, or not do what it was asked for.
+        """
+        self._ask("build", *arm)
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -51,38 +68,61 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
 
-    def _ask(self, what: str) -> Any:
+    def _ask(self, *what: Any) -> Any:
         try:
             self._pipe.send(what)
             kind, value = self._pipe.recv()
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self._process.join(timeout=10)
-            raise RuntimeError(
-                f"the process of {self.name} ended with exit code {self._process.exitcode}"
-            ) from error
+            reason = f"the process of {self.name} ended with exit code {self._process.exitcode}"
+            raise Failed(self.name, reason, reason) from error
         if kind == "error":
-            raise RuntimeError(f"{self.name} failed:\n{value}")
+            raise Failed(self.name, *value)
         return value
 
 
-def _serve(pipe: Connection, build: Callable[..., Arm], args: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection) -> None:
+    from baseline import our_arm, published_arm  # noqa: F401  # what is imported is no arm's memory or time
+
     warnings.simplefilter("ignore")
-    try:
-        memory = Memory()
-        arm = build(*args)
-        memory.forget_peak()
-        while True:
-            what = pipe.recv()
+    arm: Arm | None = None
+    memory = Memory()
+    while True:
+        try:
+            what, *args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if what == "build":
+                arm = None
+                _free()
+                memory = Memory()
+                arm = args[0](*args[1])
+                memory.forget_peak()
+                pipe.send(("built", None))
+                continue
+            assert arm is not None
             if what == "step":
                 pipe.send(("seconds", _timed(arm)))
             elif what == "flops":
                 pipe.send(("flops", count_flops(arm.step)))
             else:
                 pipe.send(("bytes", memory.peak()))
-    except EOFError:
-        return
-    except Exception:
-        pipe.send(("error", traceback.format_exc()))
+        except Exception as error:
+            arm = None
+            pipe.send(("error", (reason_of(error), traceback.format_exc())))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _timed(arm: Arm) -> float:
@@ -100,9 +140,14 @@ def _synchronize() -> None:
 
 def count_flops(function: Callable[[], object]) -> int:
     """Floating-point operations of matrix products and attention in a call."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
         function()
     return counter.get_total_flops()
+
+
+def _addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    """By the shapes of total += left right, as weight gradients are added up, a call that torch does not count."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 class Memory:

@@ -1,0 +1,264 @@
+"""What the micro-batches of a pass read: made once, on the CPU, and sent to the device in one transfer.
+
+A micro-batch is a view of it. Every decision is one about the draws, so the host never looks at what a device holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from soar_mega.data.batch import Batch
+from soar_mega.distributed import device
+from soar_mega.engines.channel import Answers
+from soar_mega.kernels import PointTable
+from soar_mega.kernels.sources import group_table, point_table, uses
+from soar_mega.stages.points import Points, Queries
+from soar_mega.stages.sources import DRAWN, Sources
+from soar_mega.upload import pinned, upload
+
+ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedBatch:
+    """A batch with positions and validity on the CPU, where rows are made, and its tensors on the device.
+
+    Attributes:
+        given: the batch as it came.
+        batch: its latents are zero where a sample could not be read.
+        text, pooled: [B + 1, S, D] and [B + 1, P] as the model reads them, the empty prompt last; None where the model
+            does not begin, and [B, ...] where the batch has no empty prompt.
+    """
+
+    given: Batch
+    batch: Batch
+    text: Tensor | None
+    pooled: Tensor | None
+
+    def conditions(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """(text [M, S, D], pooled [M, P]) at the rows `row` [M] int64, on the device."""
+        assert self.text is not None and self.pooled is not None
+        return self.text.index_select(0, row), self.pooled.index_select(0, row)
+
+    def condition_rows(self, sample: Tensor, dropped: Tensor) -> Tensor:
+        """[M] int64: where the conditions of samples are, the empty prompt where `dropped` [M]."""
+        assert self.batch.empty_text is not None or not bool(dropped.any())
+        return torch.where(dropped, len(self.batch), sample)
+
+
+def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
+    """The batch for a model of `dtype`."""
+    given = batch
+    batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
+    if batch.latents is not None:
+        latents = pinned(batch.latents, device()).to(torch.float32)
+        if not bool(batch.valid.all()):
+            latents = latents.clone()
+            for row in (~batch.valid).nonzero().flatten().tolist():
+                latents[row].zero_()  # weight zero times a latent that is not a number would still be one
+        batch = replace(batch, latents=latents)
+    return PlacedBatch(
+        given=given,
+        batch=batch,
+        text=_with_last(batch.text, batch.empty_text, dtype),
+        pooled=_with_last(batch.pooled, batch.empty_pooled, dtype),
+    )
+
+
+def _with_last(rows: Tensor | None, last: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if rows is None or last is None:
+        return None if rows is None else pinned(rows, device()).to(dtype)
+    last = pinned(last, device()).to(rows.dtype)[None]
+    return torch.cat([pinned(rows, device()).to(dtype), last.to(dtype)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryPiece:
+    """The queries of one forward: those of some samples, then of the same without their conditions."""
+
+    table: PointTable
+    timestep: Tensor  # [rows] float32
+    condition: Tensor  # [rows] int64, of PlacedBatch
+
+
+def query_pieces(placed: PlacedBatch, queries: Queries, size: int, group: int) -> list[QueryPiece]:
+    """The micro-batches of `size` samples of an answer pass, for the first pipeline stage."""
+    batch, branches = placed.batch, 2 if queries.unconditional else 1
+    index = filled(len(batch), size, group).clamp(max=len(batch) - 1)
+    sample = index.view(-1, 1, size).expand(-1, branches, -1)
+    dropped = queries.dropped[sample]
+    dropped[:, 1:] = True
+    sample, rows = sample.flatten(), branches * size
+    no_answer = torch.zeros_like(sample)
+    groups, of_point, begins = group_table(
+        sample, no_answer, no_answer, batch.position[sample], batch.seed, rows
+    )
+    made = [
+        groups,
+        point_table(queries.rows[sample], of_point),
+        queries.timestep[sample].float(),
+        placed.condition_rows(sample, dropped.flatten()),
+    ]
+    groups, points, timestep, condition = upload(made, device())
+    tables = _tables(groups, begins, points, queries.rows[sample], batch.seed, rows)
+    pieces = zip(tables, timestep.split(rows), condition.split(rows), strict=True)
+    return [QueryPiece(table=t, timestep=time, condition=row) for t, time, row in pieces]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPiece:
+    """One micro-batch of points. What a pipeline stage does not read is None."""
+
+    points: Points  # on the CPU, but for what a loss reads
+    answers: list[int]  # that its rows read
+    states: PointTable | None  # on the first stage
+    timestep: Tensor | None  # [M] float32
+    condition: Tensor | None  # [M] int64, of PlacedBatch
+    targets: PointTable | None  # on the last stage
+    weight: Tensor | None  # [M] float64
+
+    def with_sources(self, placed: PlacedBatch, answers: Answers | None) -> Points:
+        """The points with their sources: the first stage makes states of them, the last one losses.
+
+        Waits for the answers that they read.
+        """
+        assert placed.batch.latents is not None
+        v_uncond, v_cond = (None, None) if answers is None else answers.velocities(self.answers)
+        sources = Sources(
+            z0=placed.batch.latents,
+            v_uncond=v_uncond,
+            v_cond=v_cond,
+            states=self.states,
+            targets=self.targets,
+            fused=self.points.fused,
+        )
+        return replace(self.points, sources=sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPlan:
+    """All points of a rank's batch, cut into micro-batches of `size`.
+
+    Attributes:
+        points: as they were given, without those that fill up the last micro-batches.
+        count: [1] float64 on the device, the sum of their counts.
+        kinds: [K, P] bool on the device, of each kind of point in the statistics; None but on the last stage.
+        weight: [P] float64 on the device; likewise.
+    """
+
+    points: Points
+    size: int
+    pieces: list[PointPiece]
+    count: Tensor
+    kinds: Tensor | None
+    weight: Tensor | None
+
+
+def point_plan(
+    placed: PlacedBatch,
+    points: Points,
+    kinds: Tensor,
+    answers: Answers | None,
+    size: int,
+    group: int,
+    first: bool,
+    last: bool,
+) -> PointPlan:
+    """The learn pass over `points`.
+
+    Args:
+        kinds: [K, P] bool, see PointPlan.
+        group: micro-batches come in multiples of it.
+        first, last: whether this rank has the pipeline's first stage, and its last.
+    """
+    batch, whole = placed.batch, fill_up(points, size, group)
+    sample, needed = whole.sample, needs_answer(whole)
+    row = torch.zeros_like(sample) if answers is None else answers.rows_of(sample, needed)
+    groups, of_point, begins = group_table(sample, whole.path, row, batch.position[sample], batch.seed, size)
+    made = {"count": points.count.sum()[None]}
+    if first or last:
+        made["groups"] = groups
+    if first:
+        made["states"] = point_table(whole.state_rows, of_point)
+        made["timestep"] = whole.timestep.float()
+        made["condition"] = placed.condition_rows(sample, whole.dropped)
+    if last:
+        made["targets"] = point_table(whole.target_rows, of_point)
+        made["weight"], made["kinds"] = whole.weight, kinds
+        made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
+    there = dict(zip(made, upload(list(made.values()), device()), strict=True))
+    whole = replace(
+        whole, extra={name: there.get(f"extra.{name}", extra) for name, extra in whole.extra.items()}
+    )
+    count = len(whole) // size
+    nothing: list[None] = [None] * count
+
+    def tables(name: str, rows: Tensor) -> Sequence[PointTable | None]:
+        if name not in there:
+            return nothing
+        return _tables(there["groups"], begins, there[name], rows, batch.seed, size)
+
+    def views(name: str) -> Sequence[Tensor | None]:
+        return there[name].split(size) if name in there else nothing
+
+    columns = (
+        tables("states", whole.state_rows),
+        views("timestep"),
+        views("condition"),
+        tables("targets", whole.target_rows),
+        views("weight"),
+    )
+    read = [[]] * count if answers is None else answers.read_by(sample.split(size), needed.split(size))
+    pieces = [
+        PointPiece(
+            points=whole.take(slice(j * size, (j + 1) * size)),
+            answers=read[j],
+            states=states,
+            timestep=timestep,
+            condition=condition,
+            targets=targets,
+            weight=weight,
+        )
+        for j, (states, timestep, condition, targets, weight) in enumerate(zip(*columns, strict=True))
+    ]
+    weight = there["weight"][: len(points)] if last else None
+    return PointPlan(
+        points=points, size=size, pieces=pieces, count=there["count"], kinds=there.get("kinds"), weight=weight
+    )
+
+
+def in_order(points: Points) -> Points:
+    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
+    key = torch.where(points.auxiliary, points.sample + 1, 0)
+    return points.take(key.argsort(stable=True))
+
+
+def filled(total: int, size: int, group: int) -> Tensor:
+    """Places [N] 0..total-1, and on to whole groups of `group` micro-batches of `size`."""
+    whole = size * group
+    return torch.arange(-(-total // whole) * whole)
+
+
+def fill_up(points: Points, size: int, group: int = 1) -> Points:
+    """Points for a multiple of `group` micro-batches of exactly `size`: those added have weight and count zero."""
+    total = len(points)
+    index = filled(total, size, group)
+    whole, real = points.take(index.clamp(max=total - 1)), index < total
+    return replace(whole, weight=whole.weight * real, count=whole.count * real)
+
+
+def needs_answer(points: Points) -> Tensor:
+    """[P] bool: whether a point's rows have a velocity coefficient that is not zero."""
+    rows = torch.stack([points.state_rows, points.target_rows])[..., ANSWER_COLUMNS]
+    return rows.ne(0).any(dim=-1).any(dim=0)
+
+
+def _tables(
+    groups: Tensor, begins: list[int], points: Tensor, rows: Tensor, seed: int, size: int
+) -> list[PointTable]:
+    """The tables of micro-batches as views of one table; `rows` [P, 6] are those of `points`, on the CPU."""
+    cut = zip(pairwise(begins), points.split(size), uses(rows, size), strict=True)
+    return [PointTable(groups[i:j], each, used, DRAWN, seed) for (i, j), each, used in cut]

@@ -1,0 +1,207 @@
+"""A profile has all phases of all ranks; its page has the numbers of its JSON."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import performance_page
+import profile_step
+import pytest
+import torch
+from multirank import run_ranks
+from step_profile import memory, page
+from step_profile.operators import covered
+from step_profile.recorder import Recorder, Span
+from step_profile.summary import bubble, by_phase, chrome_trace
+from tiny_runs import ROOT, tiny_words
+
+from soar_mega.phases import Phases, phases
+
+
+def profiled(arguments: list[str]) -> None:
+    os.chdir(ROOT)
+    before = phases.enter
+    sys.argv = ["profile_step.py", *arguments]
+    profile_step.main()
+    assert phases.enter == before  # what was marked is unmarked
+
+
+def profile(shards: Path, out: Path, ranks: int, **overrides: Any) -> dict[str, Any]:
+    words = tiny_words(shards, out / "run", **overrides)
+    recipe = str(ROOT / "recipes" / "tiny" / "soar.yaml")
+    arguments = [recipe, *words, "--out", str(out), "--steps", "2", "--warmup", "1"]
+    run_ranks(profiled, ranks, arguments, timeout=180)
+    said: dict[str, Any] = json.loads((out / "profile.json").read_text())
+    assert not list(out.glob("run-*"))  # the checkpoint is removed again
+    return said
+
+
+def check_numbers(said: dict[str, Any], out: Path, inner: set[str]) -> None:
+    """Phases of each rank that add up to its steps, and a page that says the same."""
+    html = (out / "profile.html").read_text()
+    shown = page.first_pipeline(said)
+    assert [rank["place"]["pipeline"] for rank in shown] == list(range(said["layout"]["PP"]))
+    for rank in said["ranks"]:
+        assert {"agreement", "data", "answer", "learn", "optimizer"} | inner <= rank["phases"].keys()
+        # the clock around a step is read outside of the recording
+        assert 0.5 * rank["step_seconds"] < rank["sums"]["host"] <= rank["step_seconds"]
+        assert rank["sums"]["host"] == pytest.approx(sum(p["host"] for p in rank["phases"].values()))
+        assert all(phase["host"] >= 0 for phase in rank["phases"].values())
+        assert rank["memory"]["most"] > rank["memory"]["before"] > 0
+        for name in inner if rank in shown else ():
+            assert f"<td>{name}</td><td>{page.milliseconds(rank['phases'][name]['host'])}</td>" in html
+    assert page.milliseconds(said["median_seconds"]) in html and page.overhead(said) in html
+    assert page.milliseconds(said["operators"]["top"][0]["host_seconds"]) in html
+    for picture in ("timeline", "memory"):
+        assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert html.count("data:image/png;base64,") == 2
+    assert said["checkpoint"]["seconds"] >= said["checkpoint"]["blocked_seconds"] > 0
+    assert said["work"]["step"]["total"] > 0 and said["work"]["mfu"] is None
+
+
+def test_two_pipeline_ranks(shards: Path, tmp_path: Path) -> None:
+    said = profile(shards, tmp_path, 2, parallel__pipeline_model_parallel_size=2)
+    assert [rank["place"]["pipeline"] for rank in said["ranks"]] == [0, 1]
+    inner = {
+        "answer/forward",
+        "learn/forward",
+        "learn/backward",
+        "learn/messages",
+        "learn/gradient reduction",
+    }
+    check_numbers(said, tmp_path, inner | {"optimizer/parameter gather"})
+    # 16 samples, 4 at once; 48 points, 12 at once
+    assert said["ranks"][0]["phases"]["learn/backward"]["calls"] == 4
+    for one in said["bubble"].values():
+        assert one["micro_batches"] == 4 and one["ideal"] == pytest.approx(1 / 5)
+        assert 0 < one["measured"] < 1
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        backwards = [e for e in trace if e["pid"] == rank and e["name"] == "backward"]
+        assert len(backwards) == 4
+    shutil.copy(tmp_path / "profile.json", tmp_path / "2026-01-02-cpu-profile.json")
+    shown = performance_page.page(tmp_path)
+    assert f"a step takes {1e3 * said['median_seconds']:.1f} ms" in shown
+    assert all(
+        f"| {name} | {1e3 * p['host']:.1f} |" in shown for name, p in said["ranks"][0]["phases"].items()
+    )
+    kinds = said["ranks"][1]["memory"]["kinds"]
+    assert kinds["optimizer"] >= 1.9 * kinds["gradients"] > 0 and kinds["kept weights"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, parallel, inner",
+    [
+        (
+            4,
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_grad_reduce": "true",
+                "overlap_param_gather": "true",
+            },
+            {"learn/gradient reduction", "answer/parameter gather"},
+        ),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": "true"},
+            set(),
+        ),
+        (2, {"engine": "deepspeed", "zero_stage": 3}, set()),
+    ],
+    ids=["interleaved", "tensor and context", "deepspeed"],
+)
+def test_every_layout(
+    shards: Path, tmp_path: Path, ranks: int, parallel: dict[str, Any], inner: set[str]
+) -> None:
+    settings = {f"parallel__{key}": value for key, value in parallel.items()}
+    said = profile(shards, tmp_path, ranks, train__ema_decay=0.0, **settings)
+    check_numbers(said, tmp_path, {"answer/forward", "learn/forward", "learn/backward"} | inner)
+    assert len(said["ranks"]) == ranks
+
+
+def test_made_up_samples_need_no_data(tmp_path: Path) -> None:
+    words = tiny_words(tmp_path / "absent", tmp_path / "run")
+    arguments = [str(ROOT / "recipes/tiny/soar.yaml"), *words, "--out", str(tmp_path), "--no-checkpoint"]
+    arguments += ["--steps", "1", "--warmup", "0", "--made-up", "8x4", "--text-length", "7"]
+    run_ranks(profiled, 1, arguments)
+    said = json.loads((tmp_path / "profile.json").read_text())
+    assert said["work"]["tokens"] == {"image": 8, "text": 7} and said["checkpoint"] is None
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("time.process_time", lambda: self.now / 2)
+
+
+def test_seconds_of_a_phase_are_without_what_is_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, mine, recorder = Clock(monkeypatch), Phases(), Recorder()
+
+    def work(seconds: float) -> None:
+        clock.now += seconds
+
+    recorder.start(lambda: 5)
+    with recorder.following(mine):
+        for _ in range(2):
+            mine.begin_step(1, "data")
+            work(1)
+            mine.enter("learn")
+            work(2)
+            recorder.around(lambda: (work(3), recorder.around(work, "gather")(4)), "forward")()
+            recorder.around(work, "forward")(5)
+            work(6)
+            recorder.close()
+    mine.enter("nothing that is recorded")
+    recorder.stop()
+    found = by_phase(recorder.spans, 2)
+    assert {name: (p["host"], p["process"], p["calls"]) for name, p in found.items()} == {
+        "data": (1, 0.5, 1),
+        "learn": (8, 4, 1),
+        "learn/forward": (8, 4, 2),
+        "learn/gather": (4, 2, 1),
+    }
+    assert list(found) == ["data", "learn", "learn/forward", "learn/gather"]
+    assert recorder.notes[-1] == (42, 5) and "device" not in found["data"]
+
+
+def spans(*intervals: tuple[str, float, float]) -> list[Span]:
+    return [Span(name, "learn", 1, start, 0.0, end) for name, start, end in intervals]
+
+
+def test_an_ideal_pipeline_has_the_ideal_bubble() -> None:
+    """Two ranks, three micro-batches, forward 1 and backward 2: each stands still for 3 of 12."""
+    first = spans(("forward", 0, 1), ("forward", 1, 2), ("backward", 4, 6), ("forward", 6, 7))
+    first += spans(("messages", 2, 4), ("backward", 7, 9), ("backward", 10, 12))
+    second = spans(("forward", 1, 2), ("backward", 2, 4), ("forward", 4, 5), ("backward", 5, 7))
+    second += spans(("forward", 7, 8), ("backward", 8, 10))
+    found = bubble([first, second], "learn", 3, 1)
+    assert found["measured"] == pytest.approx(found["ideal"]) == pytest.approx(0.25)
+    assert found["busy_seconds"] == [9, 9] and found["seconds"] == 12
+    assert bubble([first, second], "learn", 3, 2)["ideal"] == pytest.approx(1 / 7)
+    for span in first + second:
+        span.device_start, span.device_end = 2 * span.start, 2 * span.end
+    assert bubble([first, second], "learn", 3, 1, is_on_gpu=True)["seconds"] == 24
+    trace = chrome_trace({0: first, 1: second})["traceEvents"]
+    assert {(e["pid"], e["tid"]) for e in trace if e["ph"] == "X"} == {
+        (rank, row) for rank in (0, 1) for row in ("host", "device")
+    }
+    assert sum(e["dur"] for e in trace if e["ph"] == "X" and e["tid"] == "host") == pytest.approx(20e6)
+
+
+def test_kernels_that_run_at_once_count_once() -> None:
+    assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+    assert covered([]) == 0
+
+
+def test_shared_storage_counts_once() -> None:
+    whole, seen = torch.zeros(10), set[int]()
+    assert memory._bytes([whole, whole[2:], None, 3, torch.empty(4, device="meta")], seen) == 40
+    assert memory._bytes([whole[:1], torch.ones(2)], seen) == 8

@@ -1,0 +1,173 @@
+"""docs/performance.md from benchmarks/results: how fast, against what, and where the time goes.
+
+    python tools/performance_page.py        after a new file in benchmarks/results
+
+Of each kind of file the newest for each device and case is shown: *-compare-*.json (tools/compare_baseline.py),
+*-profile*.json (the profile.json of tools/profile_step.py), *-host.json (tools/bench_host.py) and *-kernels.json
+(tools/bench_kernels.py).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpu_page import RESULTS, ROOT, link, table
+
+PAGE = ROOT / "docs" / "performance.md"
+TEXT = Path(__file__).with_suffix(".md")
+
+Json = dict[str, Any]
+
+NONE = "Not measured yet: no such file is in `benchmarks/results`."
+
+
+def page(results: Path) -> str:
+    """The whole page: the text of tools/performance_page.md, with what was measured in the places that it names."""
+    sections = {
+        "comparisons": [*shown(results, r".*-compare-.*", compared), *by_hand(results)],
+        "profiles": shown(results, r".*-profile.*", profiled),
+        "host": shown(results, r".*-host", host),
+        "kernels": shown(results, r".*-kernels", kernels),
+    }
+    text = TEXT.read_text()
+    for name, lines in sections.items():
+        assert text.count(f"@{name}\n") == 1
+        text = text.replace(f"@{name}\n", "\n".join(lines) + "\n")
+    return text
+
+
+def shown(results: Path, name: str, section: Callable[[Json], list[str]]) -> list[str]:
+    """A section for the newest file of each device and case, or a word that there is none."""
+    newest: dict[str, Path] = {}
+    for file in sorted(results.glob("*.json")):  # names begin with the date
+        if re.fullmatch(name, file.stem):
+            newest[file.stem[len("2026-01-01-") :]] = file
+    lines: list[str] = []
+    for file in newest.values():
+        said = json.loads(file.read_text())
+        lines += ["", *section(said), "", source(file.name, said)]
+    return lines[1:] or [NONE]
+
+
+def source(file: str, said: Json) -> str:
+    """Where numbers come from."""
+    commit = f", commit {said['commit']}" if "commit" in said else ""
+    return f"{said['date']}, torch {said['torch']}{commit}. Command: `{said['command']}`. {link(file)}."
+
+
+def compared(said: Json) -> list[str]:
+    """Our steps against the published procedure's."""
+    threads = f" ({said['threads']} threads)" if said["device"] == "cpu" else ""
+    title = (
+        f"**{said['model']} on {said['device']}{threads}**, {said['dtype']}, {said['batch_size']} samples per step, "
+        f"N = {said['stage']['num_auxiliary_points']}:"
+    )
+    has_mfu = any(row.get("mfu") is not None for row in said["rows"])
+    rows = [
+        [
+            row["name"],
+            str(row["micro_batch"]),
+            f"{row['samples_per_second']:.2f}",
+            f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
+            f"{row['peak_memory'] / 2**30:.2f}",
+            *([percent(row.get("mfu"))] if has_mfu else []),
+        ]
+        for row in said["rows"]
+    ]
+    columns = ["row", "per forward", "samples/s", "of published", "peak GiB", *(["MFU"] if has_mfu else [])]
+    return [title, "", *table(columns, rows)]
+
+
+def by_hand(results: Path) -> list[str]:
+    """What was measured before there was a tool for it, and written down."""
+    lines: list[str] = []
+    for file in sorted(results.glob("*.json")):
+        said = json.loads(file.read_text())
+        for each in said.get("tables", []):
+            if each["columns"][0] == "arm":
+                title = f"**{said['device']}, by hand:** {each['title']}:"
+                lines += ["", title, "", *table(each["columns"], each["rows"]), "", source(file.name, said)]
+    return lines
+
+
+def profiled(said: Json) -> list[str]:
+    """Phases of rank 0, and how much of the time the GPU and the pipeline stood still."""
+    layout, work = said["layout"], said["work"]
+    facts = [
+        f"a step takes {1e3 * said['median_seconds']:.1f} ms",
+        f"{work['tflops_per_process']:.4g} TFLOP/s",
+    ]
+    if work["mfu"] is not None:
+        facts.append(f"MFU {percent(work['mfu'])}")
+    if said["gpu_busy"] is not None:
+        facts.append(f"GPU busy {percent(said['gpu_busy'])}")
+    sizes = ", ".join(f"{name} {layout[name]}" for name in ("TP", "PP", "VPP", "CP", "DP"))
+    first = said["ranks"][0]
+    clocks = [clock for clock in ("host", "device") if any(clock in p for p in first["phases"].values())]
+    rows = [
+        [
+            name,
+            *(f"{1e3 * phase[clock]:.1f}" for clock in clocks),
+            percent(phase["host"] / first["sums"]["host"]),
+        ]
+        for name, phase in first["phases"].items()
+    ]
+    lines = [
+        f"**{said['recipe']} on {said['device']}** ({sizes}): {', '.join(facts)}.",
+        "",
+        *table(["rank 0, per step", *(f"{clock} ms" for clock in clocks), "of the step"], rows),
+    ]
+    if layout["PP"] > 1:
+        for phase, one in said["bubble"].items():
+            lines += [
+                "",
+                f"`{phase}`: the pipeline stands still for {percent(one['measured'])} of the pass; the ideal bubble of "
+                f"{one['micro_batches']} micro-batches is {percent(one['ideal'])}.",
+            ]
+    return lines
+
+
+def host(said: Json) -> list[str]:
+    """Milliseconds of Python and torch for each form of the model."""
+    rows = [
+        [
+            form,
+            f"{row['forward_ms']:.1f} ({row['forward_ratio']:.2f})",
+            f"{row['both_ms']:.1f} ({row['both_ratio']:.2f})",
+        ]
+        for form, row in said["forms"].items()
+    ]
+    title = (
+        f"{said['layers']} layers, {said['dual_layers']} of them with the second attention, lowest of "
+        f"{said['rounds']} rounds:"
+    )
+    return [title, "", *table(["form", "forward, ms (of plain)", "with backward, ms (of plain)"], rows)]
+
+
+def kernels(said: Json) -> list[str]:
+    """Device and host time of each operation, and the share of a copy's bandwidth."""
+    copy = said["copy_bandwidth"]
+    rows = [
+        [
+            row["name"],
+            row["form"],
+            f"{1e6 * row['device_seconds']:.1f}",
+            "" if row["host_seconds"] is None else f"{1e6 * row['host_seconds']:.0f}",
+            f"{row['bytes'] / row['device_seconds'] / 1e9:.0f}",
+            percent(row["bytes"] / row["device_seconds"] / copy),
+        ]
+        for row in said["rows"]
+    ]
+    columns = ["operation", "form", "device us", "host us", "GB/s", "of a copy"]
+    return [f"**{said['device']}**, a copy reaches {copy / 1e9:.0f} GB/s:", "", *table(columns, rows)]
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(RESULTS))
+    print(f"Written to {PAGE.relative_to(ROOT)}")

@@ -1,5 +1,7 @@
 """The checks of one GPU, side by side: each file of tests/gpu, and the demo. Started by tools/gpu_check.sh.
 
+    python tools/gpu_check.py [WORD ...]      only parts whose name holds one of the words
+
 Every part is a process of its own with a time limit, so that one that hangs or takes CUDA down with it spoils no other.
 """
 
@@ -193,7 +195,8 @@ def commit() -> str:
 
 def write(results: dict[str, dict[str, Any]], seconds: float, folder: Path) -> Path:
     """The JSON of the whole check."""
-    said: dict[str, Any] = {**origin("gpu_check"), "command": "tools/gpu_check.sh", "commit": commit()}
+    command = " ".join(["tools/gpu_check.sh", *sys.argv[1:]])
+    said: dict[str, Any] = {**origin("gpu_check"), "command": command, "commit": commit()}
     said |= {"versions": versions(), "seconds": round(seconds, 1), "parts": results}
     gpu = re.sub(r"[^a-z0-9]+", "-", said["device"].lower().removeprefix("nvidia ")).strip("-")
     path = folder / f"{said['date']}-{gpu}-check.json"
@@ -218,7 +221,9 @@ def main() -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.monotonic()
-    results = run_side_by_side(parts(folder), LIMIT)
+    words = sys.argv[1:] or [""]
+    chosen = [part for part in parts(folder) if any(word in part.name for word in words)]
+    results = run_side_by_side(chosen, LIMIT)
     path = write(results, time.monotonic() - started, RESULTS)
     if "OUT" in os.environ:
         hand_over(path, folder, Path(os.environ["OUT"]))

@@ -4,6 +4,7 @@
 # 1: something failed; 2: there is no CUDA device, and nothing was run.
 #
 #   tools/gpu_check.sh                          in .venv, or where there is none with python3
+#   tools/gpu_check.sh kernels models           only parts whose name holds one of these words
 #   SOAR_PYTHON=python tools/gpu_check.sh       in the active environment (the Docker image, for instance)
 #
 # On a machine without network or an installed soar_mega it needs a torch with CUDA, transformers, accelerate,
@@ -40,4 +41,4 @@ if ! "$python" -c 'import soar_mega.kernels' 2> /dev/null; then
     ln -s ../kernels soar_mega/kernels # an installed package maps this folder (setup.py)
     trap 'rm -rf "$carried" soar_mega/kernels' EXIT
 fi
-"$python" tools/gpu_check.py
+"$python" tools/gpu_check.py "$@"

@@ -323,7 +323,7 @@ def build_model(
         )
     provider = get_provider(model)
     check_fp8_sizes(config, model, parallel)
-    if meta:  # it computes nothing; Transformer Engine's layers have the same parameters, and no meta device
+    if meta:  # Transformer Engine's layers would take memory; torch's have the same parameters
         model = replace(
             model,
             transformer_impl="local",

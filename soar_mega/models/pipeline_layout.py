@@ -30,11 +30,7 @@ def stage_layers(config: MMDiTConfig, parallel: ParallelConfig) -> list[range]:
         ValueError: a split that is not possible, with the nearest one that is.
     """
     fixed = _fixed_sizes(config.num_layers, parallel)
-    tokens = usual_tokens(config)
-    work = tuple(layer_work(config, number, tokens).total for number in range(config.num_layers))
-    sizes = _balanced(
-        work, embedding_work(config, tokens).total, output_work(config, tokens).total, tuple(fixed)
-    )
+    sizes = _balanced(*_usual_work(config), tuple(fixed))
     return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
 
 
@@ -103,6 +99,14 @@ def _advice(num_layers: int, ranks: int, chunks: int, first: int | None, last: i
         f"{given} leave fewer than one of the {num_layers} layers to each of the {middle} other stages: set "
         f"{together} {most}"
     )
+
+
+@cache
+def _usual_work(config: MMDiTConfig) -> tuple[tuple[int, ...], int, int]:
+    """Of each layer, the embedding and the output."""
+    tokens = usual_tokens(config)
+    layers = tuple(layer_work(config, number, tokens).total for number in range(config.num_layers))
+    return layers, embedding_work(config, tokens).total, output_work(config, tokens).total
 
 
 @cache

@@ -7,14 +7,17 @@ import plan_layout
 import pytest
 import yaml
 from plan import check
+from plan.gloo import LAYOUTS, SIZES, recipe_of
 from plan.hardware import HARDWARE
 from plan.search import Case, search
 from plan.step_time import StepModel
+from plan.validate import predicted, spearman
 
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.config_checks import check_recipe
-from soar_mega.distributed import check_layout
+from soar_mega.distributed import check_layout as check_processes
 from soar_mega.models.flops import Tokens
+from soar_mega.models.layout import check_layout
 from soar_mega.models.memory import workload
 from soar_mega.models.presets import PRESETS
 from soar_mega.recipe import load_recipe
@@ -33,7 +36,7 @@ def test_every_plan_is_a_recipe_that_fits(planned):
     for plan in plan_layout.best_of_each_layout(plans):
         parallel = plan.recipe.parallel
         sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-        check_layout(6, *sizes, parallel.context_parallel_size)
+        check_processes(6, *sizes, parallel.context_parallel_size)
         assert plan.memory.total <= case.room
         assert min(asdict(plan.time).values()) >= 0
 
@@ -77,3 +80,12 @@ def test_a_pipeline_has_a_bubble_and_parts_of_a_model_make_it_shorter():
         return model.step(workload(recipe, 2, (64, 64), 154)).bubble
 
     assert 0 < bubble(2) < bubble(None)
+
+
+def test_order_of_layouts_is_compared_by_rank():
+    assert (
+        spearman([1.0, 2.0, 5.0], [3.0, 4.0, 4.5]) == 1 and spearman([1.0, 2.0, 5.0], [5.0, 2.0, 1.0]) == -1
+    )
+    for layout in LAYOUTS:
+        check_layout(SIZES, recipe_of(layout).parallel)
+        assert predicted(layout) > 0

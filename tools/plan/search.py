@@ -61,7 +61,8 @@ class Plan:
 
 def search(case: Case) -> tuple[list[Plan], Counter[str]]:
     """What can be run, fastest first, and why the rest cannot, with counts."""
-    plans, refused = [], Counter[str]()
+    plans: list[Plan] = []
+    refused = Counter[str]()
     for parallel in layouts(case, refused):
         plans += _of_layout(case, parallel, refused)
     return sorted(plans, key=lambda plan: plan.time.total), refused
@@ -83,18 +84,18 @@ def layouts(case: Case, refused: Counter[str]) -> Iterator[ParallelConfig]:
 
 
 def _engines(tensor: int, pipeline: int, context: int) -> Iterator[ParallelConfig]:
-    common = {"tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1}
+    common = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
     for chunks in CHUNKS if pipeline > 1 else (1,):
-        yield ParallelConfig(
+        yield replace(
+            common,
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             context_parallel_size=context,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
-            **common,
         )
     if pipeline == context == 1:
-        yield from (ParallelConfig(engine="deepspeed", zero_stage=stage, **common) for stage in (1, 2, 3))
+        yield from (replace(common, engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3))
 
 
 def _impossible(case: Case, parallel: ParallelConfig) -> str | None:

@@ -1,0 +1,54 @@
+"""The model and the layouts of four processes by which the planner's order is compared with the measured one."""
+
+from dataclasses import replace
+
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.presets import PRESETS
+
+STEPS = 5
+SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
+SIZES: MMDiTConfig = replace(
+    PRESETS["sd35_medium"],
+    num_layers=8,
+    num_attention_heads=4,
+    caption_projection_dim=256,
+    dual_attention_layers=(0, 1, 2, 3),
+    joint_attention_dim=256,
+    pooled_projection_dim=64,
+    pos_embed_max_size=16,
+)
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+VPP = "virtual_pipeline_model_parallel_size"
+LAYOUTS: dict[str, dict[str, object]] = {
+    "DP4": {},
+    "DP4 full recomputation": {},
+    "TP2 DP2": {TP: 2, "sequence_parallel": True},
+    "TP4": {TP: 4, "sequence_parallel": True},
+    "CP2 DP2": {CP: 2},
+    "CP4": {CP: 4},
+    "PP2 DP2": {PP: 2},
+    "PP4": {PP: 4},
+    "PP2 VPP2 DP2": {PP: 2, VPP: 2},
+    "TP2 PP2": {TP: 2, PP: 2, "sequence_parallel": True},
+    "DP4 ZeRO 1": {"engine": "deepspeed", "zero_stage": 1},
+    "DP4 ZeRO 2": {"engine": "deepspeed", "zero_stage": 2},
+    "DP4 ZeRO 3": {"engine": "deepspeed", "zero_stage": 3},
+}
+
+
+def recipe_of(layout: str) -> Recipe:
+    """Eight samples a step, in micro-batches of four points."""
+    return Recipe(
+        model=ModelConfig(
+            preset="none",
+            init="random",
+            dtype="fp32",
+            recompute_granularity="full" if "recomputation" in layout else "none",
+        ),
+        stage=StageConfig(num_auxiliary_points=3, shift=1.0),
+        parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
+        train=TrainConfig(
+            global_batch_size=8, micro_batch_size=2, points_per_micro_batch=4, cuda_graphs="none"
+        ),
+    )

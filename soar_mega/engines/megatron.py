@@ -18,7 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 from torch.nn import Parameter
 
-from soar_mega.config import Recipe
+from soar_mega.config import ModelConfig, Recipe
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines.adam_steps import for_adam, kept_steps, started
 from soar_mega.engines.engine import Engine, StepResult
@@ -45,14 +45,11 @@ class MegatronEngine(Engine):
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._pipeline = Pipeline(self._ddp)
         if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
-            if recipe.model.fp8 and recipe.model.fp8_recipe == "delayed":
-                if is_rank_zero():
-                    logger.warning(
-                        "train.cuda_graphs=layers does not go with model.fp8_recipe=delayed, whose histories move on "
-                        "between the layers of one forward and those of the next: the layers run without graphs"
-                    )
-            else:
+            reason = why_no_graphs(recipe.model)
+            if reason is None:
                 self.record_layers(CudaGraphs)
+            elif is_rank_zero():
+                logger.warning("train.cuda_graphs=layers: the layers run without graphs, because %s", reason)
 
     def record_layers(self, recorder: Callable[[], Recorder]) -> None:
         """Run the layers as graphs from now on."""
@@ -163,6 +160,20 @@ def _data_parallel(model: ModelChunks, recipe: Recipe) -> list[DistributedDataPa
         no_syncs = [chunk.no_sync for chunk in chunks]
         model.config.no_sync_func = no_syncs if len(chunks) > 1 else no_syncs[0]
     return chunks
+
+
+def why_no_graphs(model: ModelConfig) -> str | None:
+    """Why a model's layers cannot be CUDA graphs; None where they can."""
+    if model.fp8 and model.fp8_recipe == "delayed":
+        return (
+            "the histories of model.fp8_recipe=delayed move on between two forwards (tensorwise keeps none)"
+        )
+    if model.transformer_impl == "transformer_engine" and model.attention_backend in ("auto", "fused"):
+        return (
+            f"model.attention_backend={model.attention_backend} is cuDNN's attention, whose backward fails in a graph "
+            "(sdpa does not)"
+        )
+    return None
 
 
 def _tell(ddp: DistributedDataParallel, parameter: Parameter) -> None:

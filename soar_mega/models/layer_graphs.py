@@ -90,10 +90,10 @@ class RecordedLayer:
     def forward(self, inputs: list[Tensor], wanted: list[bool]) -> None:
         """Compute `outputs`; with gradients `wanted` of any input or weight, keep what `backward` needs."""
         self._inputs = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        keeps = any(wanted) and not self.recomputed
-        with torch.set_grad_enabled(keeps):
+        learns = any(wanted)
+        with torch.set_grad_enabled(learns):  # also where it is recomputed: attention depends on it
             text, image = self._run()
-        if keeps:
+        if learns and not self.recomputed:
             self._results = text, image
         self.outputs = (None if text is None else text.detach(), image.detach())
 

@@ -8,6 +8,8 @@ from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_re
 from multirank import run_ranks
 from repeated_work import RepeatedWork
 
+from soar_mega.config import ModelConfig
+from soar_mega.engines.megatron import why_no_graphs
 from soar_mega.stages import make_stage
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -47,3 +49,20 @@ def test_recorded_layers_train_as_others_do(name):
     run_ranks(
         with_and_without, processes, make_recipe(layout, **settings), EIGHT_LAYERS if "vpp" in name else SIZES
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, None),
+        ({"transformer_impl": "transformer_engine", "fp8": "hybrid"}, None),
+        ({"transformer_impl": "transformer_engine", "attention_backend": "auto"}, "attention_backend=auto"),
+        (
+            {"transformer_impl": "transformer_engine", "fp8": "e4m3", "fp8_recipe": "delayed"},
+            "fp8_recipe=delayed",
+        ),
+    ],
+)
+def test_what_no_graph_can_hold_is_named(settings, reason):
+    said = why_no_graphs(ModelConfig(**settings))
+    assert said is None if reason is None else reason in said

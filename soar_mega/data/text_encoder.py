@@ -34,9 +34,17 @@ class TextEncoder:
         """From a pipeline folder; `part` is one of `parts`. ValueError: it or its tokenizer cannot be loaded."""
         tokenizer = part.replace("text_encoder", "tokenizer")
         with _no_progress_bars(), loading(folder / part):
-            model = _class(folder, part).from_pretrained(folder / part, dtype=dtype)
+            model, told = _class(folder, part).from_pretrained(
+                folder / part, dtype=dtype, output_loading_info=True
+            )
         with loading(folder / tokenizer):
             tokens = _class(folder, tokenizer).from_pretrained(folder / tokenizer)
+        if missing := sorted(told["missing_keys"]):  # which transformers would fill with random numbers
+            config = folder / part / "config.json"
+            raise ValueError(
+                f"{folder / part} cannot be loaded: the weights lack {missing[0]}, which {config} implies "
+                f"({len(missing)} missing in all): fetch the folder again"
+            )
         model = model.to(device).eval().requires_grad_(False)
         check_finite(model, folder / part)
         # diffusers cuts both CLIPs at the length of the first one's tokenizer

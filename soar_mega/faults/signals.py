@@ -1,6 +1,7 @@
-"""When a run is to stop early: a signal of the job scheduler, or the end of its time."""
+"""When a run is to stop early: a signal of the job scheduler, Ctrl-C, or the end of its time."""
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import torch.distributed as dist
 
 from soar_mega.phases import phases
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -28,7 +31,9 @@ def held_back() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and the time limit into one decision that all ranks share.
+    """Turns SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and the time limit into one decision that all ranks share.
+
+    A second Ctrl-C is not waited with: it ends the process as it always does.
 
     A signal reaches the ranks at different moments, and clocks differ: the step after which a run stops is agreed on by
     a MAX all-reduce, or some ranks would save while others wait for them in the next step.
@@ -54,6 +59,11 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            logger.info(
+                "Ctrl-C: the run is saved after this step; press it again to end at once, with nothing saved"
+            )
 
     def reason(self) -> str | None:
         """Why to stop now, or None. Collective over the world: every rank gets the same answer."""

@@ -283,6 +283,18 @@ def test_encoders_with_broken_weights_are_refused_by_name(tmp_path, part):
         Encoders.from_pipeline(tmp_path / "p")
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3"])
+def test_a_text_encoder_without_some_of_its_weights_is_named(tmp_path, part):
+    shutil.copytree(BASE, tmp_path / "p")
+    file = next((tmp_path / "p" / part).glob("*.safetensors"))
+    weights = load_file(file)
+    lost = next(name for name in weights if name.endswith("weight") and "layer" in name.lower())
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} cannot be loaded: the weights lack .*1 missing in all"):
+        Encoders.from_pipeline(tmp_path / "p").encode_prompts(["a"])
+
+
 def test_a_vae_without_some_of_its_weights_is_named(tmp_path):
     folder = edited(tmp_path / "p", "vae/config.json", layers_per_block=3)
     with pytest.raises(ValueError, match="vae cannot be loaded: the weights lack .*config.json implies"):

@@ -118,12 +118,16 @@ def validation() -> str:
     """How the order of layouts compares with a measured one."""
     files = sorted(RESULTS.glob("*-cpu-plan-layouts.json"))
     if not files:
-        return "The order of layouts was not compared with a measured one."
+        return (
+            "No comparison of the order of layouts with a measured one is kept: the machine here was too busy for "
+            "`tools/plan_layout.py --validate` to say anything."
+        )
     content = json.loads(files[-1].read_text())
     return (
         f"The order of {len(content['rows'])} layouts of four gloo processes on a CPU, measured and predicted (with "
         f"numbers of its own for that machine), has a rank correlation (Spearman) of {content['spearman']:.2f} "
-        f"([{files[-1].name}](../benchmarks/results/{files[-1].name}), `{content['command']}`)."
+        f"(the machine's load was {content['load_average_15_min']:.1f} on {content['cores']} cores; "
+        f"[{files[-1].name}](../benchmarks/results/{files[-1].name}), `{content['command']}`)."
     )
 
 

@@ -21,6 +21,7 @@ from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
 # and for the second attention of a layer, on the image alone
 DUAL_FORWARD_TRAFFIC, DUAL_BACKWARD_TRAFFIC = 11, 20
+MODULES = 14  # of a layer that have parameters
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,12 @@ class StepModel:
             # DeepSpeed reduces at each backward from stage 2 on, and at stage 3 gathers for each forward and backward
             often = work.micro_batches if parallel.zero_stage > 1 else 1
             gathers = 2 * often + 1 if parallel.zero_stage == 3 else 1
+            # at stage 3 each module with parameters asks for its own, and waits for the answer's way
+            latency = self._over_replicas(0, replicas) if parallel.zero_stage == 3 else 0.0
+            waiting = 2 * often * MODULES * self.sizes.num_layers * latency
             busy = work.micro_batches * (forward + backward)
-            return max(0.0, often * scatter + gathers * gather - busy) + gather * (parallel.zero_stage < 3)
+            exposed = max(0.0, often * scatter + gathers * gather - busy)
+            return waiting + exposed + gather * (parallel.zero_stage < 3)
         hidden = backward if parallel.overlap_grad_reduce else 0.0  # behind the last micro-batch
         ahead = forward if parallel.overlap_param_gather else 0.0
         return max(0.0, scatter - hidden) + max(0.0, gather - ahead)

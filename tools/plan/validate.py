@@ -32,8 +32,19 @@ def validate(out: str) -> None:
         print(f"{row['measured']:11.3f} {row['predicted']:12.3f}  {row['layout']}")
     print(f"rank correlation (Spearman): {correlation:.2f}")
     if out:
-        content = {**origin("plan_layout"), "processes": PROCESSES, "spearman": correlation, "rows": rows}
+        content = {
+            **origin("plan_layout"),
+            "processes": PROCESSES,
+            **machine(),
+            "spearman": correlation,
+            "rows": rows,
+        }
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> dict[str, float | int]:
+    """How busy this machine was: times of one that is are noise."""
+    return {"cores": len(os.sched_getaffinity(0)), "load_average_15_min": os.getloadavg()[2]}
 
 
 def predicted(layout: str) -> float:

@@ -42,7 +42,10 @@ def two_steps(recipe: Recipe) -> Seen:
     [
         pytest.param({"layout": (1, 2)}, marks=pytest.mark.slow),
         {"layout": (1, 2), **VPP2},
-        {"layout": (2, 1), "sequence_parallel": True, "stage": replace(SOAR, fused_kernels=False)},
+        pytest.param(
+            {"layout": (2, 1), "sequence_parallel": True, "stage": replace(SOAR, fused_kernels=False)},
+            marks=pytest.mark.slow,
+        ),
         {"engine": "deepspeed", "zero_stage": 1},
     ],
     ids=["pipeline", "two-chunks", "tensor", "deepspeed"],

@@ -67,7 +67,7 @@ def test_an_engine_computes_with_the_weights_it_has(parallel, monkeypatch):
     answers = engine.answer(stage.queries, make_batch(5))
     assert casts() == 1
     engine.learn(stage.points, stage.loss, make_batch(5), answers)
-    engine._loss = float("nan")
+    monkeypatch.setattr(engine, "_statistics", {"loss": float("nan")})
     assert not engine.step(1e-2).ok
     engine.answer(stage.queries, make_batch(6))
     assert casts() == 0  # nothing has changed

@@ -21,14 +21,14 @@ LAYOUTS = {
         make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9}),
         make_recipe((2, 1), model=BF16, engine="deepspeed", zero_stage=1),
     ],
+}
+MORE = {  # make test-slow
     "pp2 tp2": [make_recipe((2, 2), sequence_parallel=True)],
     "dp4": [
         make_recipe((1, 1), model=BF16, overlap_grad_reduce=True),
         make_recipe((1, 1), model=BF16, engine="deepspeed", zero_stage=2),
         make_recipe((1, 1), model=BF16, engine="deepspeed", zero_stage=3),
     ],
-}
-MORE = {
     "pp2 dp2": [make_recipe((1, 2), model=BF16), make_recipe((1, 2), use_distributed_optimizer=False)],
     "pp2 vpp2 cp2": [
         make_recipe((1, 2), model=BF16, virtual_pipeline_model_parallel_size=2, context_parallel_size=2)
@@ -92,7 +92,9 @@ def most_in_flight(recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", [make_recipe((1, 4)), make_recipe((1, 2), **VPP2)], ids=["pp4", "pp2 vpp2"]
+    "recipe",
+    [pytest.param(make_recipe((1, 4)), marks=pytest.mark.slow), make_recipe((1, 2), **VPP2)],
+    ids=["pp4", "pp2 vpp2"],
 )
 def test_micro_batches_in_flight_are_those_of_the_schedule(recipe):
     for predicted, counted in run_ranks(most_in_flight, recipe.parallel.pipeline_model_parallel_size, recipe):

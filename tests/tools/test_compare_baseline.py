@@ -72,6 +72,7 @@ def test_peak_memory_is_above_what_was_there_before() -> None:
     assert len(ballast) and abs(memory.peak() - before - (128 << 20)) < 32 << 20
 
 
+@pytest.mark.slow
 def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     """As on a GPU: the best size of an arm is its row, and what cannot run says why and ends nothing."""
     stage = StageConfig(num_auxiliary_points=1, timesteps="grid", shift=3.0)

@@ -233,7 +233,7 @@ def test_no_collective_loses_patience_before_the_watchdog(
 def test_a_run_s_world_waits_longer_than_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     """All groups and the store, from which ranks take addresses at the first collective of a group."""
     started: list[timedelta] = []
-    monkeypatch.setattr(distributed, "start_world", lambda *given: started.append(given[2]))
+    monkeypatch.setattr(distributed, "start_world", lambda *given: started.append(given[1]))
     monkeypatch.setattr(distributed, "stop_world", lambda: None)
     recipe = Recipe(train=TrainConfig(step_timeout_minutes=50.0))
     with world(recipe):

@@ -94,7 +94,7 @@ def test_weights_can_be_cast_before_a_forward(record):
     model, inputs = build(first_last_layers_bf16=True)
     for _ in range(2):
         for number, layer in model.layers.items():
-            cast_weights(layer, int(number), model.config)
+            cast_weights(layer.modules(), int(number), model.config)
         assert len(record.casts) == len(linears(model, 1) + linears(model, 2))
     answer(model, inputs)
     assert len(record.casts) == len(linears(model, 1) + linears(model, 2))

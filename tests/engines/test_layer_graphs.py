@@ -17,11 +17,13 @@ RECOMPUTED = {"recompute_granularity": "full", "recompute_every": 2}
 FROZEN = {"frozen": ["context_embedder.*", "time_text_embed.*", "layers.1.*"]}
 LAYOUTS = {
     "one": ((1, 1), 1, {"model": RECOMPUTED, "optimizer": FROZEN}),
+    "dp2": ((1, 1), 2, OVERLAP),
     "tp2-sp-dp2": ((2, 1), 4, {"sequence_parallel": True, **OVERLAP}),
     "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
     "pp4": ((1, 4), 4, {}),
     "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
 }
+SLOW = ("tp2-sp-dp2", "pp4", "cp2")
 
 
 def trained(recipe, sizes, graphs: bool):
@@ -42,7 +44,7 @@ def with_and_without(recipe, sizes) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("pp4", "cp2") else ()) for name in LAYOUTS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
 )
 def test_recorded_layers_train_as_others_do(name):
     layout, processes, settings = LAYOUTS[name]

@@ -110,7 +110,7 @@ def end_of(
         if rank != guilty or size == 1:
             process.join(60)
     seconds = time.monotonic() - began
-    ranks[guilty].join(1)
+    ranks[guilty].join(10)  # it ends by itself, or never
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()

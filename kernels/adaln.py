@@ -18,11 +18,13 @@ from soar_mega.kernels.dispatch import (
     architecture,
     check_tensor,
     define,
+    empty,
     launch,
     launches,
     once_per_layout,
     power_of_two,
 )
+from soar_mega.kernels.gated_add import plain_gated_add
 from soar_mega.kernels.sums import sum_lines
 from soar_mega.kernels.tables import launch_of
 
@@ -80,7 +82,7 @@ def plain_adaln(
     """`adaln` by plain torch calls, which autograd differentiates."""
     hidden = residual
     if branch is not None and gate is not None:
-        hidden = torch.addcmul(residual, gate, branch if bias is None else branch + bias)
+        hidden = plain_gated_add(residual, branch, gate, bias)
     normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=epsilon)
     return hidden, torch.addcmul(shift, normed, 1 + scale)
 
@@ -138,8 +140,8 @@ def _forward(
     from soar_mega.kernels.source.adaln import forward_kernel
 
     tokens, samples, _ = residual.shape
-    hidden = None if branch is None else _empty(residual)
-    modulated = _empty(residual)
+    hidden = None if branch is None else empty(residual)
+    modulated = empty(residual)
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
         forward_kernel, (sizes.forward_blocks, samples), residual.device,
@@ -166,8 +168,8 @@ def _backward(
     sizes = ctx.sizes
     grad_hidden = None if grad_hidden is None else grad_hidden.contiguous()
     grad_modulated = torch.zeros_like(hidden) if grad_modulated is None else grad_modulated.contiguous()
-    grad_residual = _empty(hidden)
-    grad_branch = None if branch is None else _empty(hidden)
+    grad_residual = empty(hidden)
+    grad_branch = None if branch is None else empty(hidden)
     kinds = 2 if branch is None else 3
     partials = torch.empty(sizes.backward_blocks, kinds, samples, width, device=hidden.device)
     bias_sums = None
@@ -183,10 +185,6 @@ def _backward(
     grad_gate = None if branch is None else vectors[2]
     grad_bias = None if bias_sums is None else sum_lines(bias_sums, hidden.dtype)
     return grad_residual, grad_branch, grad_bias, grad_gate, vectors[0], vectors[1], None, None
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _stride(vector: Tensor | None) -> int:

@@ -17,12 +17,13 @@ from soar_mega.kernels.dispatch import (
     architecture,
     check_tensor,
     define,
+    empty,
     launch,
     launches,
     once_per_layout,
 )
 from soar_mega.kernels.sums import sum_lines
-from soar_mega.kernels.tables import launch_of
+from soar_mega.kernels.tables import launch_of, width_class
 
 PROGRAMS = 1056  # of the backward pass, at most: eight for each multiprocessor of an H100
 FORWARD_ROWS = 4  # of a program
@@ -73,7 +74,7 @@ def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
     if bias is not None:
         check_tensor("bias", bias, shape=(width,), dtypes=(x.dtype,), device=x.device)
     rows = tokens * samples
-    entry = launch_of("bias_gelu", "16 bit" if x.element_size() == 2 else "32 bit", architecture(x.device))
+    entry = launch_of("bias_gelu", width_class(x), architecture(x.device))
     columns = -(-width // entry.block)
     backward_rows = max(BACKWARD_ROWS, -(-rows * columns // PROGRAMS))
     return Sizes(
@@ -89,7 +90,7 @@ def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
 def _forward(x: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
     from soar_mega.kernels.source.bias_gelu import forward_kernel
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x)
     launch(
         forward_kernel, sizes.forward_grid, x.device,
         x, bias, out, sizes.rows, sizes.forward_rows, x.shape[2], **sizes.constants,
@@ -107,7 +108,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
     x, bias = ctx.saved_tensors
     sizes, width = ctx.sizes, x.shape[2]
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = empty(x)
     sums = torch.empty(sizes.backward_grid[0], width, device=x.device) if ctx.needs_input_grad[1] else None
     launch(
         backward_kernel, sizes.backward_grid, x.device,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch, launches, once_per_layout
-from soar_mega.kernels.sources import WEIGHT, PointTable, check_sources, combined, one_table, width_class
-from soar_mega.kernels.tables import launch_of
+from soar_mega.kernels.sources import WEIGHT, PointTable, check_sources, combined, one_table
+from soar_mega.kernels.tables import launch_of, width_class
 
 
 def correction_loss(

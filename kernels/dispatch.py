@@ -125,6 +125,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def empty(like: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape, type and device, for a kernel to fill."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()

@@ -17,12 +17,13 @@ from soar_mega.kernels.dispatch import (
     architecture,
     check_tensor,
     define,
+    empty,
     launch,
     launches,
     once_per_layout,
 )
 from soar_mega.kernels.sums import sum_lines
-from soar_mega.kernels.tables import launch_of
+from soar_mega.kernels.tables import launch_of, width_class
 
 FORWARD_TOKENS = 4  # of a program
 BACKWARD_TOKENS = 32  # of a program: its sums are written once
@@ -72,8 +73,7 @@ def _checked(residual: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
     check_tensor("gate", gate, shape=(samples, width), strided=True, **alike)
     if bias is not None:
         check_tensor("bias", bias, shape=(width,), **alike)
-    kind = "16 bit" if residual.element_size() == 2 else "32 bit"
-    entry = launch_of("gated_add", kind, architecture(residual.device))
+    entry = launch_of("gated_add", width_class(residual), architecture(residual.device))
     columns = -(-width // entry.block)
     return Sizes(
         forward_grid=(-(-tokens // FORWARD_TOKENS), samples, columns),
@@ -86,7 +86,7 @@ def _forward(residual: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
     from soar_mega.kernels.source.gated_add import forward_kernel
 
     tokens, samples, width = residual.shape
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    out = empty(residual)
     launch(
         forward_kernel, sizes.forward_grid, residual.device,
         residual, branch, bias, gate, out, tokens, samples, FORWARD_TOKENS, width, gate.stride(0), **sizes.constants,
@@ -105,7 +105,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     branch, gate, bias = ctx.saved_tensors
     tokens, samples, width = branch.shape
     grid = ctx.sizes.backward_grid
-    grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
+    grad_branch = empty(branch)
     gate_sums = torch.empty(grid[0], samples, width, device=branch.device)
     bias_sums = (
         torch.empty(grid[0] * samples, width, device=branch.device) if ctx.needs_input_grad[3] else None

@@ -19,6 +19,7 @@ from soar_mega.kernels.dispatch import (
     architecture,
     check_tensor,
     define,
+    empty,
     launch,
     launches,
     once_per_layout,
@@ -243,7 +244,7 @@ def _backward_of_one(
     mixed, weight = tensors[0], tensors[2]
     samples, device = mixed.shape[1], mixed.device
     programs, head_blocks = size.backward_grid
-    grad_mixed = torch.empty(mixed.shape, dtype=mixed.dtype, device=device)
+    grad_mixed = empty(mixed)
     if size.length < len(mixed):
         grad_mixed[size.length :].zero_()
     bias_sums = torch.empty(programs, mixed.shape[2], device=device) if wants_bias else None

@@ -19,9 +19,8 @@ from soar_mega.kernels.sources import (
     check_sources,
     combined,
     one_table,
-    width_class,
 )
-from soar_mega.kernels.tables import launch_of
+from soar_mega.kernels.tables import launch_of, width_class
 
 PATCHES = (1, 2, 4, 8)
 

@@ -220,11 +220,6 @@ def combined(sources: Sequence[Tensor | None], table: PointTable) -> Tensor:
     return weighted_sum(table.points[:, :6], found)
 
 
-def width_class(*tensors: Tensor | None) -> str:
-    """The launch table's class of a kernel that streams these."""
-    return "16 bit" if any(t is not None and t.element_size() == 2 for t in tensors) else "32 bit"
-
-
 def signed_key(seed: int, stream: str) -> int:
     """The two key words of a stream as one int64."""
     low, high = stream_key(seed, stream)

@@ -7,6 +7,8 @@ measurement: tools/bench_kernels.py on a GPU says which entries to change.
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -49,3 +51,8 @@ def launch_of(operation: str, shape_class: str, architecture: str) -> Launch:
     """The entry for an architecture such as "sm_90", or the one for any."""
     by_architecture = LAUNCHES[operation][shape_class]
     return by_architecture.get(architecture, by_architecture["any"])
+
+
+def width_class(*tensors: Tensor | None) -> str:
+    """The launch table's class of a kernel that streams these."""
+    return "16 bit" if any(t is not None and t.element_size() == 2 for t in tensors) else "32 bit"

@@ -16,7 +16,7 @@ from soar_mega.models.embeddings import TIMESTEP_CHANNELS
 from soar_mega.models.gather import full_shape, partition_dim
 from soar_mega.models.layout import is_sequence_parallel
 from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
-from soar_mega.models.shards import TILE
+from soar_mega.models.shards import cut_multiple
 from soar_mega.models.summary import meta_model
 
 ITEM = {"bf16": 2, "fp32": 4}
@@ -207,7 +207,7 @@ def _activations(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) 
         stage = chunk * ranks + rank
         layers = stages[stage]
         mine = [layer_bytes(sizes, model, tokens, number) for number in layers]
-        recomputed = [_is_recomputed(model, number) for number in layers]
+        recomputed = [is_recomputed(model, number) for number in layers]
         per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
         if stage == 0:
             per_point += _embedding_bytes(sizes, tokens, work, item)
@@ -263,7 +263,7 @@ def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     shards = context * (tensor if is_sequence_parallel(parallel) else 1)
     lengths = (work.text_length, math.prod(work.latent_size) // sizes.patch_size**2)
-    multiple = math.lcm(shards, TILE) if shards > 1 else 1
+    multiple = cut_multiple(shards)
     padded = [-(-length // multiple) * multiple for length in lengths]
     text, image = (length / (tensor * context) for length in padded)
     is_copied = [context > 1 or length != before for length, before in zip(padded, lengths)]
@@ -296,7 +296,8 @@ def layer_bytes(sizes: MMDiTConfig, model: ModelConfig, tokens: Tokens, number: 
     return item * hidden * (elements + modulation) + statistics + 4 * sizes.num_attention_heads * lengths
 
 
-def _is_recomputed(model: ModelConfig, number: int) -> bool:
+def is_recomputed(model: ModelConfig, number: int) -> bool:
+    """Whether a layer is computed again in backward."""
     return model.recompute_granularity == "full" and number % model.recompute_every == 0
 
 

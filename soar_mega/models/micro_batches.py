@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from soar_mega.config import Recipe
+from soar_mega.config_checks import check_replicas
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.memory import Memory, largest_rank, workload
 
@@ -43,11 +44,7 @@ def recommend(
     Raises:
         ValueError: a layout that is not possible, or fewer samples than replicas.
     """
-    if recipe.train.global_batch_size % data_size:
-        raise ValueError(
-            f"train.global_batch_size ({recipe.train.global_batch_size}) must be a multiple of the {data_size} "
-            "data-parallel replicas"
-        )
+    check_replicas(recipe.train.global_batch_size, data_size)
     fallback = None
     for granularity in ("none", "full"):
         found = _fewest(sizes, recipe, granularity, data_size, latent_size, text_length, room)

@@ -33,8 +33,13 @@ def padded_length(length: int, config: TransformerConfig) -> int:
     if config.fp8:
         multiple = shards * fp8_tile(config)
     else:
-        multiple = math.lcm(shards, TILE) if shards > 1 else 1
+        multiple = cut_multiple(shards)
     return -(-length // multiple) * multiple
+
+
+def cut_multiple(shards: int) -> int:
+    """What the length of a stream that is cut over so many ranks is padded to a multiple of."""
+    return math.lcm(shards, TILE) if shards > 1 else 1
 
 
 def fp8_tile(config: TransformerConfig) -> int:

@@ -20,7 +20,6 @@ from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
 from soar_mega.faults.stragglers import Stragglers
 from soar_mega.faults.watchdog import Watchdog, reports_folder
-from soar_mega.models.presets import model_sizes
 from soar_mega.phases import phases
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.export import check_exports, check_places, finish
@@ -130,7 +129,7 @@ class Trainer(Steps):
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
         self.interval = Interval()
-        self.throughput = Throughput(recipe, model_sizes(recipe.model), self.stage)
+        self.throughput = Throughput(recipe, self.engine.model.sizes, self.stage)
         self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor)
         self.stragglers = Stragglers(recipe.logging.straggler_factor)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import SOAR, assert_gradients_agree, iterate, make_batch, make_recipe, start_engine
+from point_sources import gather_sources
 
 from soar_mega.config import StageConfig
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
 from soar_mega.flow import normal
 from soar_mega.stages import make_stage
-from soar_mega.stages.points import gather_sources
 from soar_mega.stages.sources import Sources
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from point_sources import gather_sources
 
 from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.flow import SOURCES, Schedule, normal
 from soar_mega.stages import make_stage
-from soar_mega.stages.points import gather_sources
 
 SHAPE = (2, 4, 6)
 

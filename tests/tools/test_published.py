@@ -6,12 +6,12 @@ import pytest
 import torch
 from baseline.published import Draws, MicroBatch, Procedure, draw, sigma_table, soar_backward
 from diffusers import SD3Transformer2DModel
+from point_sources import gather_sources
 
 from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.flow import Schedule, combine, normal
 from soar_mega.stages import make_stage
-from soar_mega.stages.points import gather_sources
 
 SHIFT, COUNT, POINTS = 3.0, 3, 4
 PROCEDURE = Procedure(shift=SHIFT, num_auxiliary_points=POINTS, sampling_steps=5)

@@ -14,7 +14,7 @@ from soar_mega.config import Recipe
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.flops import Tokens, layer_work
 from soar_mega.models.layout import is_sequence_parallel
-from soar_mega.models.memory import ITEM, Workload, rank_elements
+from soar_mega.models.memory import ITEM, Workload, is_recomputed, rank_elements
 from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 
 # H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
@@ -97,8 +97,8 @@ class StepModel:
         """One forward or backward of all layers of a pipeline rank; embedders and output are a hundredth of a layer."""
         model = self.recipe.model
         total = sum(self._layer(number, rows, backward) for number in self.layers[rank])
-        if backward and model.recompute_granularity == "full":
-            again = [n for n in self.layers[rank] if n % model.recompute_every == 0]
+        if backward:
+            again = [number for number in self.layers[rank] if is_recomputed(model, number)]
             total += sum(self._layer(number, rows, False) for number in again)
         return total
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import traceback
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from soar_mega.training.export import check_exports, check_places
 from soar_mega.training.loop import Trainer
 
 BASE = ROOT / "recipes/tiny/base"
+NOBODY = 65534  # a user without rights
 
 
 def recipe(shards: Path, save: Path, **overrides: object) -> Recipe:
@@ -121,26 +123,40 @@ def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 def test_an_export_that_cannot_be_written(tmp_path: Path) -> None:
-    with TemporaryDirectory() as place:  # tmp_path is root's alone
+    with TemporaryDirectory() as place:  # tmp_path is root's alone, and the checkout may be
         os.chmod(place, 0o777)
+        run = Path(place, "run")
+        settings = recipe(tmp_path, run, model__pipeline=copy_of_base(Path(place, "pipeline")))
+        (run / "export").mkdir(parents=True)
+        (run / "export/config.json").touch()
+        outputs._seal(run / "export")
+        check_exports(settings)  # as who may write
+        for path in (run, *run.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
         child = os.fork()
         if child == 0:
-            os.setuid(65534)
-            os._exit(0 if refused_as_protected(Path(place, "run"), tmp_path) else 1)
+            os._exit(exit_code_of(lambda: refused_as_protected(run, settings)))
         assert os.waitpid(child, 0)[1] == 0
 
 
-def refused_as_protected(run: Path, data: Path) -> bool:
-    """Whether an export that is protected against writing is refused, and one in a folder that is."""
-    (run / "export").mkdir(parents=True)
-    (run / "export/config.json").touch()
-    outputs._seal(run / "export")
+def exit_code_of(check: Callable[[], None]) -> int:
+    """Of a check that is made as nobody; nothing that it raises goes on into what the parent was doing."""
+    try:
+        os.setuid(NOBODY)
+        check()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def refused_as_protected(run: Path, settings: Recipe) -> None:
+    """An export that is protected against writing is refused, and one in a folder that is."""
     for protected, words in ((run / "export", "protected"), (run, "Permission denied")):
         protected.chmod(0o555)
         with pytest.raises(PermissionError, match=words):
-            check_exports(recipe(data, run))
+            check_exports(settings)
         protected.chmod(0o755)
-    return True
 
 
 def test_a_run_says_at_its_start_what_its_end_would_fail_for(shards: Path, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from soar_mega.convert.pipeline_folder import (
     read_pipeline_config,
     scheduler_shift,
 )
+from soar_mega.convert.save import WeightFiles
 
 __all__ = [
+    "WeightFiles",
     "is_pipeline",
     "load_diffusers",
     "load_weights",

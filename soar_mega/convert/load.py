@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert.mapping import Entry, entries, parts
-from soar_mega.convert.safetensors_file import Reader
+from soar_mega.convert.checks import check_shapes, listed
+from soar_mega.convert.mapping import Entry, diffusers_shapes, entries, parts
+from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.distributed import start_world
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.config import MMDiTConfig, config_file
@@ -16,8 +17,6 @@ from soar_mega.models.gather import partition_dim
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.mmdit import MMDiT, build_model
 from soar_mega.models.names import named_tensors
-
-MAX_LISTED = 10
 
 
 def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
@@ -52,7 +51,7 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
     table = entries(model.sizes)
     local = named_tensors(model)
     with Reader(path) as reader:
-        _check(table, reader)
+        check_shapes(diffusers_shapes(model.sizes), reader, "config.json")
         for entry in table:
             if entry.name in local:
                 _fill(local[entry.name], entry, reader, model.sizes.num_attention_heads)
@@ -74,7 +73,7 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
         dist.all_gather_object(gathered, broken)
     names = list(dict.fromkeys(name for part in gathered for name in part))
     if names:
-        raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {_listed(names)}")
+        raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {listed(names)}")
 
 
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
@@ -88,21 +87,3 @@ def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
         heads //= group.size()
     for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
         place.copy_(reader.read(key, *cut).reshape(place.shape))
-
-
-def _check(table: list[Entry], reader: Reader) -> None:
-    wanted = {key: entry.shape for entry in table for key in entry.keys}
-    problems = [f"missing: {key} {shape}" for key, shape in wanted.items() if key not in reader.files]
-    problems += [f"unknown: {key} in {file.name}" for key, file in reader.files.items() if key not in wanted]
-    for key, shape in wanted.items():
-        if key in reader.files and (found := reader.shape(key)) != shape:
-            problems.append(
-                f"shape of {key} in {reader.files[key].name} is {found}, config.json implies {shape}"
-            )
-    if problems:
-        raise ValueError(f"the weights in {reader.folder} do not fit its config.json:\n  {_listed(problems)}")
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return "\n  ".join(lines[:MAX_LISTED]) + more

@@ -47,6 +47,11 @@ def entries(config: MMDiTConfig) -> list[Entry]:
     return table
 
 
+def diffusers_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of diffusers' tensors."""
+    return {key: entry.shape for entry in entries(config) for key in entry.keys}
+
+
 def parts(tensor: Tensor, entry: Entry, heads: int) -> list[Tensor]:
     """Where the content of each of an entry's keys is in our tensor: views, of q, k and v each [heads, D, ...].
 

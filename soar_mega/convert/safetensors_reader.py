@@ -6,6 +6,7 @@ Files are read and not mapped, so that what a process takes is what it has asked
 import json
 import os
 import struct
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from soar_mega.convert.weight_files import weight_files
 from soar_mega.user_files import lfs_advice
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 2**26  # bytes that are read at a time to take columns from them
+BLOCK = 2**26  # bytes that are read at a time where a part of a tensor is enough
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,21 @@ class Reader:
         if dim is None:
             return self._rows(place, 0, place.shape[0]) if place.shape else self._rows(place, 0, 1)[0]
         assert dim in (0, 1)
-        return self._rows(place, start, stop) if dim == 0 else self._columns(place, start, stop)
+        return self._rows(place, start, stop) if dim == 0 else self._columns(key, start, stop)
 
-    def _columns(self, place: _Place, start: int, stop: int) -> Tensor:
-        columns = torch.empty(place.shape[0], stop - start, *place.shape[2:], dtype=TYPES[place.type_name])
+    def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The rows start..stop of a tensor, a few at a time, each with the number of the first."""
+        place = self._places[key]
         step = max(1, BLOCK // max(1, _row_bytes(place)))
-        for first in range(0, place.shape[0], step):
-            last = min(first + step, place.shape[0])
-            columns[first:last] = self._rows(place, first, last)[:, start:stop]
+        stop = place.shape[0] if stop is None else stop
+        for first in range(start, stop, step):
+            yield first, self._rows(place, first, min(first + step, stop))
+
+    def _columns(self, key: str, start: int, stop: int) -> Tensor:
+        place = self._places[key]
+        columns = torch.empty(place.shape[0], stop - start, *place.shape[2:], dtype=TYPES[place.type_name])
+        for first, rows in self.blocks(key):
+            columns[first : first + len(rows)] = rows[:, start:stop]
         return columns
 
     def _rows(self, place: _Place, start: int, stop: int) -> Tensor:

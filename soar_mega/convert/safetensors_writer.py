@@ -6,11 +6,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.safetensors_reader import TYPES
 from soar_mega.convert.weight_files import index_name, shard_name, single_name
 
@@ -30,6 +31,19 @@ class Planned:
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Writer(Protocol):
+    """Where diffusers' tensors are written, in any order."""
+
+    def write(self, key: str, tensor: Tensor, row: int = 0) -> None:
+        """Write a tensor, or as many rows of it as are given, from `row` on; each once."""
+
+    def close(self) -> None:
+        """Everything must have been written."""
+
+    def abandon(self) -> None:
+        """Close what is open, finished or not."""
 
 
 class FileWriter:
@@ -58,6 +72,8 @@ class FileWriter:
         planned = self._planned[key]
         assert tensor.shape[1:] == planned.shape[1:]
         flat = tensor.detach().to("cpu", planned.dtype).contiguous().reshape(-1)
+        if planned.dtype == torch.float16 != tensor.dtype and not is_finite(flat):
+            raise ValueError(f"{key} holds numbers above 65504, which fp16 cannot: write bf16 or fp32")
         offset = row * torch.Size(planned.shape[1:]).numel() * planned.dtype.itemsize
         assert offset + flat.nbytes <= planned.nbytes
         self._write_at(self._offsets[key] + offset, flat.view(torch.uint8).numpy())
@@ -102,9 +118,9 @@ class FolderWriter:
         self._files = [FileWriter(folder / name, shard) for name, shard in zip(names, shards)]
         self._file = {t.key: file for file, shard in zip(self._files, shards) for t in shard}
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Write a tensor of the plan; each once."""
-        self._file[key].write(key, tensor)
+    def write(self, key: str, tensor: Tensor, row: int = 0) -> None:
+        """Write a tensor of the plan, or some rows of it, from `row` on; each once."""
+        self._file[key].write(key, tensor, row)
 
     def close(self) -> None:
         """Everything must have been written."""

@@ -46,7 +46,9 @@ def weight_files(path: Path) -> list[Path]:
         )
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise ValueError(f"{path} holds several variants of its weights and none without a variant: name one of {names}")
+        raise ValueError(
+            f"{path} holds several variants of its weights and none without a variant: name one of {names}"
+        )
     if not found:
         names = ", ".join(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder"
         raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX} (found: {names})")

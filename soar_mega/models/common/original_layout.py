@@ -32,17 +32,19 @@ class OriginalLayout:
 
     Attributes:
         mark: the name of a tensor that only this family's files have.
-        config: the settings of a diffusers config.json that follow from names and shapes in a file; KeyError names the
-            tensor that is missing for that.
+        config: a diffusers config.json from names and shapes in a file, and for what these do not tell from another
+            one, which may be empty; KeyError names the tensor that is missing for that.
         tensors: all tensors of a file, by such a config.
     """
 
     mark: str
-    config: Callable[[Shapes], dict[str, Any]]
+    config: Callable[[Shapes, dict[str, Any]], dict[str, Any]]
     tensors: Callable[[dict[str, Any]], list[OriginalTensor]]
 
 
-def renamed(ours: str, theirs: Mapping[str, str], kinds: Iterable[str] = ("weight", "bias")) -> list[OriginalTensor]:
+def renamed(
+    ours: str, theirs: Mapping[str, str], kinds: Iterable[str] = ("weight", "bias")
+) -> list[OriginalTensor]:
     """Weights and biases of linears that are the same in both.
 
     Args:
@@ -58,7 +60,10 @@ def renamed(ours: str, theirs: Mapping[str, str], kinds: Iterable[str] = ("weigh
 def fused(original: str, keys: Iterable[str]) -> list[OriginalTensor]:
     """Weight and bias of one linear that diffusers has as several."""
     names = tuple(keys)
-    return [OriginalTensor(f"{original}.{kind}", tuple(f"{n}.{kind}" for n in names)) for kind in ("weight", "bias")]
+    return [
+        OriginalTensor(f"{original}.{kind}", tuple(f"{n}.{kind}" for n in names))
+        for kind in ("weight", "bias")
+    ]
 
 
 def swapped(original: str, key: str) -> list[OriginalTensor]:
@@ -85,7 +90,8 @@ class Rows:
 def original_shapes(table: Iterable[OriginalTensor], shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The shape of each original tensor, from those of diffusers' tensors."""
     return {
-        tensor.name: (sum(shapes[key][0] for key in tensor.keys), *shapes[tensor.keys[0]][1:]) for tensor in table
+        tensor.name: (sum(shapes[key][0] for key in tensor.keys), *shapes[tensor.keys[0]][1:])
+        for tensor in table
     }
 
 

@@ -2,18 +2,27 @@
 
 from typing import Any
 
-from soar_mega.models.common.original_layout import OriginalLayout, OriginalTensor, Shapes, count, fused, renamed, swapped
+from soar_mega.models.common.original_layout import (
+    OriginalLayout,
+    OriginalTensor,
+    Shapes,
+    count,
+    fused,
+    renamed,
+    swapped,
+)
 
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+AXES = [16, 56, 56]  # of all published models; no tensor tells
 EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: Shapes, told: dict[str, Any]) -> dict[str, Any]:
     hidden, channels = shapes["img_in.weight"]
     head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     out = shapes["final_layer.linear.weight"][0]
-    config = {
+    return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
         "in_channels": channels,
@@ -25,10 +34,8 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": told.get("axes_dims_rope", AXES),
     }
-    if head_dim == 128:  # no tensor tells the axes of the positions; another model needs a config.json beside its file
-        config["axes_dims_rope"] = [16, 56, 56]
-    return config
 
 
 def _tensors(config: dict[str, Any]) -> list[OriginalTensor]:
@@ -55,7 +62,9 @@ def _double_block(number: int) -> list[OriginalTensor]:
         "attn.norm_added_q": "txt_attn.norm.query_norm",
         "attn.norm_added_k": "txt_attn.norm.key_norm",
     }
-    table += [OriginalTensor(f"{theirs}.{name}.scale", (f"{ours}{key}.weight",)) for key, name in norms.items()]
+    table += [
+        OriginalTensor(f"{theirs}.{name}.scale", (f"{ours}{key}.weight",)) for key, name in norms.items()
+    ]
     linears = {
         "norm1.linear": "img_mod.lin",
         "norm1_context.linear": "txt_mod.lin",

@@ -2,22 +2,31 @@
 
 from typing import Any
 
-from soar_mega.models.common.original_layout import OriginalLayout, OriginalTensor, Shapes, count, fused, renamed, swapped
+from soar_mega.models.common.original_layout import (
+    OriginalLayout,
+    OriginalTensor,
+    Shapes,
+    count,
+    fused,
+    renamed,
+    swapped,
+)
 
 HEAD_DIM = 64  # of all published models; files without QK norms do not tell
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: Shapes, told: dict[str, Any]) -> dict[str, Any]:
     hidden, joint = shapes["context_embedder.weight"]
     _, channels, patch, _ = shapes["x_embedder.proj.weight"]
     norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
-    head_dim = norm[0] if norm else HEAD_DIM
+    head_dim = norm[0] if norm else told.get("attention_head_dim", HEAD_DIM)
     layers = count(shapes, "joint_blocks")
     duals = [n for n in range(layers) if f"joint_blocks.{n}.x_block.attn2.qkv.weight" in shapes]
     return {
         "_class_name": "SD3Transformer2DModel",
+        "sample_size": told.get("sample_size", 128),
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,

@@ -6,23 +6,22 @@ program did not write, and OSError where it cannot be written.
 
 from pathlib import Path
 
-from soar_mega.convert.original_file import OriginalWriter, original_layouts
+from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.safetensors_writer import MARK
-from soar_mega.convert.save import WeightFiles, start_folder
+from soar_mega.convert.save import AS_STORED, WeightFiles, start_folder
 from soar_mega.convert.weights import Weights
-from soar_mega.models.common.original_layout import OriginalLayout
 from soar_mega.outputs import OutputFolder, in_place_of
 
 
-def to_transformer_folder(weights: Weights, out: str | Path, files: WeightFiles = WeightFiles()) -> None:
+def to_transformer_folder(weights: Weights, out: str | Path, files: WeightFiles = AS_STORED) -> None:
     """Write a diffusers transformer folder."""
     with OutputFolder(out).writing() as new:
         _write_transformer(weights, new, files)
 
 
 def to_pipeline_folder(
-    weights: Weights, pipeline_dir: str | Path, out: str | Path, files: WeightFiles = WeightFiles()
+    weights: Weights, pipeline_dir: str | Path, out: str | Path, files: WeightFiles = AS_STORED
 ) -> None:
     """Write a diffusers pipeline folder, whose other parts are copied from `pipeline_dir`."""
     source = Path(pipeline_dir)
@@ -32,19 +31,15 @@ def to_pipeline_folder(
 
 
 def to_original_file(
-    weights: Weights, out: str | Path, files: WeightFiles = WeightFiles(), prefix: str = ""
+    weights: Weights, out: str | Path, files: WeightFiles = AS_STORED, prefix: str = ""
 ) -> None:
     """Write a single file in the layout of the weights' family."""
     dtypes = {key: files.dtype or dtype for key, dtype in weights.dtypes().items()}
-    config = weights.sizes.to_diffusers()
+    config, layout = weights.sizes.to_diffusers(), weights.sizes.family.original
+    if layout is None:
+        raise ValueError(f"of {weights.sizes.family.products} no layout of single files is known")
     with in_place_of(out, MARK.encode()) as new:
-        weights.copy_to(OriginalWriter(new, layout_for(weights), config, weights.shapes, dtypes, prefix))
-
-
-def layout_for(weights: Weights) -> OriginalLayout:
-    from soar_mega.models.sd3.original import ORIGINAL
-
-    return ORIGINAL
+        weights.copy_to(OriginalWriter(new, layout, config, weights.shapes, dtypes, prefix))
 
 
 def _write_transformer(weights: Weights, folder: Path, files: WeightFiles) -> None:

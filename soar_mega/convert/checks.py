@@ -3,8 +3,14 @@
 from collections.abc import Mapping
 
 from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.models.common.sizes import Sizes
 
 MAX_LISTED = 10
+
+
+def diffusers_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """The shape of each of diffusers' tensors of a transformer."""
+    return {key: entry.shape for entry in sizes.family.entries(sizes) for key in entry.keys}
 
 
 def check_shapes(

@@ -7,17 +7,17 @@ from pathlib import Path
 from torch import Tensor
 
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
-from soar_mega.convert.save import WeightFiles, on_rank_zero, write_transformer
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.mmdit import MMDiT
+from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import OutputFolder
 
 
 def save_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    files: WeightFiles = WeightFiles(),
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
 
@@ -32,11 +32,11 @@ def save_transformer(
 
 
 def save_pipeline(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     source_pipeline: str | Path,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    files: WeightFiles = WeightFiles(),
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
 

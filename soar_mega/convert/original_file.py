@@ -1,7 +1,5 @@
 """Single files in a family's own layout, such as sd3.5_medium.safetensors or flux1-dev.safetensors."""
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega import models
 from soar_mega.convert.checks import check_shapes
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.safetensors_writer import FileWriter, Planned
@@ -19,22 +16,16 @@ from soar_mega.models.common.original_layout import (
     original_shapes,
     rows_of_keys,
 )
+from soar_mega.models.family import families
 
 PREFIX = "model.diffusion_model."
 # in files that hold a whole pipeline: what is no part of the transformer
 OTHER_PARTS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
 
 
-def original_layouts() -> list[OriginalLayout]:
-    """Of every family, found by its folder."""
-    names = [module.name for module in pkgutil.iter_modules(models.__path__) if module.ispkg]
-    found = [f"soar_mega.models.{name}.original" for name in names]
-    return [importlib.import_module(name).ORIGINAL for name in found if importlib.util.find_spec(name)]
-
-
 def layout_of(reader: Reader) -> tuple[OriginalLayout, str] | None:
     """The layout that a file has, and the prefix of its names; None where it is no family's own."""
-    for layout in original_layouts():
+    for layout in filter(None, (family.original for family in families().values())):
         for prefix in (PREFIX, ""):
             if prefix + layout.mark in reader.files:
                 return layout, prefix

@@ -91,7 +91,7 @@ class Reader:
 
     def _rows(self, place: _Place, start: int, stop: int) -> Tensor:
         tensor = torch.empty(stop - start, *place.shape[1:], dtype=TYPES[place.type_name])
-        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        room = tensor.reshape(-1).view(torch.uint8).numpy().data
         offset = place.offset + start * _row_bytes(place)
         while room:
             count = os.preadv(self._handles[place.file], [room], offset)

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.convert.mapping import Entry, diffusers_shapes, entries, parts
+from soar_mega.convert.checks import diffusers_shapes
 from soar_mega.convert.safetensors_writer import FolderWriter, Planned, Writer
 from soar_mega.distributed import device
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
 
@@ -37,11 +38,14 @@ class WeightFiles:
     dtype: torch.dtype | None = None
 
 
+AS_STORED = WeightFiles()
+
+
 def write_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    files: WeightFiles = WeightFiles(),
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
 
@@ -72,7 +76,7 @@ def start_folder(
 
 
 def write_weights(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     start: Callable[[], Writer],
     place: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
@@ -90,7 +94,7 @@ def write_weights(
         OSError: rank 0 could not write; raised on every rank.
         ValueError: a number that the type to be written cannot hold; likewise.
     """
-    table = entries(model.sizes)
+    table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
     failure: OSError | ValueError | None = None
@@ -115,7 +119,7 @@ def write_weights(
 
 def _collect(
     entry: Entry,
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     owner: int,
     local: dict[str, Tensor],
     tensors: Callable[[str], Tensor],

@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from soar_mega.convert.checks import check_shapes
+from soar_mega.convert.checks import check_shapes, diffusers_shapes
 from soar_mega.convert.finite_tensors import is_finite
-from soar_mega.convert.mapping import diffusers_shapes
 from soar_mega.convert.original_file import OriginalFile, config_of, layout_of
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.safetensors_writer import Writer
 from soar_mega.models.common.original_layout import OriginalLayout, Shapes
-from soar_mega.models.config import MMDiTConfig, config_file
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.family import config_file, families, read_sizes
 
 
 class _Tensors(Protocol):
@@ -35,7 +35,7 @@ class Weights:
         shapes: by diffusers' names.
     """
 
-    def __init__(self, sizes: MMDiTConfig, shapes: Shapes, tensors: _Tensors) -> None:
+    def __init__(self, sizes: Sizes, shapes: Shapes, tensors: _Tensors) -> None:
         self.sizes, self.shapes, self._tensors = sizes, dict(shapes), tensors
 
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -103,14 +103,15 @@ class _DiffusersTensors:
 def _diffusers_weights(reader: Reader, path: Path, pipeline_dir: str | Path | None) -> Weights:
     folder = path if path.is_dir() else path.parent
     if (folder / "config.json").is_file():
-        sizes = MMDiTConfig.from_diffusers(folder / "config.json")
+        sizes = read_sizes(folder / "config.json")
     elif pipeline_dir:
-        sizes = MMDiTConfig.from_diffusers(pipeline_dir)
+        sizes = read_sizes(pipeline_dir)
     else:
         some = ", ".join(list(reader.files)[:3])
+        known = ", ".join(family.products for family in families().values() if family.original)
         raise ValueError(
-            f"{path} is of no known architecture ({some}, ...): it is no original file of SD3 or FLUX, and there is no "
-            "config.json beside it, as there is in a diffusers folder (or name a folder that has one with --pipeline-dir)"
+            f"{path} is of no known architecture ({some}, ...): it is no original file of {known}, and there is no "
+            "config.json beside it, as there is in a diffusers folder (or name such a folder with --pipeline-dir)"
         )
     shapes = diffusers_shapes(sizes)
     check_shapes(shapes, reader, "config.json")
@@ -120,10 +121,10 @@ def _diffusers_weights(reader: Reader, path: Path, pipeline_dir: str | Path | No
 def _original_weights(
     reader: Reader, layout: OriginalLayout, prefix: str, pipeline_dir: str | Path | None
 ) -> Weights:
-    told = MMDiTConfig.from_diffusers(pipeline_dir).to_diffusers() if pipeline_dir else {}
+    told = read_sizes(pipeline_dir).to_diffusers() if pipeline_dir else {}
     config = config_of(reader, layout, prefix, told)
     try:
-        sizes = MMDiTConfig.from_diffusers(config)
+        sizes = read_sizes(config)
     except ValueError as error:
         raise ValueError(f"{reader.path}: {error}") from error
     config = sizes.to_diffusers()

@@ -7,13 +7,13 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import single_file_utils
 from peer_folder import SMALL, read_tensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from soar_mega.convert.change_form import to_original_file, to_transformer_folder
 from soar_mega.convert.original_file import PREFIX, OriginalFile, OriginalWriter, config_of
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.weights import open_weights
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.family import read_sizes
 from soar_mega.models.flux.original import ORIGINAL as FLUX
 
 FLUX_SMALL = {
@@ -64,7 +64,7 @@ def test_sd3_files_are_what_diffusers_reads(tmp_path, changes, dtype, prefix):
 
 
 def read_config(folder):
-    return MMDiTConfig.from_diffusers(folder / "config.json")
+    return read_sizes(folder / "config.json")
 
 
 def diffusers_flux(hidden):

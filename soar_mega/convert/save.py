@@ -109,12 +109,16 @@ def write_weights(
         full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
         if full is not None and writer is not None and failure is None:
             try:
-                for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
-                    writer.write(key, part.reshape(entry.shape))
+                _write(writer, entry, full, heads)
             except (OSError, ValueError) as error:
                 failure = error  # the peers still send: take part until the end
         del full  # before the next one comes
     _finish(writer, failure, place)
+
+
+def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
+    for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
+        writer.write(key, part.reshape(entry.shape))
 
 
 def _collect(

@@ -27,10 +27,13 @@ from soar_mega.convert import (
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
+from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
@@ -92,14 +95,48 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
         dtype: that they will be written in; None is that of the run.
     """
     start_world(ParallelConfig())
+    sizes = _verified_sizes(folder, ema)
+    name = _run_config(folder).get("dtype", "fp32") if dtype is None else "fp32"
+    model = build_model(sizes, ModelConfig(dtype=name), ParallelConfig(), meta=True)
+    return model, StoredTensors(folder, model, ema)
+
+
+def _verified_sizes(folder: Path, ema: bool) -> Sizes:
+    """The sizes of a checkpoint's model, when its files are as they were written and it has an EMA if wanted."""
     resume.verify(folder)
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    name = _run_config(folder).get("dtype", "fp32") if dtype is None else "fp32"
-    sizes = read_sizes(description["model"])
-    model = build_model(sizes, ModelConfig(dtype=name), ParallelConfig(), meta=True)
-    return model, StoredTensors(folder, model, ema)
+    return read_sizes(description["model"])
+
+
+def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
+    """The model of a checkpoint, ready to predict at any layout. Collective; starts the world.
+
+    Raises what `checkpoint_to_folder` does for the checkpoint, and ValueError for a layout that is not possible.
+    """
+    folder = resume.find_checkpoint(source)
+    start_world(parallel)
+    sharded = ShardedModel(_verified_sizes(folder, ema), ModelConfig(dtype=dtype), parallel)
+    tensors = named_tensors(sharded.model)
+    with torch.no_grad():
+        for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
+            tensors[name].copy_(tensor)
+    return sharded
+
+
+def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
+    """The pipeline folder whose encoders belong to a checkpoint: the one that is named, or the run's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = named or _run_config(resume.find_checkpoint(source)).get("pipeline_dir")
+    if not folder or not is_pipeline(folder):
+        raise ValueError(
+            f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"
+        )
+    return Path(folder)
 
 
 def _parts(pipeline_dir: str | Path | None, of_run: str | None) -> str | Path | None:
@@ -200,10 +237,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path, model: Transformer, ema: bool) -> None:
-        state = model.sharded_state_dict()
-        kept = sharded_copy(state, "ema", without_room) if ema else {}
-        check_keys(folder, {"model": state, "kept": kept})
-        stored = state | kept
+        stored = _stored(folder, model, ema)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
         )
@@ -213,3 +247,15 @@ class StoredTensors:
         read, tensor = next(self._read)
         assert read == name
         return tensor
+
+
+def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool) -> dict[str, Any]:
+    """What a checkpoint must hold for this rank's part of a model, by name. Collective.
+
+    Raises:
+        ValueError: names or shapes in the checkpoint are not those of the model.
+    """
+    state = model.sharded_state_dict()
+    kept = sharded_copy(state, "ema", without_room) if ema else {}
+    check_keys(folder, {"model": state, "kept": kept})
+    return state | kept

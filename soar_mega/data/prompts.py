@@ -20,7 +20,7 @@ BATCH = 32  # prompts that are encoded together
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompts:
-    """What the text encoders made of prompts and of the empty prompt, on the CPU."""
+    """What the text encoders made of prompts and of the empty (or a negative) prompt, on the CPU."""
 
     text: Tensor  # [N, S, D]
     pooled: Tensor  # [N, P]
@@ -36,6 +36,7 @@ def encode_prompts(
     prompts: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
+    negative_prompt: str = "",
 ) -> EncodedPrompts:
     """Encode prompts with one text encoder of a pipeline folder after another, on this process's device.
 
@@ -43,6 +44,7 @@ def encode_prompts(
 
     Args:
         dtype: of the text encoders and of the embeddings they make.
+        negative_prompt: what guidance leads away from, in the place of the empty prompt.
         max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
 
     Raises:
@@ -50,14 +52,14 @@ def encode_prompts(
     """
     from soar_mega.data.text_encoder import joined, parts  # brings transformers, which most runs do not need
 
-    for prompt in prompts:
+    for prompt in (*prompts, negative_prompt):
         if not is_text(prompt):
             raise ValueError(
                 f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8, or half a character"
             )
     folder = Path(pipeline_dir)
     facts = encoder_facts(folder, max_sequence_length)
-    every = [*prompts, ""]
+    every = [*prompts, negative_prompt]
     outputs = [_encoded_by(part, folder, facts, dtype, every) for part in parts(folder)]
     text, pooled = (tensor.to(dtype) for tensor in joined(outputs, facts))
     return EncodedPrompts(text=text[:-1], pooled=pooled[:-1], empty_text=text[-1:], empty_pooled=pooled[-1:])

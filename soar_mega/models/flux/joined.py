@@ -7,14 +7,12 @@ before and put back behind it.
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
-from soar_mega.models.flux.rope import Tables
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,6 @@ class Joined:
 
     runs: tuple[tuple[int, int], ...]
     order: tuple[range, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Text and image simply follow each other."""
-        return len(self.order) == 2 and len(self.runs) == 1 and self.runs[0][1] == 0
 
     def cut(self, projected: Projected) -> list[Projected]:
         """Of all ranks' tokens, padding included, the parts that attention takes one after the other."""
@@ -68,17 +61,11 @@ def join(text: int, image: int, text_part: int, image_part: int, shards: int) ->
             start, stop = (min(part * n, length) for n in (rank, rank + 1))
             pieces.append((range(before + start, before + stop), part - (stop - start)))
     order = tuple(places for places, _ in pieces if places)
-    marks = [(is_token, count) for places, padding in pieces for is_token, count in ((True, len(places)), (False, padding))]
-    merged = [
-        sum(count for _, count in group)
-        for _, group in groupby((mark for mark in marks if mark[1]), key=lambda mark: mark[0])
-    ]
-    merged += [0] * (len(merged) % 2)
-    return Joined(tuple(zip(merged[::2], merged[1::2])), order)
-
-
-@cache
-def ordered(tables: Tables, order: tuple[range, ...]) -> Tables:
-    """Each token's line of the tables, in the order of a joined stream. Kept, as the tables are."""
-    cosine, sine = (torch.cat([table[places.start : places.stop] for places in order]) for table in tables)
-    return cosine, sine
+    runs: list[tuple[int, int]] = [(0, 0)]
+    for places, padding in pieces:
+        tokens, behind = runs[-1]
+        if places and behind:
+            runs.append((len(places), padding))
+        else:
+            runs[-1] = (tokens + len(places), behind + padding)
+    return Joined(tuple(runs), order)

@@ -10,12 +10,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
-from soar_mega.models.flux.joined import join, ordered
-from soar_mega.models.flux.rope import Tables, rotation
+from soar_mega.models.flux.joined import join
+from soar_mega.models.flux.rope import rotation
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.layer import AttentionProjections, Lengths, MMDiTLayerSubmodules, Stream
 from soar_mega.models.modulation import Modulation
-from soar_mega.models.shards import attention_config, sequence_shards
+from soar_mega.models.sequence_shards import attention_config, sequence_shards
 
 
 class RotaryAttention(torch.nn.Module):
@@ -40,12 +40,9 @@ class RotaryAttention(torch.nn.Module):
         self.head_size = config.kv_channels
         self.axes = axes
 
-    def tables(self, lengths: Lengths, device: torch.device) -> Tables:
-        """By which the tokens of text and image are turned."""
-        return rotation(self.axes, lengths.text, lengths.grid, device)
-
-    def forward(self, streams: list[Projected], tables: Tables) -> Tensor:
-        """-> [sum of the streams' lengths, B, local heads x D]."""
+    def forward(self, streams: list[Projected], lengths: Lengths, order: tuple[range, ...]) -> Tensor:
+        """-> [text + image, B, local heads x D], its tokens in the order of those of the streams together."""
+        tables = rotation(self.axes, lengths.text, lengths.grid, order, streams[0].mixed.device)
         query, key, value = self.qk_norm_rope(streams, self.head_size, *tables)
         return self.core_attention(
             query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask
@@ -65,7 +62,7 @@ class DoubleLayer(torch.nn.Module):
         super().__init__()
         self.image = Stream(config, submodules, layer_number)
         self.text = Stream(config, submodules, layer_number)
-        self.attention = RotaryAttention(config, submodules, layer_number, axes)
+        self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
         self.adaln = submodules.adaln
 
     def forward(
@@ -78,7 +75,8 @@ class DoubleLayer(torch.nn.Module):
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
         _, modulated = self.adaln(image, shift, scale)
         image_qkv = self.image.attention.qkv(modulated, lengths.image)
-        context = self.attention([text_qkv, image_qkv], self.attention.tables(lengths, image.device))
+        order = range(lengths.text), range(lengths.text, lengths.text + lengths.image)
+        context = self.joint_attention([text_qkv, image_qkv], lengths, order)
         text_context, image_context = context.split([lengths.text, lengths.image])
         text = self.text.add_mlp(text, self.text.attention.project(text_context), text_gate, *text_mlp)
         return text, self.image.add_mlp(image, self.image.attention.project(image_context), gate, *mlp)
@@ -101,8 +99,8 @@ class SingleLayer(torch.nn.Module):
         super().__init__()
         self.config = config
         self.modulation = Modulation(config, 3)
-        self.projections = AttentionProjections(config, submodules, layer_number, has_output_bias=False)
-        self.attention = RotaryAttention(config, submodules, layer_number, axes)
+        self.attention = AttentionProjections(config, submodules, layer_number, has_output_bias=False)
+        self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
         self.mlp = build_module(
             submodules.mlp,
             config=config,
@@ -119,12 +117,9 @@ class SingleLayer(torch.nn.Module):
         joined = join(lengths.text, lengths.image, *parts, sequence_shards(self.config))
         shift, scale, gate = self.modulation(conditioning)
         hidden, modulated = self.adaln(torch.cat([text, image]), shift, scale)
-        streams = joined.cut(self.projections.qkv(modulated, sum(parts)))
-        tables = self.attention.tables(lengths, image.device)
-        if not joined.is_whole:
-            tables = ordered(tables, joined.order)
-        context = self.attention(streams, tables)
-        attended, _ = self.projections.project(joined.put_back(context))
+        streams = joined.cut(self.attention.qkv(modulated, lengths.text + lengths.image))
+        context = self.joint_attention(streams, lengths, joined.order)
+        attended, _ = self.attention.project(joined.put_back(context))
         branch, bias = self.mlp(modulated)
         text, image = self.gated_add(hidden, attended + branch, gate, bias).split(parts)
         return text, image

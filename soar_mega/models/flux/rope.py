@@ -11,8 +11,10 @@ Tables = tuple[Tensor, Tensor]
 
 
 @cache
-def rotation(axes: tuple[int, ...], text: int, grid: tuple[int, int], device: torch.device) -> Tables:
-    """Cosine and sine of every token's angles, text before image: each [text + rows x columns, D] float32.
+def rotation(
+    axes: tuple[int, ...], text: int, grid: tuple[int, int], order: tuple[range, ...], device: torch.device
+) -> Tables:
+    """Cosine and sine of every token's angles: each [text + rows x columns, D] float32.
 
     Each angle stands twice, for both of a pair of neighbours. Tables are kept: they are the same in every layer and
     every step, and a CUDA graph reads them where they were when it was recorded.
@@ -21,6 +23,7 @@ def rotation(axes: tuple[int, ...], text: int, grid: tuple[int, int], device: to
         axes: how many of a head's D numbers each axis turns.
         text: tokens, all at the origin.
         grid: rows and columns of the image's patches.
+        order: of the tokens, the places that they have in the text followed by the image.
     """
     rows, columns = grid
     row = torch.arange(rows, device=device).repeat_interleave(columns)
@@ -28,6 +31,7 @@ def rotation(axes: tuple[int, ...], text: int, grid: tuple[int, int], device: to
     places = [torch.zeros_like(row), row, column]
     waves = [_angles(width, place) for width, place in zip(axes, places, strict=True)]
     angles = torch.nn.functional.pad(torch.cat(waves, dim=1), (0, 0, text, 0))
+    angles = torch.cat([angles[places.start : places.stop] for places in order])
     return angles.cos().float(), angles.sin().float()
 
 

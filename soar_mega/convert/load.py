@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert.mapping import Entry, entries, key_shapes, parts
+from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Reader
 from soar_mega.distributed import start_world
 from soar_mega.models.chunks import ModelChunks
@@ -80,20 +80,18 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
     """Read this rank's rows or columns of a tensor."""
     dim, group = partition_dim(target), tensor_parallel_group()
-    cut: tuple[int, ...] = ()
-    if dim is not None and group is not None and group.size() > 1:
+    if dim is None or group is None or group.size() == 1:
+        cut: tuple[int, ...] = ()
+    else:
         width = entry.shape[dim] // group.size()
-        start = width * group.rank() + (entry.columns.start if entry.columns is not None else 0)
-        cut = dim, start, start + width
+        cut = dim, width * group.rank(), width * (group.rank() + 1)
         heads //= group.size()
-    elif entry.columns is not None:
-        cut = 1, entry.columns.start, entry.columns.stop
     for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
         place.copy_(reader.read(key, *cut).reshape(place.shape))
 
 
 def _check(table: list[Entry], reader: Reader) -> None:
-    wanted = key_shapes(table)
+    wanted = {key: entry.shape for entry in table for key in entry.keys}
     problems = [f"missing: {key} {shape}" for key, shape in wanted.items() if key not in reader.files]
     problems += [f"unknown: {key} in {file.name}" for key, file in reader.files.items() if key not in wanted]
     for key, shape in wanted.items():

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.convert.mapping import Entry, entries, key_shapes, parts
+from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Writer
 from soar_mega.distributed import device
 from soar_mega.models.chunks import ModelChunks
@@ -51,18 +50,14 @@ def write_transformer(
         except OSError as error:
             failure = error
     heads = model.sizes.num_attention_heads
-    for _, same_keys in groupby(table, key=lambda entry: entry.keys):
-        group = list(same_keys)
-        collected = (
-            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__) for entry in group
-        )
-        found = [full for full in collected if full is not None]
-        if found and writer is not None and failure is None:
+    for entry in table:
+        full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
+        if full is not None and writer is not None and failure is None:
             try:
-                _write(writer, group, found, heads)
+                _write(writer, entry, full, heads)
             except OSError as error:
                 failure = error  # the peers still send: take part until the end
-        del found  # before the next one comes
+        del full  # before the next one comes
     _finish(writer, failure, folder)
 
 
@@ -71,15 +66,11 @@ def _start_folder(
 ) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
-    return Writer(folder, list(key_shapes(table).items()), model.config.params_dtype, max_shard_size)
+    plan = [(key, entry.shape) for entry in table for key in entry.keys]
+    return Writer(folder, plan, model.config.params_dtype, max_shard_size)
 
 
-def _write(writer: Writer, entries: list[Entry], found: list[Tensor], heads: int) -> None:
-    """The diffusers tensors of one entry, or of several that hold columns of one."""
-    if len(entries) > 1:
-        writer.write(entries[0].keys[0], torch.cat(found, dim=1))
-        return
-    [entry], [full] = entries, found
+def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
     for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
         writer.write(key, part.reshape(entry.shape))
 

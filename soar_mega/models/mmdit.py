@@ -214,7 +214,7 @@ class MMDiT(MegatronModule):
     def _unpack(self, lengths: Lengths) -> tuple[Tensor, Tensor, Tensor]:
         assert self.input_tensor is not None, "set_input_tensor was not called"
         shards = sequence_shards(self.config)
-        sizes = [padded_length(n, self.config) // shards for n in (lengths.text, lengths.image)]
+        sizes = [padded_length(n, self.config) // shards for n in lengths]
         text, image, conditioning = self.input_tensor.split([*sizes, 1])
         return text, image, conditioning[0]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soar_mega.models.embeddings import TIMESTEP_CHANNELS, TwoLayers, timestep_waves
+from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS, TwoLayers, timestep_waves
 from soar_mega.models.flux.sizes import FluxSizes
 
 GUIDANCE_SCALE = 1000.0  # what a guidance scale is multiplied by, to have waves as a timestep has
@@ -27,6 +27,6 @@ class ConditioningEmbedding(torch.nn.Module):
         vector = self.timestep_embedder(timestep_waves(timesteps).to(pooled.dtype)) + self.text_embedder(pooled)
         if self.guidance_embedder is not None:
             assert guidance is not None
-            waves = timestep_waves(GUIDANCE_SCALE * guidance)
+            waves = timestep_waves(GUIDANCE_SCALE * guidance.float())
             vector = vector + self.guidance_embedder(waves.to(pooled.dtype))
         return F.silu(vector)

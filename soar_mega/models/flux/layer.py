@@ -12,10 +12,11 @@ from torch import Tensor
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.flux.joined import join
 from soar_mega.models.flux.rope import rotation
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.layer import AttentionProjections, Lengths, MMDiTLayerSubmodules, Stream
-from soar_mega.models.modulation import Modulation
-from soar_mega.models.sequence_shards import attention_config, sequence_shards
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.stream import AttentionProjections, LayerSubmodules, Stream
+from soar_mega.models.common.modulation import Modulation
+from soar_mega.models.common.sequence_shards import attention_config, sequence_shards
 
 
 class RotaryAttention(torch.nn.Module):
@@ -24,7 +25,7 @@ class RotaryAttention(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MMDiTLayerSubmodules,
+        submodules: LayerSubmodules,
         layer_number: int,
         axes: tuple[int, ...],
     ) -> None:
@@ -55,7 +56,7 @@ class DoubleLayer(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MMDiTLayerSubmodules,
+        submodules: LayerSubmodules,
         layer_number: int,
         axes: tuple[int, ...],
     ) -> None:
@@ -92,7 +93,7 @@ class SingleLayer(torch.nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MMDiTLayerSubmodules,
+        submodules: LayerSubmodules,
         layer_number: int,
         axes: tuple[int, ...],
     ) -> None:

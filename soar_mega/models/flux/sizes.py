@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from soar_mega.models.config import LARGEST, config_file
-from soar_mega.user_files import read_object
+from soar_mega.models.common.sizes import check_whole
+
+if TYPE_CHECKING:
+    from soar_mega.models.family import Family
 
 CLASS_NAME = "FluxTransformer2DModel"
 PATCH = 2  # FLUX's latents come in patches of 2 x 2, which diffusers cuts outside of its model
@@ -35,14 +36,13 @@ class FluxSizes:
     guidance_embeds: bool = False  # the model is told a guidance scale: dev, not schnell
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # of a head, turned by text index (always 0), row and column
 
-    family = "flux"
-    patch_size = PATCH
+    patch_size: ClassVar[int] = PATCH
+    qk_norm: ClassVar[str] = "rms_norm"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or not 1 <= value < LARGEST):
-                raise ValueError(f"{field.name} is {value!r}: it must be a whole number of at least 1")
+            if field.type is int:
+                check_whole(field.name, getattr(self, field.name))
         if type(self.guidance_embeds) is not bool:
             raise ValueError(f"guidance_embeds is {self.guidance_embeds!r}: it can be true or false")
         axes = self.axes_dims_rope
@@ -52,6 +52,18 @@ class FluxSizes:
             raise ValueError(
                 f"axes_dims_rope is {list(axes)}: together they must be attention_head_dim = {self.attention_head_dim}"
             )
+
+    @property
+    def family(self) -> "Family":
+        """FLUX.1."""
+        from soar_mega.models.flux import FAMILY
+
+        return FAMILY
+
+    @property
+    def layers_in_words(self) -> str:
+        """How many layers there are of each kind."""
+        return f"{self.num_double_layers} double and {self.num_single_layers} single layers"
 
     @property
     def num_layers(self) -> int:
@@ -67,40 +79,6 @@ class FluxSizes:
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_diffusers(cls, source: dict[str, Any] | str | Path) -> "FluxSizes":
-        """Read a config.json, its content, or the transformer or pipeline folder that holds it.
-
-        Raises:
-            ValueError: not the configuration of a FLUX transformer, or one with settings unknown here.
-        """
-        if isinstance(source, dict):
-            return cls._from_dict(source, "the configuration")
-        path = config_file(Path(source))
-        return cls._from_dict(read_object(path), str(path))
-
-    @classmethod
-    def _from_dict(cls, content: dict[str, Any], name: str) -> "FluxSizes":
-        kind = content.get("_class_name", CLASS_NAME)
-        if kind != CLASS_NAME:
-            raise ValueError(f"{name} describes a {kind}, not a {CLASS_NAME} (FLUX.1)")
-        settings = {
-            NAMES.get(key, key): value for key, value in content.items() if not key.startswith("_")
-        }
-        _check_patches(settings, name)
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
-        axes = settings.get("axes_dims_rope", cls.axes_dims_rope)
-        if not isinstance(axes, list | tuple):
-            raise ValueError(f"{name}: axes_dims_rope is {axes!r}: it must be a list of numbers")
-        settings["axes_dims_rope"] = tuple(axes)
-        try:
-            return cls(**settings)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of diffusers' config.json."""
@@ -120,7 +98,25 @@ class FluxSizes:
         }
 
 
-def _check_patches(settings: dict[str, Any], name: str) -> None:
+def read_sizes(content: dict[str, Any], name: str) -> FluxSizes:
+    """The sizes in the content of a config.json called `name`; a ValueError where they cannot be."""
+    settings = {NAMES.get(key, key): value for key, value in content.items() if not key.startswith("_")}
+    _take_patches(settings, name)
+    known = {field.name for field in dataclasses.fields(FluxSizes)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
+    axes = settings.get("axes_dims_rope", FluxSizes.axes_dims_rope)
+    if not isinstance(axes, list | tuple):
+        raise ValueError(f"{name}: axes_dims_rope is {axes!r}: it must be a list of numbers")
+    settings["axes_dims_rope"] = tuple(axes)
+    try:
+        return FluxSizes(**settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _take_patches(settings: dict[str, Any], name: str) -> None:
     """Take what diffusers says of patches out of the settings, and leave `in_channels` of the latents."""
     channels = settings.pop("in_channels", FluxSizes.in_channels * PATCH**2)
     if type(channels) is not int or channels < PATCH**2 or channels % PATCH**2:

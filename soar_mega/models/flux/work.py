@@ -1,11 +1,18 @@
-"""The floating point operations of FLUX's layers (soar_mega.models.flops)."""
+"""What a FLUX transformer computes, and what of it autograd keeps. Counted as in common/flops.py and common/memory.py."""
 
-from soar_mega.models.embeddings import TIMESTEP_CHANNELS
-from soar_mega.models.flops import Tokens, Work
+import math
+
+from soar_mega.models.common.flops import Tokens, Work
+from soar_mega.models.common.rank_tokens import RankTokens
+from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS
 from soar_mega.models.flux.sizes import FluxSizes
 
-# of 1024 x 1024 pixels, and T5's; CLIP's text is in the pooled vector alone
-USUAL_TOKENS = Tokens(image=64 * 64, text=512)
+USUAL = Tokens(image=64 * 64, text=512)  # of 1024 x 1024 pixels, and T5's: CLIP gives the pooled vector alone
+
+
+def usual_tokens(sizes: FluxSizes) -> Tokens:
+    """By which pipeline stages are cut."""
+    return USUAL
 
 
 def embedding_work(sizes: FluxSizes, tokens: Tokens) -> Work:
@@ -36,8 +43,25 @@ def layer_work(sizes: FluxSizes, number: int, tokens: Tokens) -> Work:
     )
 
 
-def output_work(sizes: FluxSizes, tokens: Tokens) -> Work:
-    """Of the last modulation and of hidden states into patches, in a forward of one sample."""
-    hidden = sizes.hidden_size
-    patches = tokens.image * sizes.patch_size**2 * sizes.out_channels
-    return Work(conditioning=2 * 2 * hidden**2, output=2 * patches * hidden)
+def layer_bytes(sizes: FluxSizes, tokens: RankTokens, number: int, item: int) -> float:
+    """What autograd keeps of a layer for one point, without recomputation."""
+    whole, cut, attending, copied = (sum(part) for part in vars(tokens).values())
+    # qkv; q, k and v apart, attention's result and its padded copy; the MLP's 4 before and after GELU
+    elements = 3 * cut + 4 * attending + copied + 8 * cut
+    if number < sizes.num_double_layers:
+        # the layer's input, what is modulated twice, attention's output, hidden states, the MLP's output
+        elements, parts, norms = elements + 6 * whole, 12, 2
+    else:
+        # the joined input, what is modulated, the sum of both branches
+        elements, parts, norms = elements + 3 * whole, 3, 1
+    statistics = 4 * (2 * norms * whole + sizes.num_attention_heads * attending)
+    return item * sizes.hidden_size * (elements + parts) + statistics
+
+
+def embedding_bytes(sizes: FluxSizes, latent_size: tuple[int, int], text_length: int, item: int) -> float:
+    """Inputs of the embedders and what is between their layers."""
+    patches = math.prod(latent_size) * sizes.in_channels
+    text = text_length * sizes.joint_attention_dim
+    waves = 2 if sizes.guidance_embeds else 1
+    conditioning = waves * TIMESTEP_CHANNELS + sizes.pooled_projection_dim + (2 * waves + 3) * sizes.hidden_size
+    return item * (patches + text + conditioning)

@@ -27,11 +27,11 @@ from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
-from soar_mega.models.chunks import ModelChunks, build_chunks
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.chunks import ModelChunks, build_chunks
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import global_parameter_names
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
 
@@ -62,12 +62,12 @@ class Engine(ABC):
     _pipeline: Pipeline
     _statistics: StepStatistics
 
-    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, config: Sizes) -> None:
         self.recipe = recipe
         self.model = build_chunks(config, recipe.model, recipe.parallel, recipe.train.seed)
         if recipe.model.init == "pretrained":
             load_weights(self.model, recipe.model.pipeline_dir)
-        self.layout: MMDiT | ModelChunks = self.model
+        self.layout: Transformer | ModelChunks = self.model
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer)
         self.weights: dict[str, KeptWeights] = {}

@@ -14,7 +14,7 @@ from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.gather import partition_dim
 from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.names import named_tensors
-from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.tensor_map import Entry, key_shapes, parts
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import config_file, read_sizes
 
@@ -84,18 +84,20 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
     """Read this rank's rows or columns of a tensor."""
     dim, group = partition_dim(target), tensor_parallel_group()
-    if dim is None or group is None or group.size() == 1:
-        cut: tuple[int, ...] = ()
-    else:
+    cut: tuple[int, ...] = ()
+    if dim is not None and group is not None and group.size() > 1:
         width = entry.shape[dim] // group.size()
-        cut = dim, width * group.rank(), width * (group.rank() + 1)
+        start = width * group.rank() + (entry.columns.start if entry.columns is not None else 0)
+        cut = dim, start, start + width
         heads //= group.size()
+    elif entry.columns is not None:
+        cut = 1, entry.columns.start, entry.columns.stop
     for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
         place.copy_(reader.read(key, *cut).reshape(place.shape))
 
 
 def _check(table: list[Entry], reader: Reader) -> None:
-    wanted = {key: entry.shape for entry in table for key in entry.keys}
+    wanted = key_shapes(table)
     problems = [f"missing: {key} {shape}" for key, shape in wanted.items() if key not in reader.files]
     problems += [f"unknown: {key} in {file.name}" for key, file in reader.files.items() if key not in wanted]
     for key, shape in wanted.items():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from soar_mega.distributed import device
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.names import named_tensors
-from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.tensor_map import Entry, key_shapes, parts
 from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -50,14 +51,18 @@ def write_transformer(
         except OSError as error:
             failure = error
     heads = model.sizes.num_attention_heads
-    for entry in table:
-        full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
-        if full is not None and writer is not None and failure is None:
+    for _, same_keys in groupby(table, key=lambda entry: entry.keys):
+        group = list(same_keys)
+        collected = [
+            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__) for entry in group
+        ]
+        whole = [full for full in collected if full is not None]
+        if whole and writer is not None and failure is None:
             try:
-                _write(writer, entry, full, heads)
+                _write(writer, group[0], whole, heads)
             except OSError as error:
                 failure = error  # the peers still send: take part until the end
-        del full  # before the next one comes
+        del collected, whole  # before the next one comes
     _finish(writer, failure, folder)
 
 
@@ -66,12 +71,15 @@ def _start_folder(
 ) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
-    plan = [(key, entry.shape) for entry in table for key in entry.keys]
-    return Writer(folder, plan, model.config.params_dtype, max_shard_size)
+    return Writer(folder, list(key_shapes(table).items()), model.config.params_dtype, max_shard_size)
 
 
-def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
-    for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
+def _write(writer: Writer, entry: Entry, found: list[Tensor], heads: int) -> None:
+    """The keys of an entry; `found`: our tensor, or the ones that hold the columns of the one key."""
+    if entry.columns is not None:
+        writer.write(entry.keys[0], torch.cat(found, dim=1))
+        return
+    for key, part in zip(entry.keys, parts(found[0], entry, heads), strict=True):
         writer.write(key, part.reshape(entry.shape))
 
 

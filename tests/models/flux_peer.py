@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 SMALL: dict[str, Any] = {
     "in_channels": 16,
     "num_layers": 2,

@@ -24,7 +24,9 @@ class ConditioningEmbedding(torch.nn.Module):
 
     def forward(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
         """Timesteps [B] in 0..1000, pooled text [B, P], guidance scales [B] -> [B, hidden], after the SiLU of adaLN."""
-        vector = self.timestep_embedder(timestep_waves(timesteps).to(pooled.dtype)) + self.text_embedder(pooled)
+        vector = self.timestep_embedder(timestep_waves(timesteps).to(pooled.dtype)) + self.text_embedder(
+            pooled
+        )
         if self.guidance_embedder is not None:
             assert guidance is not None
             waves = timestep_waves(GUIDANCE_SCALE * guidance.float())

@@ -43,7 +43,10 @@ class Joined:
             return context
         parts = context.split([tokens for tokens, _ in self.runs])
         return torch.cat(
-            [F.pad(part, (0, 0, 0, 0, 0, padding)) for part, (_, padding) in zip(parts, self.runs, strict=True)]
+            [
+                F.pad(part, (0, 0, 0, 0, 0, padding))
+                for part, (_, padding) in zip(parts, self.runs, strict=True)
+            ]
         )
 
 

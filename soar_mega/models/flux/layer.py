@@ -10,13 +10,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
-from soar_mega.models.flux.joined import join
-from soar_mega.models.flux.rope import rotation
 from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.lengths import Lengths
-from soar_mega.models.common.stream import AttentionProjections, LayerSubmodules, Stream
 from soar_mega.models.common.modulation import Modulation
 from soar_mega.models.common.sequence_shards import attention_config, sequence_shards
+from soar_mega.models.common.stream import AttentionProjections, LayerSubmodules, Stream
+from soar_mega.models.flux.joined import join
+from soar_mega.models.flux.rope import rotation
 
 
 class RotaryAttention(torch.nn.Module):

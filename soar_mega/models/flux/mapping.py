@@ -33,9 +33,7 @@ def entries(sizes: FluxSizes) -> list[Entry]:
 def _double_layer(sizes: FluxSizes, ours: str, theirs: str) -> list[Entry]:
     hidden = sizes.hidden_size
     table = linear(f"{ours}.image.modulation.linear", f"{theirs}.norm1.linear", 6 * hidden, hidden)
-    table += linear(
-        f"{ours}.text.modulation.linear", f"{theirs}.norm1_context.linear", 6 * hidden, hidden
-    )
+    table += linear(f"{ours}.text.modulation.linear", f"{theirs}.norm1_context.linear", 6 * hidden, hidden)
     for stream, keys, output, key in (
         ("image", IMAGE, "to_out.0", "ff"),
         ("text", TEXT, "to_add_out", "ff_context"),

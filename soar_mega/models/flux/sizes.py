@@ -34,7 +34,11 @@ class FluxSizes:
     joint_attention_dim: int = 4096  # width of the text embeddings
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False  # the model is told a guidance scale: dev, not schnell
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # of a head, turned by text index (always 0), row and column
+    axes_dims_rope: tuple[int, ...] = (
+        16,
+        56,
+        56,
+    )  # of a head, turned by text index (always 0), row and column
 
     patch_size: ClassVar[int] = PATCH
     qk_norm: ClassVar[str] = "rms_norm"
@@ -123,7 +127,9 @@ def _take_patches(settings: dict[str, Any], name: str) -> None:
         raise ValueError(f"{name}: in_channels is {channels!r}: it must be a multiple of {PATCH**2}")
     patch, out = settings.pop("patch_size", 1), settings.pop("out_channels", None)
     if patch != 1:
-        raise ValueError(f"{name}: patch_size is {patch!r}: FLUX.1's patches are cut outside of it, so it is 1")
+        raise ValueError(
+            f"{name}: patch_size is {patch!r}: FLUX.1's patches are cut outside of it, so it is 1"
+        )
     if out not in (None, channels):
         raise ValueError(
             f"{name}: out_channels is {out!r} and in_channels {channels}: a model whose input holds more than the noisy "

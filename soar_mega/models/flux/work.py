@@ -22,9 +22,7 @@ def embedding_work(sizes: FluxSizes, tokens: Tokens) -> Work:
     text = tokens.text * sizes.joint_attention_dim
     waves = 2 if sizes.guidance_embeds else 1
     vectors = waves * TIMESTEP_CHANNELS + sizes.pooled_projection_dim
-    return Work(
-        embedding=2 * (patches + text + vectors) * hidden, conditioning=2 * (waves + 1) * hidden**2
-    )
+    return Work(embedding=2 * (patches + text + vectors) * hidden, conditioning=2 * (waves + 1) * hidden**2)
 
 
 def layer_work(sizes: FluxSizes, number: int, tokens: Tokens) -> Work:
@@ -63,5 +61,7 @@ def embedding_bytes(sizes: FluxSizes, latent_size: tuple[int, int], text_length:
     patches = math.prod(latent_size) * sizes.in_channels
     text = text_length * sizes.joint_attention_dim
     waves = 2 if sizes.guidance_embeds else 1
-    conditioning = waves * TIMESTEP_CHANNELS + sizes.pooled_projection_dim + (2 * waves + 3) * sizes.hidden_size
+    conditioning = (
+        waves * TIMESTEP_CHANNELS + sizes.pooled_projection_dim + (2 * waves + 3) * sizes.hidden_size
+    )
     return item * (patches + text + conditioning)

@@ -120,7 +120,7 @@ def test_published_keys_and_shapes(name, keys, parameters):
     sizes = PRESETS[name]
     model, table = meta_model(sizes), entries(sizes)
     lines = (DATA / "flux_dev_keys.txt").read_text().splitlines()
-    reference = {key: shape for key, shape in (line.split("\t") for line in lines)}
+    reference = dict(line.split("\t") for line in lines)
     if not sizes.guidance_embeds:
         reference = {key: shape for key, shape in reference.items() if "guidance" not in key}
     assert {key: str(shape) for key, shape in key_shapes(table).items()} == reference

@@ -132,7 +132,7 @@ def _take_patches(settings: dict[str, Any], name: str) -> None:
         )
     if out not in (None, channels):
         raise ValueError(
-            f"{name}: out_channels is {out!r} and in_channels {channels}: a model whose input holds more than the noisy "
-            "latents (FLUX.1 Fill, Depth or Canny) cannot be trained here"
+            f"{name}: out_channels is {out!r} and in_channels {channels}: a model whose input holds more than the "
+            "noisy latents (FLUX.1 Fill, Depth or Canny) cannot be trained here"
         )
     settings["in_channels"] = channels // PATCH**2

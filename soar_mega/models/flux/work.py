@@ -1,4 +1,4 @@
-"""What a FLUX transformer computes, and what of it autograd keeps. Counted as in common/flops.py and common/memory.py."""
+"""What a FLUX transformer computes, and what of it autograd keeps: counted as in common/flops.py and memory.py."""
 
 import math
 

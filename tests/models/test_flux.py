@@ -11,7 +11,7 @@ from test_flops import counting
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
-from soar_mega.convert.safetensors_file import Reader
+from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.save import write_transformer
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.flops import Tokens, forward_work, recomputed_work

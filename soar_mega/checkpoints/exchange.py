@@ -207,10 +207,13 @@ class _Unread:
 
     def _read(self, entry: Entry, like: Tensor) -> Tensor:
         tensor = torch.empty_like(like, device="cpu", requires_grad=False)
-        for key, place in zip(
-            entry.keys, parts(tensor, entry, self._model.sizes.num_attention_heads), strict=True
-        ):
-            place.copy_(self._weights.read(key, like.dtype).reshape(place.shape))
+        heads = self._model.sizes.num_attention_heads
+        for key, place in zip(entry.keys, parts(tensor, entry, heads), strict=True):
+            whole = self._weights.read(key, like.dtype)
+            columns = entry.columns
+            place.copy_(
+                (whole if columns is None else whole[:, columns.start : columns.stop]).reshape(place.shape)
+            )
         return tensor
 
 

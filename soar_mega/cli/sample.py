@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from soar_mega.evaluation.generate import Generator
 
 HELP = """\
-Draw images with a diffusers pipeline folder, or with a checkpoint of a run: encoders of the pipeline, the transformer in
-our implementation, our sampler.
+Draw images with a diffusers pipeline folder, or with a checkpoint of a run: the pipeline's encoders, the transformer
+in our implementation, our sampler.
 
   soar-mega sample recipes/tiny/base --prompt "a red 3" --guidance-scale 3 --out three.png
   soar-mega sample runs/x/export --prompts prompts.txt --count 4 --steps 40 --out grid.png

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
-from soar_mega.engines.engine import TRAINING_TIMESTEPS
 from soar_mega.engines.pipeline import Pipeline, predict_velocity
+from soar_mega.flow import TIMESTEPS
 from soar_mega.models.common.chunks import build_chunks
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.sizes import Sizes
 
 
@@ -29,14 +30,14 @@ class ShardedModel:
         self._pipeline = Pipeline([_Wrapper(chunk) for chunk in self.model.chunks])
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank. Collective: all ranks give the same states.
 
         Args:
-            latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P].
+            latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B].
         """
         size = -(-len(latents) // self._pipeline.group)
-        return predict_velocity(self._pipeline, latents, sigma * TRAINING_TIMESTEPS, text, pooled, size)
+        return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
 
 class _Wrapper(nn.Module):

@@ -15,6 +15,7 @@ from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
 from soar_mega.evaluation.drift import ModelVelocity, branches
 from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import check_file, write_file
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
@@ -27,8 +28,8 @@ class Generator:
     """A pipeline that is ready to draw.
 
     Attributes:
-        velocity: (latents [B, C, H, W], sigma [B], text [B, S, D], pooled [B, P]) -> [B, C, H, W]. Where its model lies
-            on several ranks, all of them draw the same.
+        velocity: the transformer as a function of latents [B, C, H, W], sigma [B] and conditions [B]. Where it lies on
+            several ranks, all of them draw the same.
         decoder: None on a rank that draws for others: it gets no images.
     """
 
@@ -49,10 +50,12 @@ class Generator:
         transformer = load_diffusers(pipeline_dir, dtype).to(device()).eval()
 
         @torch.no_grad()
-        def velocity(latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+        def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
             weight = next(transformer.parameters())
             timesteps = schedule.timestep(sigma).to(weight.device, torch.float32)
-            predicted: Tensor = transformer(latents.to(weight), timesteps, text.to(weight), pooled.to(weight))
+            predicted: Tensor = transformer(
+                latents.to(weight), timesteps, conditions.to(weight.device, weight.dtype)
+            )
             return predicted
 
         return Generator(
@@ -95,12 +98,12 @@ class Generator:
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
         sigmas = self.schedule.inference_sigmas(steps)
-        empty_text, empty_pooled = prompts.empty_text.to(device()), prompts.empty_pooled.to(device())
+        empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
             row = position // num_images_per_prompt
-            text, pooled = prompts.text[row].to(device()), prompts.pooled[row].to(device())
-            cond, uncond = branches(self.velocity, text, pooled, empty_text, empty_pooled)
+            asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
+            cond, uncond = branches(self.velocity, asked, empty)
             noise = normal(seed, "sample", position, 0, shape).to(device())
             latents = sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver)
             if self.decoder is not None:

@@ -309,8 +309,12 @@ def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
     assert current == transformer_bytes(road / "run/export")
     assert ema == transformer_bytes(road / "run/export_ema")
     assert len({current, ema, transformer_bytes(Path(BASE))}) == 3
+    card = (tmp_path / "ema/README.md").read_text()
+    assert card == (road / "run/export_ema/README.md").read_text()
+    assert "moving average" in card and "max_sequence_length=10" in card and __version__ in card
+    assert "num_auxiliary_points" in card and f"from {BASE}/transformer (SHA-256 " in card
     there = {p.name for p in (tmp_path / "ema").iterdir()}
-    assert there == {MARKER, *(p.name for p in Path(BASE).iterdir())}
+    assert there == {MARKER, "README.md", *(p.name for p in Path(BASE).iterdir())}
 
 
 def test_diffusers_to_checkpoint_and_back_is_bitwise(

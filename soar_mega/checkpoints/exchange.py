@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.checkpoints import resume
 from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.checkpoints.strict import check_keys
@@ -68,10 +69,13 @@ def checkpoint_to_folder(
     _check_place(out, folder, parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
+    iteration = resume.read_description(folder)["iteration"]
+    products, name = model.sizes.family.products, "ema" if ema else "current"
+    card = card_of_run(RunFolder(folder.parent), products, iteration, name)
     if parts:
-        save_pipeline(model, parts, out, tensors, files)
+        save_pipeline(model, parts, out, tensors, files, card)
     else:
-        save_transformer(model, out, tensors, files)
+        save_transformer(model, out, tensors, files, card)
     return bool(parts)
 
 

@@ -55,7 +55,11 @@ def _multistep(slope: Callable[[Tensor, float], Tensor], latents: Tensor, sigmas
         if earlier is not None and end > 0:
             before = sigmas[step - 1]
             # half of the length of this step over that of the one before, which from sigma 1 is endless
-            ratio = 0.0 if before == 1 else (_lambda(end) - _lambda(start)) / (_lambda(start) - _lambda(before)) / 2
+            ratio = (
+                0.0
+                if before == 1
+                else (_lambda(end) - _lambda(start)) / (_lambda(start) - _lambda(before)) / 2
+            )
             shown = clean + ratio * (clean - earlier)
         kept = end / start
         latents = kept * latents + ((1 - end) - (1 - start) * kept) * shown

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.distributed import device
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.user_files import is_text
 
 log = logging.getLogger(__name__)
@@ -22,13 +23,11 @@ BATCH = 32  # prompts that are encoded together
 class EncodedPrompts:
     """What the text encoders made of prompts and of the empty prompt, on the CPU."""
 
-    text: Tensor  # [N, S, D]
-    pooled: Tensor  # [N, P]
-    empty_text: Tensor  # [1, S, D]
-    empty_pooled: Tensor  # [1, P]
+    conditions: Conditions  # [N]
+    empty: Conditions  # [1]
 
     def __len__(self) -> int:
-        return len(self.text)
+        return len(self.conditions)
 
 
 def encode_prompts(
@@ -60,7 +59,9 @@ def encode_prompts(
     every = [*prompts, ""]
     outputs = [_encoded_by(part, folder, facts, dtype, every) for part in parts(folder)]
     text, pooled = (tensor.to(dtype) for tensor in joined(outputs, facts))
-    return EncodedPrompts(text=text[:-1], pooled=pooled[:-1], empty_text=text[-1:], empty_pooled=pooled[-1:])
+    return EncodedPrompts(
+        conditions=Conditions(text[:-1], pooled[:-1]), empty=Conditions(text[-1:], pooled[-1:])
+    )
 
 
 def _encoded_by(

@@ -12,6 +12,7 @@ from soar_mega.config import StageConfig
 from soar_mega.distributed import is_first_stage
 from soar_mega.engines import channel
 from soar_mega.engines.channel import Answers, OverlappedChannel, RolloutChannel
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages import make_stage
 
 ANSWERS = (1, 4, 8, 33)
@@ -78,7 +79,7 @@ def answers_nobody_asked_for(recipe):
     engine.learn(plain.points, plain.loss, batch, answers)  # these points need no answer
     answers = engine.answer(stage.queries, batch)
     latest = answers.get(2)  # out of order
-    found = engine.velocity(batch.latents, torch.full((8,), 0.5), batch.text, batch.pooled)
+    found = engine.velocity(batch.latents, torch.full((8,), 0.5), Conditions(batch.text, batch.pooled))
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
 

@@ -1,0 +1,1 @@
+"""What no family of models owns."""

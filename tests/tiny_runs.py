@@ -76,7 +76,7 @@ def make_shards(
 def tiny_words(shards: Path, save: Path, **overrides: Any) -> list[str]:
     """The overrides of a short run of a tiny recipe that logs each step; `group__key=value` for anything else."""
     settings = {
-        "model.pipeline": ROOT / "recipes" / "tiny" / "base",
+        "model.pipeline_dir": ROOT / "recipes" / "tiny" / "base",
         "data.path": shards,
         "data.validation_path": "",
         "checkpoint.save": save,

@@ -26,6 +26,10 @@ class ModelChunks(torch.nn.Module):
         [chunk] = self.chunks
         return chunk(*inputs, **settings)
 
+    def parts(self) -> list[MMDiT]:
+        """The chunks."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, MMDiT)]
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
         """This rank's parameters under their global names."""
         for chunk in self.chunks:

@@ -7,6 +7,7 @@ from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
+from soar_mega.models.common.lora import alpha
 from soar_mega.models.presets import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
@@ -41,6 +42,17 @@ class Steps:
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
+        if (
+            self.engine.adapters is not None
+        ):  # a checkpoint holds them alone, and loading compares what they are
+            lora = recipe.lora
+            trained = {
+                "rank": lora.rank,
+                "alpha": alpha(lora),
+                "targets": lora.targets,
+                "base": self.engine.base,
+            }
+            self.sizes |= {"_lora": trained}
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)

@@ -11,6 +11,7 @@ it, keyed by (seed, step, pair). PEFT draws them for each token anew, which no l
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from soar_mega.config import LoraConfig
-from soar_mega.convert.mapping import Entry, parts
+from soar_mega.config import LORA_TARGETS, LoraConfig
+from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.flow import uniform
 from soar_mega.models.gather import full_shape, local_shard, partition_dim
 from soar_mega.models.groups import tensor_parallel_group
+from soar_mega.models.mmdit import MMDiT
 
 CHILD = "lora"  # an adapter's name below its linear
 STREAM = "lora/dropout"
@@ -82,11 +84,12 @@ def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
         for key in entry.keys
     }
     for target in targets:
-        if not any(fnmatchcase(module, target) for module in linears):
-            kinds = dict.fromkeys(".".join(p for p in m.split(".") if not p.isdigit()) for m in linears)
+        # of the published ones some are not in every model: one layer alone has no to_add_out
+        if target not in LORA_TARGETS and not any(fnmatchcase(module, target) for module in linears):
+            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", module) for module in linears)
             raise ValueError(
                 f"lora.targets: {target!r} matches no linear of this model. A target is a pattern over diffusers' "
-                f"names, in which * stands for anything; without their numbers these are: {', '.join(kinds)}"
+                f"names, in which * stands for anything: {', '.join(kinds)}"
             )
     wanted = [module for module in linears if any(fnmatchcase(module, target) for target in targets)]
     return [
@@ -119,7 +122,13 @@ class Adapter(Module):
     """
 
     def __init__(
-        self, linear: Module, entry: Entry, pairs: Sequence[Pair], config: LoraConfig, heads: int, switch: Tensor
+        self,
+        linear: Module,
+        entry: Entry,
+        pairs: Sequence[Pair],
+        config: LoraConfig,
+        heads: int,
+        switch: Tensor,
     ) -> None:
         super().__init__()
         weight = linear.weight
@@ -152,7 +161,7 @@ class Adapter(Module):
                 self.register_parameter(f"{pair.part}_{name}", factor)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """The linear's input [..., in] and output [..., out], as this rank has them -> the output with the adapter's."""
+        """This rank's input [..., in] and output [..., out] of the linear -> the output with the adapter's."""
         drops = self.kept is not None and torch.is_grad_enabled()
         factors = dict(self.named_parameters())
         down, up = self._down(factors, drops), self._up(factors)
@@ -203,9 +212,19 @@ class Adapter(Module):
         return reduce_from_tensor_model_parallel_region(inner, group=group)
 
 
+def alpha(config: LoraConfig) -> float:
+    """lora.alpha, or what it is by default."""
+    return float(config.rank) if config.alpha is None else config.alpha
+
+
 def scale(config: LoraConfig) -> float:
     """What B A x is multiplied by."""
-    return (config.rank if config.alpha is None else config.alpha) / config.rank
+    return alpha(config) / config.rank
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's."""
+    return f".{CHILD}." in name
 
 
 def _row_order(entry: Entry, rows: int, heads: int, device: torch.device) -> Tensor | None:
@@ -217,11 +236,21 @@ def _row_order(entry: Entry, rows: int, heads: int, device: torch.device) -> Ten
 
 
 class Adapters:
-    """The adapters in a rank's part of a model."""
+    """The adapters in a rank's part of a model.
 
-    def __init__(self, members: Mapping[str, Adapter], switch: Tensor) -> None:
-        self.members = members  # by our linear
-        self.names = {f"{linear}.{CHILD}.{name}" for linear, one in members.items() for name, _ in one.named_parameters()}
+    Attributes:
+        pairs: of the whole model.
+        members: this rank's adapters by our linear.
+        names: global ones of this rank's factors.
+    """
+
+    def __init__(self, pairs: list[Pair], members: Mapping[str, Adapter], switch: Tensor) -> None:
+        self.pairs, self.members = pairs, members
+        self.names = [
+            f"{linear}.{CHILD}.{name}"
+            for linear, one in members.items()
+            for name, _ in one.named_parameters()
+        ]
         self._switch = switch
         self._is_on = True
         self._widths: dict[int, list[Adapter]] = {}
@@ -247,6 +276,22 @@ class Adapters:
         self._is_on = on
         self._switch.fill_(float(on))  # recorded layers read it where it lies
 
+    def merged(self, value: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """This rank's tensors by global name, with the adapters in the weights that they hang on.
+
+        Args:
+            value: the tensors as they are, base weights and factors.
+        """
+
+        def merged(name: str) -> Tensor:
+            linear, _, kind = name.rpartition(".")
+            if kind != "weight" or linear not in self.members:
+                return value(name)
+            delta = self.members[linear].delta(lambda factor: value(f"{linear}.{CHILD}.{factor}"))
+            return value(name).float() + delta
+
+        return merged
+
     @torch.no_grad()
     def drop(self, seed: int, step: int) -> None:
         """Draw the input features that training leaves out in this step. Nothing waits for the device."""
@@ -268,21 +313,20 @@ def _width(adapter: Adapter) -> int:
     return adapter.pairs[0].shape[1]
 
 
-def add_adapters(
-    chunks: Sequence[Module], table: Sequence[Entry], config: LoraConfig, heads: int, seed: int
-) -> Adapters:
+def add_adapters(chunks: Sequence[MMDiT], config: LoraConfig, seed: int) -> Adapters:
     """Hang adapters on the linears of a rank's part of a model; A is drawn as PEFT does, B is zero.
 
     A is keyed by (seed, name): the same at every layout.
 
     Args:
-        chunks: whose modules have their global names; on their device.
-        table: the whole model's tensors.
-        heads: of attention on a tensor-parallel rank.
+        chunks: on their device.
 
     Raises:
         ValueError: a target that matches nothing.
     """
+    sizes, megatron = chunks[0].sizes, chunks[0].config
+    heads = sizes.num_attention_heads // megatron.tensor_model_parallel_size
+    table = entries(sizes)
     pairs = adapter_pairs(table, config.targets)
     weights = {entry.name: entry for entry in table}
     device = next(chunks[0].parameters()).device
@@ -299,10 +343,12 @@ def add_adapters(
                 linears[name].add_module(CHILD, adapter)
                 linears[name].register_forward_hook(_adapted)
                 members[name] = adapter
-    return Adapters(members, switch)
+    return Adapters(pairs, members, switch)
 
 
-def _adapted(linear: Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor | None]) -> object:
+def _adapted(
+    linear: Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor | None]
+) -> object:
     """A linear's output, or output and the bias that is left to add, with its adapter's."""
     adapter = linear.get_submodule(CHILD)
     if isinstance(output, Tensor):

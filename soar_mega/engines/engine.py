@@ -218,9 +218,9 @@ class Engine(ABC):
 
     @contextmanager
     def _swapped_in(self, name: str) -> Iterator[None]:
-        with nullcontext() if self.adapters is None else self.adapters.switched(on=True):
-            with self.weights[name].swapped_in():
-                yield
+        adapters = nullcontext() if self.adapters is None else self.adapters.switched(on=True)
+        with adapters, self.weights[name].swapped_in():
+            yield
 
     def tensors(self, weights: str = "current") -> Callable[[str], Tensor]:
         """This rank's shard of a tensor by its global name, as `convert` asks for them one after another.

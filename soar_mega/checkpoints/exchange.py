@@ -19,12 +19,12 @@ from soar_mega.convert import (
     save_pipeline,
     save_transformer,
 )
-from soar_mega.convert.mapping import entries
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.weights import sharded_copy
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import read_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
 
 
@@ -54,7 +54,7 @@ def checkpoint_to_diffusers(
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    sizes = MMDiTConfig.from_diffusers(description["model"])
+    sizes = read_sizes(description["model"])
     dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
     model = build_model(sizes, dtype, ParallelConfig(), meta=True)
     tensors = StoredTensors(folder, model, ema)
@@ -93,7 +93,7 @@ def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
     with checkpoint.finetune.
 
     Raises:
-        ValueError: not an SD3 transformer, or `out` holds checkpoints already.
+        ValueError: not a transformer of a known family, or `out` holds checkpoints already.
     """
     refuse_overlap(out, {"the source": source})
     run = RunFolder(out)
@@ -109,7 +109,7 @@ def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
 class _Weights:
     """A model without optimizer, as a checkpoint sees it."""
 
-    def __init__(self, model: MMDiT) -> None:
+    def __init__(self, model: Transformer) -> None:
         self._model = model
         self.weights: dict[str, Any] = {}  # no EMA or other copies
 
@@ -139,12 +139,14 @@ class StoredTensors:
         ValueError: names or shapes in the checkpoint are not those of the model.
     """
 
-    def __init__(self, folder: Path, model: MMDiT, ema: bool) -> None:
+    def __init__(self, folder: Path, model: Transformer, ema: bool) -> None:
         state = model.sharded_state_dict()
         kept = sharded_copy(state, "ema", without_room) if ema else {}
         check_keys(folder, {"model": state, "kept": kept})
         stored = state | kept
-        wanted = OnDemand({entry.name: stored[entry.name] for entry in entries(model.sizes)})
+        wanted = OnDemand(
+            {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
+        )
         self._read = Stream(folder, wanted, at_once=max(map(size, wanted.values()))).items()
 
     def __call__(self, name: str) -> Tensor:

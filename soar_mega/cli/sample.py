@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from soar_mega.data.info import bucket_size
     from soar_mega.data.prompts import encode_prompts
     from soar_mega.evaluation.generate import Generator, check_image_path, image_grid, save_image
-    from soar_mega.models.mmdit import DTYPES
+    from soar_mega.models.common.build import DTYPES
 
     check_image_path(arguments.out)  # before anything is computed
     size = bucket_size(arguments.size) if arguments.size else None

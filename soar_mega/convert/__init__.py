@@ -5,7 +5,6 @@ from soar_mega.convert.load import load_diffusers, load_weights
 from soar_mega.convert.pipeline_folder import (
     is_pipeline,
     pipeline_parts,
-    read_pipeline_config,
     scheduler_shift,
 )
 
@@ -14,7 +13,6 @@ __all__ = [
     "load_diffusers",
     "load_weights",
     "pipeline_parts",
-    "read_pipeline_config",
     "save_pipeline",
     "save_transformer",
     "scheduler_shift",

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.save import MAX_SHARD_SIZE, on_rank_zero, write_transformer
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.mmdit import MMDiT
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import OutputFolder
 
 
 def save_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -32,7 +32,7 @@ def save_transformer(
 
 
 def save_pipeline(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     source_pipeline: str | Path,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,

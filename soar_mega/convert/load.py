@@ -7,21 +7,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Reader
 from soar_mega.distributed import start_world
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.config import MMDiTConfig, config_file
-from soar_mega.models.gather import partition_dim
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import partition_dim
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import config_file, read_sizes
 
 MAX_LISTED = 10
 
 
-def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
-    """A pipeline's transformer as a single-process module: `model(latents, timesteps, text, pooled) -> velocity`.
+def load_diffusers(folder: str | Path, dtype: str = "fp32") -> Transformer:
+    """A pipeline's transformer as a single-process module:
+
+    model(latents [B, C, H, W], timesteps [B] in 0..1000, text [B, S, D], pooled [B, P], guidance=None) -> velocity
+    [B, C, H, W]; guidance [B] for a guidance-distilled model.
 
     Starts a process world of one where there is none.
 
@@ -30,9 +34,9 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
         dtype: fp32 or bf16.
 
     Raises:
-        ValueError: not an SD3 transformer, or its weights do not fit its configuration.
+        ValueError: not a transformer of a known family, or its weights do not fit its configuration.
     """
-    config = MMDiTConfig.from_diffusers(folder)
+    config = read_sizes(folder)
     parallel = ParallelConfig()
     start_world(parallel)
     model = build_model(config, ModelConfig(dtype=dtype), parallel)
@@ -41,7 +45,7 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
 
 
 @torch.no_grad()
-def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
+def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
     """Fill this rank's part of a model from a diffusers folder, each tensor straight into its place.
 
     Raises:
@@ -49,7 +53,7 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
             finite; on every rank.
     """
     path = config_file(Path(folder)).parent
-    table = entries(model.sizes)
+    table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     with Reader(path) as reader:
         _check(table, reader)

@@ -23,10 +23,10 @@ from soar_mega.convert.export import in_place_of, save_pipeline, save_transforme
 from soar_mega.convert.load import load_diffusers
 from soar_mega.convert.pipeline_folder import is_pipeline
 from soar_mega.convert.save import on_rank_zero
-from soar_mega.models.chunks import ModelChunks
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
-from soar_mega.models.gather import full_tensor, local_shard
-from soar_mega.models.mmdit import MMDiT
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.user_files import lfs_advice, read_object
 
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -222,7 +222,7 @@ def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{key}": tensor for key, tensor in stored.items()}
 
 
-def load_adapted(folder: str | Path, lora: str | Path, dtype: str = "fp32") -> tuple[MMDiT, Adapters]:
+def load_adapted(folder: str | Path, lora: str | Path, dtype: str = "fp32") -> tuple[Transformer, Adapters]:
     """A pipeline's transformer in one process with adapters on it: `load_diffusers` and `load_adapters`.
 
     Raises:
@@ -253,6 +253,6 @@ def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype:
     return is_pipeline(folder)
 
 
-def own_tensors(model: MMDiT | ModelChunks) -> Callable[[str], Tensor]:
+def own_tensors(model: Transformer | ModelChunks) -> Callable[[str], Tensor]:
     """A model's tensors by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}.__getitem__

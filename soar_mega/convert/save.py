@@ -9,19 +9,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.convert.safetensors_file import Writer
 from soar_mega.distributed import device
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
 
 
 def write_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -39,7 +39,7 @@ def write_transformer(
     Raises:
         OSError: rank 0 could not write; raised on every rank.
     """
-    table = entries(model.sizes)
+    table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
     failure: OSError | None = None
@@ -62,7 +62,7 @@ def write_transformer(
 
 
 def _start_folder(
-    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
+    model: Transformer | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
 ) -> Writer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
@@ -77,7 +77,7 @@ def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
 
 def _collect(
     entry: Entry,
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     owner: int,
     local: dict[str, Tensor],
     tensors: Callable[[str], Tensor],

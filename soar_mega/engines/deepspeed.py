@@ -34,11 +34,11 @@ from soar_mega.engines.zero import (
     scale_gradient,
     zero_pieces,
 )
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.gather import partition_dim
 from soar_mega.models.common.lora import add_adapters
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import partition_dim
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.names import global_parameter_names, named_tensors
+from soar_mega.models.common.names import global_parameter_names, named_tensors
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.phases import phases
 from soar_mega.private_names import without_shared_memory
 
@@ -91,7 +91,7 @@ class Accumulation(Pipeline):
 class DeepSpeedEngine(Engine):
     """DeepSpeed's engine around the model of this tensor-parallel rank."""
 
-    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, config: Sizes) -> None:
         super().__init__(recipe, config)
         self.layout = build_model(config, recipe.model, recipe.parallel, meta=True)
         if recipe.lora.rank:

@@ -28,13 +28,13 @@ from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
-from soar_mega.models.chunks import ModelChunks, build_chunks
+from soar_mega.models.common.chunks import ModelChunks, build_chunks
 from soar_mega.models.common.fingerprint import fingerprint
+from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.lora import Adapters, add_adapters, is_adapter
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.names import global_parameter_names
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
 
@@ -66,12 +66,12 @@ class Engine(ABC):
     _pipeline: Pipeline
     _statistics: StepStatistics
 
-    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, config: Sizes) -> None:
         self.recipe = recipe
         self.model = build_chunks(config, recipe.model, recipe.parallel, recipe.train.seed)
         if recipe.model.init == "pretrained":
             load_weights(self.model, recipe.model.pipeline_dir)
-        self.layout: MMDiT | ModelChunks = self.model
+        self.layout: Transformer | ModelChunks = self.model
         self.adapters: Adapters | None = None
         self.base: str | None = None
         if recipe.lora.rank:

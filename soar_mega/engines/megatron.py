@@ -26,9 +26,9 @@ from soar_mega.engines.megatron_weights import gather_parameters, main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.layer_graphs import CudaGraphs, Recorder
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.layer_graphs import CudaGraphs, Recorder
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class MegatronEngine(Engine):
     """Megatron's schedules, DistributedDataParallel and optimizer around this rank's part of the model."""
 
-    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, config: Sizes) -> None:
         super().__init__(recipe, config)
         self._ddp = _data_parallel(self.model, recipe)
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)

@@ -28,7 +28,7 @@ class Pipeline:
     """This rank's part of the model, and the schedule that drives it.
 
     Args:
-        chunks: each model chunk, an MMDiT, in its wrapper (megatron's DistributedDataParallel); several are
+        chunks: each model chunk, a Transformer, in its wrapper (megatron's DistributedDataParallel); several are
             interleaved.
     """
 

@@ -19,7 +19,7 @@ from soar_mega.evaluation.drift import held_out_drift
 from soar_mega.evaluation.energy import energy_to_real
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.verifier import Verifier
-from soar_mega.models.mmdit import DTYPES
+from soar_mega.models.common.build import DTYPES
 
 DRIFT_BATCH = 32  # samples whose velocities are predicted together
 

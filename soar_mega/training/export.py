@@ -11,12 +11,11 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
 from soar_mega.convert.lora import save_adapters
-from soar_mega.convert.mapping import entries
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
-from soar_mega.models.mmdit import DTYPES
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.common.build import DTYPES
+from soar_mega.models.family import model_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ def check_exports(recipe: Recipe) -> None:
             OutputFolder(Path(recipe.checkpoint.save, _adapters(name))).check()
     source = recipe.model.pipeline_dir
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
-    elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in entries(model_sizes(recipe.model)))
+    sizes = model_sizes(recipe.model)
+    elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in sizes.family.entries(sizes))
     needed = len(wanted) * (parts + elements * DTYPES[recipe.model.dtype].itemsize)
     free = shutil.disk_usage(recipe.checkpoint.save).free
     if needed > free:

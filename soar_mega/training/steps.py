@@ -8,7 +8,7 @@ from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
 from soar_mega.models.common.lora import alpha
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
 from soar_mega.training.learning_rate import learning_rate

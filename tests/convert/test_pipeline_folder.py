@@ -13,13 +13,13 @@ from peer_folder import read_tensors, save_small
 from soar_mega.convert import (
     load_diffusers,
     pipeline_parts,
-    read_pipeline_config,
     save_pipeline,
     save_transformer,
     scheduler_shift,
 )
 from soar_mega.convert.safetensors_file import INDEX, SINGLE
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
@@ -46,7 +46,7 @@ def test_only_the_transformer_is_new(tmp_path):
     written = files_below(tmp_path / "export")
     assert len(json.loads(written.pop(MARKER))["files"]) == len(written) + 2  # config and weights
     assert written == files_below(BASE)
-    assert read_pipeline_config(tmp_path / "export") == model.sizes
+    assert read_sizes(tmp_path / "export") == model.sizes
     ours, theirs = read_tensors(tmp_path / "export/transformer"), read_tensors(BASE / "transformer")
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == ["proj_out.bias"]
     assert torch.equal(ours["proj_out.bias"], torch.full_like(theirs["proj_out.bias"], 0.25))

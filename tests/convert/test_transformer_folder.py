@@ -15,10 +15,11 @@ from peer_folder import SMALL, read_tensors, save_small
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights, save_transformer
 from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
-from soar_mega.models.chunks import build_chunks
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import build_chunks
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.family import read_sizes
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 def equal(ours, theirs):
@@ -47,7 +48,7 @@ def save_from_layout(folder, parallel):
     from soar_mega import distributed
 
     distributed.start_world(parallel)
-    config = MMDiTConfig.from_diffusers(folder)
+    config = read_sizes(folder)
     model = build_chunks(config, ModelConfig(dtype="fp32"), parallel)
     sizes, earlier = [], []
     read = Reader.read
@@ -100,7 +101,7 @@ def fail_to_save(folder):
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     distributed.start_world(parallel)
     settings = ModelConfig(dtype="fp32", init="random")
-    model = build_model(MMDiTConfig(**SMALL), settings, parallel)
+    model = build_model(SD3Sizes(**SMALL), settings, parallel)
     messages = []
     for attempt in (limit_file_size, lambda: None):
         attempt()

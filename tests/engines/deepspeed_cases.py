@@ -7,8 +7,8 @@ from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, mak
 
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import global_parameter_names
 from soar_mega.stages import make_stage
 
 PATTERNS = {  # frozen parameters, learning rates and groups without decay

@@ -13,7 +13,7 @@ from engine_cases import iterate, make_batch, make_recipe, start_engine
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 import te_stand_in
 
-from soar_mega.models.te_layers import CastOnce
+from soar_mega.models.common.te_layers import CastOnce
 from soar_mega.stages import make_stage
 
 FP8 = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}

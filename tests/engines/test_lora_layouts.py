@@ -17,8 +17,8 @@ from engine_cases import (
 from multirank import run_ranks
 
 from soar_mega.config import LoraConfig
+from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.lora import is_adapter
-from soar_mega.models.gather import full_tensor
 from soar_mega.stages import make_stage
 
 # every kind of linear: fused q, k, v of which one is left out, row-parallel, modulation, shared ones at both ends

@@ -15,8 +15,8 @@ from tiny_runs import losses, make_shards, smoothed, steps
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
-from soar_mega.models.names import named_tensors
-from soar_mega.models.te_layers import CastOnce
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.te_layers import CastOnce
 
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=ImportError)
 

@@ -10,12 +10,12 @@ from peer import SMALL, make_inputs
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.memory import Workload, rank_memory
-from soar_mega.models.mmdit import build_model
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.memory import Workload, rank_memory
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 SIZE, TEXT, POINTS = (64, 64), 90, 2  # 1024 tokens of the image; text that is padded where it is cut
-SIZES = MMDiTConfig(
+SIZES = SD3Sizes(
     **SMALL | {"attention_head_dim": 32, "caption_projection_dim": 128, "pos_embed_max_size": 32}
 )
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)

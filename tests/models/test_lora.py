@@ -8,11 +8,11 @@ from peer import SMALL, gradient_errors, make_inputs, random_case, relative_erro
 
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
-from soar_mega.convert.mapping import entries
+from soar_mega.models.common.build import build_model
 from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.sd3.mapping import entries
+from soar_mega.models.sd3.presets import PRESETS
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 EVERY_LINEAR = ["*"]
 CONFIGS = [
@@ -115,7 +115,7 @@ def test_a_target_that_matches_nothing_is_named():
     with pytest.raises(
         ValueError, match=r"lora.targets: 'to_q' matches no linear.*transformer_blocks.\*.attn.to_q"
     ):
-        adapter_pairs(entries(MMDiTConfig(**SMALL)), ["to_q"])
+        adapter_pairs(entries(SD3Sizes(**SMALL)), ["to_q"])
 
 
 def test_merged_weights_are_the_adapted_model(tmp_path):

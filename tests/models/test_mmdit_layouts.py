@@ -20,14 +20,14 @@ def run_layout(folder, parallel, recompute):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from soar_mega import convert, distributed
-    from soar_mega.models.config import MMDiTConfig
-    from soar_mega.models.gather import full_tensor
-    from soar_mega.models.mmdit import build_model
-    from soar_mega.models.names import global_parameter_names
+    from soar_mega.models.common.build import build_model
+    from soar_mega.models.common.gather import full_tensor
+    from soar_mega.models.common.names import global_parameter_names
+    from soar_mega.models.family import read_sizes
 
     distributed.start_world(parallel)
     first, last = distributed.is_first_stage(), distributed.is_last_stage()
-    config = MMDiTConfig.from_diffusers(folder)
+    config = read_sizes(folder)
     settings = ModelConfig(dtype="fp32", recompute_granularity="full" if recompute else "none")
     model = build_model(config, settings, parallel)
     convert.load_weights(model, folder)
@@ -105,9 +105,9 @@ def test_layout_equals_diffusers(tensor, pipeline, context, sequence, recompute,
     processes = stage * pipeline
     results = run_ranks(run_layout, processes, tmp_path, parallel, recompute, timeout=100)
 
-    from soar_mega.models.config import MMDiTConfig
+    from soar_mega.models.family import read_sizes
 
-    config = MMDiTConfig.from_diffusers(tmp_path)
+    config = read_sizes(tmp_path)
     velocity = run_peer(peer, make_inputs(config, SIZE, text=TEXT))
     (velocity * loss_weights(velocity.shape[1:])).sum().backward()
     theirs = {n: p.grad for n, p in peer.named_parameters() if not (recompute and "embed" in n)}

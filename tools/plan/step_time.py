@@ -8,14 +8,14 @@ what of the reduction of gradients and the gathering of weights is not hidden, a
 
 import math
 from dataclasses import astuple, dataclass
+from typing import Any
 
 from plan.hardware import Hardware
 from soar_mega.config import Recipe
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import Tokens, layer_work
-from soar_mega.models.layout import is_sequence_parallel
-from soar_mega.models.memory import ITEM, Workload, is_recomputed, rank_elements
-from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.flops import Tokens
+from soar_mega.models.common.layout import is_sequence_parallel
+from soar_mega.models.common.memory import ITEM, Workload, is_recomputed, rank_elements
+from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
 
 # H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
@@ -49,7 +49,7 @@ class StepModel:
 
     def __init__(
         self,
-        sizes: MMDiTConfig,
+        sizes: Any,
         recipe: Recipe,
         hardware: Hardware,
         data_size: int,
@@ -143,7 +143,11 @@ class StepModel:
         return max(computing, self.item * (m * k + k * n + m * n) / hardware.copy)
 
     def _attention(self, number: int, rows: int, backward: bool) -> float:
-        work = rows * layer_work(self.sizes, number, self.tokens).attention / (self.tensor * self.context)
+        work = (
+            rows
+            * self.sizes.family.layer_work(self.sizes, number, self.tokens).attention
+            / (self.tensor * self.context)
+        )
         speed = self.hardware.attention[backward]
         if self.sizes.attention_head_dim >= 128:
             speed *= self.hardware.attention_128

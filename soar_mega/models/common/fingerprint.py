@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.models.gather import partition_dim
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.gather import partition_dim
+from soar_mega.models.common.names import named_tensors
 
 BITS = {2: torch.int16, 4: torch.int32}
 

@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from soar_mega.config import LORA_TARGETS, LoraConfig
-from soar_mega.convert.mapping import Entry, entries, parts
 from soar_mega.flow import uniform
-from soar_mega.models.gather import full_shape, local_shard, partition_dim
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.mmdit import MMDiT
+from soar_mega.models.common.gather import full_shape, local_shard, partition_dim
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
 
 CHILD = "lora"  # an adapter's name below its linear
 STREAM = "lora/dropout"
@@ -313,7 +313,7 @@ def _width(adapter: Adapter) -> int:
     return adapter.pairs[0].shape[1]
 
 
-def add_adapters(chunks: Sequence[MMDiT], config: LoraConfig, seed: int) -> Adapters:
+def add_adapters(chunks: Sequence[Transformer], config: LoraConfig, seed: int) -> Adapters:
     """Hang adapters on the linears of a rank's part of a model; A is drawn as PEFT does, B is zero.
 
     A is keyed by (seed, name): the same at every layout.
@@ -326,7 +326,7 @@ def add_adapters(chunks: Sequence[MMDiT], config: LoraConfig, seed: int) -> Adap
     """
     sizes, megatron = chunks[0].sizes, chunks[0].config
     heads = sizes.num_attention_heads // megatron.tensor_model_parallel_size
-    table = entries(sizes)
+    table = sizes.family.entries(sizes)
     pairs = adapter_pairs(table, config.targets)
     weights = {entry.name: entry for entry in table}
     device = next(chunks[0].parameters()).device

@@ -9,8 +9,8 @@ from itertools import accumulate
 
 from soar_mega.config import ParallelConfig
 from soar_mega.config_checks import check_pipeline
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import Tokens, Work, embedding_work, layer_work, output_work, usual_tokens
+from soar_mega.models.common.flops import Tokens, Work, output_work
+from soar_mega.models.common.sizes import Sizes
 
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 
@@ -20,7 +20,7 @@ def chunks_per_rank(parallel: ParallelConfig) -> int:
     return parallel.virtual_pipeline_model_parallel_size or 1
 
 
-def stage_layers(config: MMDiTConfig, parallel: ParallelConfig) -> list[range]:
+def stage_layers(sizes: Sizes, parallel: ParallelConfig) -> list[range]:
     """Global numbers of the layers of each virtual stage: contiguous, at least one each.
 
     The slowest stage is as fast as possible; the embedding counts on the first stage and the output on the last (about
@@ -29,24 +29,24 @@ def stage_layers(config: MMDiTConfig, parallel: ParallelConfig) -> list[range]:
     Raises:
         ValueError: a split that is not possible, with the nearest one that is.
     """
-    fixed = _fixed_sizes(config.num_layers, parallel)
-    sizes = _balanced(*_usual_work(config), tuple(fixed))
-    return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
+    fixed = _fixed_sizes(sizes.num_layers, parallel)
+    counts = _balanced(*_usual_work(sizes), tuple(fixed))
+    return [range(end - size, end) for size, end in zip(counts, accumulate(counts))]
 
 
-def rank_layers(config: MMDiTConfig, parallel: ParallelConfig, rank: int) -> list[range]:
+def rank_layers(sizes: Sizes, parallel: ParallelConfig, rank: int) -> list[range]:
     """The layers of each model chunk of a pipeline rank."""
-    return stage_layers(config, parallel)[rank :: parallel.pipeline_model_parallel_size]
+    return stage_layers(sizes, parallel)[rank :: parallel.pipeline_model_parallel_size]
 
 
-def stage_work(config: MMDiTConfig, parallel: ParallelConfig, tokens: Tokens) -> list[Work]:
+def stage_work(sizes: Sizes, parallel: ParallelConfig, tokens: Tokens) -> list[Work]:
     """What each virtual stage does in a forward of one sample, over its tensor- and context-parallel ranks together."""
     stages = [
-        sum((layer_work(config, number, tokens) for number in layers), Work())
-        for layers in stage_layers(config, parallel)
+        sum((sizes.family.layer_work(sizes, number, tokens) for number in layers), Work())
+        for layers in stage_layers(sizes, parallel)
     ]
-    stages[0] += embedding_work(config, tokens)
-    stages[-1] += output_work(config, tokens)
+    stages[0] += sizes.family.embedding_work(sizes, tokens)
+    stages[-1] += output_work(sizes, tokens)
     return stages
 
 
@@ -102,11 +102,11 @@ def _advice(num_layers: int, ranks: int, chunks: int, first: int | None, last: i
 
 
 @cache
-def _usual_work(config: MMDiTConfig) -> tuple[tuple[int, ...], int, int]:
+def _usual_work(sizes: Sizes) -> tuple[tuple[int, ...], int, int]:
     """Of each layer, the embedding and the output."""
-    tokens = usual_tokens(config)
-    layers = tuple(layer_work(config, number, tokens).total for number in range(config.num_layers))
-    return layers, embedding_work(config, tokens).total, output_work(config, tokens).total
+    tokens = sizes.family.usual_tokens(sizes)
+    layers = tuple(sizes.family.layer_work(sizes, number, tokens).total for number in range(sizes.num_layers))
+    return layers, sizes.family.embedding_work(sizes, tokens).total, output_work(sizes, tokens).total
 
 
 @cache

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from soar_mega.config import Recipe
 from soar_mega.config_checks import check_replicas
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.memory import Memory, largest_rank, workload
+from soar_mega.models.common.memory import Memory, largest_rank, workload
+from soar_mega.models.common.sizes import Sizes
 
 FEWEST = 4  # points of a forward for which recomputation is not worth its third more work
 
@@ -32,7 +32,7 @@ class MicroBatches:
 
 
 def recommend(
-    sizes: MMDiTConfig,
+    sizes: Sizes,
     recipe: Recipe,
     data_size: int,
     latent_size: tuple[int, int],
@@ -55,7 +55,7 @@ def recommend(
 
 
 def _fewest(
-    sizes: MMDiTConfig,
+    sizes: Sizes,
     recipe: Recipe,
     granularity: str,
     data_size: int,

@@ -1,15 +1,12 @@
 """Latents, timesteps and pooled text on their way in. Formulas as in diffusers' SD3 embeddings."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from soar_mega.kernels import to_tokens
-from soar_mega.models.config import MMDiTConfig
-
-TIMESTEP_CHANNELS = 256
+from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS, TwoLayers, timestep_waves
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 class PatchProjection(torch.nn.Conv2d):
@@ -28,7 +25,7 @@ class PatchEmbedding(torch.nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: MMDiTConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: SD3Sizes, dtype: torch.dtype) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         self.max_size = config.pos_embed_max_size
@@ -49,23 +46,10 @@ class PatchEmbedding(torch.nn.Module):
         return table[top : top + height, left : left + width].reshape(height * width, 1, -1)
 
 
-class TwoLayers(torch.nn.Module):
-    """Linear, SiLU, linear."""
-
-    def __init__(self, in_features: int, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.linear_1 = torch.nn.Linear(in_features, hidden_size, dtype=dtype)
-        self.linear_2 = torch.nn.Linear(hidden_size, hidden_size, dtype=dtype)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, in_features] -> [B, hidden]."""
-        return self.linear_2(F.silu(self.linear_1(features)))
-
-
 class ConditioningEmbedding(torch.nn.Module):
     """The vector that modulates every layer: timestep plus pooled text."""
 
-    def __init__(self, config: MMDiTConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: SD3Sizes, dtype: torch.dtype) -> None:
         super().__init__()
         self.timestep_embedder = TwoLayers(TIMESTEP_CHANNELS, config.hidden_size, dtype)
         self.text_embedder = TwoLayers(config.pooled_projection_dim, config.hidden_size, dtype)
@@ -76,17 +60,7 @@ class ConditioningEmbedding(torch.nn.Module):
         return F.silu(self.timestep_embedder(waves) + self.text_embedder(pooled))
 
 
-def timestep_waves(timesteps: Tensor) -> Tensor:
-    """Timesteps [B] -> cosines, then sines, of geometric frequencies [B, 256] float32."""
-    half = TIMESTEP_CHANNELS // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    )
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def position_table(config: MMDiTConfig, device: torch.device) -> Tensor:
+def position_table(config: SD3Sizes, device: torch.device) -> Tensor:
     """The sine-cosine table [1, max_size^2, hidden] float32: columns, then rows."""
     side, quarter = config.pos_embed_max_size, config.hidden_size // 4
     base_size = config.sample_size // config.patch_size

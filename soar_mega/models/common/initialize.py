@@ -5,17 +5,16 @@ import hashlib
 import torch
 from torch import Tensor
 
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.embeddings import position_table
-from soar_mega.models.gather import full_shape, local_shard
+from soar_mega.models.common.gather import full_shape, local_shard
+from soar_mega.models.common.transformer import Transformer
 
 # each layer starts as the identity, the velocity at 0
 ZERO = ("modulation.linear", "norm_out.linear", "proj_out")
 
 
 @torch.no_grad()
-def initialize(model: torch.nn.Module, config: MMDiTConfig, seed: int) -> None:
-    """Fill an MMDiT in DiT's way (arXiv 2212.09748): Xavier linears, small timestep MLP, zero adaLN and output."""
+def initialize(model: Transformer, seed: int) -> None:
+    """Fill a transformer in DiT's way (arXiv 2212.09748): Xavier linears, small timestep MLP, zero adaLN and output."""
     for name, parameter in model.named_parameters():
         if name.endswith(".bias") or name.rpartition(".")[0].endswith(ZERO):
             parameter.zero_()
@@ -23,9 +22,7 @@ def initialize(model: torch.nn.Module, config: MMDiTConfig, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             parameter.copy_(_draw(name, parameter, seed))
-    for name, buffer in model.named_buffers():
-        assert name == "pos_embed.pos_embed"
-        buffer.copy_(position_table(config, buffer.device))
+    model.fill_buffers()
 
 
 def _draw(name: str, parameter: Tensor, seed: int) -> Tensor:

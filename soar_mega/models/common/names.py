@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def global_parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters under their global names, from an MMDiT or a wrapper (DDP) around one."""
+    """This rank's parameters under their global names, from a Transformer or a wrapper (DDP) around one."""
     return {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
 
 

@@ -1,11 +1,11 @@
 """How a transformer is cut over tensor-, context- and pipeline-parallel ranks."""
 
 from soar_mega.config import ParallelConfig
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.pipeline_layout import stage_layers
+from soar_mega.models.common.pipeline_layout import stage_layers
+from soar_mega.models.common.sizes import Sizes
 
 
-def check_layout(config: MMDiTConfig, parallel: ParallelConfig) -> None:
+def check_layout(config: Sizes, parallel: ParallelConfig) -> None:
     """Raise a ValueError with possible values unless heads divide by TP x CP and every stage gets its layers."""
     heads, tensor, context = (
         config.num_attention_heads,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 
-from soar_mega.models.precision import cast_weights, run_layer
+from soar_mega.models.common.precision import cast_weights, run_layer
 from soar_mega.private_names import capturing, forward_pre_hooks
 
 Replay = Callable[[], None]

@@ -1,22 +1,21 @@
 """What a model weighs, and what a rank of it weighs at each layout."""
 
-from pathlib import Path
-
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_shape, partition_dim
-from soar_mega.models.layout import check_layout, divisors
-from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.models.pipeline_layout import rank_layers
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.gather import full_shape, partition_dim
+from soar_mega.models.common.layout import check_layout, divisors
+from soar_mega.models.common.pipeline_layout import rank_layers
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import find_sizes
 
 
-def meta_model(config: MMDiTConfig) -> MMDiT:
+def meta_model(config: Sizes) -> Transformer:
     """The whole model without memory; needs no process world."""
     return build_model(config, ModelConfig(), ParallelConfig(), meta=True)
 
 
-def parameters_per_rank(model: MMDiT, parallel: ParallelConfig) -> list[int]:
+def parameters_per_rank(model: Transformer, parallel: ParallelConfig) -> list[int]:
     """Parameters on one tensor-parallel rank of each pipeline rank; the position table is no parameter."""
     tensor, ranks = parallel.tensor_model_parallel_size, range(parallel.pipeline_model_parallel_size)
     chunks = [rank_layers(model.sizes, parallel, rank) for rank in ranks]
@@ -32,19 +31,6 @@ def parameters_per_rank(model: MMDiT, parallel: ParallelConfig) -> list[int]:
     return counts
 
 
-def find_sizes(model: str) -> MMDiTConfig:
-    """The sizes of a preset or of a pipeline folder.
-
-    Raises:
-        ValueError: neither a preset nor a folder with a transformer.
-    """
-    if model in PRESETS:
-        return PRESETS[model]
-    if not Path(model).is_dir():
-        raise ValueError(f"{model} is neither a pipeline folder nor a preset ({', '.join(PRESETS)})")
-    return MMDiTConfig.from_diffusers(model)
-
-
 def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     """Counts of a preset or of a pipeline folder, and its split over TP and PP, as a few lines of text.
 
@@ -56,11 +42,11 @@ def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     check_layout(config, parallel)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     whole = meta_model(config)
-    dual = f", dual attention in {len(config.dual_attention_layers)}" if config.dual_attention_layers else ""
+    buffers = sum(buffer.numel() for buffer in whole.buffers())
+    table = f", and a position table of {buffers:,} numbers" if buffers else ""
     lines = [
-        f"{model}: {sum(p.numel() for p in whole.parameters()):,} parameters, and a position table of "
-        f"{sum(buffer.numel() for buffer in whole.buffers()):,} numbers",
-        f"{config.num_layers} layers{dual}; {config.num_attention_heads} heads x {config.attention_head_dim} = hidden "
+        f"{model}: {sum(p.numel() for p in whole.parameters()):,} parameters{table}",
+        f"{config.layers_in_words}; {config.num_attention_heads} heads x {config.attention_head_dim} = hidden "
         f"{config.hidden_size}; {config.in_channels} channels in patches of {config.patch_size} x {config.patch_size}",
         "",
         f"TP {tensor} x PP {pipeline}, parameters of one rank:",
@@ -72,7 +58,7 @@ def summarize(model: str, parallel: ParallelConfig | None = None) -> str:
     return "\n".join([*lines, "", "millions of parameters on a rank of the largest stage:", *_table(whole)])
 
 
-def _table(whole: MMDiT) -> list[str]:
+def _table(whole: Transformer) -> list[str]:
     config = whole.sizes
     pipelines = [size for size in (1, 2, 4, 8) if size <= config.num_layers]
     lines = ["       " + "".join(f"{f'PP {pipeline}':>10}" for pipeline in pipelines)]

@@ -14,7 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from soar_mega.models.groups import context_parallel_group, tensor_parallel_group
+from soar_mega.models.common.groups import context_parallel_group, tensor_parallel_group
 
 TILE = 16  # tokens of a rank that FP8's matrix products ask for a multiple of
 MXFP8_TILE = 32

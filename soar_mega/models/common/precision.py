@@ -19,11 +19,11 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.models import recompute
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.layout import is_sequence_parallel
-from soar_mega.models.sequence_shards import BLOCKWISE_TILE, MXFP8_TILE, TILE
-from soar_mega.models.te_layers import CastOnce
+from soar_mega.models.common import recompute
+from soar_mega.models.common.layout import is_sequence_parallel
+from soar_mega.models.common.sequence_shards import BLOCKWISE_TILE, MXFP8_TILE, TILE
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.te_layers import CastOnce
 
 INPUT = 0  # the place of a linear's input among what has an amax
 
@@ -64,7 +64,7 @@ def cast_weights(modules: Iterable[torch.nn.Module], number: int, config: Transf
                 module.cast_weight()
 
 
-def check_fp8_sizes(sizes: MMDiTConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_fp8_sizes(sizes: Sizes, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise a ValueError unless FP8's matrix products can be as wide as this model on a tensor-parallel rank."""
     if model.fp8 is None:
         return

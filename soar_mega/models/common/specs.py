@@ -1,4 +1,4 @@
-"""The layer spec of an MMDiT over megatron's backends."""
+"""What layers are made of, over megatron's backends."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -22,12 +22,17 @@ from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
 from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.layer_checks import check_layers, check_machine
-from soar_mega.models.feed_forward import FeedForward
-from soar_mega.models.flash_attention import FlashAttention
-from soar_mega.models.layer import MMDiTLayer, MMDiTLayerSubmodules
-from soar_mega.models.linear import ColumnLinear, ColumnLinearBeforeKernel, RowLinear, RowLinearBeforeKernel
-from soar_mega.models.recompute import recomputed
-from soar_mega.models.te_layers import get_te_provider
+from soar_mega.models.common.feed_forward import FeedForward
+from soar_mega.models.common.flash_attention import FlashAttention
+from soar_mega.models.common.linear import (
+    ColumnLinear,
+    ColumnLinearBeforeKernel,
+    RowLinear,
+    RowLinearBeforeKernel,
+)
+from soar_mega.models.common.recompute import recomputed
+from soar_mega.models.common.stream import LayerSubmodules
+from soar_mega.models.common.te_layers import get_te_provider
 
 # in the order in which torch tries them
 LEARNING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -101,27 +106,24 @@ def get_provider(model: ModelConfig) -> BackendSpecProvider:
     return LocalLayers(FlashAttention if model.attention_backend == "flash" else ScaledDotProductAttention)
 
 
-def get_mmdit_layer_spec(
+def layer_submodules(
     provider: BackendSpecProvider, fused_kernels: bool = True, recompute_attention: bool = False
-) -> ModuleSpec:
-    """One joint layer of text and image, made of the provider's modules and our kernels or plain torch calls."""
+) -> LayerSubmodules:
+    """What layers are made of: the provider's modules, and our kernels or plain torch calls."""
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
     if fused_kernels and isinstance(provider, LocalLayers):
         column, row = ColumnLinearBeforeKernel, RowLinearBeforeKernel
     attention = provider.core_attention()
-    return ModuleSpec(
-        module=MMDiTLayer,
-        submodules=MMDiTLayerSubmodules(
-            linear_qkv=column,
-            linear_proj=row,
-            core_attention=recomputed(attention) if recompute_attention else attention,
-            mlp=ModuleSpec(
-                module=FeedForward,
-                params={"bias_gelu": bias_gelu if fused_kernels else plain_bias_gelu},
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
-            ),
-            adaln=adaln if fused_kernels else plain_adaln,
-            gated_add=gated_add if fused_kernels else plain_gated_add,
-            qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,
+    return LayerSubmodules(
+        linear_qkv=column,
+        linear_proj=row,
+        core_attention=recomputed(attention) if recompute_attention else attention,
+        mlp=ModuleSpec(
+            module=FeedForward,
+            params={"bias_gelu": bias_gelu if fused_kernels else plain_bias_gelu},
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
         ),
+        adaln=adaln if fused_kernels else plain_adaln,
+        gated_add=gated_add if fused_kernels else plain_gated_add,
+        qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,
     )

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soar_mega.models.groups import tensor_parallel_group
+from soar_mega.models.common.groups import tensor_parallel_group
 
 
 def full_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.linear import ColumnLinear, add_bias
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.linear import ColumnLinear, add_bias
 
 
 class Modulation(torch.nn.Module):

@@ -1,71 +1,41 @@
-"""Which diffusers tensors make which of our tensors: plain copies, except that q, k and v are fused by heads."""
+"""The tensors of diffusers' SD3Transformer2DModel and ours."""
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.embeddings import TIMESTEP_CHANNELS
+from soar_mega.models.common.tensor_map import Entry, linear, weight_and_bias
+from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One of our tensors.
-
-    Attributes:
-        keys: the diffusers tensor with the same content, or the three of q, k and v.
-        shape: of each of those.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-def entries(config: MMDiTConfig) -> list[Entry]:
+def entries(config: SD3Sizes) -> list[Entry]:
     """All tensors of a model, in the order of the layers."""
     hidden, patch = config.hidden_size, config.patch_size
     table = [
         Entry("pos_embed.pos_embed", ("pos_embed.pos_embed",), (1, config.pos_embed_max_size**2, hidden)),
-        *_pair("pos_embed.proj", "pos_embed.proj", (hidden, config.in_channels, patch, patch)),
+        *weight_and_bias("pos_embed.proj", "pos_embed.proj", (hidden, config.in_channels, patch, patch)),
     ]
     for name, width in (
         ("timestep_embedder", TIMESTEP_CHANNELS),
         ("text_embedder", config.pooled_projection_dim),
     ):
-        table += _linear(
-            f"time_text_embed.{name}.linear_1", f"time_text_embed.{name}.linear_1", hidden, width
-        )
-        table += _linear(
+        table += linear(f"time_text_embed.{name}.linear_1", f"time_text_embed.{name}.linear_1", hidden, width)
+        table += linear(
             f"time_text_embed.{name}.linear_2", f"time_text_embed.{name}.linear_2", hidden, hidden
         )
-    table += _linear("context_embedder", "context_embedder", hidden, config.joint_attention_dim)
+    table += linear("context_embedder", "context_embedder", hidden, config.joint_attention_dim)
     for number in range(config.num_layers):
         table += _layer(config, number)
-    table += _linear("norm_out.linear", "norm_out.linear", 2 * hidden, hidden)
-    table += _linear("proj_out", "proj_out", patch**2 * config.out_channels, hidden)
+    table += linear("norm_out.linear", "norm_out.linear", 2 * hidden, hidden)
+    table += linear("proj_out", "proj_out", patch**2 * config.out_channels, hidden)
     return table
 
 
-def parts(tensor: Tensor, entry: Entry, heads: int) -> list[Tensor]:
-    """Where the content of each of an entry's keys is in our tensor: views, of q, k and v each [heads, D, ...].
-
-    Args:
-        heads: that the tensor has, which are fewer in a shard.
-    """
-    if len(entry.keys) == 1:
-        return [tensor]
-    return list(tensor.unflatten(0, (heads, len(entry.keys), -1)).unbind(1))
-
-
-def _layer(config: MMDiTConfig, number: int) -> list[Entry]:
+def _layer(config: SD3Sizes, number: int) -> list[Entry]:
     hidden, is_last = config.hidden_size, number == config.num_layers - 1
     is_dual = number in config.dual_attention_layers
     ours, theirs = f"layers.{number}", f"transformer_blocks.{number}"
     parts = 9 if is_dual else 6
-    table = _linear(f"{ours}.image.modulation.linear", f"{theirs}.norm1.linear", parts * hidden, hidden)
+    table = linear(f"{ours}.image.modulation.linear", f"{theirs}.norm1.linear", parts * hidden, hidden)
     parts = 2 if is_last else 6
-    table += _linear(
+    table += linear(
         f"{ours}.text.modulation.linear", f"{theirs}.norm1_context.linear", parts * hidden, hidden
     )
     image_keys = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0"
@@ -78,15 +48,15 @@ def _layer(config: MMDiTConfig, number: int) -> list[Entry]:
         table += _attention(config, f"{ours}.image.dual_attention", f"{theirs}.attn2", *image_keys)
     for stream, key in (("image", "ff"), ("text", "ff_context")):
         if stream == "image" or not is_last:
-            table += _linear(
+            table += linear(
                 f"{ours}.{stream}.mlp.linear_fc1", f"{theirs}.{key}.net.0.proj", 4 * hidden, hidden
             )
-            table += _linear(f"{ours}.{stream}.mlp.linear_fc2", f"{theirs}.{key}.net.2", hidden, 4 * hidden)
+            table += linear(f"{ours}.{stream}.mlp.linear_fc2", f"{theirs}.{key}.net.2", hidden, 4 * hidden)
     return table
 
 
 def _attention(
-    config: MMDiTConfig,
+    config: SD3Sizes,
     ours: str,
     theirs: str,
     qkv: tuple[str, ...],
@@ -105,16 +75,5 @@ def _attention(
             shape = (config.attention_head_dim,)
             table.append(Entry(f"{ours}.{name}.weight", (f"{theirs}.{key}.weight",), shape))
     if has_output:
-        table += _linear(f"{ours}.linear_proj", f"{theirs}.{output}", hidden, hidden)
+        table += linear(f"{ours}.linear_proj", f"{theirs}.{output}", hidden, hidden)
     return table
-
-
-def _linear(ours: str, theirs: str, rows: int, columns: int) -> list[Entry]:
-    return _pair(ours, theirs, (rows, columns))
-
-
-def _pair(ours: str, theirs: str, shape: tuple[int, ...]) -> list[Entry]:
-    return [
-        Entry(f"{ours}.weight", (f"{theirs}.weight",), shape),
-        Entry(f"{ours}.bias", (f"{theirs}.bias",), shape[:1]),
-    ]

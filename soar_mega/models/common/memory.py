@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.embeddings import TIMESTEP_CHANNELS
-from soar_mega.models.gather import full_shape, partition_dim
-from soar_mega.models.layout import is_sequence_parallel
-from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
-from soar_mega.models.sequence_shards import cut_multiple
-from soar_mega.models.summary import meta_model
+from soar_mega.models.common.gather import full_shape, partition_dim
+from soar_mega.models.common.layout import is_sequence_parallel
+from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.rank_tokens import RankTokens
+from soar_mega.models.common.sequence_shards import cut_multiple
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.summary import meta_model
 
 ITEM = {"bf16": 2, "fp32": 4}
 BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, where reduction is overlapped
@@ -86,7 +86,7 @@ def workload(
     return Workload(latent_size, text_length, size, asked * branches, samples, -(-total // size))
 
 
-def rank_memory(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
+def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
     """What training takes on the ranks of one pipeline rank.
 
     Raises:
@@ -95,7 +95,7 @@ def rank_memory(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: i
     model, parallel = recipe.model, recipe.parallel
     chunks = _chunk_elements(sizes, parallel, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
-    weights += ITEM[model.dtype] * (sizes.pos_embed_max_size**2 * sizes.hidden_size if rank == 0 else 0)
+    weights += ITEM[model.dtype] * (_buffer_elements(sizes) if rank == 0 else 0)
     elements = rank_elements(sizes, parallel, rank)
     divided = (
         parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
@@ -113,19 +113,19 @@ def rank_memory(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: i
     )
 
 
-def largest_rank(sizes: MMDiTConfig, recipe: Recipe, work: Workload, data_size: int) -> Memory:
+def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -> Memory:
     """The memory of the pipeline rank that needs most."""
     ranks = range(recipe.parallel.pipeline_model_parallel_size)
     return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
 
 
-def rank_elements(sizes: MMDiTConfig, parallel: ParallelConfig, rank: int) -> int:
+def rank_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> int:
     """Parameters on one rank of a pipeline rank."""
     return sum(map(sum, _chunk_elements(sizes, parallel, rank)))
 
 
 @cache
-def _elements(sizes: MMDiTConfig) -> dict[str, tuple[tuple[int, bool], ...]]:
+def _elements(sizes: Sizes) -> dict[str, tuple[tuple[int, bool], ...]]:
     """Of each layer by number, of `embedding` and of `output`: elements of parameters, and whether TP cuts them."""
     parts: dict[str, list[tuple[int, bool]]] = {}
     for name, parameter in meta_model(sizes).named_parameters():
@@ -143,7 +143,12 @@ def _elements(sizes: MMDiTConfig) -> dict[str, tuple[tuple[int, bool], ...]]:
     return {part: tuple(found) for part, found in parts.items()}
 
 
-def _chunk_elements(sizes: MMDiTConfig, parallel: ParallelConfig, rank: int) -> list[list[int]]:
+@cache
+def _buffer_elements(sizes: Sizes) -> int:
+    return sum(buffer.numel() for buffer in meta_model(sizes).buffers())
+
+
+def _chunk_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> list[list[int]]:
     """Elements of each parameter of each model chunk of a rank, in the order in which they were made."""
     stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
     chunks = []
@@ -196,7 +201,7 @@ def _zero_state(elements: int, item: int, stage: int, data_size: int) -> tuple[i
     return item * elements, 4 * share, 12 * share, bucket
 
 
-def _activations(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) -> tuple[int, int]:
+def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tuple[int, int]:
     """Bytes that a pipeline rank keeps for all micro-batches in flight, and the most that comes on top."""
     parallel, model, item = recipe.parallel, recipe.model, ITEM[recipe.model.dtype]
     stages, ranks = stage_layers(sizes, parallel), parallel.pipeline_model_parallel_size
@@ -206,11 +211,11 @@ def _activations(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) 
     for chunk, count in enumerate(flight):
         stage = chunk * ranks + rank
         layers = stages[stage]
-        mine = [layer_bytes(sizes, model, tokens, number) for number in layers]
+        mine = [sizes.family.layer_bytes(sizes, tokens, number, item) for number in layers]
         recomputed = [is_recomputed(model, number) for number in layers]
         per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
         if stage == 0:
-            per_point += _embedding_bytes(sizes, tokens, work, item)
+            per_point += sizes.family.embedding_bytes(sizes, work.latent_size, work.text_length, item)
         if stage == len(stages) - 1:
             per_point += 2 * tokens.whole[1] * sizes.hidden_size * item  # its input and what is projected
             per_point += (
@@ -237,28 +242,7 @@ def in_flight(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[in
     return [counted[chunk] for chunk in range(chunks)]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Of one point on one rank, (text, image): where every rank has whole vectors, and where it has some features.
-
-    Attributes:
-        whole: outside attention and the MLP; cut over CP, and over TP with sequence parallelism.
-        cut: elements, in tokens of the full hidden size, of what is cut over TP and CP, while a stream is padded.
-        attending: the same without padding.
-        copied: of `cut`, where attention's result is copied once more, to be padded or exchanged.
-    """
-
-    whole: tuple[float, float]
-    cut: tuple[float, float]
-    attending: tuple[float, float]
-    copied: tuple[float, float]
-
-    def inputs(self, sizes: MMDiTConfig, item: int) -> float:
-        """Bytes of what enters a layer."""
-        return (sum(self.whole) + 1) * sizes.hidden_size * item
-
-
-def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload) -> Tokens:
+def tokens_per_rank(sizes: Sizes, parallel: ParallelConfig, work: Workload) -> RankTokens:
     """The streams of one point as they lie on a rank."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     shards = context * (tensor if is_sequence_parallel(parallel) else 1)
@@ -267,7 +251,7 @@ def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload
     padded = [-(-length // multiple) * multiple for length in lengths]
     text, image = (length / (tensor * context) for length in padded)
     is_copied = [context > 1 or length != before for length, before in zip(padded, lengths)]
-    return Tokens(
+    return RankTokens(
         whole=(padded[0] / shards, padded[1] / shards),
         cut=(text, image),
         attending=(lengths[0] / (tensor * context), lengths[1] / (tensor * context)),
@@ -275,41 +259,12 @@ def tokens_per_rank(sizes: MMDiTConfig, parallel: ParallelConfig, work: Workload
     )
 
 
-def layer_bytes(sizes: MMDiTConfig, model: ModelConfig, tokens: Tokens, number: int) -> float:
-    """What autograd keeps of a layer for one point, without recomputation."""
-    item, hidden = ITEM[model.dtype], sizes.hidden_size
-    is_last, is_dual = number == sizes.num_layers - 1, number in sizes.dual_attention_layers
-    elements = 0.0
-    for stream in (0, 1):
-        whole, cut = tokens.whole[stream], tokens.cut[stream]
-        goes_on = stream == 1 or not is_last  # the last layer's text goes no further than into attention
-        attentions = 2 if is_dual and stream == 1 else 1
-        # what is modulated; q, k and v; the same of both streams; attention's result, and its padded copy
-        elements += attentions * (whole + 3 * cut + 4 * tokens.attending[stream])
-        elements += attentions * goes_on * tokens.copied[stream]
-        elements += whole  # the layer's input
-        # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
-        elements += goes_on * (4 * whole + 8 * cut) + (attentions - 1) * whole
-    modulation = (2 if is_last else 6) + (9 if is_dual else 6)
-    statistics = 4 * 2 * (2 * sum(tokens.whole) + (tokens.whole[1] if is_dual else 0))
-    lengths = sum(tokens.attending) + (tokens.attending[1] if is_dual else 0)
-    return item * hidden * (elements + modulation) + statistics + 4 * sizes.num_attention_heads * lengths
-
-
 def is_recomputed(model: ModelConfig, number: int) -> bool:
     """Whether a layer is computed again in backward."""
     return model.recompute_granularity == "full" and number % model.recompute_every == 0
 
 
-def _embedding_bytes(sizes: MMDiTConfig, tokens: Tokens, work: Workload, item: int) -> float:
-    """Inputs of the embedders and what is between their layers."""
-    patches = math.prod(work.latent_size) * sizes.in_channels
-    text = work.text_length * sizes.joint_attention_dim
-    conditioning = TIMESTEP_CHANNELS + sizes.pooled_projection_dim + 5 * sizes.hidden_size
-    return item * (patches + text + conditioning)
-
-
-def _batch(sizes: MMDiTConfig, recipe: Recipe, work: Workload, rank: int) -> int:
+def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     """Bytes of latents and answers on the first and the last rank, and of text on the first."""
     latent = 4 * sizes.in_channels * math.prod(work.latent_size)
     answers = 0 if not work.rows else 2 if recipe.stage.guidance_scale != 1.0 else 1

@@ -1,0 +1,31 @@
+"""What a velocity is conditioned on, beside the state and its time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the model is told about each of its inputs.
+
+    Attributes:
+        text: [B, S, D] embeddings of the prompts' tokens.
+        pooled: [B, P] one vector for each prompt.
+        guidance: [B] the scale that a guidance-distilled model is told; None for other models.
+    """
+
+    text: Tensor
+    pooled: Tensor
+    guidance: Tensor | None = None
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt."""
+        return self.text.shape[1]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        """The same with each tensor changed: other rows, another device."""
+        guidance = None if self.guidance is None else change(self.guidance)
+        return Conditions(change(self.text), change(self.pooled), guidance)

@@ -27,6 +27,7 @@ from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
 from soar_mega.models.common.transformer import Transformer
+from soar_mega.outputs import refuse_overlap
 from soar_mega.user_files import lfs_advice, read_object
 
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -242,8 +243,9 @@ def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype:
         Whether a whole pipeline was written.
 
     Raises:
-        ValueError, OSError: as `load_adapted` and `save_pipeline`.
+        ValueError, OSError: as `load_adapted` and `save_pipeline`; or the output is, or lies in, what is read.
     """
+    refuse_overlap(out, {"the pipeline": folder, "the adapters": lora})
     model, adapters = load_adapted(folder, lora, dtype)
     tensors = adapters.merged(own_tensors(model))
     if is_pipeline(folder):
@@ -251,6 +253,12 @@ def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype:
     else:
         save_transformer(model, out, tensors)
     return is_pipeline(folder)
+
+
+def split_adapted(text: str) -> tuple[str, str]:
+    """The parts of PIPELINE+ADAPTERS; a name that is there as a whole, or has no +, is a pipeline without adapters."""
+    folder, plus, lora = text.rpartition("+")
+    return (folder, lora) if plus and not Path(text).exists() else (text, "")
 
 
 def own_tensors(model: Transformer | ModelChunks) -> Callable[[str], Tensor]:

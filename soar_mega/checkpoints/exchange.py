@@ -1,12 +1,13 @@
 """Between checkpoints of a run and diffusers folders, outside of a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
 from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -46,7 +47,7 @@ def checkpoint_to_diffusers(
             did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    settings = _run_config(folder)
+    settings = run_config(folder)
     parts = _parts(pipeline_dir, settings.get("pipeline_dir"))
     _check_place(out, folder, parts)
     start_world(ParallelConfig())
@@ -56,8 +57,12 @@ def checkpoint_to_diffusers(
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
     sizes = read_sizes(description["model"])
     dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
-    model = build_model(sizes, dtype, ParallelConfig(), meta=True)
-    tensors = StoredTensors(folder, model, ema)
+    tensors: Callable[[str], Tensor]
+    if ADAPTERS in description["model"]:
+        model, tensors = adapted_model(folder, settings, ema)
+    else:
+        model = build_model(sizes, dtype, ParallelConfig(), meta=True)
+        tensors = StoredTensors(folder, model, ema)
     if parts:
         save_pipeline(model, parts, out, tensors)
     else:
@@ -115,15 +120,6 @@ class _Weights:
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         return {"model": self._model.sharded_state_dict()}
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
-    path = folder.parent / "run_config.yaml"
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
-    return settings
 
 
 class StoredTensors:

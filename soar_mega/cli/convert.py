@@ -9,6 +9,8 @@ Turn a checkpoint into a diffusers folder, or a diffusers folder into a checkpoi
   soar-mega convert runs/x out/                       the latest checkpoint of a run, as a pipeline
   soar-mega convert runs/x/iter_0000500 out/ --ema    the EMA weights of a certain one
   soar-mega convert runs/x out/ --pipeline-dir P          encoders and scheduler copied from P
+  soar-mega convert runs/x out/ --adapters            the adapters alone of a run that trains them (LoRA)
+  soar-mega convert P+runs/x/export_lora out/         a pipeline with adapters in its weights
   soar-mega convert P runs/start                      a checkpoint of the pipeline's transformer, for
                                                       checkpoint.load=runs/start checkpoint.finetune=true
 
@@ -30,23 +32,41 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
+    parser.add_argument(
+        "--adapters", action="store_true", help="of a checkpoint of adapters (LoRA): these alone"
+    )
     parser.add_argument("--pipeline-dir", help="copy encoders and scheduler from this pipeline folder")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = Path(arguments.source)
+    from soar_mega.convert.lora import merge_adapters, split_adapted
+
+    named, adapters = split_adapted(arguments.source)
+    source = Path(named)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
     from_diffusers = (source / "model_index.json").is_file() or (source / "config.json").is_file()
-    if from_diffusers and (arguments.ema or arguments.pipeline_dir):
-        raise ValueError(f"{source} is a diffusers folder: --ema and --pipeline-dir go with a checkpoint")
+    if from_diffusers and (arguments.ema or arguments.pipeline_dir or arguments.adapters):
+        raise ValueError(
+            f"{source} is a diffusers folder: --ema, --pipeline-dir and --adapters go with a checkpoint"
+        )
 
     from soar_mega.cli.process import start_process
 
     start_process()
 
+    from soar_mega.checkpoints.adapters import checkpoint_to_adapters
     from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
+
+    if adapters:
+        whole = merge_adapters(source, adapters, arguments.out)
+        print(f"wrote {arguments.out}, a diffusers {'pipeline' if whole else 'transformer'} folder")
+        return 0
+    if arguments.adapters:
+        checkpoint_to_adapters(source, arguments.out, arguments.ema)
+        print(f"wrote {arguments.out}, adapters in PEFT's and in diffusers' format")
+        return 0
 
     if from_diffusers:
         print(f"wrote {diffusers_to_checkpoint(source, arguments.out)}")

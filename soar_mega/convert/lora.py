@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from soar_mega.config import LoraConfig
-from soar_mega.convert.export import in_place_of, save_pipeline, save_transformer
+from soar_mega.convert.export import replacing, save_pipeline, save_transformer
 from soar_mega.convert.load import load_diffusers
 from soar_mega.convert.pipeline_folder import is_pipeline
 from soar_mega.convert.save import on_rank_zero
@@ -196,7 +196,7 @@ def save_adapters(
     dist.all_gather_object(stages, mine, group=pipeline)
     whole = {name: tensor for stage in stages for name, tensor in stage.items()}
     stored = {e.keys[0]: whole[e.name].contiguous() for p in adapters.pairs for e in p.entries(config.rank)}
-    with in_place_of(folder) as new:
+    with replacing(folder) as new:
         on_rank_zero(lambda: _write(new, stored, adapters.pairs, config, base), folder)
 
 

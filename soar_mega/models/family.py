@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from soar_mega import models
 from soar_mega.config import ModelConfig
 from soar_mega.models.common.flops import Tokens, Work
+from soar_mega.models.common.original_layout import OriginalLayout
 from soar_mega.models.common.rank_tokens import RankTokens
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.tensor_map import Entry
@@ -41,6 +42,7 @@ class Family:
         layer_work: (number, tokens) of one layer, likewise.
         layer_bytes: (tokens, number, bytes of an element) that autograd keeps of a layer for one point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
+        original: the layout of its authors' single files; None where there are none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Family:
     layer_work: Callable[[Any, int, Tokens], Work]
     layer_bytes: Callable[[Any, RankTokens, int, int], float]
     embedding_bytes: Callable[[Any, tuple[int, int], int, int], float]
+    original: OriginalLayout | None = None
 
 
 @cache

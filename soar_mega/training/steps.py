@@ -1,5 +1,6 @@
 """What computes the steps of a run: engine, data and progress. Writes nothing."""
 
+from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -7,7 +8,6 @@ from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
-from soar_mega.models.common.lora import alpha
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
@@ -43,16 +43,9 @@ class Steps:
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
         if (
-            self.engine.adapters is not None
-        ):  # a checkpoint holds them alone, and loading compares what they are
-            lora = recipe.lora
-            trained = {
-                "rank": lora.rank,
-                "alpha": alpha(lora),
-                "targets": lora.targets,
-                "base": self.engine.base,
-            }
-            self.sizes |= {"_lora": trained}
+            self.engine.base is not None
+        ):  # a checkpoint holds adapters alone, and loading compares what they are
+            self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)

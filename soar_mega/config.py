@@ -116,6 +116,30 @@ class OptimizerConfig:
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # pattern -> factor on lr
 
 
+# the linears that published post-training of SD3 and FLUX adapts (flow_grpo, DiffusionNFT)
+LORA_TARGETS = (
+    "*.attn.to_q",
+    "*.attn.to_k",
+    "*.attn.to_v",
+    "*.attn.to_out.0",
+    "*.attn.add_q_proj",
+    "*.attn.add_k_proj",
+    "*.attn.add_v_proj",
+    "*.attn.to_add_out",
+)
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters that are trained in place of the weights."""
+
+    rank: int = 0  # 0: no adapters, the weights are trained
+    alpha: float | None = None  # an adapter counts alpha / rank times; None: once
+    dropout: float = 0.0  # share of a linear's input features that its adapter does without in a step
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # patterns of diffusers' names
+    load: str = ""  # adapters to start from: a folder or file in PEFT's or diffusers' format
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where samples come from."""
@@ -178,6 +202,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

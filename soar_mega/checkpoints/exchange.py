@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
 from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -61,7 +61,7 @@ def checkpoint_to_folder(
             did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    parts = None if only_transformer else _parts(pipeline_dir, _run_config(folder).get("pipeline_dir"))
+    parts = None if only_transformer else _parts(pipeline_dir, run_config(folder).get("pipeline_dir"))
     _check_place(out, folder, parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
@@ -96,8 +96,11 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    name = _run_config(folder).get("dtype", "fp32") if dtype is None else "fp32"
+    settings = run_config(folder)
+    name = settings.get("dtype", "fp32") if dtype is None else "fp32"
     sizes = read_sizes(description["model"])
+    if ADAPTERS in description["model"]:
+        return adapted_model(folder, settings, ema)
     model = build_model(sizes, ModelConfig(dtype=name), ParallelConfig(), meta=True)
     return model, StoredTensors(folder, model, ema)
 
@@ -175,15 +178,6 @@ class _Unread:
         ):
             place.copy_(self._weights.read(key, like.dtype).reshape(place.shape))
         return tensor
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
-    path = folder.parent / "run_config.yaml"
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
-    return settings
 
 
 class StoredTensors:

@@ -30,7 +30,7 @@ def save_transformer(
         ValueError: the folder holds what this program did not write.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         write_transformer(model, new, tensors, files)
 
 
@@ -55,7 +55,7 @@ def save_pipeline(
         OSError: rank 0 could not write. Both are raised on every rank.
     """
     source = Path(source_pipeline)
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, new / "transformer", tensors, files)
 
@@ -85,7 +85,7 @@ def save_original_file(
 
 
 @contextlib.contextmanager
-def _in_place_of(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path) -> Iterator[Path]:
     """Where to write what is to be at `folder` when all is done."""
     output = OutputFolder(folder)
     try:

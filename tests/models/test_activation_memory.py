@@ -72,7 +72,16 @@ def settings(**changes):
         (1, ParallelConfig(), settings(), FLUX),
         (2, TP2_SP, settings(), FLUX),
     ],
-    ids=["fp32", "bf16", "every second layer again", "every layer again", "tp2", "tp2 sp", "flux", "flux tp2 sp"],
+    ids=[
+        "fp32",
+        "bf16",
+        "every second layer again",
+        "every layer again",
+        "tp2",
+        "tp2 sp",
+        "flux",
+        "flux tp2 sp",
+    ],
 )
 def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):
     for kept in run_ranks(kept_bytes, processes, parallel, model, sizes):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
 from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
@@ -34,7 +34,6 @@ from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
-from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
@@ -65,7 +64,7 @@ def checkpoint_to_folder(
             did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    parts = None if only_transformer else _parts(pipeline_dir, _run_config(folder).get("pipeline_dir"))
+    parts = None if only_transformer else _parts(pipeline_dir, run_config(folder).get("pipeline_dir"))
     _check_place(out, folder, parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
@@ -99,19 +98,24 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
         dtype: that they will be written in; None is that of the run.
     """
     start_world(ParallelConfig())
-    sizes = _verified_sizes(folder, ema)
-    name = _run_config(folder).get("dtype", "fp32") if dtype is None else "fp32"
-    model = build_model(sizes, ModelConfig(dtype=name), ParallelConfig(), meta=True)
+    description = _verified(folder, ema)
+    settings = run_config(folder)
+    if ADAPTERS in description["model"]:
+        return adapted_model(folder, settings, ema)
+    name = settings.get("dtype", "fp32") if dtype is None else "fp32"
+    model = build_model(
+        read_sizes(description["model"]), ModelConfig(dtype=name), ParallelConfig(), meta=True
+    )
     return model, StoredTensors(folder, model, ema)
 
 
-def _verified_sizes(folder: Path, ema: bool) -> Sizes:
-    """The sizes of a checkpoint's model, when its files are as they were written and it has an EMA if wanted."""
+def _verified(folder: Path, ema: bool) -> dict[str, Any]:
+    """What a checkpoint says of itself, when its files are as they were written and it has an EMA if wanted."""
     resume.verify(folder)
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    return read_sizes(description["model"])
+    return description
 
 
 def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
@@ -121,7 +125,13 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
     """
     folder = resume.find_checkpoint(source)
     start_world(parallel)
-    sharded = ShardedModel(_verified_sizes(folder, ema), ModelConfig(dtype=dtype), parallel)
+    description = _verified(folder, ema)
+    if ADAPTERS in description["model"]:
+        raise ValueError(
+            f"{folder} holds adapters without their base: convert it with `soar-mega convert`, then draw with what "
+            "that wrote"
+        )
+    sharded = ShardedModel(read_sizes(description["model"]), ModelConfig(dtype=dtype), parallel)
     tensors = named_tensors(sharded.model)
     with torch.no_grad():
         for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
@@ -135,7 +145,7 @@ def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
     Raises:
         ValueError: there is none.
     """
-    folder = named or _run_config(resume.find_checkpoint(source)).get("pipeline_dir")
+    folder = named or run_config(resume.find_checkpoint(source)).get("pipeline_dir")
     if not folder or not is_pipeline(folder):
         raise ValueError(
             f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"
@@ -219,15 +229,6 @@ class _Unread:
                 (whole if columns is None else whole[:, columns.start : columns.stop]).reshape(place.shape)
             )
         return tensor
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
-    path = folder.parent / "run_config.yaml"
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
-    return settings
 
 
 class StoredTensors:

@@ -13,6 +13,8 @@ Write weights in another form: diffusers folders, single files in the layout of 
   soar-mega convert runs/x out/                         the latest checkpoint of a run, as a pipeline
   soar-mega convert runs/x/iter_0000500 out/ --ema      the EMA weights of a certain one
   soar-mega convert runs/x out/ --pipeline-dir P        encoders and scheduler copied from P
+  soar-mega convert runs/x out/ --adapters              the adapters alone of a run that trains them (LoRA)
+  soar-mega convert P+runs/x/export_lora out/           a pipeline with adapters in its weights
   soar-mega convert runs/x x.safetensors                a single file, as sd3.5_large.safetensors is
   soar-mega convert sd3.5_medium.safetensors out/ --pipeline-dir P
                                                         a pipeline of a single file, the rest copied from P
@@ -61,25 +63,44 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--prefix", default="", help="of the names in a single file: model.diffusion_model.")
     parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
+    parser.add_argument(
+        "--adapters", action="store_true", help="of a checkpoint of adapters (LoRA): these alone"
+    )
     parser.add_argument("--pipeline-dir", help="copy encoders and scheduler from this pipeline folder")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = Path(arguments.source)
+    from soar_mega.convert.lora import split_adapted
+
+    named, adapters = split_adapted(arguments.source)
+    source = Path(named)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
     is_weights = source.is_file() or any(
         (source / name).is_file() for name in ("model_index.json", "config.json")
     )
-    if is_weights and arguments.ema:
-        raise ValueError(f"{source} holds one set of weights: --ema goes with a checkpoint")
+    if is_weights and (arguments.ema or arguments.adapters):
+        raise ValueError(f"{source} holds one set of weights: --ema and --adapters go with a checkpoint")
     form = arguments.to or _usual_form(arguments, is_weights)
     _check(arguments, form, is_weights)
 
     from soar_mega.cli.process import start_process
 
     start_process()
+
+    if adapters:
+        from soar_mega.convert.lora import merge_adapters
+
+        whole = merge_adapters(source, adapters, arguments.out)
+        print(f"wrote {arguments.out}, a diffusers {'pipeline' if whole else 'transformer'} folder")
+        return 0
+    if arguments.adapters:
+        from soar_mega.checkpoints.adapters import checkpoint_to_adapters
+
+        checkpoint_to_adapters(source, arguments.out, arguments.ema)
+        print(f"wrote {arguments.out}, adapters in PEFT's and in diffusers' format")
+        return 0
 
     from soar_mega.convert import WeightFiles
     from soar_mega.convert.safetensors_reader import DTYPES as BY_NAME

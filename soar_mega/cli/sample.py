@@ -14,9 +14,12 @@ Draw images with a diffusers pipeline folder, or with a checkpoint of a run: the
 in our implementation, our sampler.
 
   soar-mega sample recipes/tiny/base --prompt "a red 3" --guidance-scale 3 --out three.png
+  soar-mega sample recipes/tiny/base+runs/x/export_lora --prompt "a red 3" --guidance-scale 3
   soar-mega sample runs/x/export --prompts prompts.txt --count 4 --steps 40 --out grid.png
   torchrun --nproc-per-node 4 -m soar_mega sample runs/x --ema --prompt "a red 3" \\
       --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+PIPELINE+ADAPTERS puts adapters (LoRA) on the transformer, in PEFT's or in diffusers' format.
 
 Each prompt is a row of the picture, with --count images that start from different noise. The same seed gives the same
 picture at any batch size and layout. Guidance scale 1 is sampling without classifier-free guidance; a negative prompt
@@ -33,7 +36,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", help="diffusers pipeline folder, for example export/ of a run; or a run or iter_ folder"
+        "source",
+        metavar="SOURCE[+ADAPTERS]",
+        help="diffusers pipeline folder, for example export/ of a run; or a run or iter_ folder",
     )
     parser.add_argument("--pipeline-dir", help="of a checkpoint: take the encoders from this pipeline folder")
     parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
@@ -87,13 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
     start_process()
 
     from soar_mega.convert import is_pipeline
+    from soar_mega.convert.lora import split_adapted
     from soar_mega.data.info import bucket_size
     from soar_mega.distributed import is_rank_zero
     from soar_mega.evaluation.generate import check_image_path, image_grid, save_image
 
     check_image_path(arguments.out)  # before anything is computed
     size = bucket_size(arguments.size) if arguments.size else None
-    load = _pipeline if is_pipeline(arguments.source) else _checkpoint
+    pipeline_dir, _ = split_adapted(arguments.source)
+    load = _pipeline if is_pipeline(pipeline_dir) else _checkpoint
     generator, encoded = load(arguments, prompts)
     images = generator.images(
         encoded,
@@ -116,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
     """What a pipeline folder draws with, in one process."""
+    from soar_mega.convert.lora import split_adapted
     from soar_mega.evaluation.generate import Generator
 
     if arguments.ema or arguments.pipeline_dir or max(_layout(arguments)) > 1:
@@ -123,8 +131,9 @@ def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gener
             f"{arguments.source} is a pipeline folder: --ema, --pipeline-dir and sizes of a layout go with a checkpoint"
         )
     # before the transformer is loaded: it need not share the device with the text encoders
-    encoded = _encoded(arguments, arguments.source, prompts)
-    return Generator.load(arguments.source, arguments.dtype, arguments.shift), encoded
+    pipeline_dir, adapters = split_adapted(arguments.source)
+    encoded = _encoded(arguments, pipeline_dir, prompts)
+    return Generator.load(pipeline_dir, arguments.dtype, arguments.shift, adapters), encoded
 
 
 def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":

@@ -36,7 +36,7 @@ def save_transformer(
         ValueError: the folder holds what this program did not write.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         write_transformer(model, new, tensors, files)
         on_rank_zero(lambda: _write_card(new, card), folder)
 
@@ -64,7 +64,7 @@ def save_pipeline(
         OSError: rank 0 could not write. Both are raised on every rank.
     """
     source = Path(source_pipeline)
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, new / "transformer", tensors, files)
         on_rank_zero(lambda: _write_card(new, card), folder)
@@ -100,7 +100,7 @@ def _write_card(folder: Path, card: str) -> None:
 
 
 @contextlib.contextmanager
-def _in_place_of(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path) -> Iterator[Path]:
     """Where to write what is to be at `folder` when all is done."""
     output = OutputFolder(folder)
     try:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
+from soar_mega.convert.lora import load_adapted
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
@@ -39,15 +40,23 @@ class Generator:
     schedule: Schedule
 
     @staticmethod
-    def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
+    def load(
+        pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None, adapters: str | Path = ""
+    ) -> "Generator":
         """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+
+        `adapters` are put on the transformer: a folder or file in PEFT's or diffusers' format.
 
         `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
         schedule = schedule_of(pipeline_dir, shift)
-        transformer = load_diffusers(pipeline_dir, dtype).to(device()).eval()
+        if adapters:
+            loaded, _ = load_adapted(pipeline_dir, adapters, dtype)
+        else:
+            loaded = load_diffusers(pipeline_dir, dtype)
+        transformer = loaded.to(device()).eval()
 
         @torch.no_grad()
         def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

@@ -11,6 +11,7 @@ from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
+from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
@@ -47,6 +48,8 @@ def check_exports(recipe: Recipe) -> None:
     wanted = _exports(recipe)
     for name in wanted:
         OutputFolder(_place(recipe, name)).check()
+        if recipe.lora.rank:
+            OutputFolder(Path(recipe.checkpoint.save, _adapters(name))).check()
     source = recipe.model.pipeline_dir
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
     sizes = model_sizes(recipe.model)
@@ -80,7 +83,7 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
 def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
     source = recipe.model.pipeline_dir
     for name, weights in _exports(recipe).items():
-        place, tensors = _place(recipe, name), engine.tensors(weights)
+        place, tensors = _place(recipe, name), engine.exported(weights)
         card = card_of_run(
             RunFolder(recipe.checkpoint.save), engine.model.sizes.family.products, iteration, weights
         )
@@ -89,6 +92,10 @@ def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
         else:
             save_transformer(engine.model, place, tensors, card=card)
         logger.info("wrote %s", place)
+        if engine.adapters is not None:
+            alone = Path(recipe.checkpoint.save, _adapters(name))
+            save_adapters(engine.model, engine.adapters, recipe.lora, alone, engine.tensors(weights), source)
+            logger.info("wrote %s", alone)
 
 
 def _exports(recipe: Recipe) -> dict[str, str]:
@@ -96,6 +103,11 @@ def _exports(recipe: Recipe) -> dict[str, str]:
     if not recipe.checkpoint.export:
         return {}
     return {"export": "current"} | ({"export_ema": "ema"} if recipe.train.ema_decay > 0 else {})
+
+
+def _adapters(name: str) -> str:
+    """The folder of the adapters that are in an export: export_lora, export_lora_ema."""
+    return name.replace("export", "export_lora")
 
 
 def _place(recipe: Recipe, name: str) -> Path:

@@ -1,5 +1,6 @@
 """What computes the steps of a run: engine, data and progress. Writes nothing."""
 
+from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -41,6 +42,10 @@ class Steps:
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
+        if (
+            self.engine.base is not None
+        ):  # a checkpoint holds adapters alone, and loading compares what they are
+            self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)

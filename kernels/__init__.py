@@ -19,8 +19,8 @@ if __name__ != "soar_mega.kernels":
 else:
     from soar_mega.kernels.correction_loss import correction_loss as correction_loss
     from soar_mega.kernels.correction_loss import losses_of as losses_of
+    from soar_mega.kernels.point_tables import STREAMS as STREAMS
+    from soar_mega.kernels.point_tables import PointTable as PointTable
     from soar_mega.kernels.rollout_renoise import rollout_renoise as rollout_renoise
     from soar_mega.kernels.rollout_renoise import states_of as states_of
     from soar_mega.kernels.rollout_renoise import to_tokens as to_tokens
-    from soar_mega.kernels.sources import STREAMS as STREAMS
-    from soar_mega.kernels.sources import PointTable as PointTable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.kernels.dispatch import architecture, check_tensor, define, launch, launches, once_per_layout
-from soar_mega.kernels.sources import WEIGHT, PointTable, check_sources, combined, one_table
+from soar_mega.kernels.point_tables import WEIGHT, PointTable, check_sources, combined, one_table
 from soar_mega.kernels.tables import launch_of, width_class
 
 

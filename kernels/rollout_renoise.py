@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.kernels.dispatch import FLOATS, architecture, define, launch, launches, power_of_two
-from soar_mega.kernels.sources import (
+from soar_mega.kernels.point_tables import (
     ANSWER,
     SAMPLE,
     PointTable,

@@ -10,7 +10,7 @@ from soar_mega.rules import Rule, above
 class ModelConfig:
     """Which transformer is trained, and how it computes."""
 
-    pipeline: str = ""  # diffusers pipeline folder: transformer/, vae/, text encoders, scheduler/
+    pipeline_dir: str = ""  # diffusers pipeline folder: transformer/, vae/, text encoders, scheduler/
     preset: str = ""  # sd35_medium | sd35_large: sizes without a pipeline folder
     init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
     dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32

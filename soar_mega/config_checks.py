@@ -98,19 +98,20 @@ def _require(holds: object, message: str) -> None:
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     _require(
-        bool(model.pipeline) != bool(model.preset),
-        "model.pipeline (a diffusers pipeline folder) or model.preset (sizes only): give one of the two",
+        bool(model.pipeline_dir) != bool(model.preset),
+        "model.pipeline_dir (a diffusers pipeline folder) or model.preset (sizes only): give one of the two",
     )
     _require(
-        model.pipeline or model.init == "random",
-        "model.preset has sizes but no weights: set model.init=random, or give model.pipeline",
+        model.pipeline_dir or model.init == "random",
+        "model.preset has sizes but no weights: set model.init=random, or give model.pipeline_dir",
     )
     _require(
-        model.pipeline or recipe.stage.shift is not None,
-        )
+        model.pipeline_dir or recipe.stage.shift is not None,
+        "stage.shift is taken from the pipeline's scheduler: with model.preset it must be given (SD3.5: 3.0)",
+    )
     _require(
-        model.pipeline or recipe.data.encode == "shards",
-        "data.encode=online needs the encoders of a pipeline: give model.pipeline, or use data.encode=shards",
+        model.pipeline_dir or recipe.data.encode == "shards",
+        "data.encode=online needs the encoders of a pipeline: give model.pipeline_dir, or use data.encode=shards",
     )
     _require(recipe.data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
     layer_checks.check_layers(model)
@@ -283,6 +284,6 @@ def _check_logging(recipe: Recipe) -> None:
             is_text(prompt), f"logging.sample_prompts holds {prompt!r}, which is no text: half a character"
         )
     _require(
-        not logging.sample_interval or (logging.sample_prompts and recipe.model.pipeline),
-        "logging.sample_interval needs prompts (logging.sample_prompts) and encoders (model.pipeline)",
+        not logging.sample_interval or (logging.sample_prompts and recipe.model.pipeline_dir),
+        "logging.sample_interval needs prompts (logging.sample_prompts) and encoders (model.pipeline_dir)",
     )

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.kernels.sources import PointTable, group_table, point_table, uses
+from soar_mega.kernels.point_tables import PointTable, group_table, point_table, uses
+from soar_mega.stages.latent_sources import DRAWN, Sources
 from soar_mega.stages.points import Points
-from soar_mega.stages.sources import DRAWN, Sources
 from soar_mega.upload import upload
 
 

@@ -129,11 +129,11 @@ def test_other_ranks_let_rank_0_speak_first(
         ),
         (["sample", BASE, "--prompt", "caf\udce9"], "'caf\\udce9' is no text"),
         (
-            ["prepare", BASE, "out", "--pipeline", BASE, "--max-sequence-length", "-3"],
+            ["prepare", BASE, "out", "--pipeline-dir", BASE, "--max-sequence-length", "-3"],
             "max_sequence_length is -3",
         ),
-        (["prepare", BASE, "out", "--pipeline", BASE, "--resolution", "0"], "resolution is 0"),
-        (["prepare", "nowhere", "out", "--pipeline", BASE], "nowhere"),
+        (["prepare", BASE, "out", "--pipeline-dir", BASE, "--resolution", "0"], "resolution is 0"),
+        (["prepare", "nowhere", "out", "--pipeline-dir", BASE], "nowhere"),
         (["convert", "nowhere", "out"], "nowhere: no such folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
         (["doctor", "--model", "sd99"], "sd99"),
@@ -164,7 +164,7 @@ def test_prompts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.Captu
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"model: {{pipeline: {BASE}}}\ndata: {{path: shards}}\ncheckpoint: {{save: run}}\n")
+    path.write_text(f"model: {{pipeline_dir: {BASE}}}\ndata: {{path: shards}}\ncheckpoint: {{save: run}}\n")
     return path
 
 
@@ -175,7 +175,7 @@ def test_train_passes_the_recipe_on_and_the_exit_code_back(
     seen = []
     monkeypatch.setattr("soar_mega.training.loop.train", lambda r: seen.append(r) or code)
     assert main(["train", str(recipe), "train.seed=7", "stage.name=sft"]) == code
-    assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline) == (7, "sft", BASE)
+    assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline_dir) == (7, "sft", BASE)
 
 
 # -- doctor
@@ -253,9 +253,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def walk(folder: Path) -> None:
     write_image_folder(folder / "images", 16, seed=0)
-    assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline", BASE]) == 0
+    assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline-dir", BASE]) == 0
     overrides = [
-        f"model.pipeline={BASE}",
+        f"model.pipeline_dir={BASE}",
         f"data.path={folder}/shards",
         "data.validation_path=",
         f"checkpoint.save={folder}/run",
@@ -306,10 +306,13 @@ def test_diffusers_to_checkpoint_and_back_is_bitwise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", BASE, str(tmp_path / "start")]) == 0
-    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "back"), "--pipeline", BASE]) == 0
+    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "back"), "--pipeline-dir", BASE]) == 0
     assert transformer_bytes(tmp_path / "back") == transformer_bytes(Path(BASE))
     capsys.readouterr()
-    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "ema"), "--ema", "--pipeline", BASE]) == 1
+    assert (
+        main(["convert", str(tmp_path / "start"), str(tmp_path / "ema"), "--ema", "--pipeline-dir", BASE])
+        == 1
+    )
     assert "no EMA weights" in capsys.readouterr().err
     assert main(["convert", BASE, str(tmp_path / "start")]) == 1
     assert "holds checkpoints already" in capsys.readouterr().err

@@ -19,11 +19,11 @@ from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, image_size, read_image
 from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
 from soar_mega.data.shards import open_shards
-from soar_mega.data.sources import list_items
 from soar_mega.recipe import load_recipe
 
 pytestmark = pytest.mark.slow

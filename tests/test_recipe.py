@@ -11,7 +11,7 @@ from soar_mega.config_checks import RULES
 from soar_mega.recipe import load_recipe, recipe_to_yaml
 
 SMALLEST = """
-model: {pipeline: some/pipeline}
+model: {pipeline_dir: some/pipeline}
 data: {path: some/shards}
 checkpoint: {save: runs/x}
 """
@@ -32,7 +32,7 @@ def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
 
 def test_defaults_and_file_values(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
-    assert recipe.model.pipeline == "some/pipeline"
+    assert recipe.model.pipeline_dir == "some/pipeline"
     assert recipe.stage == Recipe().stage
 
 
@@ -125,8 +125,8 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ),
         ("parallel.overlap_param_gather=true", ["parallel.overlap_grad_reduce=true"]),
         ("parallel.overlap_rollout=true", ["parallel.pipeline_model_parallel_size=2", "set it to false"]),
-        ("model.preset=sd35_medium", ["model.pipeline", "one of the two"]),
-        ("model.pipeline=", ["model.pipeline", "model.preset"]),
+        ("model.preset=sd35_medium", ["model.pipeline_dir", "one of the two"]),
+        ("model.pipeline_dir=", ["model.pipeline_dir", "model.preset"]),
         ("data.path=", ["data.path is empty"]),
         ("checkpoint.save=", ["checkpoint.save is empty"]),
         ("checkpoint.finetune=true", ["checkpoint.load"]),
@@ -152,10 +152,16 @@ def test_wrong_overrides_name_the_key_and_what_is_right(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.pipeline=", "model.preset=sd35_medium"], ["model.init=random"]),
-        (["model.pipeline=", "model.preset=sd35_medium", "model.init=random"], ["stage.shift"]),
+        (["model.pipeline_dir=", "model.preset=sd35_medium"], ["model.init=random"]),
+        (["model.pipeline_dir=", "model.preset=sd35_medium", "model.init=random"], ["stage.shift"]),
         (
-            ["model.pipeline=", "model.preset=x", "model.init=random", "stage.shift=3", "data.encode=online"],
+            [
+                "model.pipeline_dir=",
+                "model.preset=x",
+                "model.init=random",
+                "stage.shift=3",
+                "data.encode=online",
+            ],
             ["data.encode=shards"],
         ),
         (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_start=5"], ["lr_decay_start (5)", "warm-up"]),
@@ -181,7 +187,7 @@ def test_settings_that_do_not_fit_each_other(
         ("train: [1, 2]\n", ["train", "key: value"]),
         ("- train\n", ["key: value"]),
         ("train:\n\tseed: 1\n", ["line 2", "not valid YAML"]),
-        ("model:\n  pipeline: 3\n", ["model.pipeline", "text (quote it)"]),
+        ("model:\n  pipeline_dir: 3\n", ["model.pipeline_dir", "text (quote it)"]),
         ("trainn:\n  seed: 3\n", ["'trainn.seed'", "did you mean train.seed?"]),
     ],
 )
@@ -193,7 +199,7 @@ def test_wrong_files_name_the_file_and_the_place(tmp_path: Path, text: str, word
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "other.yaml").write_bytes(b"model: {pipeline: caf\xe9}")
+    (tmp_path / "other.yaml").write_bytes(b"model: {pipeline_dir: caf\xe9}")
     with pytest.raises(ValueError, match=r"other\.yaml: not UTF-8"):
         load_recipe(tmp_path / "other.yaml")
 

@@ -77,7 +77,9 @@ def train_transformer() -> None:
     images = WORK / "images"
     log.info("writing %d canvases to %s", PRETRAINING_IMAGES, images)
     write_image_folder(images, PRETRAINING_IMAGES, seed=1, noisy=True)
-    _soar_mega("prepare", str(images), str(WORK / "shards"), "--pipeline", str(BASE), "--batch-size", "64")
+    _soar_mega(
+        "prepare", str(images), str(WORK / "shards"), "--pipeline-dir", str(BASE), "--batch-size", "64"
+    )
     _soar_mega("train", "recipes/tiny/pretrain.yaml")
     shutil.copytree(
         WORK / "pretrain" / "export_ema" / "transformer", BASE / "transformer", dirs_exist_ok=True

@@ -2,7 +2,7 @@
 
     python tools/profile_step.py recipes/tiny/soar.yaml
     torchrun --nproc-per-node 2 tools/profile_step.py recipes/tiny/soar.yaml parallel.pipeline_model_parallel_size=2
-    python tools/profile_step.py recipes/sd35_medium/soar.yaml model.pipeline= model.preset=sd35_medium \\
+    python tools/profile_step.py recipes/sd35_medium/soar.yaml model.pipeline_dir= model.preset=sd35_medium \\
         model.init=random stage.shift=3 --made-up 64x64
 
 Takes steps as a run does, every second one recorded, so that what recording costs is known; then one step under
@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_check import commit
 from megatron.core import parallel_state
 from origin import origin
 from step_profile import memory, page, pictures
@@ -186,7 +185,6 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     chunks = chunks_per_rank(recipe.parallel)
     said = {
         **origin("profile_step"),
-        "commit": commit(),
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "layout": layout(recipe),

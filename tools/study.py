@@ -143,9 +143,9 @@ class Study:
         )
         return self.command(f"{arm.name}-{seed}", arguments)
 
-    def evaluation(self, name: str, pipeline: Path) -> Command:
+    def evaluation(self, name: str, pipeline_dir: Path) -> Command:
         arguments = soar_mega(
-            *("evaluate", f"{name}={pipeline}", "--held-out", f"{self.folder}/shards/heldout"),
+            *("evaluate", f"{name}={pipeline_dir}", "--held-out", f"{self.folder}/shards/heldout"),
             *("--guidance-scale", "1", "--guidance-scale", f"{GUIDANCE:g}"),
             *("--prompts-per-category", str(self.plan.prompts_per_category)),
             *("--drift-samples", str(self.plan.drift_samples), "--out", str(self.evaluated(name))),

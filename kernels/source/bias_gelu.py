@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.sources import row_offset
+from soar_mega.kernels.source.point_tables import row_offset
 
 TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.sources import (
+from soar_mega.kernels.source.point_tables import (
     coefficient,
     given,
     group_of,

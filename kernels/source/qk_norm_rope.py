@@ -7,7 +7,7 @@ key and value of a head side by side. They come out apart, each at its place in 
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.sources import row_offset
+from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.sources import given, group_of, row_offset, shared_part, source, stochastic_part
+from soar_mega.kernels.source.point_tables import (
+    given,
+    group_of,
+    row_offset,
+    shared_part,
+    source,
+    stochastic_part,
+)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from soar_mega.kernels.source.sources import row_offset
+from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit

@@ -29,13 +29,13 @@ from soar_mega.outputs import OutputFolder, refuse_overlap
 
 
 def checkpoint_to_diffusers(
-    source: str | Path, out: str | Path, pipeline: str | Path | None = None, ema: bool = False
+    source: str | Path, out: str | Path, pipeline_dir: str | Path | None = None, ema: bool = False
 ) -> bool:
     """Writes the weights of a checkpoint as a diffusers folder; the layout they were trained at does not matter.
 
     Args:
         source: an iter_ folder, or a run folder, whose latest checkpoint is taken.
-        pipeline: where the other parts of a pipeline are copied from; None takes the one that the run started from.
+        pipeline_dir: where the other parts of a pipeline are copied from; None takes the one that the run started from.
         ema: the EMA weights in place of the current ones.
 
     Returns:
@@ -47,7 +47,7 @@ def checkpoint_to_diffusers(
     """
     folder = resume.find_checkpoint(source)
     settings = _run_config(folder)
-    parts = _parts(pipeline, settings.get("pipeline"))
+    parts = _parts(pipeline_dir, settings.get("pipeline_dir"))
     _check_place(out, folder, parts)
     start_world(ParallelConfig())
     resume.verify(folder)
@@ -65,15 +65,15 @@ def checkpoint_to_diffusers(
     return bool(parts)
 
 
-def _parts(pipeline: str | Path | None, of_run: str | None) -> str | Path | None:
+def _parts(pipeline_dir: str | Path | None, of_run: str | None) -> str | Path | None:
     """Where to copy the other parts of a pipeline from; None where the run had a transformer only."""
-    named = pipeline or of_run
+    named = pipeline_dir or of_run
     if not named or is_pipeline(named):
         return named
     if named == of_run and Path(named).is_dir():
         return None
     raise ValueError(
-        f"{named} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline"
+        f"{named} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline-dir"
     )
 
 

@@ -53,8 +53,8 @@ def parent(recipe: Recipe) -> Json | None:
     load = other_run(recipe.checkpoint)
     if load:
         folder = find_checkpoint(load)
-    elif recipe.model.pipeline and recipe.model.init == "pretrained":
-        folder = Path(recipe.model.pipeline) / "transformer"
+    elif recipe.model.pipeline_dir and recipe.model.init == "pretrained":
+        folder = Path(recipe.model.pipeline_dir) / "transformer"
     else:
         return None
     # an export lies in its run folder: runs/x/export/transformer; so does a checkpoint: runs/x/iter_0000500

@@ -15,7 +15,7 @@ SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on mega
 
 The usual road:
   soar-mega doctor                                    what this machine can do
-  soar-mega prepare images/ shards/ --pipeline P      encode images and captions once
+  soar-mega prepare images/ shards/ --pipeline-dir P      encode images and captions once
   soar-mega train recipes/sd35_medium/soar.yaml ...   post-train; exports a diffusers pipeline
   soar-mega sample runs/x/export --prompt "a fox"     look at it
   soar-mega evaluate P runs/x/export                  measure before and after

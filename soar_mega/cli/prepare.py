@@ -5,9 +5,9 @@ import argparse
 HELP = """\
 Encode captioned images once, into shards that training reads: latents, text embeddings, captions, and an index.
 
-  soar-mega prepare photos/ shards/train --pipeline stable-diffusion-3.5-medium --resolution 512 --dtype bf16
-  soar-mega prepare list.jsonl shards/train --pipeline P --images images/        lines of md5, caption_en, bw, bh
-  soar-mega prepare canvases/ shards/train --pipeline recipes/tiny/base
+  soar-mega prepare photos/ shards/train --pipeline-dir stable-diffusion-3.5-medium --resolution 512 --dtype bf16
+  soar-mega prepare list.jsonl shards/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
+  soar-mega prepare canvases/ shards/train --pipeline-dir recipes/tiny/base
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt) or all captions in metadata.jsonl
 (file_name, text), or a JSONL list of images named md5.jpg in --images. An image is scaled and cropped to the nearest
@@ -27,7 +27,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("source", help="image folder with captions, or a JSONL list")
     parser.add_argument("out", help="shard folder to write")
     parser.add_argument(
-        "--pipeline", required=True, help="diffusers SD3 pipeline folder whose encoders are used"
+        "--pipeline-dir", required=True, help="diffusers pipeline folder whose encoders are used"
     )
     parser.add_argument("--images", metavar="FOLDER", help="where the images of a JSONL list are")
     sizes = parser.add_mutually_exclusive_group()
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     prepare(
         arguments.source,
         arguments.out,
-        arguments.pipeline,
+        arguments.pipeline_dir,
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,

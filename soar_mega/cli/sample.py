@@ -22,7 +22,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("pipeline", help="diffusers pipeline folder, for example export/ of a run")
+    parser.add_argument("pipeline_dir", help="diffusers pipeline folder, for example export/ of a run")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it again for more rows")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument(
@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     size = bucket_size(arguments.size) if arguments.size else None
     # before the transformer is loaded: it need not share the device with the text encoders
     encoded = encode_prompts(
-        arguments.pipeline, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
+        arguments.pipeline_dir, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
     )
-    generator = Generator.load(arguments.pipeline, arguments.dtype, arguments.shift)
+    generator = Generator.load(arguments.pipeline_dir, arguments.dtype, arguments.shift)
     images = generator.images(
         encoded,
         steps=arguments.steps,

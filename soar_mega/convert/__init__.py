@@ -2,7 +2,12 @@
 
 from soar_mega.convert.export import save_pipeline, save_transformer
 from soar_mega.convert.load import load_diffusers, load_weights
-from soar_mega.convert.pipeline import is_pipeline, pipeline_parts, read_pipeline_config, scheduler_shift
+from soar_mega.convert.pipeline_folder import (
+    is_pipeline,
+    pipeline_parts,
+    read_pipeline_config,
+    scheduler_shift,
+)
 
 __all__ = [
     "is_pipeline",

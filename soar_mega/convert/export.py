@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from soar_mega.convert.pipeline import copy_parts, pipeline_parts
+from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.save import MAX_SHARD_SIZE, on_rank_zero, write_transformer
 from soar_mega.models.chunks import ModelChunks
 from soar_mega.models.mmdit import MMDiT

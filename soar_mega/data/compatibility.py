@@ -21,7 +21,9 @@ class ModelSizes(Protocol):
     def pooled_projection_dim(self) -> int: ...
 
 
-def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSizes | None = None) -> None:
+def check_compatible(
+    info: DatasetInfo, path: str, pipeline_dir: str, sizes: ModelSizes | None = None
+) -> None:
     """ValueError naming what differs between the data set at `path` and the model or the encoders of `pipeline`."""
     found = {
         "in_channels": info.latent_channels,
@@ -30,8 +32,8 @@ def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSi
     }
     if sizes is not None:
         wanted = {name: getattr(sizes, name) for name in found}
-    elif pipeline and (Path(pipeline) / "transformer" / "config.json").is_file():
-        config = read_config(Path(pipeline) / "transformer" / "config.json")
+    elif pipeline_dir and (Path(pipeline_dir) / "transformer" / "config.json").is_file():
+        config = read_config(Path(pipeline_dir) / "transformer" / "config.json")
         wanted = {name: config[name] for name in found if name in config}
     else:
         wanted = {}
@@ -41,11 +43,11 @@ def check_compatible(info: DatasetInfo, path: str, pipeline: str, sizes: ModelSi
                 f"{path} was encoded for a transformer with {name} {found[name]}, this one has {value}: prepare the "
                 "images with this model's pipeline"
             )
-    if not pipeline or not Path(pipeline).is_dir():
+    if not pipeline_dir or not Path(pipeline_dir).is_dir():
         return
-    for part, fingerprint in fingerprints(Path(pipeline)).items():
+    for part, fingerprint in fingerprints(Path(pipeline_dir)).items():
         if part in info.encoders and info.encoders[part] != fingerprint:
             raise ValueError(
-                f"{path} was encoded by another {part} than {Path(pipeline) / part}: prepare the images with this "
+                f"{path} was encoded by another {part} than {Path(pipeline_dir) / part}: prepare the images with this "
                 "pipeline"
             )

@@ -27,7 +27,7 @@ class EncoderFacts:
     max_sequence_length: int  # T5 tokens among the text tokens
 
 
-def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> EncoderFacts:
+def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) -> EncoderFacts:
     """Read the configs of a diffusers SD3 pipeline folder.
 
     Args:
@@ -36,14 +36,14 @@ def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> Enc
     Raises:
         ValueError: a config is missing or damaged, with its path.
     """
-    vae_path, path = pipeline / "vae" / "config.json", pipeline / "transformer" / "config.json"
+    vae_path, path = pipeline_dir / "vae" / "config.json", pipeline_dir / "transformer" / "config.json"
     vae, transformer = read_config(vae_path), read_config(path)
-    pooled_size, clip_length = _clips(pipeline)
+    pooled_size, clip_length = _clips(pipeline_dir)
     width = whole(transformer, "joint_attention_dim", path)
-    if has_t5(pipeline):
-        t5_path = pipeline / "text_encoder_3" / "config.json"
+    if has_t5(pipeline_dir):
+        t5_path = pipeline_dir / "text_encoder_3" / "config.json"
         width = whole(read_config(t5_path), "d_model", t5_path)
-    t5_length = _t5_length(pipeline, max_sequence_length)
+    t5_length = _t5_length(pipeline_dir, max_sequence_length)
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
         raise ValueError(f"{vae_path}: block_out_channels is {blocks!r}, a list of channels is expected")
@@ -61,17 +61,17 @@ def encoder_facts(pipeline: Path, max_sequence_length: int | None = None) -> Enc
     )
 
 
-def has_t5(pipeline: Path) -> bool:
+def has_t5(pipeline_dir: Path) -> bool:
     """Whether the pipeline has a T5; model_index.json with [null, null] for text_encoder_3 means that it has none."""
-    return class_name(pipeline, "text_encoder_3") is not None
+    return class_name(pipeline_dir, "text_encoder_3") is not None
 
 
-def class_name(pipeline: Path, part: str) -> str | None:
+def class_name(pipeline_dir: Path, part: str) -> str | None:
     """The class of a part as model_index.json names it; None where the pipeline does without that part.
 
     ValueError where the entry is neither [library, class] nor [null, null].
     """
-    path = pipeline / "model_index.json"
+    path = pipeline_dir / "model_index.json"
     entry = read_config(path).get(part)
     if entry is None or entry == [None, None]:
         return None
@@ -100,28 +100,28 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path, "give a diffusers SD3 pipeline folder")
 
 
-def _clips(pipeline: Path) -> tuple[int, int]:
+def _clips(pipeline_dir: Path) -> tuple[int, int]:
     """Width of the pooled embeddings of both CLIPs together, and how many tokens of a prompt they take."""
-    paths = [pipeline / part / "config.json" for part in ("text_encoder", "text_encoder_2")]
+    paths = [pipeline_dir / part / "config.json" for part in ("text_encoder", "text_encoder_2")]
     clips = [read_config(path) for path in paths]
     positions = [
         whole({"max_position_embeddings": CLIP_LENGTH, **clip}, "max_position_embeddings", path)
         for clip, path in zip(clips, paths, strict=True)
     ]
-    path = pipeline / "tokenizer" / "tokenizer_config.json"
+    path = pipeline_dir / "tokenizer" / "tokenizer_config.json"
     tokenizer = {"model_max_length": CLIP_LENGTH, **read_config(path)}
     length = whole(tokenizer, "model_max_length", path, most=min(positions))
     return sum(whole(clip, "projection_dim", path) for clip, path in zip(clips, paths, strict=True)), length
 
 
-def _t5_length(pipeline: Path, asked: int | None) -> int:
+def _t5_length(pipeline_dir: Path, asked: int | None) -> int:
     if asked is not None:
         if not 1 <= asked <= LARGEST_T5_LENGTH:
             raise ValueError(
                 f"max_sequence_length is {asked}: it must be between 1 and {LARGEST_T5_LENGTH} T5 tokens"
             )
         return asked
-    path = pipeline / "tokenizer_3" / "tokenizer_config.json"
+    path = pipeline_dir / "tokenizer_3" / "tokenizer_config.json"
     tokenizer = read_config(path) if path.is_file() else {}
     if tokenizer.get("model_max_length") is None:
         return DEFAULT_T5_LENGTH

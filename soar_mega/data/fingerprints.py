@@ -22,19 +22,19 @@ VOCABULARIES = ("vocab.json", "merges.txt", "spiece.model")
 TOKENIZER_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "do_lower_case")
 
 
-def fingerprints(pipeline: Path) -> dict[str, str]:
+def fingerprints(pipeline_dir: Path) -> dict[str, str]:
     """SHA-256 of each encoder and each tokenizer whose files are in the folder.
 
     ValueError: a file is damaged, by name.
     """
     result = {}
     for part in ENCODERS:
-        files = _weight_files(pipeline / part)
-        if files and (pipeline / part / "config.json").is_file():
-            result[part] = _hash(_encoder(pipeline / part, files))
+        files = _weight_files(pipeline_dir / part)
+        if files and (pipeline_dir / part / "config.json").is_file():
+            result[part] = _hash(_encoder(pipeline_dir / part, files))
     for part in TOKENIZERS:
-        if (pipeline / part / "tokenizer_config.json").is_file():
-            result[part] = _hash(_tokenizer(pipeline / part))
+        if (pipeline_dir / part / "tokenizer_config.json").is_file():
+            result[part] = _hash(_tokenizer(pipeline_dir / part))
     return result
 
 

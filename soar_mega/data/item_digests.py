@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from soar_mega.data.sources import Item
+from soar_mega.data.image_sources import Item
 
 
 def listing(chunk: Sequence[Item]) -> str:

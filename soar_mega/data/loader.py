@@ -56,7 +56,7 @@ class Loader:
         data: where the samples come from.
         seed: train.seed; keys the order and the draws of the latents.
         global_batch_size: samples per step over all ranks.
-        pipeline: the diffusers folder that the run trains; its encoders must be those of the shards. "" skips that.
+        pipeline_dir: the diffusers folder that the run trains; its encoders must be those of the shards. "" skips that.
         sizes: the transformer's sizes; None reads them from `pipeline`.
 
     Raises:
@@ -69,7 +69,7 @@ class Loader:
         seed: int,
         global_batch_size: int,
         *,
-        pipeline: str = "",
+        pipeline_dir: str = "",
         sizes: ModelSizes | None = None,
     ) -> None:
         self.ranks: Ranks = this_rank()
@@ -79,8 +79,8 @@ class Loader:
         failure = None
         try:
             check_replicas(global_batch_size, self.ranks.data_size)
-            self._source = _open_source(data, pipeline, self.ranks)
-            check_compatible(self._source.info, data.path, pipeline, sizes)
+            self._source = _open_source(data, pipeline_dir, self.ranks)
+            check_compatible(self._source.info, data.path, pipeline_dir, sizes)
             self._order = Order(seed, self._source.info.buckets)
             empty = self._source.empty_prompt() if self.ranks.leader and self.ranks.first_stage else None
         except (ValueError, OSError) as error:
@@ -222,13 +222,13 @@ class Loader:
         )
 
 
-def _open_source(data: DataConfig, pipeline: str, ranks: Ranks) -> Source:
+def _open_source(data: DataConfig, pipeline_dir: str, ranks: Ranks) -> Source:
     source: Source
     if data.encode == "online":
         # The encoders' libraries are heavy and only needed here.
         from soar_mega.data.online import OnlineImages
 
-        source = OnlineImages(data.path, pipeline, text=ranks.first_stage)
+        source = OnlineImages(data.path, pipeline_dir, text=ranks.first_stage)
     else:
         source = ShardSet(data.path)
     if ranks.reads:

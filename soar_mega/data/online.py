@@ -13,10 +13,10 @@ from soar_mega.data.buckets import generate_buckets, nearest_bucket
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shards import Read
-from soar_mega.data.sources import list_items
 from soar_mega.flow import normal
 
 NAMED = 5
@@ -32,12 +32,12 @@ class OnlineImages:
         text: whether captions are encoded here too (first pipeline stage) or images only (last).
     """
 
-    def __init__(self, path: str, pipeline: str, text: bool) -> None:
+    def __init__(self, path: str, pipeline_dir: str, text: bool) -> None:
         if not Path(path).is_dir():
             raise ValueError(f"data.path {path!r} is not a folder of images, which data.encode=online needs")
-        if not pipeline:
-            raise ValueError("data.encode=online needs model.pipeline, the folder with the encoders")
-        self._pipeline = Path(pipeline)
+        if not pipeline_dir:
+            raise ValueError("data.encode=online needs model.pipeline_dir, the folder with the encoders")
+        self._pipeline = Path(pipeline_dir)
         facts = encoder_facts(self._pipeline)
         self._items, rejects = list_items(Path(path))
         choice = generate_buckets(facts.default_resolution, facts.size_multiple, facts.largest_side)

@@ -22,6 +22,7 @@ from soar_mega.data.buckets import check_buckets, generate_buckets
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.image_sources import Item, Reject, list_items
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.item_digests import images_changed, listing
 from soar_mega.data.shard_job import ShardJob
@@ -35,7 +36,6 @@ from soar_mega.data.shard_writer import (
     write_json,
 )
 from soar_mega.data.shards import read_dataset_file, read_index, read_json
-from soar_mega.data.sources import Item, Reject, list_items
 from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Prepared:
 def prepare(
     source: str | Path,
     out: str | Path,
-    pipeline: str | Path,
+    pipeline_dir: str | Path,
     *,
     images: str | Path | None = None,
     buckets: Sequence[str] = (),
@@ -90,9 +90,9 @@ def prepare(
         ValueError: bad arguments, a folder made with others or by others, one that the source lies in or around, or
             samples that cannot be used, by name.
     """
-    folder, pipeline = Path(out), Path(pipeline)
+    folder, pipeline_dir = Path(out), Path(pipeline_dir)
     refuse_overlap(
-        folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline}
+        folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline_dir}
     )
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -102,7 +102,7 @@ def prepare(
         )
     if resolution is not None and resolution < 1:
         raise ValueError(f"resolution is {resolution}: it must be at least 1 pixel")
-    facts = encoder_facts(pipeline, max_sequence_length)
+    facts = encoder_facts(pipeline_dir, max_sequence_length)
     sizes = _bucket_choice(buckets, resolution, facts)
     items, listed_rejects = list_items(Path(source), Path(images) if images is not None else None)
     if flip:
@@ -110,7 +110,7 @@ def prepare(
     chunks = [items[first : first + samples_per_shard] for first in range(0, len(items), samples_per_shard)]
     settings = {
         "format_version": FORMAT_VERSION,
-        "encoders": fingerprints(pipeline),
+        "encoders": fingerprints(pipeline_dir),
         "buckets": sizes,
         "flip": flip,
         "max_sequence_length": facts.max_sequence_length,
@@ -126,7 +126,7 @@ def prepare(
             return _already_finished(folder, settings, chunks, digests)
         _start(folder, settings)
         rejects = listed_rejects + _write_shards(
-            folder, pipeline, facts, chunks, digests, settings, skip_invalid
+            folder, pipeline_dir, facts, chunks, digests, settings, skip_invalid
         )
         return _finish(
             folder, facts, settings, digests, rejects, len(items) + len(listed_rejects), skip_invalid
@@ -192,7 +192,7 @@ def _refuse_other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any
 
 def _write_shards(
     folder: Path,
-    pipeline: Path,
+    pipeline_dir: Path,
     facts: EncoderFacts,
     chunks: Sequence[Sequence[Item]],
     digests: Sequence[str],
@@ -214,7 +214,7 @@ def _write_shards(
             if encoders is None:
                 device = distributed.device()
                 dtype = DTYPES[settings["dtype"]]
-                encoders = Encoders.from_pipeline(pipeline, device, dtype, facts.max_sequence_length)
+                encoders = Encoders.from_pipeline(pipeline_dir, device, dtype, facts.max_sequence_length)
                 text, pooled = encoders.encode_prompts([""])
                 # not save_file: what that writes only its owner can read, whatever the umask
                 write_bytes(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))

@@ -32,7 +32,7 @@ class EncodedPrompts:
 
 
 def encode_prompts(
-    pipeline: str | Path,
+    pipeline_dir: str | Path,
     prompts: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
@@ -55,7 +55,7 @@ def encode_prompts(
             raise ValueError(
                 f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8, or half a character"
             )
-    folder = Path(pipeline)
+    folder = Path(pipeline_dir)
     facts = encoder_facts(folder, max_sequence_length)
     every = [*prompts, ""]
     outputs = [_encoded_by(part, folder, facts, dtype, every) for part in parts(folder)]

@@ -9,11 +9,11 @@ import torch
 
 from soar_mega.data.buckets import bucket_problem, nearest_bucket
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.image_sources import Item, Reject
 from soar_mega.data.images import ImageError, fit, read_image, to_model_range
 from soar_mega.data.info import bucket_size
 from soar_mega.data.item_digests import contents
 from soar_mega.data.shard_writer import EncodedSample, ShardWriter
-from soar_mega.data.sources import Item, Reject
 
 
 class ShardJob:

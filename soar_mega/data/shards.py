@@ -238,14 +238,14 @@ class SampleError(Exception):
     """One sample cannot be read; the others can."""
 
 
-def open_shards(path: str | Path, pipeline: str = "") -> ShardSet:
+def open_shards(path: str | Path, pipeline_dir: str = "") -> ShardSet:
     """The shards in `path`, checked to be complete and, where a pipeline folder is given, to come from its encoders.
 
     ValueError naming the file that is missing, truncated or of another format version, or the encoder that differs.
     """
     shards = ShardSet(path)
     shards.open()
-    check_compatible(shards.info, str(path), pipeline)
+    check_compatible(shards.info, str(path), pipeline_dir)
     return shards
 
 

@@ -66,7 +66,7 @@ class Engine(ABC):
         self.recipe = recipe
         self.model = build_chunks(config, recipe.model, recipe.parallel, recipe.train.seed)
         if recipe.model.init == "pretrained":
-            load_weights(self.model, recipe.model.pipeline)
+            load_weights(self.model, recipe.model.pipeline_dir)
         self.layout: MMDiT | ModelChunks = self.model
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer)

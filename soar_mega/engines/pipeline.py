@@ -18,8 +18,8 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, RolloutChannel
 from soar_mega.engines.plan import PlacedBatch, PointPiece, PointPlan, QueryPiece, filled, query_pieces
+from soar_mega.stages.latent_sources import Sources
 from soar_mega.stages.points import Points, Queries
-from soar_mega.stages.sources import Sources
 
 Loss = Callable[[Points, Tensor], Tensor]
 

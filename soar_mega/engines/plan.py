@@ -14,9 +14,9 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers
 from soar_mega.kernels import PointTable
-from soar_mega.kernels.sources import group_table, point_table, uses
+from soar_mega.kernels.point_tables import group_table, point_table, uses
+from soar_mega.stages.latent_sources import DRAWN, Sources
 from soar_mega.stages.points import Points, Queries
-from soar_mega.stages.sources import DRAWN, Sources
 from soar_mega.upload import pinned, upload
 
 ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources

@@ -32,18 +32,18 @@ class Generator:
     schedule: Schedule
 
     @staticmethod
-    def load(pipeline: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
+    def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
         """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
 
         `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        schedule = Schedule(scheduler_shift(pipeline) if shift is None else shift)
+        schedule = Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
         return Generator(
-            facts=encoder_facts(Path(pipeline)),
-            transformer=load_diffusers(pipeline, dtype).to(device()).eval(),
-            decoder=Decoder.load(Path(pipeline)),
+            facts=encoder_facts(Path(pipeline_dir)),
+            transformer=load_diffusers(pipeline_dir, dtype).to(device()).eval(),
+            decoder=Decoder.load(Path(pipeline_dir)),
             schedule=schedule,
         )
 

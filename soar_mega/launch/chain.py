@@ -1,14 +1,14 @@
 """Chains: runs that follow each other, each starting from what the one before made.
 
     folder: runs/chains/x                # each link works in a folder of its own in here
-    pipeline: recipes/tiny/base          # what the first link starts from
+    pipeline_dir: recipes/tiny/base          # what the first link starts from
     slurm: {nodes: 2, time: "04:00:00"}  # for chain --slurm; a link may have its own
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
       - {name: evaluate, evaluate: [--steps, 10]}
       - {name: export, export: []}
-      - {name: rl, command: [bash, rl.sh, "{pipeline}", "{folder}"], product: pipeline}
+      - {name: rl, command: [bash, rl.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
 
 Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
 """
@@ -54,7 +54,7 @@ class Chain:
     """A chain file, resolved."""
 
     file: Path
-    pipeline: Path
+    pipeline_dir: Path
     links: list[Link]
 
     def link(self, name: str) -> Link:
@@ -81,24 +81,24 @@ def load_chain(path: str | Path) -> Chain:
         read = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    known = {"folder": str, "pipeline": str, "slurm": dict, "links": list}
+    known = {"folder": str, "pipeline_dir": str, "slurm": dict, "links": list}
     _check(read, known, str(path))
-    for key in ("folder", "pipeline", "links"):
+    for key in ("folder", "pipeline_dir", "links"):
         if not read.get(key):
             raise ValueError(f"{path}: {key} is missing")
-    builder = _Builder(path, Path(read["folder"]), read["pipeline"], read.get("slurm", {}))
+    builder = _Builder(path, Path(read["folder"]), read["pipeline_dir"], read.get("slurm", {}))
     for number, settings in enumerate(read["links"]):
         builder.add(settings, f"{path}: link {number + 1}")
-    return Chain(file=path, pipeline=Path(read["pipeline"]), links=builder.links)
+    return Chain(file=path, pipeline_dir=Path(read["pipeline_dir"]), links=builder.links)
 
 
 class _Builder:
     """Adds links one by one and knows where the next one starts."""
 
-    def __init__(self, file: Path, folder: Path, pipeline: str, slurm: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, folder: Path, pipeline_dir: str, slurm: Mapping[str, Any]) -> None:
         self._file, self._folder, self._slurm = file, folder, slurm
-        self._base = pipeline
-        self._pipeline, self._made_by = pipeline, ""  # of now, and by which link
+        self._base = pipeline_dir
+        self._pipeline, self._made_by = pipeline_dir, ""  # of now, and by which link
         self._run: Link | None = None  # the newest train link
         self.links: list[Link] = []
 
@@ -144,15 +144,15 @@ class _Builder:
         if start == "checkpoint":
             assert self._run is not None and self._run.recipe is not None
             overrides += [
-                f"model.pipeline={self._run.recipe.model.pipeline}",
+                f"model.pipeline_dir={self._run.recipe.model.pipeline_dir}",
                 f"checkpoint.load={self._run.folder}",
             ]
             overrides += ["checkpoint.finetune=true"]
         elif start == "export_ema":
             assert self._run is not None
-            overrides += [f"model.pipeline={self._run.folder / 'export_ema'}"]
+            overrides += [f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
         else:
-            overrides += [f"model.pipeline={self._pipeline}"]
+            overrides += [f"model.pipeline_dir={self._pipeline}"]
         overrides = [*map(str, settings.get("overrides", [])), *overrides]
         try:
             recipe = load_recipe(settings["train"], overrides)
@@ -201,7 +201,7 @@ class _Builder:
         if not settings.get("product"):
             raise ValueError(f"{where}: product: name what the command writes last, in {{folder}}: "
                              "an exit code alone proves nothing")  # fmt: skip
-        words = {"{pipeline}": self._pipeline, "{folder}": str(folder), "{base}": self._base,
+        words = {"{pipeline_dir}": self._pipeline, "{folder}": str(folder), "{base}": self._base,
                  "{run}": str(self._run.folder) if self._run else ""}  # fmt: skip
         pattern = re.compile("|".join(re.escape(word) for word in words))
         arguments = [pattern.sub(lambda found: words[found[0]], str(word)) for word in settings["command"]]

@@ -30,8 +30,8 @@ def check_fit(recipe: Recipe, processes: int) -> None:
 def check_model(recipe: Recipe) -> None:
     """ValueError where the layout does not fit the model, or the pipeline lacks a part that the export needs."""
     layout.check_layout(model_sizes(recipe.model), recipe.parallel)
-    if recipe.checkpoint.export and is_pipeline(recipe.model.pipeline):
-        pipeline_parts(recipe.model.pipeline)
+    if recipe.checkpoint.export and is_pipeline(recipe.model.pipeline_dir):
+        pipeline_parts(recipe.model.pipeline_dir)
 
 
 def check_data(recipe: Recipe) -> None:

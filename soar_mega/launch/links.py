@@ -37,7 +37,7 @@ def why_not_done(chain: Chain, link: Link) -> str | None:
         return "not begun"
     changed = _differences(begun["settings"], _settings(link))
     if begun["parent"] != _parent_hash(chain, link):
-        changed.append(f"its parent was made anew ({link.parent or chain.pipeline})")
+        changed.append(f"its parent was made anew ({link.parent or chain.pipeline_dir})")
     if changed:
         why = f"{'completed' if marker else 'begun'} differently: {'; '.join(changed)}"
         if link.kind != "train":
@@ -135,7 +135,7 @@ def _differences(then: Json, now: Json) -> list[str]:
 def _parent_hash(chain: Chain, link: Link) -> str | None:
     """The hash of what a link starts from; None while the parent is not complete."""
     if link.parent is None:
-        return content_hash(chain.pipeline / "transformer")
+        return content_hash(chain.pipeline_dir / "transformer")
     marker = _read(chain.link(link.parent).folder / COMPLETED)
     return None if marker is None else marker["product"]
 

@@ -15,7 +15,7 @@ from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.groups import tensor_parallel_group
 from soar_mega.models.linear import add_bias
 from soar_mega.models.modulation import Modulation
-from soar_mega.models.shards import attention_config, heads_to_tokens, pad, tokens_to_heads
+from soar_mega.models.sequence_shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
 @dataclass

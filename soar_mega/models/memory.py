@@ -16,7 +16,7 @@ from soar_mega.models.embeddings import TIMESTEP_CHANNELS
 from soar_mega.models.gather import full_shape, partition_dim
 from soar_mega.models.layout import is_sequence_parallel
 from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
-from soar_mega.models.shards import cut_multiple
+from soar_mega.models.sequence_shards import cut_multiple
 from soar_mega.models.summary import meta_model
 
 ITEM = {"bf16": 2, "fp32": 4}

@@ -36,7 +36,7 @@ from soar_mega.models.modulation import Modulation
 from soar_mega.models.names import named_tensors
 from soar_mega.models.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.precision import around_layers, check_fp8_sizes, recompute_layer, run_layer
-from soar_mega.models.shards import gather, padded_length, scatter, sequence_shards
+from soar_mega.models.sequence_shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.specs import get_mmdit_layer_spec, get_provider
 from soar_mega.models.te_layers import CastOnce
 

@@ -22,7 +22,7 @@ from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.models import recompute
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.layout import is_sequence_parallel
-from soar_mega.models.shards import BLOCKWISE_TILE, MXFP8_TILE, TILE
+from soar_mega.models.sequence_shards import BLOCKWISE_TILE, MXFP8_TILE, TILE
 from soar_mega.models.te_layers import CastOnce
 
 INPUT = 0  # the place of a linear's input among what has an amax

@@ -30,8 +30,8 @@ def model_sizes(model: ModelConfig) -> MMDiTConfig:
     Raises:
         ValueError: a pipeline folder without an SD3 transformer, or an unknown preset.
     """
-    if model.pipeline:
-        return MMDiTConfig.from_diffusers(model.pipeline)
+    if model.pipeline_dir:
+        return MMDiTConfig.from_diffusers(model.pipeline_dir)
     if model.preset not in PRESETS:
         raise ValueError(f"model.preset: {model.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[model.preset]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.stages.sources import Sources
+from soar_mega.stages.latent_sources import Sources
 
 
 @dataclass(kw_only=True)

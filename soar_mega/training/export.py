@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def check_places(recipe: Recipe) -> None:
     """ValueError where the run folder is, or lies in, what the run reads, or an export would replace it."""
     inputs = {
-        "model.pipeline": recipe.model.pipeline,
+        "model.pipeline_dir": recipe.model.pipeline_dir,
         "data.path": recipe.data.path,
         "data.validation_path": recipe.data.validation_path,
         "checkpoint.load": other_run(recipe.checkpoint),
@@ -47,7 +47,7 @@ def check_exports(recipe: Recipe) -> None:
     wanted = _exports(recipe)
     for name in wanted:
         OutputFolder(_place(recipe, name)).check()
-    source = recipe.model.pipeline
+    source = recipe.model.pipeline_dir
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
     elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in entries(model_sizes(recipe.model)))
     needed = len(wanted) * (parts + elements * DTYPES[recipe.model.dtype].itemsize)
@@ -77,7 +77,7 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
 
 
 def _export(recipe: Recipe, engine: Engine) -> None:
-    source = recipe.model.pipeline
+    source = recipe.model.pipeline_dir
     for name, weights in _exports(recipe).items():
         place, tensors = _place(recipe, name), engine.tensors(weights)
         if is_pipeline(source):
@@ -97,7 +97,7 @@ def _exports(recipe: Recipe) -> dict[str, str]:
 def _place(recipe: Recipe, name: str) -> Path:
     """A pipeline, or where there is none to copy from the transformer folder of one."""
     folder = Path(recipe.checkpoint.save, name)
-    return folder if is_pipeline(recipe.model.pipeline) else folder / "transformer"
+    return folder if is_pipeline(recipe.model.pipeline_dir) else folder / "transformer"
 
 
 def _advice(recipe: Recipe, error: Exception) -> str:

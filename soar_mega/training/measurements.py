@@ -45,11 +45,13 @@ class Measurements:
         weights = "ema" if "ema" in engine.weights else "current"
         self._held_out: HeldOut | None = None
         if recipe.data.validation_path and (self._settings.eval_interval or self._settings.drift_interval):
-            shards = open_shards(recipe.data.validation_path, recipe.model.pipeline)
+            shards = open_shards(recipe.data.validation_path, recipe.model.pipeline_dir)
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
         self._grid: SampleGrid | None = None
         if prompts is not None:
-            self._grid = SampleGrid(recipe.model.pipeline, prompts, self._settings, info, schedule, weights)
+            self._grid = SampleGrid(
+                recipe.model.pipeline_dir, prompts, self._settings, info, schedule, weights
+            )
 
     def take(self, iteration: int) -> None:
         """Takes what is due after `iteration` steps."""

@@ -36,7 +36,7 @@ def encode_sample_prompts(recipe: Recipe, info: DatasetInfo) -> EncodedPrompts |
         return None
     dtype, length = info.torch_text_dtype(), info.max_sequence_length
     return on_rank_zero(
-        lambda: encode_prompts(recipe.model.pipeline, recipe.logging.sample_prompts, dtype, length)
+        lambda: encode_prompts(recipe.model.pipeline_dir, recipe.logging.sample_prompts, dtype, length)
     )
 
 
@@ -53,7 +53,7 @@ class SampleGrid:
 
     def __init__(
         self,
-        pipeline: str,
+        pipeline_dir: str,
         prompts: EncodedPrompts,
         settings: LoggingConfig,
         info: DatasetInfo,
@@ -66,12 +66,12 @@ class SampleGrid:
         self._latent_shape = info.latent_shape(max(info.buckets, key=lambda bucket: info.buckets[bucket]))
         self._weights = weights
         self._decoder: Decoder | None = None
-        on_rank_zero(lambda: self._load_decoder(pipeline))
+        on_rank_zero(lambda: self._load_decoder(pipeline_dir))
 
-    def _load_decoder(self, pipeline: str) -> None:
+    def _load_decoder(self, pipeline_dir: str) -> None:
         from soar_mega.data.vae import Decoder  # brings diffusers, which most runs do not need
 
-        self._decoder = Decoder.load(Path(pipeline))
+        self._decoder = Decoder.load(Path(pipeline_dir))
 
     @torch.no_grad()
     def draw(self, engine: Engine) -> Tensor | None:

@@ -10,14 +10,16 @@ from soar_mega.engines.statistics import StepStatistics
 from soar_mega.models.presets import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
-from soar_mega.training.schedule import learning_rate
+from soar_mega.training.learning_rate import learning_rate
 
 
 def make_loader(recipe: Recipe) -> Loader:
     """The samples of a run, from its first on."""
     model, train = recipe.model, recipe.train
     sizes = model_sizes(model)
-    return Loader(recipe.data, train.seed, train.global_batch_size, pipeline=model.pipeline, sizes=sizes)
+    return Loader(
+        recipe.data, train.seed, train.global_batch_size, pipeline_dir=model.pipeline_dir, sizes=sizes
+    )
 
 
 class Steps:
@@ -33,7 +35,9 @@ class Steps:
         sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
         self.loader = loader
-        shift = scheduler_shift(recipe.model.pipeline) if recipe.stage.shift is None else recipe.stage.shift
+        shift = (
+            scheduler_shift(recipe.model.pipeline_dir) if recipe.stage.shift is None else recipe.stage.shift
+        )
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()

@@ -28,7 +28,7 @@ def write(tmp_path: Path, links: Any, **changes: Any) -> Path:
     (base / "transformer").mkdir(parents=True, exist_ok=True)
     (base / "transformer" / "weights").write_text("base")
     path = tmp_path / "chain.yaml"
-    content = {"folder": str(tmp_path / "chain"), "pipeline": str(base), "links": links} | changes
+    content = {"folder": str(tmp_path / "chain"), "pipeline_dir": str(base), "links": links} | changes
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -71,7 +71,7 @@ def test_shipped_chains(name: str) -> None:
         "soar",
         "export",
     )
-    assert soar.recipe is not None and Path(soar.recipe.model.pipeline).parent == sft.folder
+    assert soar.recipe is not None and Path(soar.recipe.model.pipeline_dir).parent == sft.folder
     assert export.arguments[1] == str(soar.folder)
     assert rl.arguments[2:] == [str(export.product), str(rl.folder)]
     assert job(chain, soar).arguments[0] == "train" and soar.resources.nodes == 2
@@ -84,9 +84,9 @@ def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> No
     chain = load_chain(write(tmp_path, links))
     b, c = chain.link("b").recipe, chain.link("c").recipe
     assert b is not None and c is not None
-    assert b.model.pipeline == str(tmp_path / "base")
+    assert b.model.pipeline_dir == str(tmp_path / "base")
     assert b.checkpoint.load == str(chain.link("a").folder) and b.checkpoint.finetune
-    assert c.model.pipeline == str(chain.link("b").folder / "export_ema") and not c.checkpoint.load
+    assert c.model.pipeline_dir == str(chain.link("b").folder / "export_ema") and not c.checkpoint.load
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,11 @@ def test_the_recipes_of_earlier_starts_are_kept_and_their_differences_told(
     write_recipe(run, recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["run_config.yaml"] and not caplog.text
     first = (tmp_path / "run_config.yaml").read_text()
-    recipe.stage.shift, recipe.model.pipeline, recipe.model.dtype = 2.0, "another", "fp32"
+    recipe.stage.shift, recipe.model.pipeline_dir, recipe.model.dtype = 2.0, "another", "fp32"
     write_recipe(run, recipe)
     assert (tmp_path / "run_config.1.yaml").read_text() == first
     for told in (
-        "model.pipeline was '' and is 'another'",
+        "model.pipeline_dir was '' and is 'another'",
         "model.dtype was 'bf16' and is 'fp32'",
         "stage.shift was None and is 2.0",
     ):

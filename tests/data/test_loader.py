@@ -36,8 +36,10 @@ def shards(tmp_path):
 def loader(shards):
     made = []
 
-    def make(path=shards, seed=42, size=4, pipeline="", sizes=None, **data):
-        made.append(Loader(DataConfig(path=str(path), **data), seed, size, pipeline=pipeline, sizes=sizes))
+    def make(path=shards, seed=42, size=4, pipeline_dir="", sizes=None, **data):
+        made.append(
+            Loader(DataConfig(path=str(path), **data), seed, size, pipeline_dir=pipeline_dir, sizes=sizes)
+        )
         return made[-1]
 
     yield make
@@ -208,7 +210,7 @@ def images(tmp_path):
 
 def test_shards_of_other_encoders_are_refused(loader, images, tmp_path):
     prepare(images, tmp_path / "prepared", BASE)
-    loader(path=tmp_path / "prepared", pipeline=str(BASE))
+    loader(path=tmp_path / "prepared", pipeline_dir=str(BASE))
     other = tmp_path / "pipeline"
     shutil.copytree(BASE, other)
     weights = other / "text_encoder_2" / "model.safetensors"
@@ -217,18 +219,18 @@ def test_shards_of_other_encoders_are_refused(loader, images, tmp_path):
     weights.write_bytes(content)
     for use in (loader, open_shards):
         with pytest.raises(ValueError, match="prepared was encoded by another text_encoder_2 than"):
-            use(path=tmp_path / "prepared", pipeline=str(other))
+            use(path=tmp_path / "prepared", pipeline_dir=str(other))
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps({**config, "in_channels": 16}))
     with pytest.raises(DataError, match="in_channels 4, this one has 16"):
-        loader(path=tmp_path / "prepared", pipeline=str(other))
+        loader(path=tmp_path / "prepared", pipeline_dir=str(other))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_encoding_while_training_gives_the_samples_of_shards(loader, images, tmp_path, workers):
     prepare(images, tmp_path / "prepared", BASE)
-    from_shards = loader(path=tmp_path / "prepared", pipeline=str(BASE))
-    online = loader(path=images, pipeline=str(BASE), encode="online", num_workers=workers)
+    from_shards = loader(path=tmp_path / "prepared", pipeline_dir=str(BASE))
+    online = loader(path=images, pipeline_dir=str(BASE), encode="online", num_workers=workers)
     for _ in range(5):
         a, b = next(from_shards), next(online)
         for name in TENSORS:
@@ -245,7 +247,7 @@ def test_encoding_while_training_reports_damaged_images(loader, images):
     (images / "6.jpg").write_bytes((images / "6.jpg").read_bytes()[:2000])
     (images / "7.jpg").write_bytes(damaged_pictures()["struct.error"])
     (images / "7.txt").write_text("a red 7")
-    one = loader(path=images, pipeline=str(BASE), encode="online", max_failed_share=0.9)
+    one = loader(path=images, pipeline_dir=str(BASE), encode="online", max_failed_share=0.9)
     failed = set()
     for _ in range(8):
         batch = next(one)
@@ -253,11 +255,11 @@ def test_encoding_while_training_reports_damaged_images(loader, images):
     assert failed == {"6.jpg", "7.jpg"}
     (images / "6.txt").unlink()
     with pytest.raises(DataError, match=r"1 samples .* 6\.jpg: has no caption"):
-        loader(path=images, pipeline=str(BASE), encode="online")
+        loader(path=images, pipeline_dir=str(BASE), encode="online")
 
 
 def test_encoding_while_training_needs_a_folder_and_a_pipeline(loader, images, tmp_path):
-    with pytest.raises(DataError, match="model.pipeline"):
+    with pytest.raises(DataError, match="model.pipeline_dir"):
         loader(path=images, encode="online")
     with pytest.raises(DataError, match="not a folder of images"):
-        loader(path=tmp_path / "no", pipeline=str(BASE), encode="online")
+        loader(path=tmp_path / "no", pipeline_dir=str(BASE), encode="online")

@@ -137,7 +137,7 @@ def test_a_batch_that_does_not_divide_among_the_replicas_is_refused(shards):
 
 def read_online(folder):
     start(1, 2)
-    loader = Loader(DataConfig(path=folder, encode="online"), 42, 2, pipeline=str(BASE))
+    loader = Loader(DataConfig(path=folder, encode="online"), 42, 2, pipeline_dir=str(BASE))
     batch = next(loader)
     return batch.latents, batch.text
 

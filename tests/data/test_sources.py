@@ -8,7 +8,7 @@ import os
 import pytest
 from PIL import Image
 
-from soar_mega.data.sources import list_items
+from soar_mega.data.image_sources import list_items
 
 
 def write_images(folder, *names):

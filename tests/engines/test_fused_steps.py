@@ -8,7 +8,7 @@ from engine_cases import SOAR, assert_gradients_agree, make_batch, make_recipe, 
 from soar_mega.kernels import losses_of
 from soar_mega.kernels.dispatch import interpreted
 from soar_mega.stages import make_stage
-from soar_mega.stages.sources import Sources
+from soar_mega.stages.latent_sources import Sources
 
 
 def step(fused: bool):

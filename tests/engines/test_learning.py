@@ -12,7 +12,7 @@ from soar_mega.config import StageConfig
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
 from soar_mega.flow import normal
 from soar_mega.stages import make_stage
-from soar_mega.stages.sources import Sources
+from soar_mega.stages.latent_sources import Sources
 
 
 def learned(recipe, batch=None):

@@ -6,7 +6,7 @@ from guards import assert_close, canaries, guarded, worst
 
 from soar_mega.flow.noise import normal, philox, stream_key
 from soar_mega.kernels import STREAMS, correction_loss, rollout_renoise
-from soar_mega.kernels.sources import signed_key
+from soar_mega.kernels.point_tables import signed_key
 
 SHAPES = [((3, 5, 7), 2, 3), ((5, 10, 22), 1, 1), ((4, 16, 16), 1, 6), ((16, 64, 64), 4, 6)]
 DRAWN = {"draw": tuple(STREAMS), "seed": 11}

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from soar_mega.kernels.source import philox, qk_norm_rope
-from soar_mega.kernels.source.sources import row_offset
+from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit

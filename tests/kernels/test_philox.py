@@ -5,7 +5,7 @@ import torch
 from guards import worst
 
 from soar_mega.flow.noise import normal, philox, stream_key
-from soar_mega.kernels.sources import signed_key
+from soar_mega.kernels.point_tables import signed_key
 
 KEY = stream_key(5, "rollout")
 POSITION = 2**40 + 12345

@@ -8,7 +8,7 @@ from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
 from soar_mega.models.mmdit import transformer_config
 from soar_mega.models.presets import PRESETS
-from soar_mega.models.shards import padded_length
+from soar_mega.models.sequence_shards import padded_length
 
 
 def padded(length, recipe="tensorwise", **layout):

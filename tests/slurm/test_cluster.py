@@ -262,14 +262,14 @@ def chain_file(path: Path, work: Path, links: list[dict[str, object]]) -> Path:
         "time": "00:10:00",
         "signal_seconds": 60,
     }
-    content = {"folder": str(folder), "pipeline": "recipes/tiny/base", "slurm": size, "links": links}
+    content = {"folder": str(folder), "pipeline_dir": "recipes/tiny/base", "slurm": size, "links": links}
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 def test_chain_of_three(cluster: Cluster, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = settings(work, iterations=3)
-    command = ["bash", "-c", "test -e $0/model_index.json && touch $1/done", "{pipeline}", "{folder}"]
+    command = ["bash", "-c", "test -e $0/model_index.json && touch $1/done", "{pipeline_dir}", "{folder}"]
     links: list[dict[str, object]] = [
         {"name": "sft", "train": "recipes/tiny/sft.yaml", "overrides": train},
         {"name": "soar", "train": "recipes/tiny/soar.yaml", "overrides": train, "start": "checkpoint"},

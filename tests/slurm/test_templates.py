@@ -314,7 +314,7 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
         ),
         (["data.path=recipes/no/train"], "data.path: recipes/no/train is not there: "),
         (["data.validation_path=nowhere"], "data.validation_path: nowhere is not there"),
-        (["checkpoint.save=recipes/tiny/base/runs"], "lies in model.pipeline"),
+        (["checkpoint.save=recipes/tiny/base/runs"], "lies in model.pipeline_dir"),
         (["--signal-seconds", "20000"], "less than the time limit"),
     ],
 )
@@ -337,7 +337,7 @@ def test_a_part_that_the_export_would_miss_is_named(
 ) -> None:
     shutil.copytree("recipes/tiny/base", tmp_path / "base")
     shutil.rmtree(tmp_path / "base/vae")
-    words = ["--nodes", "1", "--dry-run", f"model.pipeline={tmp_path}/base"]
+    words = ["--nodes", "1", "--dry-run", f"model.pipeline_dir={tmp_path}/base"]
     assert main([*LAUNCH, *words]) == 1
     assert "names the part vae" in capsys.readouterr().err
     assert main([*LAUNCH, *words, "checkpoint.export=false"]) == 0

@@ -40,9 +40,9 @@ def copy_of_base(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("save", "words"),
     [
-        ("pipeline", "lies in model.pipeline"),
-        ("pipeline/runs/x", "lies in model.pipeline"),
-        ("link/runs/x", "lies in model.pipeline"),
+        ("pipeline", "lies in model.pipeline_dir"),
+        ("pipeline/runs/x", "lies in model.pipeline_dir"),
+        ("link/runs/x", "lies in model.pipeline_dir"),
         ("shards", "lies in data.path"),
         ("old/second", "lies in checkpoint.load"),
         ("x", "is data.validation_path"),
@@ -53,7 +53,7 @@ def test_a_run_folder_apart_from_what_is_read(tmp_path: Path, save: str, words: 
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("pipeline")
     settings = {
-        "model__pipeline": tmp_path / "pipeline",
+        "model__pipeline_dir": tmp_path / "pipeline",
         "data__validation_path": tmp_path / "x/export",
         "checkpoint__load": tmp_path / "old",
     }
@@ -96,14 +96,14 @@ def test_what_the_export_needs_is_tried(
 ) -> None:
     pipeline, run = copy_of_base(tmp_path / "pipeline"), tmp_path / "run"
     run.mkdir()
-    settings = recipe(tmp_path, run, model__pipeline=pipeline, train__ema_decay=0.9)
+    settings = recipe(tmp_path, run, model__pipeline_dir=pipeline, train__ema_decay=0.9)
     check_exports(settings)
     assert list(run.iterdir()) == []
     damage(pipeline, run)
     with pytest.raises(ValueError, match=words):
         check_exports(settings)
     if damage is dangling:
-        check_exports(recipe(tmp_path, run, model__pipeline=pipeline, checkpoint__export="false"))
+        check_exports(recipe(tmp_path, run, model__pipeline_dir=pipeline, checkpoint__export="false"))
 
 
 def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_an_export_that_cannot_be_written(tmp_path: Path) -> None:
     with TemporaryDirectory() as place:  # tmp_path is root's alone, and the checkout may be
         os.chmod(place, 0o777)
         run = Path(place, "run")
-        settings = recipe(tmp_path, run, model__pipeline=copy_of_base(Path(place, "pipeline")))
+        settings = recipe(tmp_path, run, model__pipeline_dir=copy_of_base(Path(place, "pipeline")))
         (run / "export").mkdir(parents=True)
         (run / "export/config.json").touch()
         outputs._seal(run / "export")
@@ -164,10 +164,10 @@ def test_a_run_says_at_its_start_what_its_end_would_fail_for(shards: Path, tmp_p
     dangling(pipeline, tmp_path)
     before = listing(pipeline)
     with pytest.raises(RankFailure, match="vae/config.json is a link to gone"):
-        run_ranks(tiny_runs.run, 1, recipe(shards, tmp_path / "run", model__pipeline=pipeline))
+        run_ranks(tiny_runs.run, 1, recipe(shards, tmp_path / "run", model__pipeline_dir=pipeline))
     assert logged(tmp_path / "run") == {}
-    with pytest.raises(RankFailure, match="lies in model.pipeline"):
-        run_ranks(tiny_runs.run, 1, recipe(shards, pipeline / "run", model__pipeline=pipeline))
+    with pytest.raises(RankFailure, match="lies in model.pipeline_dir"):
+        run_ranks(tiny_runs.run, 1, recipe(shards, pipeline / "run", model__pipeline_dir=pipeline))
     assert listing(pipeline) == before
 
 

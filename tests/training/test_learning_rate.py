@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soar_mega.config import OptimizerConfig
-from soar_mega.training.schedule import learning_rate
+from soar_mega.training.learning_rate import learning_rate
 
 
 def rates(config: OptimizerConfig, train_iters: int) -> list[float]:

@@ -37,7 +37,7 @@ class Case:
     """
 
     name: str
-    pipeline: str = ""
+    pipeline_dir: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     stage: StageConfig
     batch_size: int
@@ -57,7 +57,7 @@ class Case:
             return self.config
         from soar_mega.convert import read_pipeline_config
 
-        return read_pipeline_config(self.pipeline).to_diffusers()
+        return read_pipeline_config(self.pipeline_dir).to_diffusers()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def make_samples(case: Case, device: torch.device) -> Samples:
 def make_case(model: str, **settings: Any) -> Case:
     """ValueError for a model that is not tiny, wide or a preset's name."""
     if model == "tiny":
-        return Case(name=model, pipeline=str(TINY_PIPELINE), **settings)
+        return Case(name=model, pipeline_dir=str(TINY_PIPELINE), **settings)
     if model == "wide":
         return Case(name=model, config=WIDE, **settings)
     from soar_mega.models.presets import PRESETS

@@ -35,8 +35,8 @@ class OurArm:
         stop_world()  # of the arm before
         recipe = Recipe(
             model=ModelConfig(
-                pipeline=case.pipeline,
-                init="pretrained" if case.pipeline else "random",
+                pipeline_dir=case.pipeline_dir,
+                init="pretrained" if case.pipeline_dir else "random",
                 dtype=case.dtype,
                 recompute_granularity="full" if case.recompute else "none",
                 **(model or {}),

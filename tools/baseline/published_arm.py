@@ -76,7 +76,9 @@ class OnlineEncoders:
         canvases = [make_canvas(0, index) for index in range(case.batch_size)]
         self.images = torch.stack([torch.from_numpy(c.image) * 2 - 1 for c in canvases])
         self.prompts = [c.caption.text for c in canvases]
-        self.encoders = Encoders.from_pipeline(case.pipeline, device, torch.float32, case.text_length // 2)
+        self.encoders = Encoders.from_pipeline(
+            case.pipeline_dir, device, torch.float32, case.text_length // 2
+        )
 
     @torch.no_grad()
     def encode(self) -> Samples:
@@ -93,8 +95,8 @@ class OnlineEncoders:
 
 def build_diffusers(case: Case, device: torch.device) -> SD3Transformer2DModel:
     """fp32 weights, made where they are used; attention is diffusers' default, PyTorch's SDPA."""
-    if case.pipeline:
-        model = SD3Transformer2DModel.from_pretrained(case.pipeline, subfolder="transformer").to(device)
+    if case.pipeline_dir:
+        model = SD3Transformer2DModel.from_pretrained(case.pipeline_dir, subfolder="transformer").to(device)
     else:
         with device:
             model = SD3Transformer2DModel(**case.config)

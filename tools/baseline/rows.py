@@ -56,7 +56,7 @@ def rows_in_turns(case: Case, sizes: Sequence[int], fastest: Callable[[Row], Row
         published(case, "  auxiliary points in one forward", [micro], separate_points=False),
         fastest(published(case, "  all three repaired", sizes, **REPAIRED)),
     ]
-    if case.pipeline:
+    if case.pipeline_dir:
         rows.insert(1, published(case, "  with online encoders", [micro], online=True))
     of_samples = [size * (case.stage.num_auxiliary_points + 1) for size in sizes]
     return [
@@ -78,7 +78,7 @@ def rows_alone(case: Case, sizes: Sequence[int], points: Sequence[int], layers: 
         published(case, "  auxiliary points in one forward", sizes, separate_points=False),
         published(case, "  all three repaired", sizes, **REPAIRED),
     ]
-    if case.pipeline:
+    if case.pipeline_dir:
         rows.insert(1, published(case, "  with online encoders", sizes, online=True))
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "local": ("", {}),

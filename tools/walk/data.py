@@ -11,7 +11,7 @@ from soar_mega.outputs import MARKER, OutputFolder
 TRAIN_SEED, HELD_OUT_SEED = 1000, 2000
 
 
-def prepare_data(folder: Path, pipeline: Path, train: int, held_out: int, threads: int) -> None:
+def prepare_data(folder: Path, pipeline_dir: Path, train: int, held_out: int, threads: int) -> None:
     """Writes <folder>/images/ and, through `soar-mega prepare`, <folder>/shards/: train and heldout.
 
     Held-out canvases are drawn from scans of digits that no training canvas holds.
@@ -25,7 +25,7 @@ def prepare_data(folder: Path, pipeline: Path, train: int, held_out: int, thread
         images, shards = folder / "images" / name, folder / "shards" / name
         _write_images(images, shards, count, seed, split)
         arguments = soar_mega(
-            "prepare", str(images), str(shards), "--pipeline", str(pipeline), "--batch-size", "128"
+            "prepare", str(images), str(shards), "--pipeline-dir", str(pipeline_dir), "--batch-size", "128"
         )
         commands.append(
             Command(

@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class PointTable:
-    """Where P points read, on the device of the sources (the words: `soar_mega.kernels.source.sources`)."""
+    """Where P points read, on the device of the sources (the words: `soar_mega.kernels.source.point_tables`)."""
 
     groups: Tensor  # [G, 10] int64, G runs of points that read the same
     points: Tensor  # [P, 8] float32: the row, the weight, the number of the group

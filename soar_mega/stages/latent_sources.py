@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soar_mega.flow import SOURCES, normal, weighted_sum
 from soar_mega.kernels import STREAMS, PointTable, losses_of, states_of, to_tokens
-from soar_mega.kernels.sources import ANSWER, PATH, POSITION, SAMPLE
+from soar_mega.kernels.point_tables import ANSWER, PATH, POSITION, SAMPLE
 
 DRAWN = tuple(name in STREAMS for name in SOURCES)  # of the six sources, whether it is drawn
 

@@ -19,8 +19,9 @@ import yaml
 from soar_mega.config import Recipe, StageConfig
 from soar_mega.config_checks import check_recipe
 
-
-Stages = Mapping[str, type[StageConfig]]  # the settings of each training method, by its name; the first is the default
+Stages = Mapping[
+    str, type[StageConfig]
+]  # the settings of each training method, by its name; the first is the default
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], stages: Stages) -> Recipe:
@@ -131,7 +132,9 @@ def _kinds(recipe: Recipe) -> dict[str, Any]:
     """The type of every setting: {"train.seed": int, ...}."""
     groups = {group.name: type(getattr(recipe, group.name)) for group in dataclasses.fields(recipe)}
     return {
-        f"{name}.{key}": kind for name, group in groups.items() for key, kind in _kinds_of_group(group).items()
+        f"{name}.{key}": kind
+        for name, group in groups.items()
+        for key, kind in _kinds_of_group(group).items()
     }
 
 

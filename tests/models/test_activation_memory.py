@@ -13,6 +13,7 @@ from soar_mega.distributed import start_world
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.memory import Workload, rank_memory
 from soar_mega.models.mmdit import build_model
+from soar_mega.stages import SoarConfig
 
 SIZE, TEXT, POINTS = (64, 64), 90, 2  # 1024 tokens of the image; text that is padded where it is cut
 SIZES = MMDiTConfig(
@@ -43,7 +44,7 @@ def kept_bytes(parallel, model):
 
 def predicted_bytes(parallel, model):
     work = Workload(SIZE, TEXT, POINTS, rows=0, samples=1, micro_batches=1)
-    return rank_memory(SIZES, Recipe(model=model, parallel=parallel), work, 1).activations
+    return rank_memory(SIZES, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1).activations
 
 
 def settings(**changes):

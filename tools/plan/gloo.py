@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from soar_mega.config import ModelConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from soar_mega.models.config import MMDiTConfig
 from soar_mega.models.presets import PRESETS
+from soar_mega.stages import SoarConfig
 
 STEPS = 5
 SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
@@ -46,7 +47,7 @@ def recipe_of(layout: str) -> Recipe:
             dtype="fp32",
             recompute_granularity="full" if "recomputation" in layout else "none",
         ),
-        stage=StageConfig(num_auxiliary_points=3, shift=1.0),
+        stage=SoarConfig(num_auxiliary_points=3, shift=1.0),
         parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
         train=TrainConfig(
             global_batch_size=8, micro_batch_size=2, points_per_micro_batch=4, cuda_graphs="none"

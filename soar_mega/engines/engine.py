@@ -26,7 +26,7 @@ from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
 from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
+from soar_mega.engines.statistics import StepStatistics, masks_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.flow import TIMESTEPS
 from soar_mega.models.common.chunks import ModelChunks, build_chunks
@@ -153,7 +153,7 @@ class Engine(ABC):
         plan = point_plan(
             placed,
             mine,
-            kinds_of(mine),
+            masks_of(mine),
             answers,
             min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
             pipeline.group,

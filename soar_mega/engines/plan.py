@@ -144,7 +144,7 @@ class PointPlan:
     Attributes:
         points: as they were given, without those that fill up the last micro-batches.
         count: [1] float64 on the device, the sum of their counts.
-        kinds: [K, P] bool on the device, of each kind of point in the statistics; None but on the last stage.
+        masks: [K, P] bool on the device, the points behind each loss of the statistics; None but on the last stage.
         weight: [P] float64 on the device; likewise.
     """
 
@@ -152,14 +152,14 @@ class PointPlan:
     size: int
     pieces: list[PointPiece]
     count: Tensor
-    kinds: Tensor | None
+    masks: Tensor | None
     weight: Tensor | None
 
 
 def point_plan(
     placed: PlacedBatch,
     points: Points,
-    kinds: Tensor,
+    masks: Tensor,
     answers: Answers | None,
     size: int,
     group: int,
@@ -169,7 +169,7 @@ def point_plan(
     """The learn pass over `points`.
 
     Args:
-        kinds: [K, P] bool, see PointPlan.
+        masks: [K, P] bool, see PointPlan.
         group: micro-batches come in multiples of it.
         first, last: whether this rank has the pipeline's first stage, and its last.
     """
@@ -186,7 +186,7 @@ def point_plan(
         made["condition"] = placed.condition_rows(sample, whole.dropped)
     if last:
         made["targets"] = point_table(whole.target_rows, of_point)
-        made["weight"], made["kinds"] = whole.weight, kinds
+        made["weight"], made["masks"] = whole.weight, masks
         made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
     there = dict(zip(made, upload(list(made.values()), device()), strict=True))
     whole = replace(
@@ -225,13 +225,13 @@ def point_plan(
     ]
     weight = there["weight"][: len(points)] if last else None
     return PointPlan(
-        points=points, size=size, pieces=pieces, count=there["count"], kinds=there.get("kinds"), weight=weight
+        points=points, size=size, pieces=pieces, count=there["count"], masks=there.get("masks"), weight=weight
     )
 
 
 def in_order(points: Points) -> Points:
-    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
-    key = torch.where(points.auxiliary, points.sample + 1, 0)
+    """All points that need no answer first, then the others sample by sample."""
+    key = torch.where(needs_answer(points), points.sample + 1, 0)
     return points.take(key.argsort(stable=True))
 
 

@@ -26,7 +26,7 @@ from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
 from soar_mega.data.shards import open_shards
 from soar_mega.models.family import read_sizes
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 pytestmark = pytest.mark.slow
 

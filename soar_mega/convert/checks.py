@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.tensor_map import key_shapes
 
 MAX_LISTED = 10
 
 
 def diffusers_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """The shape of each of diffusers' tensors of a transformer."""
-    return {key: entry.shape for entry in sizes.family.entries(sizes) for key in entry.keys}
+    return key_shapes(sizes.family.entries(sizes))
 
 
 def check_shapes(

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from soar_mega.convert.checks import diffusers_shapes
+from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
-from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer
+from soar_mega.convert.safetensors_writer import MARK
+from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer, write_weights
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.transformer import Transformer
-from soar_mega.outputs import OutputFolder
+from soar_mega.outputs import OutputFolder, in_place_of
 
 
 def save_transformer(
@@ -55,6 +58,30 @@ def save_pipeline(
     with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, new / "transformer", tensors, files)
+
+
+def save_original_file(
+    model: Transformer | ModelChunks,
+    path: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+    files: WeightFiles = AS_STORED,
+    prefix: str = "",
+) -> None:
+    """Write a single file in the layout of the model's family. A collective over a world of one process.
+
+    Args:
+        tensors: as for `write_transformer`.
+        prefix: of the names in the file.
+
+    Raises:
+        ValueError: there is what this program did not write.
+        OSError: it could not be written.
+    """
+    shapes = diffusers_shapes(model.sizes)
+    dtypes = dict.fromkeys(shapes, files.dtype or model.config.params_dtype)
+    with in_place_of(path, MARK.encode()) as new:
+        writer = OriginalWriter(new, model.sizes, shapes, dtypes, prefix)
+        write_weights(model, lambda: writer, path, tensors)
 
 
 @contextlib.contextmanager

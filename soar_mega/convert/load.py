@@ -83,11 +83,13 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
     """Read this rank's rows or columns of a tensor."""
     dim, group = partition_dim(target), tensor_parallel_group()
-    if dim is None or group is None or group.size() == 1:
-        cut: tuple[int, ...] = ()
-    else:
+    cut: tuple[int, ...] = ()
+    if dim is not None and group is not None and group.size() > 1:
         width = entry.shape[dim] // group.size()
-        cut = dim, width * group.rank(), width * (group.rank() + 1)
+        start = width * group.rank() + (entry.columns.start if entry.columns is not None else 0)
+        cut = dim, start, start + width
         heads //= group.size()
+    elif entry.columns is not None:
+        cut = 1, entry.columns.start, entry.columns.stop
     for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
         place.copy_(reader.read(key, *cut).reshape(place.shape))

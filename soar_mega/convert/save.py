@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,28 @@ def write_weights(
         except OSError as error:
             failure = error
     heads = model.sizes.num_attention_heads
-    for entry in table:
-        full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
-        if full is not None and writer is not None and failure is None:
+    for _, same_keys in groupby(table, key=lambda entry: entry.keys):
+        group = list(same_keys)
+        collected = [
+            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__) for entry in group
+        ]
+        whole = [full for full in collected if full is not None]
+        if whole and writer is not None and failure is None:
             try:
-                for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
-                    writer.write(key, part.reshape(entry.shape))
+                _write(writer, group[0], whole, heads)
             except (OSError, ValueError) as error:
                 failure = error  # the peers still send: take part until the end
-        del full  # before the next one comes
+        del collected, whole  # before the next one comes
     _finish(writer, failure, place)
+
+
+def _write(writer: Writer, entry: Entry, found: list[Tensor], heads: int) -> None:
+    """The keys of an entry; `found`: our tensor, or the ones that hold the columns of its one key."""
+    if entry.columns is not None:
+        writer.write(entry.keys[0], torch.cat(found, dim=1))
+        return
+    for key, part in zip(entry.keys, parts(found[0], entry, heads), strict=True):
+        writer.write(key, part.reshape(entry.shape))
 
 
 def _collect(

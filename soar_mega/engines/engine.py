@@ -26,9 +26,11 @@ from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
 from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
+from soar_mega.engines.statistics import StepStatistics, masks_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
+from soar_mega.flow import TIMESTEPS
 from soar_mega.models.common.chunks import ModelChunks, build_chunks
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.lora import Adapters, add_adapters, is_adapter
@@ -39,8 +41,6 @@ from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
 
 T = TypeVar("T")
-
-TRAINING_TIMESTEPS = 1000  # the model is told 1000 sigma
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Engine(ABC):
         plan = point_plan(
             placed,
             mine,
-            kinds_of(mine),
+            masks_of(mine),
             answers,
             min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
             pipeline.group,
@@ -177,7 +177,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def velocity(
-        self, latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor, weights: str = "current"
+        self, latents: Tensor, sigma: Tensor, conditions: Conditions, weights: str = "current"
     ) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
 
@@ -185,14 +185,13 @@ class Engine(ABC):
         of calls, each of at most micro_batch_size states, or of the same number of states on all. Shapes may differ.
 
         Args:
-            latents: [B, C, H, W]; sigma: [B] in [0, 1]; text: [B, S, D]; pooled: [B, P]. The shapes are read on all
-                ranks, the values on the first stage.
+            latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
+                values on the first stage.
         """
         # an interleaved pipeline would fill up few large micro-batches with empty ones
         size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
         with self.using(weights):
-            timestep = sigma * TRAINING_TIMESTEPS
-            return predict_velocity(self._pipeline, latents, timestep, text, pooled, size)
+            return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
     def keep_weights(self, name: str, decay: float | None = None) -> None:
         """Keep a float32 copy of the weights as they are now; with a decay, an EMA that each step updates."""

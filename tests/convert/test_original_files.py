@@ -83,7 +83,9 @@ def test_flux_files_are_what_diffusers_reads(tmp_path, guidance, prefix):
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     file = tmp_path / "x.safetensors"
     dtypes = dict.fromkeys(shapes, torch.bfloat16)
-    writer = OriginalWriter(file, FLUX, config, shapes, dtypes, prefix)
+    family = types.SimpleNamespace(original=FLUX)
+    sizes = types.SimpleNamespace(family=family, to_diffusers=lambda: config)
+    writer = OriginalWriter(file, sizes, shapes, dtypes, prefix)
     for key in reversed(shapes):  # any order
         writer.write(key, tensors[key])
     writer.close()

@@ -194,8 +194,8 @@ BROKEN = {
         r"holds \[\] instead of a JSON object",
     ),
     "class": (
-        lambda f: edit_config(f, _class_name="FluxTransformer2DModel"),
-        "describes a FluxTransformer2DModel",
+        lambda f: edit_config(f, _class_name="Lumina2Transformer2DModel"),
+        "describes a Lumina2Transformer2DModel",
     ),
     "setting": (lambda f: edit_config(f, rope_theta=3), "does not know: rope_theta"),
     "sizes": (lambda f: edit_config(f, num_attention_heads=8), "config.json: caption_projection_dim is 32"),

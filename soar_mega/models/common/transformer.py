@@ -97,7 +97,7 @@ class Transformer(MegatronModule):
         """The text [S, B, hidden], the image [S, B, hidden] and the vector [B, hidden] that modulates every layer.
 
         Args:
-            latents, conditions: of `config.params_dtype`; timesteps: [B] in 0..1000. See `forward`.
+            latents, conditions: of `config.params_dtype`, but guidance and `timesteps` float32. See `forward`.
         """
 
     @abstractmethod
@@ -219,7 +219,7 @@ class Transformer(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.config.params_dtype
         text, image, conditioning = self.embed(
-            latents.to(dtype), timesteps, conditions.map(lambda x: x.to(dtype)), latent_size
+            latents.to(dtype), timesteps, conditions.to(latents.device, dtype), latent_size
         )
         if torch.is_grad_enabled() and not image.requires_grad:
             # Frozen embedders: recomputed layers and pipeline ranks need an input with a gradient.

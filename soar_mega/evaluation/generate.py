@@ -34,7 +34,7 @@ class Generator:
 
     @staticmethod
     def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
-        """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+        """From a diffusers pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
 
         `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 

@@ -1,5 +1,5 @@
 """Stand-ins for what megatron-core takes for granted: CUDA calls on a CPU, so that every path runs on gloo, and an Adam
-in the form of apex's and Transformer Engine's where neither is there, on a GPU too.
+and a gradient norm in the form of apex's and Transformer Engine's where neither is there, on a GPU too.
 
 `install()` is called by the soar-mega process and by the test runner, never by importing the library. All stand-ins of
 the project are in this file; tests/test_platform.py switches each one off and expects the failure that makes it
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 from torch.utils._device import _device_constructors
 
@@ -146,6 +147,20 @@ def _fused_adam() -> list[Replacement]:
     ]
 
 
+def _gradient_norm() -> list[Replacement]:
+    # megatron's own fallback reads the norm of each tensor from the device, one after the other
+    import megatron.core.optimizer.clip_grads as clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    def l2_norm(chunk: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool) -> Any:
+        [gradients] = lists
+        return get_total_norm(gradients).view(1), None
+
+    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:
+        return []
+    return [(clip_grads, "l2_norm_impl", l2_norm)]
+
+
 def _parameter_gather() -> list[Replacement]:
     # gloo gathers into a second buffer of the whole size and copies that back, which takes several times as long as to
     # send each rank's part into its place (at once, also where megatron would wait for it later). Over one rank it
@@ -171,9 +186,10 @@ STAND_INS: dict[str, Callable[[], list[Replacement]]] = {
     "tensor_type": _tensor_type,
     "tensor_cuda": _tensor_cuda,
     "fused_adam": _fused_adam,
+    "gradient_norm": _gradient_norm,
     "parameter_gather": _parameter_gather,
 }
-ON_CUDA = ("fused_adam",)
+ON_CUDA = ("fused_adam", "gradient_norm")
 _installed: dict[str, list[tuple[Replacement, Any]]] = {}  # name -> (replacement, original)
 
 

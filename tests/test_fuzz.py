@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from soar_mega.convert import pipeline_parts, scheduler_shift
-from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
+from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints

@@ -9,6 +9,7 @@ import tempfile
 import megatron.core
 import pytest
 import torch
+from gpu_stand_in import nccl_alone
 from multirank import run_ranks
 from packaging.version import Version
 
@@ -162,6 +163,24 @@ def without_fused_adam():
             optimizer.load_state_dict(loaded["optimizer"])
 
 
+def norm_of_gradients():
+    """As megatron takes it; fails if the host reads a number for each tensor."""
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    start_world(ParallelConfig())
+    with nccl_alone() as seen:
+        gradients = [torch.full((2, size), 3.0, device="cuda") for size in (1, 2, 5)]
+        seen.waits.clear()
+        norm = get_grad_norm_fp32(gradients, grad_stats_parallel_group=torch.distributed.group.WORLD)
+    assert norm == pytest.approx(12.0)  # of 16 elements
+    assert len(seen.waits) == 1, "waits for each tensor"
+
+
+def without_gradient_norm():
+    with platform.without("gradient_norm"):
+        norm_of_gradients()
+
+
 def gather_over_one_rank():
     """Sync parameters as megatron does; fails if that takes threads besides those of this thread's own operations."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
@@ -214,6 +233,7 @@ FAILURES = {
     "tensor_type": (without_tensor_type, 1, "torch.cuda.FloatTensor"),
     "tensor_cuda": (without_tensor_cuda, 1, NO_CUDA),
     "fused_adam": (without_fused_adam, 1, "step"),
+    "gradient_norm": (without_gradient_norm, 1, "waits for each tensor"),
     "parameter_gather": (without_parameter_gather, 1, "a second pool of threads"),
 }
 
@@ -253,6 +273,10 @@ def test_all_stand_ins_together():
     [(ok, norm, (weight, resumed))] = run_ranks(save_and_load, 1, timeout=60)
     assert ok and norm > 0
     torch.testing.assert_close(weight, resumed, rtol=0, atol=0)
+
+
+def test_a_gradient_norm_is_read_once():
+    run_ranks(norm_of_gradients, 1, timeout=60)
 
 
 def test_one_rank_needs_no_second_pool_of_threads():

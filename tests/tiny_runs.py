@@ -15,9 +15,8 @@ from torch import Tensor
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
-from soar_mega.data.shard_writer import EMPTY_FILE, EncodedSample, ShardWriter, write_dataset_file
+from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.distributed import start_world
-from soar_mega.flow import normal
 from soar_mega.recipe import load_recipe
 from soar_mega.training.loop import train
 from soar_mega.training.steps import Steps, make_loader
@@ -34,9 +33,6 @@ def make_shards(
         louder: factors on the latents of some samples.
         square: how many there are before wide ones follow; None: all are square.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
     square = samples if square is None else square
     sizes = {"16x16": square, "32x16": samples - square}
     info = DatasetInfo(
@@ -49,27 +45,7 @@ def make_shards(
         text_dtype="float32",
         encoders={},
     )
-    position = torch.arange(samples + 1)
-    latents = {
-        bucket: normal(seed, "latents", position, 0, info.latent_shape(bucket)) for bucket in info.buckets
-    }
-    text, pooled = normal(seed, "text", position, 0, (20, 64)), normal(seed, "pooled", position, 0, (64,))
-    writer = ShardWriter(folder, 0)
-    for i in range(samples):
-        bucket = "16x16" if i < square else "32x16"
-        sample = EncodedSample(
-            name=f"made-up {i}",
-            caption=f"number {i}",
-            bucket=bucket,
-            latent_mean=latents[bucket][i] * (louder or {}).get(i, 1.0),
-            latent_std=torch.full(info.latent_shape(bucket), 0.1),
-            text=text[i],
-            pooled=pooled[i],
-        )
-        writer.add(f"{i:06d}", sample)
-    writer.close()
-    save_file({"text": text[samples].clone(), "pooled": pooled[samples].clone()}, folder / EMPTY_FILE)
-    write_dataset_file(folder, info, 1)
+    write_made_up_shards(folder, info, seed, louder)
     return folder
 
 

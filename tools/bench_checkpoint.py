@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import origin
+from origin import device_slug, origin
 
 from soar_mega import platform
 from soar_mega.checkpoints.checkpoint import Progress, Saved, Saver
@@ -179,8 +179,7 @@ def report(modes: dict[str, Json], out: str | None) -> None:
     ratio = modes["async"]["median_blocked_seconds"] / modes["sync"]["median_blocked_seconds"]
     print(f"asynchronous / synchronous: {ratio:.3f}")
     source = origin("bench_checkpoint")
-    device = source["device"].lower().replace(" ", "-")
-    path = Path(out or f"benchmarks/results/{source['date']}-{device}-checkpoint.json")
+    path = Path(out or f"benchmarks/results/{source['date']}-{device_slug()}-checkpoint.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         **source,

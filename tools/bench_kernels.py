@@ -16,14 +16,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import Case, all_cases
 from kernel_traffic import Counter, Traffic
-from origin import origin
+from origin import device_slug, origin
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -59,10 +58,11 @@ def main() -> None:
         rows += measured(name, make, args.forms) if gpu else predicted(name, make, copy)
     device = torch.cuda.get_device_name() if gpu else "none: predicted for an H100"
     print_table(rows, copy, device)
-    path = Path(args.out or f"benchmarks/results/{date.today()}-{'gpu' if gpu else 'cpu'}-kernels.json")
+    source = origin("bench_kernels")
+    path = Path(args.out or f"benchmarks/results/{source['date']}-{device_slug()}-kernels.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        **origin("bench_kernels"),
+        **source,
         "device": device,
         "copy_bandwidth": copy,
         "rows": [asdict(row) for row in rows],

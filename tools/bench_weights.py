@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_checkpoint import sizes
-from origin import origin
+from origin import device_slug, origin
 
 from soar_mega import platform
 from soar_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
@@ -133,8 +133,7 @@ def report(found: dict[str, Json], out: str | None) -> None:
             f"(medians of {len(one['seconds']['parts'])})  ratio {one['ratio']:.2f}"
         )
     source = origin("bench_weights")
-    name = source["device"].lower().replace(" ", "-")
-    path = Path(out or f"benchmarks/results/{source['date']}-{name}-weights.json")
+    path = Path(out or f"benchmarks/results/{source['date']}-{device_slug()}-weights.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         **source,

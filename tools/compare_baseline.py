@@ -19,7 +19,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from baseline.measuring import Result, fastest, measure_alone, measure_in_turns
 from baseline.rows import Row, rows_alone, rows_in_turns
 from kernel_traffic import both_forms
 from kernel_traffic import table as traffic_table
-from origin import origin
+from origin import device_slug, origin
 
 from soar_mega.config import StageConfig
 
@@ -64,7 +63,7 @@ def main() -> int:
     )
     print(traffic_table(traffic))
     content["traffic"] = {form: asdict(counted) for form, counted in traffic.items()}
-    path = Path(args.out or f"benchmarks/results/{date.today()}-{device_name()}-compare-{case.name}.json")
+    path = Path(args.out or f"benchmarks/results/{content['date']}-{device_slug()}-compare-{case.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten to {path}")
@@ -132,7 +131,7 @@ def named(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
 def print_table(case: Case, results: list[Result]) -> None:
     print(
         f"\n{case.name} model, {case.dtype}, {case.batch_size} samples per step, "
-        f"N = {case.stage.num_auxiliary_points}, {device_name()}, {torch.get_num_threads()} threads"
+        f"N = {case.stage.num_auxiliary_points}, {device_slug()}, {torch.get_num_threads()} threads"
     )
     print(
         f"{'':46} {'micro-':>7} {'samples':>8} {'ratio':>6} {'spread':>13} {'peak':>9} {'TFLOP':>7} {'MFU':>5} "
@@ -174,10 +173,6 @@ def report(case: Case, results: list[Result]) -> dict[str, Any]:
         "recompute": case.recompute,
         "rows": [asdict(result) for result in results],
     }
-
-
-def device_name() -> str:
-    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from origin import origin
+from origin import device_slug, origin
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -180,26 +179,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str:
-    """Of this checkout, with a word where files differ from it; SOAR_MEGA_COMMIT for a copy without .git."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD") if shutil.which("git") else None
-    if head is None:
-        return os.environ.get("SOAR_MEGA_COMMIT", "unknown")
-    return f"{head} with changes" if git("status", "--porcelain", "--untracked-files=no") else head
-
-
 def write(results: dict[str, dict[str, Any]], seconds: float, folder: Path) -> Path:
     """The JSON of the whole check."""
     command = " ".join(["tools/gpu_check.sh", *sys.argv[1:]])
-    said: dict[str, Any] = {**origin("gpu_check"), "command": command, "commit": commit()}
+    said: dict[str, Any] = {**origin("gpu_check"), "command": command}
     said |= {"versions": versions(), "seconds": round(seconds, 1), "parts": results}
-    gpu = re.sub(r"[^a-z0-9]+", "-", said["device"].lower().removeprefix("nvidia ")).strip("-")
-    path = folder / f"{said['date']}-{gpu}-check.json"
+    path = folder / f"{said['date']}-{device_slug()}-check.json"
     path.write_text(json.dumps(said, indent=1) + "\n")
     return path
 

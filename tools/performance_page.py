@@ -65,19 +65,29 @@ def compared(said: Json) -> list[str]:
         f"N = {said['stage']['num_auxiliary_points']}:"
     )
     has_mfu = any(row.get("mfu") is not None for row in said["rows"])
-    rows = [
-        [
-            row["name"],
-            str(row["micro_batch"]),
-            f"{row['samples_per_second']:.2f}",
-            f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
-            f"{row['peak_memory'] / 2**30:.2f}",
-            *([percent(row.get("mfu"))] if has_mfu else []),
-        ]
-        for row in said["rows"]
+    columns = [
+        "row",
+        "per forward",
+        "samples/s",
+        "of the first row",
+        "peak GiB",
+        *(["MFU"] if has_mfu else []),
     ]
-    columns = ["row", "per forward", "samples/s", "of published", "peak GiB", *(["MFU"] if has_mfu else [])]
-    return [title, "", *table(columns, rows)]
+    return [title, "", *table(columns, [compared_row(row)[: len(columns)] for row in said["rows"]])]
+
+
+def compared_row(row: Json) -> list[str]:
+    """The cells of one arm, or why it could not run."""
+    if row.get("failure") is not None:
+        return [row["name"], str(row["micro_batch"]), row["failure"], "", "", ""]
+    return [
+        row["name"],
+        str(row["micro_batch"]),
+        f"{row['samples_per_second']:.2f}",
+        f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
+        f"{row['peak_memory'] / 2**30:.2f}",
+        percent(row.get("mfu")),
+    ]
 
 
 def by_hand(results: Path) -> list[str]:

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_check import commit
 from megatron.core import parallel_state
 from origin import origin
 from step_profile import memory, page, pictures
@@ -186,7 +185,6 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     chunks = chunks_per_rank(recipe.parallel)
     said = {
         **origin("profile_step"),
-        "commit": commit(),
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "layout": layout(recipe),

@@ -7,8 +7,10 @@ from soar_mega.convert.pipeline_folder import (
     pipeline_parts,
     scheduler_shift,
 )
+from soar_mega.convert.save import WeightFiles
 
 __all__ = [
+    "WeightFiles",
     "is_pipeline",
     "load_diffusers",
     "load_weights",

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
-from soar_mega.convert.save import MAX_SHARD_SIZE, on_rank_zero, write_transformer
+from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import OutputFolder
@@ -17,7 +17,7 @@ def save_transformer(
     model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
 
@@ -28,7 +28,7 @@ def save_transformer(
         OSError: rank 0 could not write. Both are raised on every rank.
     """
     with _in_place_of(folder) as new:
-        write_transformer(model, new, tensors, max_shard_size)
+        write_transformer(model, new, tensors, files)
 
 
 def save_pipeline(
@@ -36,6 +36,7 @@ def save_pipeline(
     source_pipeline: str | Path,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
 
@@ -53,7 +54,7 @@ def save_pipeline(
     source = Path(source_pipeline)
     with _in_place_of(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
-        write_transformer(model, new / "transformer", tensors)
+        write_transformer(model, new / "transformer", tensors, files)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from soar_mega import models
 from soar_mega.config import ModelConfig
 from soar_mega.models.common.flops import Tokens, Work
+from soar_mega.models.common.original_layout import OriginalLayout
 from soar_mega.models.common.rank_tokens import RankTokens
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.tensor_map import Entry
@@ -43,6 +44,7 @@ class Family:
         layer_bytes: (tokens, number, bytes of an element) that autograd keeps of a layer for one point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
         encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.
+        original: the layout of its authors' single files; None where there are none.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Family:
     layer_bytes: Callable[[Any, RankTokens, int, int], float]
     embedding_bytes: Callable[[Any, tuple[int, int], int, int], float]
     encoder_facts: Callable[[Path, int | None], "EncoderFacts"]
+    original: OriginalLayout | None = None
 
 
 @cache

@@ -11,13 +11,14 @@ import torch
 from peer_folder import read_tensors, save_small
 
 from soar_mega.convert import (
+    WeightFiles,
     load_diffusers,
     pipeline_parts,
     save_pipeline,
     save_transformer,
     scheduler_shift,
 )
-from soar_mega.convert.safetensors_file import INDEX, SINGLE
+from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
@@ -86,7 +87,7 @@ def test_no_mix_with_weights_of_another_layout(tmp_path):
         save_transformer(model, tmp_path / "transformer", lambda name: torch.zeros(()))
     assert read_tensors(tmp_path / "transformer").keys() == before.keys()
     for size in (50_000, 10**9, 50_000):
-        save_transformer(model, tmp_path / "ours", max_shard_size=size)
+        save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=size))
         assert (tmp_path / "ours" / INDEX).exists() == (size == 50_000)
         assert (tmp_path / "ours" / SINGLE).exists() == (size != 50_000)
 

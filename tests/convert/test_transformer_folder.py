@@ -13,8 +13,9 @@ from multirank import run_ranks
 from peer_folder import SMALL, read_tensors, save_small
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert import load_diffusers, load_weights, save_transformer
-from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
+from soar_mega.convert import WeightFiles, load_diffusers, load_weights, save_transformer
+from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import build_chunks
 from soar_mega.models.common.names import named_tensors
@@ -36,7 +37,7 @@ def test_round_trip_is_bitwise(dtype, shard_in, shard_out, tmp_path):
     save_small(tmp_path, dtype=dtype, max_shard_size=shard_in)
     assert (tmp_path / "transformer" / INDEX).exists() == (shard_in != "5GB")
     model = load_diffusers(tmp_path, dtype=dtype)
-    save_transformer(model, tmp_path / "ours", max_shard_size=shard_out)
+    save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=shard_out))
     assert (tmp_path / "ours" / INDEX).exists() == (shard_out < 10**9)
     assert equal(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "transformer"))
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
@@ -63,7 +64,7 @@ def save_from_layout(folder, parallel):
     Reader.read = counting
     load_weights(model, folder)
     held = [*model.parameters(), *model.buffers()]
-    save_transformer(model, folder / "ours", max_shard_size=50_000)
+    save_transformer(model, folder / "ours", files=WeightFiles(max_shard_size=50_000))
     ours = named_tensors(model)
     save_transformer(
         model, folder / "ema", lambda name: torch.full_like(ours[name], 0.5) if "mlp" in name else ours[name]
@@ -193,8 +194,8 @@ BROKEN = {
         r"holds \[\] instead of a JSON object",
     ),
     "class": (
-        lambda f: edit_config(f, _class_name="FluxTransformer2DModel"),
-        "describes a FluxTransformer2DModel",
+        lambda f: edit_config(f, _class_name="Lumina2Transformer2DModel"),
+        "describes a Lumina2Transformer2DModel",
     ),
     "setting": (lambda f: edit_config(f, rope_theta=3), "does not know: rope_theta"),
     "sizes": (lambda f: edit_config(f, num_attention_heads=8), "config.json: caption_projection_dim is 32"),
@@ -241,7 +242,7 @@ def test_plain_python_process_without_diffusers(tmp_path):
     save_small(tmp_path)
     script = f"""
 import sys, torch
-from soar_mega.convert import load_diffusers
+from soar_mega.convert import WeightFiles, load_diffusers
 model = load_diffusers({str(tmp_path)!r})
 velocity = model(torch.zeros(2, 4, 8, 8), torch.tensor([1.0, 999.0]), torch.zeros(2, 3, 12), torch.zeros(2, 10))
 velocity.sum().backward()

@@ -1,5 +1,7 @@
 """A whole step under CUDA's own word for what the host waits for; its one wait, the gradient norm, is let through."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +52,23 @@ def test_cuda_says_what_waits() -> None:
             value.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_transformer_engine_a_gradient_norm_stays_on_the_device() -> None:
+    """In a process of its own: megatron takes what is there when it is imported."""
+    code = """
+import sys
+sys.modules["transformer_engine"] = None
+from soar_mega import platform
+platform.install()
+import torch
+from megatron.core.optimizer import clip_grads
+gradients = [torch.full((2, size), 3.0, device="cuda") for size in (1, 2, 5)]
+overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+torch.cuda.set_sync_debug_mode("error")
+norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [gradients], False)
+torch.cuda.set_sync_debug_mode("default")
+assert norm.shape == (1,) and abs(norm.item() - 12.0) < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from soar_mega.models.common.tensor_map import parts
-from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.sizes import SD3Sizes
 
 SMALL: dict[str, Any] = {
@@ -99,11 +98,13 @@ def run_peer(peer: Any, inputs: tuple[Tensor, ...]) -> Tensor:
 
 def to_peer_names(config: SD3Sizes, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our full tensors (parameters or gradients) under the peer's names."""
-    result = {}
-    for entry in entries(config):
+    result: dict[str, Tensor] = {}
+    for entry in config.family.entries(config):
         if entry.name in tensors:
             found = parts(tensors[entry.name], entry, config.num_attention_heads)
-            result.update({key: part.reshape(entry.shape) for key, part in zip(entry.keys, found)})
+            for key, part in zip(entry.keys, found):
+                before = [result[key]] if entry.columns is not None and key in result else []
+                result[key] = torch.cat([*before, part.reshape(entry.shape)], dim=-1)
     return result
 
 

@@ -1,4 +1,4 @@
-"""The recipes of SD3.5 Medium carry the published hyperparameters."""
+"""The recipes of SD3.5 carry the published hyperparameters."""
 
 from pathlib import Path
 
@@ -7,15 +7,18 @@ import pytest
 from soar_mega.gpus import usable_memory
 from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import recommend
+from soar_mega.models.common.pipeline_layout import stage_layers
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.recipe import load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes/sd35_medium"
+RECIPES = Path(__file__).parents[2] / "recipes"
+MODELS = {"sd35_medium": 8, "sd35_large": 1}  # replicas on the eight GPUs that they are written for
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["sft", "soar"])
-def test_published_settings(name):
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+def test_published_settings(model, name):
+    recipe = load_recipe(RECIPES / model / f"{name}.yaml")
     stage, train, optimizer = recipe.stage, recipe.train, recipe.optimizer
     assert stage.name == name and recipe.model.dtype == "bf16"
     assert (train.global_batch_size, train.train_iters) == (32, 5000)
@@ -28,14 +31,20 @@ def test_published_settings(name):
         assert (stage.guidance_scale, stage.sampling_steps, stage.sigma_upper_ratio) == (4.5, 40, 1.0)
 
 
+@pytest.mark.parametrize("model, replicas", MODELS.items())
 @pytest.mark.parametrize("name", ["sft", "soar"])
-def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(name):
-    recipe, medium = load_recipe(RECIPES / f"{name}.yaml"), PRESETS["sd35_medium"]
-    found = recommend(medium, recipe, 8, (64, 64), 154, usable_memory("h100"))
-    work = workload(recipe, 8, (64, 64), 154)
+def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(model, replicas, name):
+    recipe, sizes = load_recipe(RECIPES / model / f"{name}.yaml"), PRESETS[model]
+    found = recommend(sizes, recipe, replicas, (64, 64), 154, usable_memory("h100"))
+    work = workload(recipe, replicas, (64, 64), 154)
     assert found is not None and recipe.model.recompute_granularity == found.recompute_granularity == "none"
     assert (work.points, work.micro_batches) == (found.points_per_micro_batch, found.micro_batches)
-    assert largest_rank(medium, recipe, work, 8).total < usable_memory("h100")
+    assert largest_rank(sizes, recipe, work, replicas).total < usable_memory("h100")
+
+
+def test_the_layers_of_sd35_large_are_cut_unevenly():
+    recipe = load_recipe(RECIPES / "sd35_large/soar.yaml")
+    assert [len(layers) for layers in stage_layers(PRESETS["sd35_large"], recipe.parallel)] == [9, 9, 10, 10]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,6 @@ def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(name):
 def test_peaks_on_one_h100_are_those_that_were_measured(points, granularity, peak):
     """benchmarks/results/2026-11-26-h100-first-run.json; what recomputation takes beside is less well known."""
     words = ["train.global_batch_size=16", f"model.recompute_granularity={granularity}"]
-    recipe = load_recipe(RECIPES / "soar.yaml", words)
+    recipe = load_recipe(RECIPES / "sd35_medium/soar.yaml", words)
     predicted = largest_rank(PRESETS["sd35_medium"], recipe, workload(recipe, 1, (64, 64), 154, points), 1)
     assert predicted.total / 2**30 == pytest.approx(peak, rel=0.02 if granularity == "none" else 0.08)

@@ -1,6 +1,7 @@
 """docs/performance.md says what benchmarks/results says, and shows a new file of any tool."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def test_a_comparison(tmp_path: Path) -> None:
     said["rows"][0]["mfu"] = 0.504
     put(tmp_path, "2026-01-02-h100-compare-wide.json", said | SOURCE)
     assert "| 52.00 | 50 % |" in performance_page.page(tmp_path)
+    said["rows"].append(
+        asdict(compare_baseline.Result(name="FP8", micro_batch=8, seconds=[], failure="no memory"))
+    )
+    put(tmp_path, "2026-01-02-h100-compare-wide.json", said | SOURCE)
+    assert "| FP8 | 8 | no memory |  |  |  |" in performance_page.page(tmp_path)
 
 
 def test_host_and_kernels(tmp_path: Path) -> None:

@@ -52,13 +52,13 @@ class AttentionProjections(torch.nn.Module):
         submodules: LayerSubmodules,
         layer_number: int,
         has_output: bool = True,
+        has_output_bias: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         common = {
             "config": config,
             "init_method": config.init_method,
-            "bias": True,
             "skip_bias_add": True,  # a frozen weight would otherwise take its bias's gradient along
             "is_expert": False,
             "tp_group": tensor_parallel_group(),
@@ -68,6 +68,7 @@ class AttentionProjections(torch.nn.Module):
             submodules.linear_qkv,
             config.hidden_size,
             3 * width,
+            bias=True,
             gather_output=False,
             tp_comm_buffer_name="qkv",
             **common,
@@ -78,6 +79,7 @@ class AttentionProjections(torch.nn.Module):
                 submodules.linear_proj,
                 width,
                 config.hidden_size,
+                bias=has_output_bias,
                 input_is_parallel=True,
                 tp_comm_buffer_name="proj",
                 **common,

@@ -11,12 +11,23 @@ class Entry:
 
     Attributes:
         keys: the diffusers tensor with the same content, or the three of q, k and v.
-        shape: of each of those.
+        shape: of each of those, or of the columns of it that are in our tensor.
+        columns: which ones; None: all. The others are in the entries that follow.
     """
 
     name: str
     keys: tuple[str, ...]
     shape: tuple[int, ...]
+    columns: range | None = None
+
+
+def key_shapes(table: list[Entry]) -> dict[str, tuple[int, ...]]:
+    """The shape of every diffusers tensor, in the order of the table."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in table:
+        width = () if entry.columns is None else (entry.columns.stop,)  # of the last of them in the end
+        shapes.update(dict.fromkeys(entry.keys, (entry.shape[0], *width) if width else entry.shape))
+    return shapes
 
 
 def parts(tensor: Tensor, entry: Entry, heads: int) -> list[Tensor]:

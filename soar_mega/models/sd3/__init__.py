@@ -6,6 +6,7 @@ from soar_mega.models.family import Family
 from soar_mega.models.sd3 import work
 from soar_mega.models.sd3.encoders import encoder_facts
 from soar_mega.models.sd3.mapping import entries
+from soar_mega.models.sd3.original import ORIGINAL
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import CLASS_NAME, read_sizes
 
@@ -27,6 +28,7 @@ FAMILY = Family(
     read_sizes=read_sizes,
     transformer=_transformer,
     entries=entries,
+    original=ORIGINAL,
     usual_tokens=work.usual_tokens,
     embedding_work=work.embedding_work,
     layer_work=work.layer_work,

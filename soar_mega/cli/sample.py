@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 HELP = """\
-Draw images with a diffusers SD3 pipeline folder: its encoders, its transformer in our implementation, our sampler.
+Draw images with a diffusers pipeline folder: its encoders, its transformer in our implementation, our sampler.
 
   soar-mega sample recipes/tiny/base --prompt "a red 3" --guidance-scale 3 --out three.png
   soar-mega sample recipes/tiny/base+runs/x/export_lora --prompt "a red 3" --guidance-scale 3

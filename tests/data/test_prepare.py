@@ -15,6 +15,7 @@ from soar_mega.data import prepare as prepare_module
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import to_model_range
 from soar_mega.data.prepare import prepare
+from soar_mega.data.selection import Wishes
 from soar_mega.data.shards import open_shards
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
@@ -35,7 +36,7 @@ def images(tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
@@ -87,7 +88,7 @@ def test_a_finished_folder_is_left_alone(images, tmp_path, monkeypatch):
     assert prepare(images, tmp_path / "out", BASE) == first
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="begun with flip False, not True"):
-        prepare(images, tmp_path / "out", BASE, flip=True)
+        prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True))
     (images / "3.txt").write_text("another caption")
     with pytest.raises(ValueError, match="other images or captions"):
         prepare(images, tmp_path / "out", BASE)
@@ -97,8 +98,8 @@ def test_an_unfinished_folder_with_other_settings_is_refused(images, tmp_path):
     (images / "0.png").write_text("broken")
     with pytest.raises(ValueError, match="1 of 7"):
         prepare(images, tmp_path / "out", BASE)
-    with pytest.raises(ValueError, match="begun with batch_size 8, not 4"):
-        prepare(images, tmp_path / "out", BASE, batch_size=4)
+    with pytest.raises(ValueError, match="begun with samples_per_shard 1000, not 4"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
 
 
 def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path):
@@ -115,9 +116,11 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
         and "2.png: cannot be read as an image" in message
     )
     listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in listed} == {"2.png", "4.png"}
-    with pytest.raises(ValueError, match="unfinished"):
-        open_shards(out)
+    assert {(row["name"], row["kind"]) for row in listed} == {
+        ("2.png", "picture cannot be read"),
+        ("4.png", "no caption"),
+    }
+    assert not list(out.glob("shard-*"))  # what is wrong at first sight is said before anything is encoded
 
     result = prepare(images, out, BASE, samples_per_shard=2, skip_invalid=True)
     assert result.samples == 5 and {reject.name for reject in result.rejects} == {"2.png", "4.png"}
@@ -225,7 +228,7 @@ def test_the_published_list_brings_its_own_buckets(images, tmp_path):
 
 
 def test_flips_are_further_samples(images, tmp_path):
-    assert prepare(images, tmp_path / "out", BASE, flip=True).samples == 2 * COUNT
+    assert prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True)).samples == 2 * COUNT
     shards = open_shards(tmp_path / "out")
     assert [name.split(" (shard")[0] for name in shards.names([4, 5])] == ["2.png", "2.png (mirrored)"]
     plain, mirrored = (shards._tensors("latents", index)["mean"] for index in (4, 5))
@@ -246,7 +249,7 @@ def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch):
     def second(*args):
         prepare(images, tmp_path / "out", BASE)
 
-    monkeypatch.setattr(prepare_module, "_write_shards", second)
+    monkeypatch.setattr(prepare_module._Preparation, "_encode", second)
     with pytest.raises(ValueError, match="another `soar-mega prepare` is writing"):
         prepare(images, tmp_path / "out", BASE)
 

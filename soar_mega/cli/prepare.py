@@ -7,13 +7,16 @@ Encode captioned images once, into shards that training reads: latents, text emb
 
   soar-mega prepare photos/ shards/train --pipeline-dir stable-diffusion-3.5-medium --resolution 512 --dtype bf16
   soar-mega prepare list.jsonl shards/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
-  soar-mega prepare canvases/ shards/train --pipeline-dir recipes/tiny/base
+  soar-mega prepare photos/ list.jsonl 's3://bucket/{000..031}.tar' shards/train --pipeline-dir P --held-out-share .01
+  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ shards/train --pipeline-dir P      also by srun, on many nodes
 
-SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt) or all captions in metadata.jsonl
-(file_name, text), or a JSONL list of images named md5.jpg in --images. An image is scaled and cropped to the nearest
-bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in rejects.jsonl, and
-the command fails unless --skip-invalid. The same command goes on where it was interrupted. Folders behind links are
-read too; hidden files and folders, and what a NAS or macOS keeps beside images, are not. Text is UTF-8.
+SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
+metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as
+webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. An image is scaled and cropped to
+the nearest bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in
+rejects.jsonl, and the command fails unless --skip-invalid. The same command goes on where it was interrupted, with any
+number of processes. Folders behind links are read too; hidden files and folders, and what a NAS or macOS keeps beside
+images, are not. Text is UTF-8. docs/data.md tells the whole road.
 """
 
 
@@ -25,7 +28,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", nargs="+", help="image folder, list (.jsonl, .csv) or .tar; several are taken in turn"
+        "source",
+        nargs="+",
+        help="folder, list (.jsonl, .csv), .tar, url, pipe:COMMAND or parquet; in any mix",
     )
     parser.add_argument("out", help="shard folder to write")
     parser.add_argument(

@@ -79,7 +79,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, _Invalid(f"is not valid CSV: {error}")
+            yield reader.reader.line_num, _Invalid(f"is not valid CSV: {error}")
         else:
             yield reader.line_num, row
 

@@ -8,6 +8,7 @@ dataset.json comes last, and only when rejects are allowed or there are none.
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from soar_mega.data import prepare_folder
 from soar_mega.data.buckets import check_buckets, generate_buckets
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fetched import copy_of, expand, fetch, is_copied, is_remote
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.info import DatasetInfo
@@ -29,6 +31,7 @@ from soar_mega.data.items import Item, Reject
 from soar_mega.data.plan import Plan, PlannedShard
 from soar_mega.data.prepare_folder import (
     DUPLICATES_FILE,
+    FETCHED_FOLDER,
     HELD_OUT_FOLDER,
     REJECTS_FILE,
     SURVEY_FOLDER,
@@ -108,7 +111,7 @@ def prepare(
         preparation = processes.together(
             lambda: _Preparation(
                 processes=processes,
-                sources=[Path(s) for s in ([sources] if isinstance(sources, str | Path) else sources)],
+                sources=expand([str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]),
                 folder=Path(out),
                 pipeline_dir=Path(pipeline_dir),
                 images=Path(images) if images is not None else None,
@@ -132,7 +135,7 @@ def prepare(
 @dataclass(kw_only=True)
 class _Preparation:
     processes: Processes
-    sources: list[Path]
+    sources: list[str]
     folder: Path
     pipeline_dir: Path
     images: Path | None
@@ -167,9 +170,13 @@ class _Preparation:
         self._encoders: Encoders | None = None
 
     def _check(self) -> None:
-        inputs: dict[str, str | Path] = {f"the source {source}": source for source in self.sources[1:]}
-        inputs |= {"the source": self.sources[0], "the folder of images": self.images or ""}
+        local = [source for source in self.sources if not is_remote(source)]
+        inputs: dict[str, str | Path] = {"the folder of images": self.images or ""}
+        for source in local:
+            inputs["the source" if len(local) == 1 else f"the source {source}"] = source
         refuse_overlap(self.folder, inputs | {"the pipeline": self.pipeline_dir})
+        if missing := [source for source in local if not Path(source).exists()]:
+            raise ValueError(f"there is no source {missing[0]}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         for name in ("batch_size", "samples_per_shard", "threads"):
@@ -178,8 +185,6 @@ class _Preparation:
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution is {self.resolution}: it must be at least 1 pixel")
         self.wishes.check()
-        if missing := [source for source in self.sources if not source.exists()]:
-            raise ValueError(f"there is no source {missing[0]}")
 
     def run(self) -> Prepared:
         """All steps; each begins when all processes are done with the one before."""
@@ -188,7 +193,9 @@ class _Preparation:
         try:
             processes.first_alone(lock.take)
             processes.together(lock.share)
-            processes.first_alone(self._begin)
+            if processes.first_alone(self._begin):
+                return processes.together(self._result)
+            processes.together(self._fetch)
             parts = processes.first_alone(self._list)
             processes.together(lambda: self._look(parts))
             if processes.first_alone(self._settle):
@@ -198,22 +205,34 @@ class _Preparation:
         finally:
             lock.close()
 
-    def _begin(self) -> int:
-        if prepare_folder.is_finished(self.folder):
-            values = read_dataset_file(self.folder)
-            path = self.folder / DATASET_FILE
-            if not isinstance(values.get("settings"), dict):
-                raise ValueError(f"{path} names no settings: `soar-mega prepare` did not write it")
-            prepare_folder.refuse_other_settings(self.folder, values["settings"], self._settings)
-        else:
+    def _begin(self) -> bool:
+        """Whether the folder is finished and there is nothing on this machine to compare it with."""
+        if not prepare_folder.is_finished(self.folder):
             prepare_folder.begin(self.folder, self._settings)
-        return 0
+            return False
+        values = read_dataset_file(self.folder)
+        path = self.folder / DATASET_FILE
+        if not isinstance(values.get("settings"), dict):
+            raise ValueError(f"{path} names no settings: `soar-mega prepare` did not write it")
+        prepare_folder.refuse_other_settings(self.folder, values["settings"], self._settings)
+        remote = any(is_remote(source) for source in self.sources)
+        if remote:
+            log.info("%s is finished already; its remote sources are not looked at again", self.folder)
+        return remote
+
+    def _fetch(self) -> None:
+        copied = [source for source in self.sources if is_copied(source)]
+        for number in self.processes.shares("sources", len(copied)):
+            fetch(copied[number], self._local(copied[number]))
+
+    def _local(self, source: str) -> Path:
+        return copy_of(source, self.folder / FETCHED_FOLDER) if is_copied(source) else Path(source)
 
     def _list(self) -> int:
         """Write down all items of the sources; how many parts these are to be looked at in."""
         listed: list[Item] = []
         for source in self.sources:
-            items, rejects = list_items(source, self.images, self.score_key)
+            items, rejects = list_items(self._local(source), self.images, self.score_key)
             if len(self.sources) > 1:
                 items = [replace(item, name=f"{source}: {item.name}") for item in items]
                 rejects = [replace(reject, name=f"{source}: {reject.name}") for reject in rejects]
@@ -240,6 +259,7 @@ class _Preparation:
         if prepare_folder.is_finished(self.folder):
             plan.remove()
             self._survey.remove_list()
+            shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
             if read_dataset_file(self.folder).get("digests") != [shard.digest for shard in plan.of("")]:
                 raise ValueError(
                     f"{self.folder} was made of other images or captions: remove it or give another folder"
@@ -353,6 +373,7 @@ class _Preparation:
             log.info("%s", line)
         plan.remove()
         self._survey.remove_list()
+        shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
         return 0
 
     def _finish_set(self, folder: Path, digests: list[str], rejected: int) -> None:

@@ -92,7 +92,7 @@ class Processes:
 
         def of_the_first() -> None:
             if self.rank == 0:
-                self._store.set(name, str(work()))
+                self._store.set(name, str(int(work())))
 
         self.together(of_the_first)
         return int(self._store.get(name))

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from PIL import Image
 
 from soar_mega.data.prepare import prepare
-from soar_mega.data.processes import Processes, adopt_srun
 from soar_mega.data.selection import Wishes
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
@@ -113,3 +112,54 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(images, undisturb
 @pytest.mark.slow
 def test_killed_at_thirty_random_moments(images, undisturbed, tmp_path):
     kill_and_go_on(images, tmp_path, undisturbed, 30, seed=1)
+
+
+def test_what_one_process_cannot_do_all_of_them_say(images, tmp_path):
+    """None waits for the others then."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = FORK.Queue()
+    processes = [FORK.Process(target=_failing, args=(rank, store.port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    words = sorted(results.get(timeout=PATIENCE) for _ in processes)
+    kill((store, processes))
+    assert words == ["disk full", "disk full"]
+
+
+def _failing(rank, port, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    processes = Processes()
+
+    def fill() -> None:
+        if rank == 1:
+            raise OSError("disk full")
+
+    try:
+        processes.together(fill)
+    except (OSError, ValueError) as error:
+        results.put(str(error))
+
+
+def test_srun_says_what_torchrun_would(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    adopt_srun()
+    assert "RANK" not in os.environ
+    told = {"STEP_NUM_TASKS": "16", "STEP_NODELIST": "gpu-[07-08,11]", "LOCALID": "5", "JOB_ID": "4020001"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    adopt_srun()
+    found = {
+        name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "5",
+        "MASTER_ADDR": "gpu-07",
+        "MASTER_PORT": "20001",
+    }

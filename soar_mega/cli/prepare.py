@@ -8,7 +8,7 @@ Encode captioned images once, into shards that training reads: latents, text emb
   soar-mega prepare photos/ shards/train --pipeline-dir stable-diffusion-3.5-medium --resolution 512 --dtype bf16
   soar-mega prepare list.jsonl shards/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
   soar-mega prepare photos/ list.jsonl 's3://bucket/{000..031}.tar' shards/train --pipeline-dir P --held-out-share .01
-  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ shards/train --pipeline-dir P      also by srun, on many nodes
+  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ shards/train --pipeline-dir P    also by srun, on many nodes
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
 metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from soar_mega.data.prepare import prepare
+from soar_mega.data.processes import Processes, adopt_srun
 from soar_mega.data.selection import Wishes
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"

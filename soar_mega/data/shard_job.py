@@ -51,7 +51,7 @@ class ShardJob:
         self._threads = threads
         self._writer = ShardWriter(folder, number)
         self._rejects: list[Reject] = []
-        self._cut = dict.fromkeys((encoder.part for encoder in encoders.texts), 0)
+        self._cut = dict.fromkeys((encoder.facts.part for encoder in encoders.texts), 0)
 
     def run(self, chosen: Sequence[Chosen], advance: Callable[[int], None]) -> None:
         """Write the shard; `advance` is told how many further items are done."""
@@ -106,7 +106,7 @@ class ShardJob:
                 continue
             self._writer.add(one.key, sample)
             for encoder in self._encoders.texts:
-                self._cut[encoder.part] += encoder.cuts(item.caption)
+                self._cut[encoder.facts.part] += encoder.cuts(item.caption)
 
     def _reject(self, item: Item, reason: str, kind: str) -> None:
         self._rejects.append(Reject(name=item.name, reason=reason, kind=kind))

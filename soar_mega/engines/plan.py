@@ -15,6 +15,7 @@ from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers
 from soar_mega.kernels import PointTable
 from soar_mega.kernels.point_tables import group_table, point_table, uses
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import DRAWN, Sources
 from soar_mega.stages.points import Points, Queries
 from soar_mega.upload import pinned, upload
@@ -29,19 +30,18 @@ class PlacedBatch:
     Attributes:
         given: the batch as it came.
         batch: its latents are zero where a sample could not be read.
-        text, pooled: [B + 1, S, D] and [B + 1, P] as the model reads them, the empty prompt last; None where the model
-            does not begin, and [B, ...] where the batch has no empty prompt.
+        conditions: [B + 1] as the model reads them, the empty prompt last; None where the model does not begin, and [B]
+            where the batch has no empty prompt.
     """
 
     given: Batch
     batch: Batch
-    text: Tensor | None
-    pooled: Tensor | None
+    conditions: Conditions | None
 
-    def conditions(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """(text [M, S, D], pooled [M, P]) at the rows `row` [M] int64, on the device."""
-        assert self.text is not None and self.pooled is not None
-        return self.text.index_select(0, row), self.pooled.index_select(0, row)
+    def conditions_at(self, row: Tensor) -> Conditions:
+        """The conditions at the rows `row` [M] int64, on the device."""
+        assert self.conditions is not None
+        return self.conditions.rows(row)
 
     def condition_rows(self, sample: Tensor, dropped: Tensor) -> Tensor:
         """[M] int64: where the conditions of samples are, the empty prompt where `dropped` [M]."""
@@ -60,17 +60,16 @@ def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
             for row in (~batch.valid).nonzero().flatten().tolist():
                 latents[row].zero_()  # weight zero times a latent that is not a number would still be one
         batch = replace(batch, latents=latents)
-    return PlacedBatch(
-        given=given,
-        batch=batch,
-        text=_with_last(batch.text, batch.empty_text, dtype),
-        pooled=_with_last(batch.pooled, batch.empty_pooled, dtype),
-    )
+    conditions = None
+    if batch.text is not None and batch.pooled is not None:
+        text = _with_last(batch.text, batch.empty_text, dtype)
+        conditions = Conditions(text, _with_last(batch.pooled, batch.empty_pooled, dtype))
+    return PlacedBatch(given=given, batch=batch, conditions=conditions)
 
 
-def _with_last(rows: Tensor | None, last: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if rows is None or last is None:
-        return None if rows is None else pinned(rows, device()).to(dtype)
+def _with_last(rows: Tensor, last: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if last is None:
+        return pinned(rows, device()).to(dtype)
     last = pinned(last, device()).to(rows.dtype)[None]
     return torch.cat([pinned(rows, device()).to(dtype), last.to(dtype)])
 
@@ -145,7 +144,7 @@ class PointPlan:
     Attributes:
         points: as they were given, without those that fill up the last micro-batches.
         count: [1] float64 on the device, the sum of their counts.
-        kinds: [K, P] bool on the device, of each kind of point in the statistics; None but on the last stage.
+        masks: [K, P] bool on the device, the points behind each loss of the statistics; None but on the last stage.
         weight: [P] float64 on the device; likewise.
     """
 
@@ -153,14 +152,14 @@ class PointPlan:
     size: int
     pieces: list[PointPiece]
     count: Tensor
-    kinds: Tensor | None
+    masks: Tensor | None
     weight: Tensor | None
 
 
 def point_plan(
     placed: PlacedBatch,
     points: Points,
-    kinds: Tensor,
+    masks: Tensor,
     answers: Answers | None,
     size: int,
     group: int,
@@ -170,7 +169,7 @@ def point_plan(
     """The learn pass over `points`.
 
     Args:
-        kinds: [K, P] bool, see PointPlan.
+        masks: [K, P] bool, see PointPlan.
         group: micro-batches come in multiples of it.
         first, last: whether this rank has the pipeline's first stage, and its last.
     """
@@ -187,7 +186,7 @@ def point_plan(
         made["condition"] = placed.condition_rows(sample, whole.dropped)
     if last:
         made["targets"] = point_table(whole.target_rows, of_point)
-        made["weight"], made["kinds"] = whole.weight, kinds
+        made["weight"], made["masks"] = whole.weight, masks
         made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
     there = dict(zip(made, upload(list(made.values()), device()), strict=True))
     whole = replace(
@@ -226,13 +225,13 @@ def point_plan(
     ]
     weight = there["weight"][: len(points)] if last else None
     return PointPlan(
-        points=points, size=size, pieces=pieces, count=there["count"], kinds=there.get("kinds"), weight=weight
+        points=points, size=size, pieces=pieces, count=there["count"], masks=there.get("masks"), weight=weight
     )
 
 
 def in_order(points: Points) -> Points:
-    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
-    key = torch.where(points.auxiliary, points.sample + 1, 0)
+    """All points that need no answer first, then the others sample by sample."""
+    key = torch.where(needs_answer(points), points.sample + 1, 0)
     return points.take(key.argsort(stable=True))
 
 

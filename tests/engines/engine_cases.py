@@ -1,7 +1,7 @@
 """A small model, in-memory batches and training cases for the engine's tests, importable by other processes."""
 
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,20 +11,19 @@ from soar_mega.config import (
     OptimizerConfig,
     ParallelConfig,
     Recipe,
-    StageConfig,
     TrainConfig,
 )
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, start_world
 from soar_mega.engines import make_engine
 from soar_mega.flow import normal
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_shape, local_shard
-from soar_mega.models.names import global_parameter_names
-from soar_mega.stages import make_stage
+from soar_mega.models.common.gather import full_shape, local_shard
+from soar_mega.models.common.names import global_parameter_names
+from soar_mega.models.sd3.sizes import SD3Sizes
+from soar_mega.stages import SoarConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
-SIZES = MMDiTConfig(
+SIZES = SD3Sizes(
     num_layers=4,
     num_attention_heads=4,
     attention_head_dim=4,
@@ -46,8 +45,7 @@ VPP2 = {
     "train": {"micro_batch_size": 3, "points_per_micro_batch": 9},
 }
 # every source is read: two paths (eps), fresh endpoints (z1_aux), guidance, dropped conditions, uneven weights
-SOAR = StageConfig(
-    name="soar",
+SOAR = SoarConfig(
     num_auxiliary_points=2,
     num_rollout_paths=2,
     fresh_endpoint=True,
@@ -58,6 +56,12 @@ SOAR = StageConfig(
     loss_weighting="cosmap",
     shift=3.0,
 )
+
+
+def settings_of_soar(settings):
+    """The settings of another stage, where it has them with the values of SOAR above."""
+    shared = {field.name: getattr(SOAR, field.name) for field in fields(settings) if field.name != "name"}
+    return settings(**shared)
 
 
 def make_recipe(
@@ -107,7 +111,7 @@ def make_batch(iteration: int, size: int = 8, invalid: int | None = 3) -> Batch:
     )
 
 
-def start_engine(recipe: Recipe, sizes: MMDiTConfig = SIZES):
+def start_engine(recipe: Recipe, sizes: SD3Sizes = SIZES):
     """An engine with random weights that no layer of the model ignores."""
     start_world(recipe.parallel)
     engine = make_engine(recipe, sizes)
@@ -128,7 +132,7 @@ def iterate(engine, stage, batch, lr=1e-3):
     return statistics, engine.step(lr)
 
 
-def train_case(recipe: Recipe, iterations: int = 5, sizes: MMDiTConfig = SIZES) -> dict:
+def train_case(recipe: Recipe, iterations: int = 5, sizes: SD3Sizes = SIZES) -> dict:
     """Losses and gradient norms of some iterations, and the gradients of the first one."""
     engine = start_engine(recipe, sizes)
     stage = make_stage(recipe.stage, shift=1.0)

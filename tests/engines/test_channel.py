@@ -8,11 +8,11 @@ import torch
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import RankFailure, run_ranks
 
-from soar_mega.config import StageConfig
 from soar_mega.distributed import is_first_stage
 from soar_mega.engines import channel
 from soar_mega.engines.channel import Answers, OverlappedChannel, RolloutChannel
-from soar_mega.stages import make_stage
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.stages import SftConfig, make_stage
 
 ANSWERS = (1, 4, 8, 33)
 
@@ -71,14 +71,14 @@ def test_overlapped_answers_travel_while_the_pass_goes_on():
 
 def answers_nobody_asked_for(recipe):
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
-    plain = make_stage(StageConfig(name="sft"), shift=1.0)
+    plain = make_stage(SftConfig(), shift=1.0)
     batch = make_batch(0, invalid=None)
     engine.answer(stage.queries, batch)
     answers = engine.answer(stage.queries, batch)
     engine.learn(plain.points, plain.loss, batch, answers)  # these points need no answer
     answers = engine.answer(stage.queries, batch)
     latest = answers.get(2)  # out of order
-    found = engine.velocity(batch.latents, torch.full((8,), 0.5), batch.text, batch.pooled)
+    found = engine.velocity(batch.latents, torch.full((8,), 0.5), Conditions(batch.text, batch.pooled))
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
 

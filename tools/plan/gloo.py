@@ -1,22 +1,22 @@
 """The model and the layouts of four processes by which the planner's order is compared with the measured one."""
 
-from dataclasses import replace
-
-from soar_mega.config import ModelConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.presets import PRESETS
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from soar_mega.models.family import presets, read_sizes
+from soar_mega.stages import SoarConfig
 
 STEPS = 5
 SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
-SIZES: MMDiTConfig = replace(
-    PRESETS["sd35_medium"],
-    num_layers=8,
-    num_attention_heads=4,
-    caption_projection_dim=256,
-    dual_attention_layers=(0, 1, 2, 3),
-    joint_attention_dim=256,
-    pooled_projection_dim=64,
-    pos_embed_max_size=16,
+SIZES = read_sizes(
+    presets()["sd35_medium"].to_diffusers()
+    | {
+        "num_layers": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 256,
+        "dual_attention_layers": (0, 1, 2, 3),
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 16,
+    }
 )
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
@@ -46,7 +46,7 @@ def recipe_of(layout: str) -> Recipe:
             dtype="fp32",
             recompute_granularity="full" if "recomputation" in layout else "none",
         ),
-        stage=StageConfig(num_auxiliary_points=3, shift=1.0),
+        stage=SoarConfig(num_auxiliary_points=3, shift=1.0),
         parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
         train=TrainConfig(
             global_batch_size=8, micro_batch_size=2, points_per_micro_batch=4, cuda_graphs="none"

@@ -121,9 +121,9 @@ def _counted(method: Stage, placed: plan.PlacedBatch, dtype: torch.dtype, size: 
             (asked,) = plan.query_pieces(placed, queries, len(batch), 1)
             query_states(placed, asked, queries.fused, dtype)
         points = plan.in_order(method.points(batch))
-        made = plan.point_plan(placed, points, masks_of(points), answers, size, 1, first=True, last=True)
+        made = plan.point_plan(placed, points, masks_of(points), answers, {}, size, 1, first=True, last=True)
         for piece in made.pieces:
-            ready = piece.with_sources(placed, answers)
+            ready = piece.with_sources(placed)
             ready.states(dtype)
             output = torch.empty(size, *batch.latent_shape, device=GPU, requires_grad=True)
             losses, weight = method.loss(ready, output), piece.weight

@@ -26,7 +26,7 @@ from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
 from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
+from soar_mega.engines.statistics import StepStatistics, masks_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.flow import TIMESTEPS
 from soar_mega.models.common.chunks import ModelChunks, build_chunks
@@ -83,8 +83,7 @@ class Engine(ABC):
         freeze(self.parameters, recipe.optimizer, is_adapter if self.adapters else lambda name: True)
         self.weights: dict[str, KeptWeights] = {}
         self._channel = make_channel(recipe.parallel)
-        self._answers: Answers | None = None
-        self._placed: PlacedBatch | None = None  # the batch that was answered
+        self._placed: PlacedBatch | None = None  # the batch that was answered last
         self.learned: tuple[Points, Tensor | None]
 
     @abstractmethod
@@ -122,39 +121,51 @@ class Engine(ABC):
     ) -> Answers | None:
         """Predict the velocities that a stage asks for; a lazy handle, whose messages travel while training goes on.
 
+        Several handles may be alive, by different weights. `learn` closes those that it is given; any other is closed
+        by whoever asked for it.
+
         Args:
             weights: current, a name given to `keep_weights`, or with adapters reference: the weights without them.
         """
-        if self._answers is not None:
-            self._answers.close()
-            self._answers = None
-        placed = place(batch, self._pipeline.dtype)
-        self._placed = placed
+        placed = self._place(batch)
         asked = queries(placed.batch)
         if asked is None:
             return None
-        size = min(self.recipe.train.micro_batch_size, len(batch))
+        size = min(self.recipe.train.micro_batch_size, len(asked))
         with self.using(weights):
-            self._answers = answer_pass(self._pipeline, self._channel, placed, asked, size)
-        return self._answers
+            return answer_pass(self._pipeline, self._channel, placed, asked, size)
+
+    def _place(self, batch: Batch) -> PlacedBatch:
+        """The batch on the device; the one of the last call is there already."""
+        if self._placed is None or self._placed.given is not batch:
+            self._placed = place(batch, self._pipeline.dtype)
+        return self._placed
 
     def learn(
-        self, points: Callable[[Batch], Points], loss: Loss, batch: Batch, answers: Answers | None
+        self,
+        points: Callable[[Batch], Points],
+        loss: Loss,
+        batch: Batch,
+        answers: Answers | None,
+        **others: Answers,
     ) -> StepStatistics:
         """Forward and backward: the gradients of sum(weight loss)/D, D the sum of counts over the global batch.
 
-        They do not depend on how the batch is cut into micro-batches, stages or ranks.
+        They do not depend on how the batch is cut into micro-batches, pipeline stages or ranks.
+
+        Args:
+            answers: what the rows of the points read: of the query that their `query` says.
+            others: what the loss reads in `Points.answered`, by name: of the query that their `reads` says.
         """
         pipeline, train = self._pipeline, self.recipe.train
-        placed = self._placed
-        if placed is None or placed.given is not batch:  # the one that was answered is there already
-            placed = place(batch, pipeline.dtype)
+        placed = self._place(batch)
         mine = in_order(points(placed.batch))
         plan = point_plan(
             placed,
             mine,
-            kinds_of(mine),
+            masks_of(mine),
             answers,
+            others,
             min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
             pipeline.group,
             first=pipeline.is_first,
@@ -166,10 +177,10 @@ class Engine(ABC):
         self._clear_gradients()
         if self.adapters is not None and self.recipe.lora.dropout > 0:
             self.adapters.drop(train.seed, int(placed.batch.position[0]) // train.global_batch_size)
-        losses = learn_pass(pipeline, placed, answers, plan, loss, normaliser)
-        if answers is not None:
-            answers.close()
-            self._answers = None
+        losses = learn_pass(pipeline, placed, plan, loss, normaliser)
+        for handle in (answers, *others.values()):
+            if handle is not None:
+                handle.close()
         self._placed = None
         self.learned = mine, losses
         self._statistics = step_statistics(plan, losses, normaliser)

@@ -43,7 +43,7 @@ class Generator:
     def load(
         pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None, adapters: str | Path = ""
     ) -> "Generator":
-        """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+        """From a diffusers pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
 
         `adapters` are put on the transformer: a folder or file in PEFT's or diffusers' format.
 

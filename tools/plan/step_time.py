@@ -99,8 +99,7 @@ class StepModel:
         if work.rows:
             answer = max(self._rank(rank, work.rows, backward=False) for rank in range(self.ranks))
             answer += self._message(work.rows)
-            branches = 2 if self.recipe.stage.guidance_scale != 1.0 else 1
-            asked = -(-work.samples * branches // work.rows)
+            asked = -(-work.samples * self.recipe.stage.forwards().answers // work.rows)
         filling = (self.ranks - 1) / self.chunks
         group = self.ranks if self.chunks > 1 else 1
         made = -(-work.micro_batches // group) * group  # an interleaved pipeline fills up whole groups

@@ -8,7 +8,7 @@ class ModelConfig:
     """Which transformer is trained, and how it computes."""
 
     pipeline_dir: str = ""  # diffusers pipeline folder: transformer/, vae/, text encoders, scheduler/
-    preset: str = ""  # sd35_medium | sd35_large: sizes without a pipeline folder
+    preset: str = ""  # sd35_medium | flux_dev | ...: sizes without a folder; with one, what it must hold
     init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
     dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32
     transformer_impl: str = "local"  # the layers' linears: local (torch's) | transformer_engine

@@ -137,8 +137,8 @@ def _require(holds: object, message: str) -> None:
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     _require(
-        bool(model.pipeline_dir) != bool(model.preset),
-        "model.pipeline_dir (a diffusers pipeline folder) or model.preset (sizes only): give one of the two",
+        model.pipeline_dir or model.preset,
+        "which model? Name a diffusers pipeline folder in model.pipeline_dir, or sizes alone in model.preset",
     )
     _require(
         model.pipeline_dir or model.init == "random",

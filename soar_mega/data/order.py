@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from soar_mega.flow import uniform
 
-BLOCK = 1 << 20  # numbers drawn at once
+BLOCK = 1 << 16  # numbers drawn at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,21 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self.info.samples
+
+    @property
+    def shard_count(self) -> int:
+        return len(self._dataset["shards"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard["bytes"] for shard in self._dataset["shards"])
+
+    @property
+    def captions_cut(self) -> dict[str, int]:
+        """Text encoder -> captions that it took the beginning of, as far as that was counted."""
+        counted = self._dataset.get("captions_cut")
+        return counted if isinstance(counted, dict) else {}
 
     def open(self) -> None:
         """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
@@ -108,6 +124,49 @@ class ShardSet:
     def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
         """Nothing is left to do after `read`."""
         return read
+
+    def stored(self, part: str, index: int) -> dict[str, Tensor]:
+        """mean and std of the "latents" of a sample, or text and pooled of its "text", of whatever shape.
+
+        SampleError: this sample cannot be read. ValueError: its shard cannot.
+        """
+        shard = self._shard_of(index)
+        offset, size, checksum = self._opened().place(part, index)
+        content = os.pread(self._file(shard).fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
+        if zlib.crc32(content) != checksum:
+            raise SampleError(
+                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
+            )
+        try:
+            tensors = load_tensors(content)
+        except SafetensorError as error:
+            raise SampleError(f"its {part} are no safetensors: {error}") from error
+        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
+        if not tensors.keys() >= set(wanted):
+            raise SampleError(
+                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
+            )
+        return {name: tensors[name] for name in wanted}
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample, which its tar holds behind its text. ValueError where it does not."""
+        shard = self._shard_of(index)
+        offset, size, _ = self._opened().place("text", index)
+        start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
+        try:
+            member = TarInfo.frombuf(
+                os.pread(self._file(shard).fileno(), BLOCKSIZE, start), "utf-8", "strict"
+            )
+            content = os.pread(self._file(shard).fileno(), member.size, start + BLOCKSIZE)
+            if not member.name.endswith(".txt"):
+                raise ValueError(f"{member.name} is in its place")
+            return content.decode()
+        except (HeaderError, ValueError) as error:
+            raise ValueError(
+                f"the caption of {self._name(index)} cannot be read ({error}): prepare this shard again"
+            ) from error
 
     def empty_prompt(self) -> tuple[Tensor, Tensor]:
         """text [S, D] and pooled [P] of the empty prompt."""
@@ -166,33 +225,12 @@ class ShardSet:
         return groups
 
     def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
-        latents = self._tensors("latents", index)
+        latents = self.stored("latents", index)
         mean, std = latents["mean"], latents["std"]
         if mean.shape != std.shape:
             raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
         sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
-        return {**sample, **self._tensors("text", index)} if text else sample
-
-    def _tensors(self, part: str, index: int) -> dict[str, Tensor]:
-        shard = self._shard_of(index)
-        offset, size, checksum = self._opened().place(part, index)
-        content = os.pread(self._file(shard).fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
-        if zlib.crc32(content) != checksum:
-            raise SampleError(
-                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
-            )
-        try:
-            tensors = load_tensors(content)
-        except SafetensorError as error:
-            raise SampleError(f"its {part} are no safetensors: {error}") from error
-        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
-        if not tensors.keys() >= set(wanted):
-            raise SampleError(
-                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
-            )
-        return {name: tensors[name] for name in wanted}
+        return {**sample, **self.stored("text", index)} if text else sample
 
     def _file(self, shard: int) -> FileIO:
         """A shard's open file; the least recently used one is closed when too many are open."""

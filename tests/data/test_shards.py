@@ -123,6 +123,13 @@ def test_numbers_that_are_not_finite_are_a_failure(tmp_path, value):
     assert list(read.failures) == [1] and "NaN" in read.failures[1]
 
 
+def test_numbers_whose_sum_is_infinite_are_no_failure(tmp_path):
+    sample = make_sample(0)
+    sample.latent_mean.fill_(3e38)
+    shard_set = open_shards(make_shards(tmp_path / "s", [sample]))
+    assert not shard_set.read("16x16", [0], positions(0), seed=0).failures
+
+
 def test_a_sample_of_another_shape_is_a_failure(shards):
     sample = make_sample(1, (20, 12))
     path = make_shards(shards.parent / "other", [make_sample(0), sample])

@@ -11,7 +11,7 @@ class ModelConfig:
     """Which transformer is trained, and how it computes."""
 
     pipeline_dir: str = ""  # diffusers pipeline folder: transformer/, vae/, text encoders, scheduler/
-    preset: str = ""  # sd35_medium | sd35_large: sizes without a pipeline folder
+    preset: str = ""  # sd35_medium | flux_dev | ...: sizes without a folder; with one, what it must hold
     init: str = "pretrained"  # pretrained: weights of pipeline/transformer; random: its sizes only
     dtype: str = "bf16"  # fp32 | bf16: parameters and activations; optimizer and gradients stay fp32
     transformer_impl: str = "local"  # the layers' linears: local (torch's) | transformer_engine
@@ -119,6 +119,30 @@ class OptimizerConfig:
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # pattern -> factor on lr
 
 
+# the linears that published post-training of SD3 and FLUX adapts (flow_grpo, DiffusionNFT)
+LORA_TARGETS = (
+    "*.attn.to_q",
+    "*.attn.to_k",
+    "*.attn.to_v",
+    "*.attn.to_out.0",
+    "*.attn.add_q_proj",
+    "*.attn.add_k_proj",
+    "*.attn.add_v_proj",
+    "*.attn.to_add_out",
+)
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters that are trained in place of the weights."""
+
+    rank: int = 0  # 0: no adapters, the weights are trained
+    alpha: float | None = None  # an adapter counts alpha / rank times; None: once
+    dropout: float = 0.0  # share of a linear's input features that its adapter does without in a step
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # patterns of diffusers' names
+    load: str = ""  # adapters to start from: a folder or file in PEFT's or diffusers' format
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where samples come from."""
@@ -181,6 +205,7 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

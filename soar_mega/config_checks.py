@@ -46,6 +46,9 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta2": from_below(0, 1),
     "optimizer.adam_eps": above(0),
     "optimizer.clip_grad": at_least(0),
+    "lora.rank": at_least(0),
+    "lora.alpha": above(0),
+    "lora.dropout": from_below(0, 1),
     "data.encode": one_of("shards", "online"),
     "data.num_workers": at_least(0),
     "data.max_failed_share": within(0, 1),
@@ -84,6 +87,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_parallel,
         _check_deepspeed,
         _check_optimizer,
+        _check_lora,
         _check_checkpoint,
         _check_logging,
     ):
@@ -98,8 +102,8 @@ def _require(holds: object, message: str) -> None:
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     _require(
-        bool(model.pipeline_dir) != bool(model.preset),
-        "model.pipeline_dir (a diffusers pipeline folder) or model.preset (sizes only): give one of the two",
+        model.pipeline_dir or model.preset,
+        "which model? Name a diffusers pipeline folder in model.pipeline_dir, or sizes alone in model.preset",
     )
     _require(
         model.pipeline_dir or model.init == "random",
@@ -244,6 +248,17 @@ def _check_optimizer(recipe: Recipe) -> None:
     )
     for pattern, factor in optimizer.lr_multipliers.items():
         _require(factor >= 0, f"optimizer.lr_multipliers.{pattern} is {factor}: it must be at least 0")
+
+
+def _check_lora(recipe: Recipe) -> None:
+    lora = recipe.lora
+    _require(
+        lora.targets,
+        "lora.targets is empty: name linears, or set lora.rank=0 to train the weights themselves",
+    )
+    _require(
+        lora.rank or not lora.load, "lora.load starts from adapters: set lora.rank to the rank that they have"
+    )
 
 
 def _check_checkpoint(recipe: Recipe) -> None:

@@ -89,6 +89,16 @@ class OutputFolder:
             os.close(self._lock)
             self._lock = None
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Where to write what is to be in this place when all is done."""
+        try:
+            self.begin()
+            yield self.new
+            self.publish()
+        finally:
+            self.give_up()
+
     def _recover(self) -> None:
         """Finishes or takes back what a killed process began."""
         for folder in (self.new, self._old):
@@ -152,12 +162,21 @@ def check_file(path: str | Path, mark: bytes) -> None:
 def write_file(path: str | Path, content: bytes, mark: bytes) -> None:
     """Writes a file that `check_file` has been asked about, or replaces it as a whole; raises what that one does."""
     assert mark in content
+    with in_place_of(path, mark) as new:
+        new.write_bytes(content)
+
+
+@contextlib.contextmanager
+def in_place_of(path: str | Path, mark: bytes) -> Iterator[Path]:
+    """Where to write what is to be a file when all is done, with the mark in it; raises what `check_file` does."""
     check_file(path, mark)
     real = _real(path)
     new = _beside(real, f"new-{os.getpid()}")
-    with open(new, "xb") as file:
-        file.write(content)
-    os.replace(new, real)
+    try:
+        yield new
+        os.replace(new, real)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -134,8 +134,12 @@ def test_other_ranks_let_rank_0_speak_first(
         ),
         (["prepare", BASE, "out", "--pipeline-dir", BASE, "--resolution", "0"], "resolution is 0"),
         (["prepare", "nowhere", "out", "--pipeline-dir", BASE], "nowhere"),
-        (["convert", "nowhere", "out"], "nowhere: no such folder"),
+        (["convert", "nowhere", "out"], "nowhere: no such file or folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
+        (["convert", BASE, "out", "--to", "original"], "out: a single file ends in .safetensors"),
+        (["convert", BASE, "out", "--variant", "fp16"], "not with --to checkpoint"),
+        (["convert", BASE, "out", "--dtype", "fp16"], "--dtype: a checkpoint holds fp32 or bf16"),
+        (["convert", BASE, "x.safetensors", "--max-shard-size", "0"], "--max-shard-size must be above 0"),
         (["doctor", "--model", "sd99"], "sd99"),
     ],
 )

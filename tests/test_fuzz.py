@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from soar_mega.convert import pipeline_parts, read_pipeline_config, scheduler_shift
-from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
+from soar_mega.convert import pipeline_parts, scheduler_shift
+from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
@@ -24,6 +25,7 @@ from soar_mega.data.images import ImageError, image_size, read_image
 from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
 from soar_mega.data.shards import open_shards
+from soar_mega.models.family import read_sizes
 from soar_mega.stages import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -236,7 +238,7 @@ CONFIGS = [
 
 def described(folder: Path) -> None:
     """All that is said of a pipeline without loading it; what one reader refuses the others still have to read."""
-    for read in (encoder_facts, fingerprints, read_pipeline_config, scheduler_shift, pipeline_parts):
+    for read in (encoder_facts, fingerprints, read_sizes, scheduler_shift, pipeline_parts):
         only_value_errors(lambda read=read: read(folder))
 
 

@@ -155,7 +155,6 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ),
         ("parallel.overlap_param_gather=true", ["parallel.overlap_grad_reduce=true"]),
         ("parallel.overlap_rollout=true", ["parallel.pipeline_model_parallel_size=2", "set it to false"]),
-        ("model.preset=sd35_medium", ["model.pipeline_dir", "one of the two"]),
         ("model.pipeline_dir=", ["model.pipeline_dir", "model.preset"]),
         ("data.path=", ["data.path is empty"]),
         ("checkpoint.save=", ["checkpoint.save is empty"]),

@@ -39,7 +39,8 @@ from soar_mega.engines import make_engine
 from soar_mega.engines.engine import Engine
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import normal
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.family import presets, read_sizes
 from soar_mega.stages import SftConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 16, 16), 8, 32, 32
@@ -48,20 +49,23 @@ BATCH = 4  # samples per data-parallel rank
 Json = dict[str, Any]
 
 
-def sizes(layers: int, heads: int) -> MMDiTConfig:
+def sizes(layers: int, heads: int) -> Sizes:
     """A transformer of the given depth and width."""
-    return MMDiTConfig(
-        num_layers=layers,
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=4,
-        sample_size=16,
-        joint_attention_dim=TEXT_DIM,
-        pooled_projection_dim=POOLED,
-        caption_projection_dim=64 * heads,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
+    return read_sizes(
+        presets()["sd35_medium"].to_diffusers()
+        | {
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "attention_head_dim": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "sample_size": 16,
+            "joint_attention_dim": TEXT_DIM,
+            "pooled_projection_dim": POOLED,
+            "caption_projection_dim": 64 * heads,
+            "pos_embed_max_size": 16,
+            "dual_attention_layers": [],
+        }
     )
 
 

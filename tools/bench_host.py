@@ -17,7 +17,6 @@ plain. Writes JSON.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -32,33 +31,36 @@ from torch import Tensor
 
 from soar_mega import platform
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import presets, read_sizes
 
 FORMS = ("plain", "fused", "launching")
 Times = dict[str, dict[str, list[float]]]  # form -> forward or both -> seconds of each round
 
 
-def tiny(layers: int, dual: int) -> MMDiTConfig:
+def tiny(layers: int, dual: int) -> Sizes:
     """SD3.5-Medium with a hidden size of 16; the first `dual` layers have the second attention."""
-    return dataclasses.replace(
-        PRESETS["sd35_medium"],
-        num_layers=layers,
-        dual_attention_layers=tuple(range(dual)),
-        num_attention_heads=2,
-        attention_head_dim=8,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        in_channels=4,
-        out_channels=4,
-        pos_embed_max_size=4,
-        sample_size=4,
+    return read_sizes(
+        presets()["sd35_medium"].to_diffusers()
+        | {
+            "num_layers": layers,
+            "dual_attention_layers": tuple(range(dual)),
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "caption_projection_dim": 16,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "pos_embed_max_size": 4,
+            "sample_size": 4,
+        }
     )
 
 
-def inputs(sizes: MMDiTConfig) -> tuple[Tensor, ...]:
+def inputs(sizes: Sizes) -> tuple[Tensor, ...]:
     """Latents, timesteps, text and pooled text of two samples: 4 image tokens and 3 text tokens each."""
     return (
         torch.randn(2, sizes.in_channels, 4, 4),
@@ -83,7 +85,7 @@ def nothing(*args: object, **options: object) -> None:
     """Stands for a launch."""
 
 
-def measure(sizes: MMDiTConfig, rounds: int) -> Times:
+def measure(sizes: Sizes, rounds: int) -> Times:
     """Process time of every form, round by round, after two that are not counted."""
     models = {
         fused: build_model(sizes, ModelConfig(init="random", fused_kernels=fused), ParallelConfig())
@@ -102,11 +104,11 @@ def measure(sizes: MMDiTConfig, rounds: int) -> Times:
     return times
 
 
-def forward_of(model: MMDiT, given: tuple[Tensor, ...]) -> Callable[[], object]:
+def forward_of(model: Transformer, given: tuple[Tensor, ...]) -> Callable[[], object]:
     return torch.no_grad()(lambda: model(*given))
 
 
-def step_of(model: MMDiT, given: tuple[Tensor, ...]) -> Callable[[], object]:
+def step_of(model: Transformer, given: tuple[Tensor, ...]) -> Callable[[], object]:
     def step() -> None:
         model.zero_grad()
         model(*given).sum().backward()

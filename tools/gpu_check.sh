@@ -18,7 +18,7 @@
 #   .venv/bin/python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w .whl deepspeed
 #
 # Variables: OUT is a folder that receives the JSON and logs.tar.gz; SOAR_MEGA_COMMIT names the commit of a copy
-# without .git.
+# whose .git is another's or not there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

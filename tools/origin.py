@@ -33,13 +33,15 @@ def device_slug() -> str:
 
 
 def commit() -> str:
-    """Of this checkout, with a word where files differ from it; SOAR_MEGA_COMMIT for a copy without .git."""
+    """Of this checkout, with a word where files differ from it; a copy is told by SOAR_MEGA_COMMIT."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if "SOAR_MEGA_COMMIT" in os.environ:
+        return os.environ["SOAR_MEGA_COMMIT"]
     head = git("rev-parse", "--short", "HEAD") if shutil.which("git") else None
     if head is None:
-        return os.environ.get("SOAR_MEGA_COMMIT", "unknown")
+        return "unknown"
     return f"{head} with changes" if git("status", "--porcelain", "--untracked-files=no") else head

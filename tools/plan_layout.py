@@ -4,9 +4,9 @@
     python tools/plan_layout.py --check           the model against what was measured on one H100
     python tools/plan_layout.py --validate        its order of layouts against four gloo processes on this machine
 
-Memory is soar_mega/models/memory.py, floating point operations are soar_mega/models/flops.py, everything that a machine
-can do is tools/plan/hardware.py, each number with its source. Nothing but one GPU was ever measured: what is said of
-several is a prediction.
+Memory is soar_mega/models/common/memory.py, floating point operations are soar_mega/models/common/flops.py, everything
+that a machine can do is tools/plan/hardware.py, each number with its source. Nothing but one GPU was ever measured:
+what is said of several is a prediction.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from plan.search import Case, Plan, search
 
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
-from soar_mega.models.summary import find_sizes
+from soar_mega.models.family import find_sizes
 from soar_mega.stages import SoarConfig
 
 SHOWN = 10

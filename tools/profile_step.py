@@ -42,9 +42,9 @@ from soar_mega.cli.process import start_process
 from soar_mega.config import Recipe
 from soar_mega.distributed import data_size, gather_on_rank_zero, is_rank_zero
 from soar_mega.faults.agreement import on_rank_zero, world
-from soar_mega.models.flops import Tokens, forward_work, image_tokens, recomputed_work, step_work
-from soar_mega.models.pipeline_layout import chunks_per_rank, stage_work
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, recomputed_work, step_work
+from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_work
+from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import load_recipe
 from soar_mega.training.steps import Steps, make_loader

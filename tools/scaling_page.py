@@ -22,7 +22,7 @@ from plan_layout import name
 
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.family import presets
 from soar_mega.stages import SoarConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -38,7 +38,7 @@ def case_of(model: str, gpus: int, batch: int) -> Case:
     recipe = Recipe(
         model=ModelConfig(preset=model), stage=SoarConfig(), train=TrainConfig(global_batch_size=batch)
     )
-    return Case(PRESETS[model], recipe, gpus, HARDWARE["h100"], (64, 64), 154)
+    return Case(presets()[model], recipe, gpus, HARDWARE["h100"], (64, 64), 154)
 
 
 def best_by_tensor(case: Case) -> dict[int, Plan]:

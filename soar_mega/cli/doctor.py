@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         start_process()
 
         from soar_mega.config import ParallelConfig
-        from soar_mega.models.summary import summarize
+        from soar_mega.models.common.summary import summarize
 
         parallel = ParallelConfig(
             tensor_model_parallel_size=arguments.tensor,
@@ -129,8 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
 def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
     """Sizes of micro-batches for a model on GPUs of a kind, as lines for a recipe."""
     from soar_mega.config import ModelConfig, Recipe, TrainConfig
-    from soar_mega.models.micro_batches import recommend
-    from soar_mega.models.summary import find_sizes
+    from soar_mega.models.common.micro_batches import recommend
+    from soar_mega.models.family import find_sizes
     from soar_mega.stages import SoarConfig
 
     ranks = arguments.tensor * arguments.pipeline

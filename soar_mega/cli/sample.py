@@ -8,7 +8,10 @@ HELP = """\
 Draw images with a diffusers SD3 pipeline folder: its encoders, its transformer in our implementation, our sampler.
 
   soar-mega sample recipes/tiny/base --prompt "a red 3" --guidance-scale 3 --out three.png
+  soar-mega sample recipes/tiny/base+runs/x/export_lora --prompt "a red 3" --guidance-scale 3
   soar-mega sample runs/x/export --prompts prompts.txt --count 4 --steps 40 --out grid.png
+
+PIPELINE+ADAPTERS puts adapters (LoRA) on the transformer, in PEFT's or in diffusers' format.
 
 Each prompt is a row of the picture, with --count images that start from different noise. The same seed gives the same
 picture at any batch size. Guidance scale 1 is sampling without classifier-free guidance.
@@ -22,7 +25,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("pipeline_dir", help="diffusers pipeline folder, for example export/ of a run")
+    parser.add_argument(
+        "pipeline_dir",
+        metavar="PIPELINE[+ADAPTERS]",
+        help="diffusers pipeline folder, for example export/ of a run",
+    )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it again for more rows")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument(
@@ -62,18 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_process()
 
+    from soar_mega.convert.lora import split_adapted
     from soar_mega.data.info import bucket_size
     from soar_mega.data.prompts import encode_prompts
     from soar_mega.evaluation.generate import Generator, check_image_path, image_grid, save_image
-    from soar_mega.models.mmdit import DTYPES
+    from soar_mega.models.common.build import DTYPES
 
     check_image_path(arguments.out)  # before anything is computed
     size = bucket_size(arguments.size) if arguments.size else None
+    pipeline_dir, adapters = split_adapted(arguments.pipeline_dir)
     # before the transformer is loaded: it need not share the device with the text encoders
-    encoded = encode_prompts(
-        arguments.pipeline_dir, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
-    )
-    generator = Generator.load(arguments.pipeline_dir, arguments.dtype, arguments.shift)
+    encoded = encode_prompts(pipeline_dir, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length)
+    generator = Generator.load(pipeline_dir, arguments.dtype, arguments.shift, adapters)
     images = generator.images(
         encoded,
         steps=arguments.steps,

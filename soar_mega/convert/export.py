@@ -6,18 +6,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+from soar_mega.convert.checks import diffusers_shapes
+from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
-from soar_mega.convert.save import MAX_SHARD_SIZE, on_rank_zero, write_transformer
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.outputs import OutputFolder
+from soar_mega.convert.safetensors_writer import MARK
+from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer, write_weights
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.outputs import OutputFolder, in_place_of
 
 
 def save_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
 
@@ -27,15 +30,16 @@ def save_transformer(
         ValueError: the folder holds what this program did not write.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
-    with _in_place_of(folder) as new:
-        write_transformer(model, new, tensors, max_shard_size)
+    with replacing(folder) as new:
+        write_transformer(model, new, tensors, files)
 
 
 def save_pipeline(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     source_pipeline: str | Path,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
 
@@ -51,13 +55,37 @@ def save_pipeline(
         OSError: rank 0 could not write. Both are raised on every rank.
     """
     source = Path(source_pipeline)
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
-        write_transformer(model, new / "transformer", tensors)
+        write_transformer(model, new / "transformer", tensors, files)
+
+
+def save_original_file(
+    model: Transformer | ModelChunks,
+    path: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+    files: WeightFiles = AS_STORED,
+    prefix: str = "",
+) -> None:
+    """Write a single file in the layout of the model's family. A collective over a world of one process.
+
+    Args:
+        tensors: as for `write_transformer`.
+        prefix: of the names in the file.
+
+    Raises:
+        ValueError: there is what this program did not write.
+        OSError: it could not be written.
+    """
+    shapes = diffusers_shapes(model.sizes)
+    dtypes = dict.fromkeys(shapes, files.dtype or model.config.params_dtype)
+    with in_place_of(path, MARK.encode()) as new:
+        writer = OriginalWriter(new, model.sizes, shapes, dtypes, prefix)
+        write_weights(model, lambda: writer, path, tensors)
 
 
 @contextlib.contextmanager
-def _in_place_of(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path) -> Iterator[Path]:
     """Where to write what is to be at `folder` when all is done."""
     output = OutputFolder(folder)
     try:

@@ -7,21 +7,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert.mapping import Entry, entries, parts
-from soar_mega.convert.safetensors_file import Reader
+from soar_mega.convert.checks import check_shapes, diffusers_shapes, listed
+from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.distributed import start_world
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.config import MMDiTConfig, config_file
-from soar_mega.models.gather import partition_dim
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.mmdit import MMDiT, build_model
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import partition_dim
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import config_file, read_sizes
 
-MAX_LISTED = 10
 
+def load_diffusers(folder: str | Path, dtype: str = "fp32") -> Transformer:
+    """A pipeline's transformer as a single-process module:
 
-def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
-    """A pipeline's transformer as a single-process module: `model(latents, timesteps, text, pooled) -> velocity`.
+    model(latents [B, C, H, W], timesteps [B] in 0..1000, text [B, S, D], pooled [B, P], guidance=None) -> velocity
+    [B, C, H, W]; guidance [B] for a guidance-distilled model.
 
     Starts a process world of one where there is none.
 
@@ -30,9 +33,9 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
         dtype: fp32 or bf16.
 
     Raises:
-        ValueError: not an SD3 transformer, or its weights do not fit its configuration.
+        ValueError: not a transformer of a known family, or its weights do not fit its configuration.
     """
-    config = MMDiTConfig.from_diffusers(folder)
+    config = read_sizes(folder)
     parallel = ParallelConfig()
     start_world(parallel)
     model = build_model(config, ModelConfig(dtype=dtype), parallel)
@@ -41,7 +44,7 @@ def load_diffusers(folder: str | Path, dtype: str = "fp32") -> MMDiT:
 
 
 @torch.no_grad()
-def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
+def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
     """Fill this rank's part of a model from a diffusers folder, each tensor straight into its place.
 
     Raises:
@@ -49,10 +52,10 @@ def load_weights(model: MMDiT | ModelChunks, folder: str | Path) -> None:
             finite; on every rank.
     """
     path = config_file(Path(folder)).parent
-    table = entries(model.sizes)
+    table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     with Reader(path) as reader:
-        _check(table, reader)
+        check_shapes(diffusers_shapes(model.sizes), reader, "config.json")
         for entry in table:
             if entry.name in local:
                 _fill(local[entry.name], entry, reader, model.sizes.num_attention_heads)
@@ -74,35 +77,19 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
         dist.all_gather_object(gathered, broken)
     names = list(dict.fromkeys(name for part in gathered for name in part))
     if names:
-        raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {_listed(names)}")
+        raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {listed(names)}")
 
 
 def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
     """Read this rank's rows or columns of a tensor."""
     dim, group = partition_dim(target), tensor_parallel_group()
-    if dim is None or group is None or group.size() == 1:
-        cut: tuple[int, ...] = ()
-    else:
+    cut: tuple[int, ...] = ()
+    if dim is not None and group is not None and group.size() > 1:
         width = entry.shape[dim] // group.size()
-        cut = dim, width * group.rank(), width * (group.rank() + 1)
+        start = width * group.rank() + (entry.columns.start if entry.columns is not None else 0)
+        cut = dim, start, start + width
         heads //= group.size()
+    elif entry.columns is not None:
+        cut = 1, entry.columns.start, entry.columns.stop
     for key, place in zip(entry.keys, parts(target, entry, heads), strict=True):
         place.copy_(reader.read(key, *cut).reshape(place.shape))
-
-
-def _check(table: list[Entry], reader: Reader) -> None:
-    wanted = {key: entry.shape for entry in table for key in entry.keys}
-    problems = [f"missing: {key} {shape}" for key, shape in wanted.items() if key not in reader.files]
-    problems += [f"unknown: {key} in {file.name}" for key, file in reader.files.items() if key not in wanted]
-    for key, shape in wanted.items():
-        if key in reader.files and (found := reader.shape(key)) != shape:
-            problems.append(
-                f"shape of {key} in {reader.files[key].name} is {found}, config.json implies {shape}"
-            )
-    if problems:
-        raise ValueError(f"the weights in {reader.folder} do not fit its config.json:\n  {_listed(problems)}")
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return "\n  ".join(lines[:MAX_LISTED]) + more

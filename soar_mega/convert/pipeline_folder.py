@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from soar_mega.models.config import MMDiTConfig
 from soar_mega.user_files import number, read_object
 
 INDEX = "model_index.json"
@@ -22,11 +21,6 @@ PLAIN_SCHEDULER = {
     "stochastic_sampling": False,
 }
 SHIFT_ADVICE = "name the shift yourself, with stage.shift in a recipe and --shift in sample and evaluate"
-
-
-def read_pipeline_config(folder: str | Path) -> MMDiTConfig:
-    """The sizes of a pipeline's transformer; a ValueError names what is missing."""
-    return MMDiTConfig.from_diffusers(folder)
 
 
 def scheduler_shift(folder: str | Path) -> float:

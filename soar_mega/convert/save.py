@@ -2,82 +2,137 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from soar_mega.convert.mapping import Entry, entries, parts
-from soar_mega.convert.safetensors_file import Writer
+from soar_mega.convert.checks import diffusers_shapes
+from soar_mega.convert.safetensors_writer import FolderWriter, Planned, Writer
 from soar_mega.distributed import device
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.mmdit import MMDiT
-from soar_mega.models.names import named_tensors
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
+from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
 
 
+@dataclass(frozen=True)
+class WeightFiles:
+    """How a transformer folder keeps its weights.
+
+    Attributes:
+        max_shard_size: bytes of tensors in one file.
+        variant: part of the names of the files, such as fp16; diffusers loads it when asked for by this name.
+        dtype: of the numbers; None leaves them as they are.
+    """
+
+    max_shard_size: int = MAX_SHARD_SIZE
+    variant: str = ""
+    dtype: torch.dtype | None = None
+
+
+AS_STORED = WeightFiles()
+
+
 def write_transformer(
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    files: WeightFiles = AS_STORED,
 ) -> None:
     """Write config.json and safetensors, to be loaded by diffusers. A collective over the whole world.
 
-    Beside its part of the model a rank holds one whole tensor at a time, and a shard or a third (of q, k, v) of it.
-
     Args:
         folder: the transformer folder, new or empty; made by rank 0, which does all the writing.
-        tensors: this rank's shard by global name, to be written in place of the model's own tensor (an EMA). Asked for
-            each in turn, in the same order by all data-parallel ranks, so that it may be collective over them.
-        max_shard_size: bytes of tensors in one file.
+        tensors: as for `write_weights`.
 
     Raises:
         OSError: rank 0 could not write; raised on every rank.
     """
-    table = entries(model.sizes)
+    config, shapes = model.sizes.to_diffusers(), diffusers_shapes(model.sizes)
+    dtypes = dict.fromkeys(shapes, model.config.params_dtype)
+    write_weights(model, lambda: start_folder(Path(folder), config, shapes, dtypes, files), folder, tensors)
+
+
+def start_folder(
+    folder: Path,
+    config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+    files: WeightFiles,
+) -> FolderWriter:
+    """Make a transformer folder with its config.json, whose tensors are to be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    plan = [Planned(key, shape, files.dtype or dtypes[key]) for key, shape in shapes.items()]
+    return FolderWriter(folder, plan, files.max_shard_size, files.variant)
+
+
+def write_weights(
+    model: Transformer | ModelChunks,
+    start: Callable[[], Writer],
+    place: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Give all tensors of a model to a writer under diffusers' names. A collective over the whole world.
+
+    Beside its part of the model a rank holds one whole tensor at a time, and a shard or a third (of q, k, v) of it.
+
+    Args:
+        start: makes the writer, on rank 0 alone; place: where that writes, for messages.
+        tensors: this rank's shard by global name, to be written in place of the model's own tensor (an EMA). Asked for
+            each in turn, in the same order by all data-parallel ranks, so that it may be collective over them.
+
+    Raises:
+        OSError: rank 0 could not write; raised on every rank.
+        ValueError: a number that the type to be written cannot hold; likewise.
+    """
+    table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
-    failure: OSError | None = None
+    failure: OSError | ValueError | None = None
     writer: Writer | None = None
     if dist.get_rank() == 0:
         try:
-            writer = _start_folder(model, table, Path(folder), max_shard_size)
+            writer = start()
         except OSError as error:
             failure = error
     heads = model.sizes.num_attention_heads
-    for entry in table:
-        full = _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__)
-        if full is not None and writer is not None and failure is None:
+    for _, same_keys in groupby(table, key=lambda entry: entry.keys):
+        group = list(same_keys)
+        collected = [
+            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__) for entry in group
+        ]
+        whole = [full for full in collected if full is not None]
+        if whole and writer is not None and failure is None:
             try:
-                _write(writer, entry, full, heads)
-            except OSError as error:
+                _write(writer, group[0], whole, heads)
+            except (OSError, ValueError) as error:
                 failure = error  # the peers still send: take part until the end
-        del full  # before the next one comes
-    _finish(writer, failure, folder)
+        del collected, whole  # before the next one comes
+    _finish(writer, failure, place)
 
 
-def _start_folder(
-    model: MMDiT | ModelChunks, table: list[Entry], folder: Path, max_shard_size: int
-) -> Writer:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.sizes.to_diffusers(), indent=2) + "\n")
-    plan = [(key, entry.shape) for entry in table for key in entry.keys]
-    return Writer(folder, plan, model.config.params_dtype, max_shard_size)
-
-
-def _write(writer: Writer, entry: Entry, full: Tensor, heads: int) -> None:
-    for key, part in zip(entry.keys, parts(full, entry, heads), strict=True):
+def _write(writer: Writer, entry: Entry, found: list[Tensor], heads: int) -> None:
+    """The keys of an entry; `found`: our tensor, or the ones that hold the columns of its one key."""
+    if entry.columns is not None:
+        writer.write(entry.keys[0], torch.cat(found, dim=1))
+        return
+    for key, part in zip(entry.keys, parts(found[0], entry, heads), strict=True):
         writer.write(key, part.reshape(entry.shape))
 
 
 def _collect(
     entry: Entry,
-    model: MMDiT | ModelChunks,
+    model: Transformer | ModelChunks,
     owner: int,
     local: dict[str, Tensor],
     tensors: Callable[[str], Tensor],
@@ -114,7 +169,7 @@ def _owners(local: dict[str, Tensor]) -> dict[str, int]:
     return {name: rank for rank, names in enumerate(held) for name in names}
 
 
-def _finish(writer: Writer | None, failure: OSError | None, folder: str | Path) -> None:
+def _finish(writer: Writer | None, failure: OSError | ValueError | None, folder: str | Path) -> None:
     def finish() -> None:
         if failure is not None:
             raise failure

@@ -33,7 +33,7 @@ class ShardJob:
         self._writer = ShardWriter(folder, number)
         self._waiting: dict[str, list[tuple[str, Item, torch.Tensor]]] = {}
         self._rejects: list[Reject] = []
-        self._cut = dict.fromkeys((encoder.part for encoder in encoders.texts), 0)
+        self._cut = dict.fromkeys((encoder.facts.part for encoder in encoders.texts), 0)
 
     def run(self, chunk: Sequence[Item], digest: str, progress: Any) -> list[Reject]:
         """Write the shard; what could not be used of it."""
@@ -94,7 +94,7 @@ class ShardJob:
             else:
                 self._writer.add(key, sample)
                 for encoder in self._encoders.texts:
-                    self._cut[encoder.part] += encoder.cuts(item.caption)
+                    self._cut[encoder.facts.part] += encoder.cuts(item.caption)
 
 
 def _not_finite(sample: EncodedSample) -> str | None:

@@ -3,10 +3,10 @@
 from soar_mega.config import Recipe
 from soar_mega.engines.engine import Engine, StepResult
 from soar_mega.engines.megatron import MegatronEngine
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.common.sizes import Sizes
 
 
-def make_engine(recipe: Recipe, config: MMDiTConfig) -> Engine:
+def make_engine(recipe: Recipe, config: Sizes) -> Engine:
     """The engine that a recipe names, with the model of `config` in it; the world must have been started."""
     if recipe.parallel.engine == "megatron":
         return MegatronEngine(recipe, config)

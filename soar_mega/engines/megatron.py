@@ -26,9 +26,9 @@ from soar_mega.engines.megatron_weights import gather_parameters, main_weights
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.models.chunks import ModelChunks
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.layer_graphs import CudaGraphs, Recorder
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.layer_graphs import CudaGraphs, Recorder
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class MegatronEngine(Engine):
     """Megatron's schedules, DistributedDataParallel and optimizer around this rank's part of the model."""
 
-    def __init__(self, recipe: Recipe, config: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, config: Sizes) -> None:
         super().__init__(recipe, config)
         self._ddp = _data_parallel(self.model, recipe)
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)
@@ -84,7 +84,7 @@ class MegatronEngine(Engine):
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        model = self.model.sharded_state_dict(metadata=metadata)
+        model = self._in_checkpoints(self.model.sharded_state_dict(metadata=metadata))
         if is_loading:
             return {
                 "model": model,
@@ -113,7 +113,7 @@ class MegatronEngine(Engine):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         targets = self.model.sharded_state_dict()
-        for key, tensor in state["model"].items():
+        for key, tensor in state.get("model", {}).items():  # nor where a rank has no adapters
             if isinstance(tensor, Tensor):
                 targets[key].data.copy_(tensor)
         [optimizer] = self.optimizer.chained_optimizers
@@ -132,7 +132,7 @@ class MegatronEngine(Engine):
         return self._main.pieces[name].of(self.parameters[name].main_grad)  # type: ignore[attr-defined]
 
     def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
-        return self.model.sharded_state_dict()
+        return self._in_checkpoints(self.model.sharded_state_dict())
 
     def _sync(self) -> None:
         if self.recipe.parallel.overlap_param_gather:

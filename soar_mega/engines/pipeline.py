@@ -18,17 +18,19 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, RolloutChannel
 from soar_mega.engines.plan import PlacedBatch, PointPiece, PointPlan, QueryPiece, filled, query_pieces
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import Sources
 from soar_mega.stages.points import Points, Queries
 
 Loss = Callable[[Points, Tensor], Tensor]
+Inputs = tuple[Tensor, Tensor, Conditions]  # latents or their patches, timesteps in 0..1000, conditions
 
 
 class Pipeline:
     """This rank's part of the model, and the schedule that drives it.
 
     Args:
-        chunks: each model chunk, an MMDiT, in its wrapper (megatron's DistributedDataParallel); several are
+        chunks: each model chunk, a Transformer, in its wrapper (megatron's DistributedDataParallel); several are
             interleaved.
     """
 
@@ -73,7 +75,7 @@ class Pipeline:
     @torch.no_grad()  # forward_only alone would still record a graph
     def predict(
         self,
-        inputs: Callable[[Any], tuple[Tensor, Tensor, Tensor, Tensor]],
+        inputs: Callable[[Any], Inputs],
         outputs: Callable[[Any, Tensor], None],
         steps: list[Any],
         rows: int,
@@ -93,19 +95,18 @@ class Pipeline:
     def forward(
         self,
         chunk: Any,
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+        inputs: Inputs | None,
         latent_size: tuple[int, int],
         text_length: int,
     ) -> Tensor:
-        """One forward of a chunk; `inputs` (latents or patches, timesteps, text, pooled) for the model's first only."""
+        """One forward of a chunk; `inputs` for the model's first only."""
         if inputs is None:
-            return chunk(None, None, None, None, latent_size=latent_size, text_length=text_length)
-        latents, timesteps, text, pooled = inputs
+            return chunk(None, None, None, latent_size=latent_size, text_length=text_length)
+        latents, timesteps, conditions = inputs
         return chunk(
             latents.to(device(), self.dtype),
             timesteps.to(device(), torch.float32),
-            text.to(device(), self.dtype),
-            pooled.to(device(), self.dtype),
+            conditions.to(device(), self.dtype),
             latent_size=latent_size,
             text_length=text_length,
         )
@@ -121,11 +122,11 @@ def answer_pass(
     steps = range(len(filled(len(queries), size, pipeline.group)) // size)
     pieces = query_pieces(placed, queries, size, pipeline.group) if pipeline.is_first else []
 
-    def inputs(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(i: int) -> Inputs:
         answers.advance(i)
         piece = pieces[i]
         states = query_states(placed, piece, queries.fused, pipeline.dtype, pipeline.patch_size)
-        return states, piece.timestep, *placed.conditions(piece.condition)
+        return states, piece.timestep, placed.conditions_at(piece.condition)
 
     def outputs(i: int, velocity: Tensor) -> None:
         if i < count:  # the others only fill up the schedule
@@ -171,7 +172,7 @@ def learn_pass(
             assert piece.timestep is not None and piece.condition is not None
             # the only place where a state is cast, and it is written as the model reads it
             states = points.states(pipeline.dtype, pipeline.patch_size)
-            inputs = (states, piece.timestep, *placed.conditions(piece.condition))
+            inputs = (states, piece.timestep, placed.conditions_at(piece.condition))
         velocity = pipeline.forward(chunk, inputs, latent_size(batch), batch.text_length)
         return velocity, partial(weighted, piece.weight, points)
 
@@ -180,20 +181,20 @@ def learn_pass(
 
 
 def predict_velocity(
-    pipeline: Pipeline, latents: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, size: int
+    pipeline: Pipeline, latents: Tensor, timestep: Tensor, conditions: Conditions, size: int
 ) -> Tensor:
     """Velocity [B, C, H, W] float32 of given states, `size` of them per forward, on every rank of the pipeline."""
     index = filled(len(latents), size, pipeline.group).clamp(max=len(latents) - 1)
     found: list[Tensor] = []
 
-    def inputs(sample: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return latents[sample], timestep[sample], text[sample], pooled[sample]
+    def inputs(sample: Tensor) -> Inputs:
+        return latents[sample], timestep[sample], conditions.map(lambda tensor: tensor[sample])
 
     def outputs(_: Tensor, velocity: Tensor) -> None:
         found.append(velocity.float())
 
     height, width = latents.shape[-2:]
-    pipeline.predict(inputs, outputs, list(index.split(size)), size, (height, width), text.shape[1])
+    pipeline.predict(inputs, outputs, list(index.split(size)), size, (height, width), conditions.text_length)
     result = torch.cat(found)[: len(latents)] if found else torch.empty(latents.shape, device=device())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()

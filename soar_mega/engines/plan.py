@@ -15,6 +15,7 @@ from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers
 from soar_mega.kernels import PointTable
 from soar_mega.kernels.point_tables import group_table, point_table, uses
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import DRAWN, Sources
 from soar_mega.stages.points import Points, Queries, Velocities
 from soar_mega.upload import pinned, upload
@@ -29,19 +30,18 @@ class PlacedBatch:
     Attributes:
         given: the batch as it came.
         batch: its latents are zero where a sample could not be read.
-        text, pooled: [B + 1, S, D] and [B + 1, P] as the model reads them, the empty prompt last; None where the model
-            does not begin, and [B, ...] where the batch has no empty prompt.
+        conditions: [B + 1] as the model reads them, the empty prompt last; None where the model does not begin, and [B]
+            where the batch has no empty prompt.
     """
 
     given: Batch
     batch: Batch
-    text: Tensor | None
-    pooled: Tensor | None
+    conditions: Conditions | None
 
-    def conditions(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """(text [M, S, D], pooled [M, P]) at the rows `row` [M] int64, on the device."""
-        assert self.text is not None and self.pooled is not None
-        return self.text.index_select(0, row), self.pooled.index_select(0, row)
+    def conditions_at(self, row: Tensor) -> Conditions:
+        """The conditions at the rows `row` [M] int64, on the device."""
+        assert self.conditions is not None
+        return self.conditions.rows(row)
 
     def condition_rows(self, sample: Tensor, dropped: Tensor) -> Tensor:
         """[M] int64: where the conditions of samples are, the empty prompt where `dropped` [M]."""
@@ -60,17 +60,16 @@ def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
             for row in (~batch.valid).nonzero().flatten().tolist():
                 latents[row].zero_()  # weight zero times a latent that is not a number would still be one
         batch = replace(batch, latents=latents)
-    return PlacedBatch(
-        given=given,
-        batch=batch,
-        text=_with_last(batch.text, batch.empty_text, dtype),
-        pooled=_with_last(batch.pooled, batch.empty_pooled, dtype),
-    )
+    conditions = None
+    if batch.text is not None and batch.pooled is not None:
+        text = _with_last(batch.text, batch.empty_text, dtype)
+        conditions = Conditions(text, _with_last(batch.pooled, batch.empty_pooled, dtype))
+    return PlacedBatch(given=given, batch=batch, conditions=conditions)
 
 
-def _with_last(rows: Tensor | None, last: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if rows is None or last is None:
-        return None if rows is None else pinned(rows, device()).to(dtype)
+def _with_last(rows: Tensor, last: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if last is None:
+        return pinned(rows, device()).to(dtype)
     last = pinned(last, device()).to(rows.dtype)[None]
     return torch.cat([pinned(rows, device()).to(dtype), last.to(dtype)])
 

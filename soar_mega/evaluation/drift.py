@@ -15,10 +15,10 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.flow import guided, normal, sample
+from soar_mega.models.common.conditions import Conditions
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, H, W], sigma [B]) -> [B, C, H, W]
-# (latents, sigma, text, pooled) -> [B, C, H, W]
-ModelVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ModelVelocity = Callable[[Tensor, Tensor, Conditions], Tensor]  # the same, with conditions [B]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ def held_out_drift(
         assert batch.latents is not None and batch.text is not None and batch.pooled is not None
         assert batch.empty_text is not None and batch.empty_pooled is not None
         z1 = normal(batch.seed, "drift", batch.position, 0, batch.latent_shape).to(batch.latents)
-        cond, uncond = branches(velocity, batch.text, batch.pooled, batch.empty_text, batch.empty_pooled)
+        prompts = Conditions(batch.text, batch.pooled)
+        cond, uncond = branches(velocity, prompts, Conditions(batch.empty_text, batch.empty_pooled))
         for part, (sigma_a, sigma_b) in zip(parts, spans, strict=True):
             found = drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale)
             part.append(
@@ -113,20 +114,18 @@ def held_out_drift(
     ]
 
 
-def branches(
-    velocity: ModelVelocity,
-    text: Tensor,  # [B, S, D]
-    pooled: Tensor,  # [B, P]
-    empty_text: Tensor,  # [S, D] or [1, S, D], of the empty prompt
-    empty_pooled: Tensor,  # [P] or [1, P]
-) -> tuple[Velocity, Velocity]:
-    """The conditional and the unconditional velocity at prompts, as functions of latents and sigma."""
-    empty_text, empty_pooled = empty_text.expand_as(text), empty_pooled.expand_as(pooled)
+def branches(velocity: ModelVelocity, prompts: Conditions, empty: Conditions) -> tuple[Velocity, Velocity]:
+    """The conditional and the unconditional velocity at prompts, as functions of latents and sigma.
+
+    Args:
+        prompts: [B]; empty: of the empty prompt, [1] or without that dimension.
+    """
+    empty = Conditions(empty.text.expand_as(prompts.text), empty.pooled.expand_as(prompts.pooled))
 
     def cond(latents: Tensor, sigma: Tensor) -> Tensor:
-        return velocity(latents, sigma, text, pooled)
+        return velocity(latents, sigma, prompts)
 
     def uncond(latents: Tensor, sigma: Tensor) -> Tensor:
-        return velocity(latents, sigma, empty_text, empty_pooled)
+        return velocity(latents, sigma, empty)
 
     return cond, uncond

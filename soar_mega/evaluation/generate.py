@@ -9,12 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
+from soar_mega.convert.lora import load_adapted
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
 from soar_mega.evaluation.drift import branches
 from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import check_file, write_file
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
@@ -32,30 +34,37 @@ class Generator:
     schedule: Schedule
 
     @staticmethod
-    def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
+    def load(
+        pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None, adapters: str | Path = ""
+    ) -> "Generator":
         """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+
+        `adapters` are put on the transformer: a folder or file in PEFT's or diffusers' format.
 
         `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
         schedule = Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
+        if adapters:
+            transformer, _ = load_adapted(pipeline_dir, adapters, dtype)
+        else:
+            transformer = load_diffusers(pipeline_dir, dtype)
         return Generator(
             facts=encoder_facts(Path(pipeline_dir)),
-            transformer=load_diffusers(pipeline_dir, dtype).to(device()).eval(),
+            transformer=transformer.to(device()).eval(),
             decoder=Decoder.load(Path(pipeline_dir)),
             schedule=schedule,
         )
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        """The transformer as a function of sigma: latents [B, C, H, W], sigma [B], text [B, S, D], pooled [B, P]."""
+    def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer as a function of sigma: latents [B, C, H, W], sigma [B], conditions [B]."""
         weight = next(self.transformer.parameters())
         velocity: Tensor = self.transformer(
             latents.to(weight),
             self.schedule.timestep(sigma).to(weight.device, torch.float32),
-            text.to(weight),
-            pooled.to(weight),
+            conditions.to(weight.device, weight.dtype),
         )
         return velocity
 
@@ -90,12 +99,12 @@ class Generator:
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
         sigmas = self.schedule.inference_sigmas(steps)
-        empty_text, empty_pooled = prompts.empty_text.to(device()), prompts.empty_pooled.to(device())
+        empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
             row = position // num_images_per_prompt
-            text, pooled = prompts.text[row].to(device()), prompts.pooled[row].to(device())
-            cond, uncond = branches(self.velocity, text, pooled, empty_text, empty_pooled)
+            asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
+            cond, uncond = branches(self.velocity, asked, empty)
             noise = normal(seed, "sample", position, 0, shape).to(device())
             images.append(
                 self.decoder.decode(sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver))

@@ -10,7 +10,7 @@ from soar_mega.flow.noise import normal, philox, stream_key, uniform
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
-from soar_mega.flow.schedule import Schedule
+from soar_mega.flow.schedule import TIMESTEPS, Schedule
 from soar_mega.flow.timesteps import DENSITIES, sample_time
 from soar_mega.flow.weighting import WEIGHTINGS, loss_weight
 
@@ -19,6 +19,7 @@ __all__ = [
     "ROLLOUT_VARIANTS",
     "SOLVERS",
     "SOURCES",
+    "TIMESTEPS",
     "WEIGHTINGS",
     "Schedule",
     "auxiliary_latents",

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TIMESTEPS = 1000  # models are told 1000 sigma; what an architecture makes of it is its own
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -19,7 +21,7 @@ class Schedule:
     """
 
     shift: float
-    num_train_timesteps: int = 1000
+    num_train_timesteps: int = TIMESTEPS
     grid: bool = False
 
     def __post_init__(self) -> None:

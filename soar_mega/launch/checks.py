@@ -7,8 +7,8 @@ from soar_mega import distributed
 from soar_mega.config import Recipe
 from soar_mega.config_checks import check_replicas
 from soar_mega.convert import is_pipeline, pipeline_parts
-from soar_mega.models import layout
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.common import layout
+from soar_mega.models.family import model_sizes
 from soar_mega.training.export import check_places
 
 logger = logging.getLogger(__name__)

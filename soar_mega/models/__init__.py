@@ -1,1 +1,1 @@
-"""MMDiT transformers as megatron-core modules."""
+"""Transformers as megatron-core modules: what all have in common, and each family of them in a folder of its own."""

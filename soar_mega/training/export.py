@@ -10,12 +10,12 @@ from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
-from soar_mega.convert.mapping import entries
+from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
-from soar_mega.models.mmdit import DTYPES
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.common.build import DTYPES
+from soar_mega.models.family import model_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,12 @@ def check_exports(recipe: Recipe) -> None:
     wanted = _exports(recipe)
     for name in wanted:
         OutputFolder(_place(recipe, name)).check()
+        if recipe.lora.rank:
+            OutputFolder(Path(recipe.checkpoint.save, _adapters(name))).check()
     source = recipe.model.pipeline_dir
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
-    elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in entries(model_sizes(recipe.model)))
+    sizes = model_sizes(recipe.model)
+    elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in sizes.family.entries(sizes))
     needed = len(wanted) * (parts + elements * DTYPES[recipe.model.dtype].itemsize)
     free = shutil.disk_usage(recipe.checkpoint.save).free
     if needed > free:
@@ -79,12 +82,16 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
 def _export(recipe: Recipe, engine: Engine) -> None:
     source = recipe.model.pipeline_dir
     for name, weights in _exports(recipe).items():
-        place, tensors = _place(recipe, name), engine.tensors(weights)
+        place, tensors = _place(recipe, name), engine.exported(weights)
         if is_pipeline(source):
             save_pipeline(engine.model, source, place, tensors)
         else:
             save_transformer(engine.model, place, tensors)
         logger.info("wrote %s", place)
+        if engine.adapters is not None:
+            alone = Path(recipe.checkpoint.save, _adapters(name))
+            save_adapters(engine.model, engine.adapters, recipe.lora, alone, engine.tensors(weights), source)
+            logger.info("wrote %s", alone)
 
 
 def _exports(recipe: Recipe) -> dict[str, str]:
@@ -92,6 +99,11 @@ def _exports(recipe: Recipe) -> dict[str, str]:
     if not recipe.checkpoint.export:
         return {}
     return {"export": "current"} | ({"export_ema": "ema"} if recipe.train.ema_decay > 0 else {})
+
+
+def _adapters(name: str) -> str:
+    """The folder of the adapters that are in an export: export_lora, export_lora_ema."""
+    return name.replace("export", "export_lora")
 
 
 def _place(recipe: Recipe, name: str) -> Path:

@@ -78,8 +78,10 @@ class SampleGrid:
         """The grid of all prompts [3, H, W] in [0, 1] on rank 0, None elsewhere. Collective over the world."""
         prompts = self._prompts
         start = normal(SEED, "sample", torch.arange(len(prompts)), 0, self._latent_shape, device())
-        conditions = (prompts.text, prompts.pooled, prompts.empty_text, prompts.empty_pooled)
-        cond, uncond = branches(engine.velocity, *(tensor.to(device()) for tensor in conditions))
+        asked, empty = (
+            c.map(lambda tensor: tensor.to(device())) for c in (prompts.conditions, prompts.empty)
+        )
+        cond, uncond = branches(engine.velocity, asked, empty)
         with engine.using(self._weights):
             latents = sample(guided(cond, uncond, self._guidance_scale), start, self._sigmas)
         if not is_rank_zero():

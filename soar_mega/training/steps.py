@@ -1,5 +1,6 @@
 """What computes the steps of a run: engine, data and progress. Writes nothing."""
 
+from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -7,7 +8,7 @@ from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
 from soar_mega.training.learning_rate import learning_rate
@@ -41,6 +42,10 @@ class Steps:
         self.stage = make_stage(recipe.stage, shift)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
+        if (
+            self.engine.base is not None
+        ):  # a checkpoint holds adapters alone, and loading compares what they are
+            self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from soar_mega.config import Recipe
 from soar_mega.data.batch import Batch
 from soar_mega.gpus import peak_tflops
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import Tokens, Work, forward_work, image_tokens, step_work
+from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
+from soar_mega.models.common.sizes import Sizes
 
 
 class Throughput:
@@ -21,7 +21,7 @@ class Throughput:
         sizes: of the whole model.
     """
 
-    def __init__(self, recipe: Recipe, sizes: MMDiTConfig) -> None:
+    def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
         self._forwards = recipe.stage.forwards()

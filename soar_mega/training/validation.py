@@ -14,6 +14,7 @@ from soar_mega.data.shards import ShardSet
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import ModelVelocity, held_out_drift
 from soar_mega.flow import Schedule, normal, uniform
+from soar_mega.models.common.conditions import Conditions
 
 SEED = 0  # not the run's: runs with different seeds are measured on the same states
 QUARTILES = 4
@@ -88,7 +89,7 @@ def quartile_losses(velocity: ModelVelocity, batch: Batch, schedule: Schedule) -
         z1 = normal(batch.seed, "validation/noise", batch.position, quarter, batch.latent_shape)
         s = sigma.float()[:, None, None, None]
         state = (1.0 - s) * batch.latents + s * z1
-        error = velocity(state, sigma, batch.text, batch.pooled) - (z1 - batch.latents)
+        error = velocity(state, sigma, Conditions(batch.text, batch.pooled)) - (z1 - batch.latents)
         losses.append(error.double().square().flatten(1).mean(dim=1))
     return torch.stack(losses, dim=1)
 

@@ -11,15 +11,16 @@ import torch
 from peer_folder import read_tensors, save_small
 
 from soar_mega.convert import (
+    WeightFiles,
     load_diffusers,
     pipeline_parts,
-    read_pipeline_config,
     save_pipeline,
     save_transformer,
     scheduler_shift,
 )
-from soar_mega.convert.safetensors_file import INDEX, SINGLE
-from soar_mega.models.names import named_tensors
+from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
@@ -46,7 +47,7 @@ def test_only_the_transformer_is_new(tmp_path):
     written = files_below(tmp_path / "export")
     assert len(json.loads(written.pop(MARKER))["files"]) == len(written) + 2  # config and weights
     assert written == files_below(BASE)
-    assert read_pipeline_config(tmp_path / "export") == model.sizes
+    assert read_sizes(tmp_path / "export") == model.sizes
     ours, theirs = read_tensors(tmp_path / "export/transformer"), read_tensors(BASE / "transformer")
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == ["proj_out.bias"]
     assert torch.equal(ours["proj_out.bias"], torch.full_like(theirs["proj_out.bias"], 0.25))
@@ -86,7 +87,7 @@ def test_no_mix_with_weights_of_another_layout(tmp_path):
         save_transformer(model, tmp_path / "transformer", lambda name: torch.zeros(()))
     assert read_tensors(tmp_path / "transformer").keys() == before.keys()
     for size in (50_000, 10**9, 50_000):
-        save_transformer(model, tmp_path / "ours", max_shard_size=size)
+        save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=size))
         assert (tmp_path / "ours" / INDEX).exists() == (size == 50_000)
         assert (tmp_path / "ours" / SINGLE).exists() == (size != 50_000)
 

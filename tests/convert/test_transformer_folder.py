@@ -13,12 +13,14 @@ from multirank import run_ranks
 from peer_folder import SMALL, read_tensors, save_small
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert import load_diffusers, load_weights, save_transformer
-from soar_mega.convert.safetensors_file import INDEX, SINGLE, Reader
-from soar_mega.models.chunks import build_chunks
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.names import named_tensors
+from soar_mega.convert import WeightFiles, load_diffusers, load_weights, save_transformer
+from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import build_chunks
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.family import read_sizes
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 def equal(ours, theirs):
@@ -35,7 +37,7 @@ def test_round_trip_is_bitwise(dtype, shard_in, shard_out, tmp_path):
     save_small(tmp_path, dtype=dtype, max_shard_size=shard_in)
     assert (tmp_path / "transformer" / INDEX).exists() == (shard_in != "5GB")
     model = load_diffusers(tmp_path, dtype=dtype)
-    save_transformer(model, tmp_path / "ours", max_shard_size=shard_out)
+    save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=shard_out))
     assert (tmp_path / "ours" / INDEX).exists() == (shard_out < 10**9)
     assert equal(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "transformer"))
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
@@ -47,7 +49,7 @@ def save_from_layout(folder, parallel):
     from soar_mega import distributed
 
     distributed.start_world(parallel)
-    config = MMDiTConfig.from_diffusers(folder)
+    config = read_sizes(folder)
     model = build_chunks(config, ModelConfig(dtype="fp32"), parallel)
     sizes, earlier = [], []
     read = Reader.read
@@ -62,7 +64,7 @@ def save_from_layout(folder, parallel):
     Reader.read = counting
     load_weights(model, folder)
     held = [*model.parameters(), *model.buffers()]
-    save_transformer(model, folder / "ours", max_shard_size=50_000)
+    save_transformer(model, folder / "ours", files=WeightFiles(max_shard_size=50_000))
     ours = named_tensors(model)
     save_transformer(
         model, folder / "ema", lambda name: torch.full_like(ours[name], 0.5) if "mlp" in name else ours[name]
@@ -100,7 +102,7 @@ def fail_to_save(folder):
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     distributed.start_world(parallel)
     settings = ModelConfig(dtype="fp32", init="random")
-    model = build_model(MMDiTConfig(**SMALL), settings, parallel)
+    model = build_model(SD3Sizes(**SMALL), settings, parallel)
     messages = []
     for attempt in (limit_file_size, lambda: None):
         attempt()
@@ -192,8 +194,8 @@ BROKEN = {
         r"holds \[\] instead of a JSON object",
     ),
     "class": (
-        lambda f: edit_config(f, _class_name="FluxTransformer2DModel"),
-        "describes a FluxTransformer2DModel",
+        lambda f: edit_config(f, _class_name="Lumina2Transformer2DModel"),
+        "describes a Lumina2Transformer2DModel",
     ),
     "setting": (lambda f: edit_config(f, rope_theta=3), "does not know: rope_theta"),
     "sizes": (lambda f: edit_config(f, num_attention_heads=8), "config.json: caption_projection_dim is 32"),
@@ -240,7 +242,7 @@ def test_plain_python_process_without_diffusers(tmp_path):
     save_small(tmp_path)
     script = f"""
 import sys, torch
-from soar_mega.convert import load_diffusers
+from soar_mega.convert import WeightFiles, load_diffusers
 model = load_diffusers({str(tmp_path)!r})
 velocity = model(torch.zeros(2, 4, 8, 8), torch.tensor([1.0, 999.0]), torch.zeros(2, 3, 12), torch.zeros(2, 10))
 velocity.sum().backward()

@@ -60,7 +60,7 @@ def test_a_missing_t5_gives_zeros_as_in_diffusers(tmp_path):
     expected_text, expected_pooled = diffusers_prompts(folder, 6, text_encoder_3=None, tokenizer_3=None)
     assert torch.equal(text, expected_text) and torch.equal(pooled, expected_pooled)
     assert text[:, 10:].eq(0).all()
-    assert torch.equal(encode_prompts(folder, PROMPTS, max_sequence_length=6).text, text)
+    assert torch.equal(encode_prompts(folder, PROMPTS, max_sequence_length=6).conditions.text, text)
     assert encoder_facts(folder).text_shape == (10 + 256, 64)
 
 
@@ -84,8 +84,8 @@ def test_prompts_that_are_encoded_once_are_the_same_and_leave_no_encoder(monkeyp
     monkeypatch.setattr(TextEncoder, "load", loaded)
     once = encode_prompts(BASE, prompts, torch.bfloat16)
     assert alive == [before] * 3 and living_text_encoders() == before
-    torch.testing.assert_close(torch.cat([once.text, once.empty_text]), text)
-    torch.testing.assert_close(torch.cat([once.pooled, once.empty_pooled]), pooled)
+    torch.testing.assert_close(torch.cat([once.conditions.text, once.empty.text]), text)
+    torch.testing.assert_close(torch.cat([once.conditions.pooled, once.empty.pooled]), pooled)
 
 
 def living_text_encoders() -> int:

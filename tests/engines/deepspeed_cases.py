@@ -7,8 +7,9 @@ from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, mak
 
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
-from soar_mega.models.gather import full_tensor
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.names import global_parameter_names
 from soar_mega.stages import make_stage
 
 PATTERNS = {  # frozen parameters, learning rates and groups without decay
@@ -49,7 +50,7 @@ def behaviour(recipe) -> dict:
     def look(moment: str) -> None:
         for weights in ("current", *engine.weights):
             sigma = torch.full((2,), 0.5)
-            velocity = engine.velocity(latents, sigma, text, pooled, weights=weights)
+            velocity = engine.velocity(latents, sigma, Conditions(text, pooled), weights=weights)
             found[f"{moment}: velocity by {weights}"] = velocity
 
     def learn(iteration: int, loss=stage.loss, weights: str = "current") -> None:

@@ -17,13 +17,13 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, start_world
 from soar_mega.engines import make_engine
 from soar_mega.flow import normal
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_shape, local_shard
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.gather import full_shape, local_shard
+from soar_mega.models.common.names import global_parameter_names
+from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.stages import SoarConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
-SIZES = MMDiTConfig(
+SIZES = SD3Sizes(
     num_layers=4,
     num_attention_heads=4,
     attention_head_dim=4,
@@ -111,7 +111,7 @@ def make_batch(iteration: int, size: int = 8, invalid: int | None = 3) -> Batch:
     )
 
 
-def start_engine(recipe: Recipe, sizes: MMDiTConfig = SIZES):
+def start_engine(recipe: Recipe, sizes: SD3Sizes = SIZES):
     """An engine with random weights that no layer of the model ignores."""
     start_world(recipe.parallel)
     engine = make_engine(recipe, sizes)
@@ -132,7 +132,7 @@ def iterate(engine, stage, batch, lr=1e-3):
     return statistics, engine.step(lr)
 
 
-def train_case(recipe: Recipe, iterations: int = 5, sizes: MMDiTConfig = SIZES) -> dict:
+def train_case(recipe: Recipe, iterations: int = 5, sizes: SD3Sizes = SIZES) -> dict:
     """Losses and gradient norms of some iterations, and the gradients of the first one."""
     engine = start_engine(recipe, sizes)
     stage = make_stage(recipe.stage, shift=1.0)

@@ -7,7 +7,7 @@ from engine_cases import SIZES, iterate, make_batch, start_engine
 from live_bytes import LiveBytes
 
 from soar_mega.config import Recipe
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.stages import make_stage
 
 
@@ -17,7 +17,7 @@ def storages(tensors) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real}
 
 
-def held_bytes(recipe: Recipe, sizes: MMDiTConfig = SIZES) -> dict[str, int]:
+def held_bytes(recipe: Recipe, sizes: SD3Sizes = SIZES) -> dict[str, int]:
     """After the gradients of a second step: bytes of all tensors made since before the engine was, by kind."""
     stage = make_stage(recipe.stage, shift=1.0)
     with LiveBytes() as counted:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from soar_mega.models.layer_graphs import WARM_UP
+from soar_mega.models.common.layer_graphs import WARM_UP
 
 
 class RepeatedWork:

@@ -11,6 +11,7 @@ from multirank import RankFailure, run_ranks
 from soar_mega.distributed import is_first_stage
 from soar_mega.engines import channel
 from soar_mega.engines.channel import Answers, Messages, OverlappedChannel
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages import SftConfig, make_stage
 
 ANSWERS = (1, 4, 8, 33)
@@ -76,7 +77,7 @@ def answers_nobody_asked_for(recipe):
     latest = answers.get(2).clone()  # out of order
     answers.close()
     answers.close()
-    found = engine.velocity(batch.latents, torch.full((8,), 0.5), batch.text, batch.pooled)
+    found = engine.velocity(batch.latents, torch.full((8,), 0.5), Conditions(batch.text, batch.pooled))
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from soar_mega.checkpoints import reading
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.convert import save_transformer
-from soar_mega.convert.safetensors_file import SINGLE
-from soar_mega.models.names import global_parameter_names
+from soar_mega.convert.weight_files import SINGLE
+from soar_mega.models.common.names import global_parameter_names
 
 WIDE = replace(SIZES, attention_head_dim=32, caption_projection_dim=128)
 NOISE = 2**14  # messages between the ranks

@@ -13,7 +13,8 @@ from engine_cases import iterate, make_batch, make_recipe, start_engine
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 import te_stand_in
 
-from soar_mega.models.te_layers import CastOnce
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.te_layers import CastOnce
 from soar_mega.stages import make_stage
 
 FP8 = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
@@ -31,7 +32,7 @@ def run(parallel, model):
 
     def say(weights):
         latents, text, pooled = states
-        return engine.velocity(latents, torch.tensor([0.3, 0.6]), text, pooled, weights=weights)
+        return engine.velocity(latents, torch.tensor([0.3, 0.6]), Conditions(text, pooled), weights=weights)
 
     for iteration in range(3):
         statistics, result = iterate(engine, stage, make_batch(iteration), lr=1e-2)

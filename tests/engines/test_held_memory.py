@@ -9,7 +9,7 @@ from memory_cases import held_bytes
 from multirank import run_ranks
 
 from soar_mega.distributed import data_size, start_world
-from soar_mega.models.memory import in_flight, rank_memory, workload
+from soar_mega.models.common.memory import in_flight, rank_memory, workload
 from soar_mega.stages import make_stage
 
 WIDE = replace(EIGHT_LAYERS, attention_head_dim=32, caption_projection_dim=128)

@@ -10,6 +10,7 @@ from repeated_work import RepeatedWork
 
 from soar_mega.config import ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
+from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -22,8 +23,21 @@ LAYOUTS = {
     "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
     "pp4": ((1, 4), 4, {}),
     "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
+    "flux": ((1, 2), 2, {**VPP2, "model": RECOMPUTED}),
+    "flux-tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
 }
-SLOW = ("tp2-sp-dp2", "pp4", "cp2")
+# a double and a single layer in one chunk
+FLUX = FluxSizes(
+    in_channels=4,
+    num_double_layers=3,
+    num_single_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    axes_dims_rope=(2, 4, 2),
+)
+SLOW = ("tp2-sp-dp2", "pp4", "cp2", "flux-tp2-sp")
 
 
 def trained(recipe, sizes, graphs: bool):
@@ -48,9 +62,8 @@ def with_and_without(recipe, sizes) -> None:
 )
 def test_recorded_layers_train_as_others_do(name):
     layout, processes, settings = LAYOUTS[name]
-    run_ranks(
-        with_and_without, processes, make_recipe(layout, **settings), EIGHT_LAYERS if "vpp" in name else SIZES
-    )
+    sizes = FLUX if "flux" in name else EIGHT_LAYERS if "vpp" in name else SIZES
+    run_ranks(with_and_without, processes, make_recipe(layout, **settings), sizes)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from multirank import run_ranks
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.config import Recipe
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages import make_stage
 
 pytestmark = pytest.mark.slow
@@ -95,7 +96,7 @@ def go_on(engine, recipe):
         numbers += [statistics["loss"], result.grad_norm]
     drawn = torch.Generator().manual_seed(0)
     latents, text, pooled = (torch.randn(2, *shape, generator=drawn) for shape in ((4, 8, 8), (6, 12), (10,)))
-    return numbers, engine.velocity(latents, torch.full((2,), 0.5), text, pooled, weights="ema")
+    return numbers, engine.velocity(latents, torch.full((2,), 0.5), Conditions(text, pooled), weights="ema")
 
 
 def save_and_go_on(recipe, folder):

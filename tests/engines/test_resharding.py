@@ -11,7 +11,7 @@ from multirank import run_ranks
 from soar_mega.checkpoints import reading
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
-from soar_mega.models.gather import full_tensor
+from soar_mega.models.common.gather import full_tensor
 from soar_mega.stages import make_stage
 
 

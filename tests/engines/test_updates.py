@@ -5,6 +5,7 @@ import torch
 from engine_cases import SIZES, assert_gradients_agree, iterate, make_batch, make_recipe, start_engine
 
 from soar_mega.engines import make_engine
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages import make_stage
 
 
@@ -120,7 +121,7 @@ def test_velocity_and_answers_use_the_weights_asked_for():
     batch = make_batch(0, invalid=None)
     iterate(engine, stage, batch, lr=1e-2)
     sigma = torch.full((len(batch),), 0.5)
-    inputs = (batch.latents, sigma, batch.text, batch.pooled)
+    inputs = (batch.latents, sigma, Conditions(batch.text, batch.pooled))
     current, old = engine.velocity(*inputs), engine.velocity(*inputs, weights="old")
     with torch.no_grad():
         expected = engine.model(batch.latents, sigma * 1000, batch.text, batch.pooled)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.evaluation.drift import drift, held_out_drift
+from soar_mega.models.common.conditions import Conditions
 
 MEAN, STD = 0.7, 0.5  # of the clean latents, per element
 SHIFTED_MEAN = -0.4  # of the unconditional model
@@ -102,9 +103,9 @@ def make_batch(positions: list[int]) -> Batch:
 
 
 def test_held_out_drift_keys_its_noise_and_tells_the_branches_apart() -> None:
-    def model(z: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        assert text.shape == (len(z), 2, 3) and pooled.shape == (len(z), 3)
-        mean = MEAN if pooled.sum() else SHIFTED_MEAN
+    def model(z: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        assert conditions.text.shape == (len(z), 2, 3) and conditions.pooled.shape == (len(z), 3)
+        mean = MEAN if conditions.pooled.sum() else SHIFTED_MEAN
         return gaussian_velocity(mean, STD)(z, sigma)
 
     spans = [[0.8, 0.4], [0.6, 0.2]]

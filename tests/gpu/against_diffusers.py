@@ -9,8 +9,8 @@ from peer import gradient_errors, make_inputs, random_case, relative_error, run_
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_weights
 from soar_mega.distributed import device, start_world
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import build_model
+from soar_mega.models.common.build import build_model
+from soar_mega.models.family import read_sizes
 
 
 def errors(folder: Path, seed: int, settings: ModelConfig, **changes: Any) -> tuple[float, float]:
@@ -18,7 +18,7 @@ def errors(folder: Path, seed: int, settings: ModelConfig, **changes: Any) -> tu
     drawn, size, batch, text = random_case(seed)
     peer = save_peer(folder, seed, **(drawn | changes))
     start_world(ParallelConfig())
-    model = build_model(MMDiTConfig.from_diffusers(folder), settings, ParallelConfig())
+    model = build_model(read_sizes(folder), settings, ParallelConfig())
     load_weights(model, folder)
     inputs = make_inputs(model.sizes, size, batch, text)
     ours, theirs = model(*(x.to(device()) for x in inputs)), run_peer(peer, inputs)

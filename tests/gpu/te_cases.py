@@ -11,8 +11,9 @@ from torch import Tensor
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_weights
 from soar_mega.distributed import device, start_world
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.mmdit import MMDiT, build_model
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import read_sizes
 
 WIDE: dict[str, Any] = {
     "num_layers": 4,
@@ -28,24 +29,22 @@ SIZE, BATCH, TEXT = (16, 12), 3, 77  # 3 x 77 text and 3 x 48 image tokens
 Gradients = dict[str, Tensor]
 
 
-def build(folder: Path, **settings: Any) -> MMDiT:
+def build(folder: Path, **settings: Any) -> Transformer:
     """The same weights over other layers: bf16 where `settings` of the model do not say otherwise."""
     if not (folder / "transformer").exists():
         save_peer(folder, **WIDE)
     start_world(ParallelConfig())
-    model = build_model(
-        MMDiTConfig.from_diffusers(folder), ModelConfig(**({"dtype": "bf16"} | settings)), ParallelConfig()
-    )
+    model = build_model(read_sizes(folder), ModelConfig(**({"dtype": "bf16"} | settings)), ParallelConfig())
     load_weights(model, folder)
     return model
 
 
-def inputs(model: MMDiT, batch: int = BATCH, text: int = TEXT) -> tuple[Tensor, ...]:
+def inputs(model: Transformer, batch: int = BATCH, text: int = TEXT) -> tuple[Tensor, ...]:
     """Latents, timesteps, text, pooled, on the device."""
     return tuple(x.to(device()) for x in make_inputs(model.sizes, SIZE, batch, text))
 
 
-def learn(model: MMDiT, given: tuple[Tensor, ...]) -> tuple[Tensor, Gradients]:
+def learn(model: Transformer, given: tuple[Tensor, ...]) -> tuple[Tensor, Gradients]:
     """Forward and backward of one micro-batch: velocity and gradients, float32."""
     for parameter in model.parameters():
         parameter.grad = None
@@ -57,7 +56,7 @@ def learn(model: MMDiT, given: tuple[Tensor, ...]) -> tuple[Tensor, Gradients]:
     }
 
 
-def answer(model: MMDiT, given: tuple[Tensor, ...]) -> Tensor:
+def answer(model: Transformer, given: tuple[Tensor, ...]) -> Tensor:
     """Forward without gradients."""
     with torch.no_grad():
         return model(*given)

@@ -9,7 +9,7 @@ import torch
 from guards import assert_close
 
 from soar_mega.kernels.adaln import adaln
-from soar_mega.models.linear import linear
+from soar_mega.models.common.linear import linear
 
 ADALN = [(19, 3, 40), (1, 2, 7), (5, 1, 64), (77, 2, 1536), (33, 1, 2432), (64, 2, 3072)]
 QK = [

@@ -15,8 +15,9 @@ from tiny_runs import losses, make_shards, smoothed, steps
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
-from soar_mega.models.names import named_tensors
-from soar_mega.models.te_layers import CastOnce
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.te_layers import CastOnce
 
 pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine", exc_type=ImportError)
 
@@ -200,7 +201,11 @@ def test_kept_weights_are_cast_when_they_are_swapped_in(shards, tmp_path):
         engine = run.engine
         run.learn()
         batch = run.batch
-        arguments = (batch.latents.float(), torch.full((len(batch),), 0.5), batch.text, batch.pooled)
+        arguments = (
+            batch.latents.float(),
+            torch.full((len(batch),), 0.5),
+            Conditions(batch.text, batch.pooled),
+        )
         before = engine.velocity(*arguments)
         engine.step(1e-2)
         stepped = engine.velocity(*arguments)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.convert.mapping import entries, parts
-from soar_mega.models.config import MMDiTConfig
+from soar_mega.models.common.tensor_map import parts
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 SMALL: dict[str, Any] = {
     "sample_size": 8,
@@ -72,7 +72,7 @@ def save_peer(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **change
 
 
 def make_inputs(
-    config: MMDiTConfig, size: tuple[int, int] = (8, 6), batch: int = 2, text: int = 5
+    config: SD3Sizes, size: tuple[int, int] = (8, 6), batch: int = 2, text: int = 5
 ) -> tuple[Tensor, ...]:
     """Latents, timesteps, text, pooled."""
     generator = torch.Generator().manual_seed(1)
@@ -96,13 +96,15 @@ def run_peer(peer: Any, inputs: tuple[Tensor, ...]) -> Tensor:
     return peer(latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=timesteps).sample
 
 
-def to_peer_names(config: MMDiTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_peer_names(config: SD3Sizes, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our full tensors (parameters or gradients) under the peer's names."""
-    result = {}
-    for entry in entries(config):
+    result: dict[str, Tensor] = {}
+    for entry in config.family.entries(config):
         if entry.name in tensors:
             found = parts(tensors[entry.name], entry, config.num_attention_heads)
-            result.update({key: part.reshape(entry.shape) for key, part in zip(entry.keys, found)})
+            for key, part in zip(entry.keys, found):
+                before = [result[key]] if entry.columns is not None and key in result else []
+                result[key] = torch.cat([*before, part.reshape(entry.shape)], dim=-1)
     return result
 
 

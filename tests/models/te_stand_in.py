@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from soar_mega import layer_checks
-from soar_mega.models import precision
+from soar_mega.models.common import precision
 
 
 @dataclass

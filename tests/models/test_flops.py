@@ -12,24 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soar_mega.config import ModelConfig, ParallelConfig, StageConfig
 from soar_mega.data.batch import Batch
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import (
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.flops import (
     Tokens,
     Work,
     forward_work,
     image_tokens,
-    layer_work,
     recomputed_work,
     step_work,
 )
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.sd3.presets import PRESETS
+from soar_mega.models.sd3.sizes import SD3Sizes
+from soar_mega.models.sd3.work import layer_work
 from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 
 
-def random_sizes(draw: random.Random) -> MMDiTConfig:
+def random_sizes(draw: random.Random) -> SD3Sizes:
     heads, head_dim, layers = draw.choice([1, 2, 3]), draw.choice([8, 16]), draw.randint(1, 4)
-    return MMDiTConfig(
+    return SD3Sizes(
         sample_size=8,
         patch_size=draw.choice([1, 2]),
         in_channels=draw.choice([3, 16]),
@@ -46,7 +46,7 @@ def random_sizes(draw: random.Random) -> MMDiTConfig:
     )
 
 
-def inputs_of(sizes: MMDiTConfig, batch: int, latent_size: tuple[int, int], text: int) -> list[torch.Tensor]:
+def inputs_of(sizes: SD3Sizes, batch: int, latent_size: tuple[int, int], text: int) -> list[torch.Tensor]:
     shapes = [
         (batch, sizes.in_channels, *latent_size),
         (batch,),

@@ -13,14 +13,14 @@ from peer import make_inputs
 from soar_mega import layer_checks
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flash_attention import FlashAttention
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.precision import cast_weights
-from soar_mega.models.specs import ScaledDotProductAttention
-from soar_mega.models.te_layers import VARIABLES, CastOnce
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.flash_attention import FlashAttention
+from soar_mega.models.common.precision import cast_weights
+from soar_mega.models.common.specs import ScaledDotProductAttention
+from soar_mega.models.common.te_layers import VARIABLES, CastOnce
+from soar_mega.models.sd3.sizes import SD3Sizes
 
-SIZES = MMDiTConfig(
+SIZES = SD3Sizes(
     sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, num_attention_heads=4,
     attention_head_dim=8, joint_attention_dim=12, caption_projection_dim=32, pooled_projection_dim=10,
     pos_embed_max_size=6, dual_attention_layers=(0,), qk_norm="rms_norm",

@@ -6,7 +6,7 @@ from peer import gradient_errors, make_inputs, relative_error, save_peer
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
-from soar_mega.models.mmdit import build_model
+from soar_mega.models.common.build import build_model
 
 
 def run(model):

@@ -7,11 +7,11 @@ from peer import relative_error
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
-from soar_mega.models import recompute
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.groups import tensor_parallel_group
-from soar_mega.models.linear import ColumnLinear, RowLinear, add_bias, linear
-from soar_mega.models.mmdit import transformer_config
+from soar_mega.models.common import recompute
+from soar_mega.models.common.build import transformer_config
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.linear import ColumnLinear, RowLinear, add_bias, linear
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 TOKENS, SAMPLES, HIDDEN, WIDE = 4, 2, 8, 12
 
@@ -68,7 +68,7 @@ def over_two_ranks(is_sequence_parallel):
     """Errors of a column and a row linear in turn, both without and with main_grad."""
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=is_sequence_parallel)
     start_world(parallel)
-    config = transformer_config(MMDiTConfig(), ModelConfig(dtype="fp32"), parallel)
+    config = transformer_config(SD3Sizes(), ModelConfig(dtype="fp32"), parallel)
     common = {"config": config, "init_method": None, "bias": True, "skip_bias_add": True}
     common["tp_group"] = tensor_parallel_group()
     column = ColumnLinear(HIDDEN, WIDE, gather_output=False, **common)

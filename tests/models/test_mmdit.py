@@ -16,10 +16,10 @@ from peer import (
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
-from soar_mega.models import specs
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.embeddings import position_table
-from soar_mega.models.mmdit import build_model
+from soar_mega.models.common import specs
+from soar_mega.models.common.build import build_model
+from soar_mega.models.sd3.embeddings import position_table
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 def gradients(model):
@@ -54,7 +54,7 @@ def test_bf16_stays_near_fp32(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"sample_size": 14, "patch_size": 2, "pos_embed_max_size": 9}])
 def test_position_table_equals_diffusers_to_the_bit(changes):
-    config = MMDiTConfig(**{**SMALL, **changes})
+    config = SD3Sizes(**{**SMALL, **changes})
     assert torch.equal(position_table(config, torch.device("cpu")), make_peer(**changes).pos_embed.pos_embed)
 
 
@@ -136,7 +136,7 @@ def test_output_of_frozen_layers_has_a_gradient_for_the_stage_before(tmp_path):
 
 
 def test_random_weights_are_keyed_and_start_at_zero_velocity():
-    config = MMDiTConfig(**SMALL)
+    config = SD3Sizes(**SMALL)
     load_diffusers_free = ModelConfig(dtype="fp32", init="random")
     first, same, other = (
         build_model(config, load_diffusers_free, ParallelConfig(), seed=s) for s in (1, 1, 2)
@@ -148,7 +148,7 @@ def test_random_weights_are_keyed_and_start_at_zero_velocity():
 
 
 def test_weights_that_were_never_loaded_show():
-    config = MMDiTConfig(**SMALL)
+    config = SD3Sizes(**SMALL)
     model = build_model(config, ModelConfig(dtype="fp32"), ParallelConfig())
     assert model(*make_inputs(config)).isnan().all()
 
@@ -183,7 +183,7 @@ def test_impossible_settings(model, parallel, message):
     if HAVE_TE and "Transformer Engine" in message:
         pytest.skip("Transformer Engine is installed")
     with pytest.raises(ValueError, match=message):
-        build_model(MMDiTConfig(**SMALL), ModelConfig(**model), ParallelConfig(**parallel), meta=True)
+        build_model(SD3Sizes(**SMALL), ModelConfig(**model), ParallelConfig(**parallel), meta=True)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_impossible_settings(model, parallel, message):
 )
 def test_impossible_sizes(changes, message):
     with pytest.raises(ValueError, match=message):
-        MMDiTConfig(**{**SMALL, **changes})
+        SD3Sizes(**{**SMALL, **changes})

@@ -6,9 +6,9 @@ from peer import gradient_errors, make_inputs, relative_error, save_peer
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
-from soar_mega.models.mmdit import transformer_config
-from soar_mega.models.presets import PRESETS
-from soar_mega.models.sequence_shards import padded_length
+from soar_mega.models.common.build import transformer_config
+from soar_mega.models.common.sequence_shards import padded_length
+from soar_mega.models.sd3.presets import PRESETS
 
 
 def padded(length, recipe="tensorwise", **layout):

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from soar_mega.config import ParallelConfig
-from soar_mega.models import flops
-from soar_mega.models.pipeline_layout import rank_layers, stage_layers, stage_work
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common import flops
+from soar_mega.models.common.pipeline_layout import rank_layers, stage_layers, stage_work
+from soar_mega.models.sd3 import work as sd3_work
+from soar_mega.models.sd3.presets import PRESETS
 
 LARGE, MEDIUM = PRESETS["sd35_large"], PRESETS["sd35_medium"]  # 38 equal layers; 24, of which 13 are dual
 # the most even split in 3 has a slower stage
@@ -56,15 +57,15 @@ def test_chunks_of_a_rank_are_every_other_stage():
 @pytest.mark.parametrize("settings", [(2,), (3,), (2, 2), (3, None, 2), (3, None, None, 1)])
 def test_no_split_has_a_faster_slowest_stage(settings):
     parallel = pipeline(*settings)
-    tokens = flops.usual_tokens(TINY)
+    tokens = sd3_work.usual_tokens(TINY)
     found_work = [work.total for work in stage_work(TINY, parallel, tokens)]
-    work = [flops.layer_work(TINY, n, tokens).total for n in range(5)]
-    work[0] += flops.embedding_work(TINY, tokens).total
-    work[-1] += flops.output_work(TINY, tokens).total
+    works = [sd3_work.layer_work(TINY, n, tokens).total for n in range(5)]
+    works[0] += sd3_work.embedding_work(TINY, tokens).total
+    works[-1] += flops.output_work(TINY, tokens).total
 
     def slowest(counts):
         ends = [0, *itertools.accumulate(counts)]
-        return max(sum(work[a:b]) for a, b in itertools.pairwise(ends))
+        return max(sum(works[a:b]) for a, b in itertools.pairwise(ends))
 
     found = sizes(TINY, *settings)
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers

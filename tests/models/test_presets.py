@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from soar_mega.config import ParallelConfig
-from soar_mega.convert.mapping import entries
-from soar_mega.models.gather import full_shape
-from soar_mega.models.names import named_tensors
-from soar_mega.models.presets import PRESETS
-from soar_mega.models.summary import meta_model, parameters_per_rank, summarize
+from soar_mega.models.common.gather import full_shape
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.summary import meta_model, parameters_per_rank, summarize
+from soar_mega.models.sd3.mapping import entries
+from soar_mega.models.sd3.presets import PRESETS
 
 DATA = Path(__file__).parent / "data"
 COUNTS = {"sd35_medium": (2_243_171_520, 909), "sd35_large": (8_056_627_520, 1227)}

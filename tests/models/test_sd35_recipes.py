@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from soar_mega.gpus import usable_memory
-from soar_mega.models.memory import largest_rank, workload
-from soar_mega.models.micro_batches import recommend
-from soar_mega.models.pipeline_layout import stage_layers
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common.memory import largest_rank, workload
+from soar_mega.models.common.micro_batches import recommend
+from soar_mega.models.common.pipeline_layout import stage_layers
+from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.stages import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

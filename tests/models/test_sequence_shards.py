@@ -3,9 +3,9 @@
 import pytest
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.models.mmdit import transformer_config
-from soar_mega.models.presets import PRESETS
-from soar_mega.models.sequence_shards import attention_config, padded_length, sequence_shards
+from soar_mega.models.common.build import transformer_config
+from soar_mega.models.common.sequence_shards import attention_config, padded_length, sequence_shards
+from soar_mega.models.sd3.presets import PRESETS
 
 
 def config(tensor=1, context=1, sequence=False):

@@ -6,17 +6,17 @@ from peer import SMALL
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.gather import full_tensor, local_shard
-from soar_mega.models.mmdit import build_model
-from soar_mega.models.names import global_parameter_names, named_tensors
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.gather import full_tensor, local_shard
+from soar_mega.models.common.names import global_parameter_names, named_tensors
+from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 def random_model(parallel):
 
     start_world(parallel)
     settings = ModelConfig(dtype="fp32", init="random")
-    return build_model(MMDiTConfig(**SMALL), settings, parallel, seed=7)
+    return build_model(SD3Sizes(**SMALL), settings, parallel, seed=7)
 
 
 def save_at(parallel, folder):

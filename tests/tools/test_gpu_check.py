@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gpu_check
 import gpu_page
+import origin
 import pytest
 from gpu_check import Part
 
@@ -117,3 +118,9 @@ def test_without_a_gpu_nothing_is_claimed() -> None:
     assert done.returncode == gpu_check.NO_GPU
     assert "nothing was run on a GPU" in done.stderr and not done.stdout
     assert sorted(gpu_check.RESULTS.iterdir()) == before
+
+
+def test_a_copy_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the .git beside it is of another commit."""
+    monkeypatch.setenv("SOAR_MEGA_COMMIT", "abc1234")
+    assert origin.commit() == "abc1234"

@@ -16,10 +16,10 @@ from plan.validate import predicted, spearman
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.config_checks import check_recipe
 from soar_mega.distributed import check_layout as check_processes
-from soar_mega.models.flops import Tokens
-from soar_mega.models.layout import check_layout
-from soar_mega.models.memory import workload
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common.flops import Tokens
+from soar_mega.models.common.layout import check_layout
+from soar_mega.models.common.memory import workload
+from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.stages import SoarConfig, load_recipe
 
 

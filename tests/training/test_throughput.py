@@ -10,7 +10,7 @@ import torch.distributed as dist
 from soar_mega.config import LoggingConfig, ModelConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
 from soar_mega.gpus import PEAKS, peak_tflops
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.stages import SoarConfig
 from soar_mega.training.throughput import Throughput, least_seconds, peaks
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.flow import Schedule, normal
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.training.validation import quartile_losses
 
 
@@ -26,8 +27,8 @@ def test_losses_are_of_states_on_the_ray_at_one_sigma_in_each_quarter() -> None:
     batch = make_batch([3, 8, 1])
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def nothing(latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
-        assert text is batch.text and pooled is batch.pooled
+    def nothing(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        assert conditions.text is batch.text and conditions.pooled is batch.pooled
         seen.append((latents, sigma))
         return torch.zeros_like(latents)
 
@@ -44,7 +45,7 @@ def test_losses_are_of_states_on_the_ray_at_one_sigma_in_each_quarter() -> None:
 
 
 def test_losses_depend_on_a_sample_and_not_on_its_batch() -> None:
-    def velocity(latents: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return latents * sigma.float()[:, None, None, None]
 
     whole = quartile_losses(velocity, make_batch([3, 8, 1]), Schedule(1.0))

@@ -55,9 +55,9 @@ class Case:
         """Sizes of the transformer, by diffusers' names."""
         if self.config:
             return self.config
-        from soar_mega.convert import read_pipeline_config
+        from soar_mega.models.family import read_sizes
 
-        return read_pipeline_config(self.pipeline_dir).to_diffusers()
+        return read_sizes(self.pipeline_dir).to_diffusers()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,10 @@ def make_case(model: str, **settings: Any) -> Case:
         return Case(name=model, pipeline_dir=str(TINY_PIPELINE), **settings)
     if model == "wide":
         return Case(name=model, config=WIDE, **settings)
-    from soar_mega.models.presets import PRESETS
+    from soar_mega.models.family import presets
 
-    if model in PRESETS:
-        sizes = PRESETS[model].to_diffusers()
+    if model in presets():
+        sizes = presets()[model].to_diffusers()
         # 512 px with a VAE of factor 8, and the 77 + 77 text tokens of the published training.
         return Case(name=model, config={**sizes, "sample_size": 64}, text_length=154, **settings)
-    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide or a preset: {', '.join(PRESETS)}")
+    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide or a preset: {', '.join(presets())}")

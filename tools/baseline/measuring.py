@@ -11,8 +11,8 @@ from baseline.rows import Row
 from baseline.worker import Failed, Worker
 
 from soar_mega.gpus import peak_tflops
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import Tokens, Work, forward_work, image_tokens, step_work
+from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
+from soar_mega.models.family import read_sizes
 from soar_mega.training.throughput import least_seconds
 
 
@@ -138,7 +138,7 @@ def result_of(case: Case, row: Row, size: int, seconds: list[float], peak_memory
 
 def sample_work(case: Case) -> Work:
     """What the method computes for one sample, whoever runs it: nothing that is computed twice."""
-    sizes = MMDiTConfig.from_diffusers(case.transformer)
+    sizes = read_sizes(case.transformer)
     tokens = Tokens(image_tokens(sizes, case.latent_shape[1:]), case.text_length)
     assert case.stage.shift is not None
     return step_work(forward_work(sizes, tokens), *case.stage.forwards())

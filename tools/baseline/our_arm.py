@@ -13,9 +13,9 @@ from soar_mega.config import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device, start_world, stop_world
 from soar_mega.engines import make_engine
-from soar_mega.models import mmdit
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.embeddings import position_table
+from soar_mega.models.common import build
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import read_sizes
 from soar_mega.stages import make_stage
 
 
@@ -53,8 +53,8 @@ class OurArm:
         start_world(recipe.parallel)
         assert case.stage.shift is not None
         self.stage = make_stage(case.stage, case.stage.shift)
-        with mock.patch.object(mmdit, "initialize", draw_on_device):
-            self.engine = make_engine(recipe, MMDiTConfig.from_diffusers(case.transformer))
+        with mock.patch.object(build, "initialize", draw_on_device):
+            self.engine = make_engine(recipe, read_sizes(case.transformer))
         self.samples = make_samples(case, device())
         self.latent_shape, self.consumed = case.latent_shape, 0
 
@@ -84,10 +84,8 @@ class OurArm:
 
 
 @torch.no_grad()
-def draw_on_device(model: torch.nn.Module, config: MMDiTConfig, seed: int) -> None:
+def draw_on_device(model: Transformer, seed: int) -> None:
     """Random weights, drawn where they are: billions of them take a CPU longer than all steps that are measured."""
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    for name, buffer in model.named_buffers():
-        if name == "pos_embed.pos_embed":
-            buffer.copy_(position_table(config, buffer.device))
+    model.fill_buffers()

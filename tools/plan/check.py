@@ -8,9 +8,9 @@ from pathlib import Path
 from plan.hardware import H100, Hardware
 from plan.step_time import StepModel
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
-from soar_mega.models.flops import Tokens
-from soar_mega.models.memory import largest_rank, rank_elements, workload
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.common.flops import Tokens
+from soar_mega.models.common.memory import largest_rank, rank_elements, workload
+from soar_mega.models.family import presets
 from soar_mega.stages import SoarConfig
 
 FILE = Path(__file__).parents[2] / "benchmarks/results/2026-11-26-h100-first-run.json"
@@ -29,7 +29,7 @@ def check(hardware: Hardware = H100) -> str:
     """Samples per second and peak memory of each row, measured and predicted, as text."""
     table = json.loads(FILE.read_text())["tables"][0]
     measured = {row[0]: (_middle(row[1]), float(row[5])) for row in table["rows"]}
-    sizes, tokens = PRESETS["sd35_medium"], Tokens(1024, 154)
+    sizes, tokens = presets()["sd35_medium"], Tokens(1024, 154)
     lines = [
         f"one H100, {table['title']}",
         "4 and 8 points, and the time of kernels at 8, are what the model's constants were taken from",

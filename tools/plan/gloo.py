@@ -1,23 +1,22 @@
 """The model and the layouts of four processes by which the planner's order is compared with the measured one."""
 
-from dataclasses import replace
-
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.presets import PRESETS
+from soar_mega.models.family import presets, read_sizes
 from soar_mega.stages import SoarConfig
 
 STEPS = 5
 SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
-SIZES: MMDiTConfig = replace(
-    PRESETS["sd35_medium"],
-    num_layers=8,
-    num_attention_heads=4,
-    caption_projection_dim=256,
-    dual_attention_layers=(0, 1, 2, 3),
-    joint_attention_dim=256,
-    pooled_projection_dim=64,
-    pos_embed_max_size=16,
+SIZES = read_sizes(
+    presets()["sd35_medium"].to_diffusers()
+    | {
+        "num_layers": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 256,
+        "dual_attention_layers": (0, 1, 2, 3),
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 16,
+    }
 )
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"

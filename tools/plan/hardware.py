@@ -12,7 +12,7 @@ class Hardware:
         gemm: FLOP/s of a matrix product that fills it.
         tile: (rows, columns) of the output that one multiprocessor works on at a time.
         units: multiprocessors.
-        attention: FLOP/s of forward and backward (counted as soar_mega.models.flops does) at head size 64.
+        attention: FLOP/s of forward and backward (counted as soar_mega.models.common.flops does) at head size 64.
         attention_128: how much faster it is at head size 128.
         copy: bytes/s that elementwise kernels read and write.
         optimizer: bytes moved per parameter by clipping and AdamW.

@@ -9,11 +9,11 @@ from plan.hardware import Hardware
 from plan.step_time import StepModel, StepTime
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.gpus import usable_memory
-from soar_mega.models.config import MMDiTConfig
-from soar_mega.models.flops import Tokens, image_tokens
-from soar_mega.models.layout import check_layout
-from soar_mega.models.memory import Memory, largest_rank, workload
-from soar_mega.models.micro_batches import even_sizes, points_of
+from soar_mega.models.common.flops import Tokens, image_tokens
+from soar_mega.models.common.layout import check_layout
+from soar_mega.models.common.memory import Memory, largest_rank, workload
+from soar_mega.models.common.micro_batches import even_sizes, points_of
+from soar_mega.models.common.sizes import Sizes
 
 TENSOR = (1, 2, 3, 4, 6, 8, 16)
 PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -27,7 +27,7 @@ MOST_SIZES = 8  # of micro-batches that are tried for each layout
 class Case:
     """What is planned: the run's recipe, whose layout and micro-batches are open, on so many GPUs."""
 
-    sizes: MMDiTConfig
+    sizes: Sizes
     recipe: Recipe
     gpus: int
     hardware: Hardware

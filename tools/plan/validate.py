@@ -13,8 +13,8 @@ from tqdm import tqdm
 from plan.gloo import LAYOUTS, SHAPE, SIZES, TEXT, recipe_of
 from plan.hardware import HARDWARE
 from plan.step_time import StepModel
-from soar_mega.models.flops import Tokens, image_tokens
-from soar_mega.models.memory import workload
+from soar_mega.models.common.flops import Tokens, image_tokens
+from soar_mega.models.common.memory import workload
 
 PROCESSES = 4
 TOOLS = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, device
 from soar_mega.flow import normal
-from soar_mega.models.presets import model_sizes
+from soar_mega.models.family import model_sizes
 
 
 class MadeUp:

@@ -1,0 +1,274 @@
+"""How much memory training takes on a rank, from the sizes of a model and the settings of a run.
+
+Weights, gradients and optimizer are what the engines allocate, to the padding. Activations are what autograd keeps with
+the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it is more.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe
+from soar_mega.models.common.gather import full_shape, partition_dim
+from soar_mega.models.common.layout import is_sequence_parallel
+from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.rank_tokens import RankTokens
+from soar_mega.models.common.sequence_shards import cut_multiple
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.summary import meta_model
+
+ITEM = {"bf16": 2, "fp32": 4}
+BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, where reduction is overlapped
+ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
+# H per token that a backward holds beside what was kept: gradients around the MLP
+BACKWARD = 5
+# H per token that are alive at once in a forward without gradients: qkv, its parts, the joint ones, two streams
+FORWARD = 13
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a data-parallel rank works on in a step.
+
+    Attributes:
+        latent_size: (H, W) of the latents, an eighth of the pixels.
+        text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
+        points: of one training forward.
+        rows: of one forward of the answer pass, both branches of guidance counted; 0: there is none.
+        samples: of the rank's share of the global batch.
+        micro_batches: training forwards of a step.
+    """
+
+    latent_size: tuple[int, int]
+    text_length: int
+    points: int
+    rows: int
+    samples: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # main copies and moments
+    kept: int  # EMA
+    activations: int  # between forward and backward
+    batch: int  # latents, conditions and answers of the rank's samples
+    temporary: int  # the most that comes on top, in a backward or in the answer pass
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def words(self) -> str:
+        """The sum and its parts in GiB."""
+        parts = {field.name: getattr(self, field.name) / 2**30 for field in fields(self)}
+        shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+        return f"{self.total / 2**30:.1f} GiB: {shown}"
+
+
+def workload(
+    recipe: Recipe, data_size: int, latent_size: tuple[int, int], text_length: int, points: int | None = None
+) -> Workload:
+    """The share of one of `data_size` replicas in a step of a recipe; `points` in place of the recipe's."""
+    train, stage = recipe.train, recipe.stage
+    samples = train.global_batch_size // data_size
+    answers, points_of_sample = stage.forwards()
+    total = samples * points_of_sample
+    size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
+    asked = min(train.micro_batch_size, samples) * answers
+    return Workload(latent_size, text_length, size, asked, samples, -(-total // size))
+
+
+def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
+    """What training takes on the ranks of one pipeline rank.
+
+    Raises:
+        ValueError: a layout that is not possible.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    chunks = _chunk_elements(sizes, parallel, rank)
+    weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
+    weights += ITEM[model.dtype] * (_buffer_elements(sizes) if rank == 0 else 0)
+    elements = rank_elements(sizes, parallel, rank)
+    divided = (
+        parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
+    )
+    copies = data_size * parallel.context_parallel_size if divided else 1
+    activations, temporary = _activations(sizes, recipe, work, rank)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        kept=4 * elements // copies if recipe.train.ema_decay else 0,
+        activations=activations,
+        batch=_batch(sizes, recipe, work, rank),
+        temporary=temporary + zero_temporary,
+    )
+
+
+def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -> Memory:
+    """The memory of the pipeline rank that needs most."""
+    ranks = range(recipe.parallel.pipeline_model_parallel_size)
+    return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
+
+
+def rank_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> int:
+    """Parameters on one rank of a pipeline rank."""
+    return sum(map(sum, _chunk_elements(sizes, parallel, rank)))
+
+
+@cache
+def _elements(sizes: Sizes) -> dict[str, tuple[tuple[int, bool], ...]]:
+    """Of each layer by number, of `embedding` and of `output`: elements of parameters, and whether TP cuts them."""
+    parts: dict[str, list[tuple[int, bool]]] = {}
+    for name, parameter in meta_model(sizes).named_parameters():
+        head = name.split(".")
+        part = (
+            head[1]
+            if head[0] == "layers"
+            else "output"
+            if head[0] in ("norm_out", "proj_out")
+            else "embedding"
+        )
+        parts.setdefault(part, []).append(
+            (full_shape(parameter).numel(), partition_dim(parameter) is not None)
+        )
+    return {part: tuple(found) for part, found in parts.items()}
+
+
+@cache
+def _buffer_elements(sizes: Sizes) -> int:
+    return sum(buffer.numel() for buffer in meta_model(sizes).buffers())
+
+
+def _chunk_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> list[list[int]]:
+    """Elements of each parameter of each model chunk of a rank, in the order in which they were made."""
+    stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
+    chunks = []
+    for stage in range(rank, len(stages), parallel.pipeline_model_parallel_size):
+        parts = ["embedding"] * (stage == 0) + [str(n) for n in stages[stage]]
+        parts += ["output"] * (stage == len(stages) - 1)
+        elements = [entry for part in parts for entry in _elements(sizes)[part]]
+        chunks.append([count // tensor if is_cut else count for count, is_cut in elements])
+    return chunks
+
+
+def _state(
+    chunks: list[list[int]], model: ModelConfig, parallel: ParallelConfig, data_size: int
+) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradients and optimizer, and what DeepSpeed reduces with."""
+    elements, item = sum(map(sum, chunks)), ITEM[model.dtype]
+    main = 0 if model.dtype == "fp32" else 4
+    if parallel.engine == "deepspeed":
+        return _zero_state(elements, item, parallel.zero_stage, data_size)
+    if not parallel.use_distributed_optimizer:
+        return item * elements, 4 * elements, (main + 8) * elements, 0
+    replicas = data_size * parallel.context_parallel_size
+    bucket = max(BUCKET, 1_000_000 * replicas) if parallel.overlap_grad_reduce else None
+    padded = sum(
+        padded_elements(chunk, replicas, None if number else bucket) for number, chunk in enumerate(chunks)
+    )
+    return item * padded, 4 * padded, (main + 8) * elements // replicas, 0
+
+
+def padded_elements(parameters: Sequence[int], replicas: int, bucket: int | None) -> int:
+    """Elements of megatron's buffer: a parameter starts at a multiple of 64, a bucket can be cut over the replicas."""
+    divisor = math.lcm(replicas, 128)
+    end = start = 0
+    for count in reversed(parameters):
+        end = -(-end // 64) * 64 + count
+        if bucket is not None and end - start >= bucket:
+            start = end = -(-end // divisor) * divisor
+    return -(-end // divisor) * divisor
+
+
+def _zero_state(elements: int, item: int, stage: int, data_size: int) -> tuple[int, int, int, int]:
+    share = -(-elements // data_size)
+    bucket = 4 * min(ZERO_BUCKET, elements)
+    if stage == 0:  # float32 alone; the main copies are the parameters
+        return item * elements, 4 * elements, 8 * elements, 0
+    if stage == 3:
+        return item * share, bucket + 4 * share, 12 * share, item * elements // 8
+    if stage == 1 and item == 2:  # the gradients of the model's type stay beside the float32 ones
+        return item * elements, (4 + 2) * elements, 12 * share, 0
+    return item * elements, 4 * share, 12 * share, bucket
+
+
+def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tuple[int, int]:
+    """Bytes that a pipeline rank keeps for all micro-batches in flight, and the most that comes on top."""
+    parallel, model, item = recipe.parallel, recipe.model, ITEM[recipe.model.dtype]
+    stages, ranks = stage_layers(sizes, parallel), parallel.pipeline_model_parallel_size
+    flight = in_flight(ranks, chunks_per_rank(parallel), rank, work.micro_batches)
+    tokens = tokens_per_rank(sizes, parallel, work)
+    kept, largest = 0.0, 0.0
+    for chunk, count in enumerate(flight):
+        stage = chunk * ranks + rank
+        layers = stages[stage]
+        mine = [sizes.family.layer_bytes(sizes, tokens, number, item) for number in layers]
+        recomputed = [is_recomputed(model, number) for number in layers]
+        per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
+        if stage == 0:
+            per_point += sizes.family.embedding_bytes(sizes, work.latent_size, work.text_length, item)
+        if stage == len(stages) - 1:
+            per_point += 2 * tokens.whole[1] * sizes.hidden_size * item  # its input and what is projected
+            per_point += (
+                3 * 4 * sizes.out_channels * math.prod(work.latent_size)
+            )  # velocity, target, gradient
+        elif len(flight) > 1:  # the interleaved schedule keeps what it has sent
+            per_point += tokens.inputs(sizes, item)
+        kept += count * per_point
+        largest = max([largest, *(own for own, again in zip(mine, recomputed) if again)])
+    held, kept = tokens.inputs(sizes, item), kept * work.points
+    backward = work.points * (largest + BACKWARD * held)
+    answering = work.rows * FORWARD * held
+    if recipe.train.cuda_graphs == "layers":  # each recording keeps its memory
+        return round(kept), round(backward + answering)
+    return round(kept), round(max(backward, answering - kept))  # nothing is kept while answers are made
+
+
+def in_flight(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[int]:
+    """Micro-batches of each model chunk of a pipeline rank that have run forward and not backward, at most."""
+    if chunks == 1:
+        return [min(ranks - rank, micro_batches)]
+    forwards = min((ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1, micro_batches * chunks)
+    counted = Counter(k // ranks % chunks for k in range(forwards))
+    return [counted[chunk] for chunk in range(chunks)]
+
+
+def tokens_per_rank(sizes: Sizes, parallel: ParallelConfig, work: Workload) -> RankTokens:
+    """The streams of one point as they lie on a rank."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    shards = context * (tensor if is_sequence_parallel(parallel) else 1)
+    lengths = (work.text_length, math.prod(work.latent_size) // sizes.patch_size**2)
+    multiple = cut_multiple(shards)
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    text, image = (length / (tensor * context) for length in padded)
+    is_copied = [context > 1 or length != before for length, before in zip(padded, lengths)]
+    return RankTokens(
+        whole=(padded[0] / shards, padded[1] / shards),
+        cut=(text, image),
+        attending=(lengths[0] / (tensor * context), lengths[1] / (tensor * context)),
+        copied=(text * is_copied[0], image * is_copied[1]),
+    )
+
+
+def is_recomputed(model: ModelConfig, number: int) -> bool:
+    """Whether a layer is computed again in backward."""
+    return model.recompute_granularity == "full" and number % model.recompute_every == 0
+
+
+def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
+    """Bytes of latents and answers on the first and the last rank, and of text on the first."""
+    latent = 4 * sizes.in_channels * math.prod(work.latent_size)
+    answers = recipe.stage.forwards().answers if work.rows else 0
+    ranks = recipe.parallel.pipeline_model_parallel_size
+    per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
+    if rank == 0:
+        per_sample += ITEM[recipe.model.dtype] * work.text_length * sizes.joint_attention_dim
+    return work.samples * per_sample

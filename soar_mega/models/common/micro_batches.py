@@ -1,0 +1,90 @@
+"""Which micro-batches fit in a GPU's memory: as few and as even ones as possible, recomputing only where it must be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from soar_mega.config import Recipe
+from soar_mega.config_checks import check_replicas
+from soar_mega.models.common.memory import Memory, largest_rank, workload
+from soar_mega.models.common.sizes import Sizes
+
+FEWEST = 4  # points of a forward for which recomputation is not worth its third more work
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What a recipe may say, and what it then takes on the rank that needs most."""
+
+    points_per_micro_batch: int
+    micro_batch_size: int
+    recompute_granularity: str
+    micro_batches: int
+    memory: Memory
+
+    def words(self) -> str:
+        """Lines for a recipe."""
+        return (
+            f"  train.points_per_micro_batch={self.points_per_micro_batch} "
+            f"train.micro_batch_size={self.micro_batch_size} "
+            f"model.recompute_granularity={self.recompute_granularity}\n"
+            f"  {self.micro_batches} training forwards of a step, {self.memory.words()}"
+        )
+
+
+def recommend(
+    sizes: Sizes,
+    recipe: Recipe,
+    data_size: int,
+    latent_size: tuple[int, int],
+    text_length: int,
+    room: int,
+) -> MicroBatches | None:
+    """The fewest even micro-batches that need at most `room` bytes, None where one point is too much.
+
+    Raises:
+        ValueError: a layout that is not possible, or fewer samples than replicas.
+    """
+    check_replicas(recipe.train.global_batch_size, data_size)
+    fallback = None
+    for granularity in ("none", "full"):
+        found = _fewest(sizes, recipe, granularity, data_size, latent_size, text_length, room)
+        if found is not None and found.points_per_micro_batch >= min(FEWEST, points_of(recipe, data_size)):
+            return found
+        fallback = fallback or found
+    return fallback
+
+
+def _fewest(
+    sizes: Sizes,
+    recipe: Recipe,
+    granularity: str,
+    data_size: int,
+    latent_size: tuple[int, int],
+    text_length: int,
+    room: int,
+) -> MicroBatches | None:
+    samples = recipe.train.global_batch_size // data_size
+    for size in even_sizes(points_of(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
+        asked = next(n for n in range(samples, 0, -1) if samples % n == 0 and 2 * n <= max(size, 2))
+        tried = replace(
+            recipe,
+            model=replace(recipe.model, recompute_granularity=granularity),
+            train=replace(recipe.train, points_per_micro_batch=size, micro_batch_size=asked),
+        )
+        work = workload(tried, data_size, latent_size, text_length)
+        memory = largest_rank(sizes, tried, work, data_size)
+        if memory.total <= room:
+            return MicroBatches(size, asked, granularity, work.micro_batches, memory)
+    return None
+
+
+def points_of(recipe: Recipe, data_size: int) -> int:
+    """Points of a step on one of `data_size` replicas."""
+    return workload(recipe, data_size, (2, 2), 1, points=1).micro_batches
+
+
+def even_sizes(points: int, ranks: int) -> Iterator[int]:
+    """Points of a forward, from all at once to one; a pipeline wants several forwards for each of its ranks."""
+    at_least = 1 if ranks == 1 else min(4 * ranks, points)
+    found = [-(-points // count) for count in range(at_least, points + 1)]
+    yield from dict.fromkeys(found)

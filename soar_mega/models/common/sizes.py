@@ -1,0 +1,69 @@
+"""What the sizes of every family say."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from soar_mega.models.family import Family
+
+LARGEST = 2**31  # of sizes
+
+
+class Sizes(Protocol):
+    """Sizes of a transformer: hashable, equal where all numbers are, named as in diffusers where it has a name."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def family(self) -> "Family":
+        """Whose sizes these are."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of all kinds together; they are numbered from 0 in the order in which they run."""
+
+    @property
+    def layers_in_words(self) -> str:
+        """How many there are of each kind."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def attention_head_dim(self) -> int: ...
+
+    @property
+    def qk_norm(self) -> str | None:
+        """What norms queries and keys: rms_norm, or None."""
+
+    @property
+    def in_channels(self) -> int:
+        """Of the latents."""
+
+    @property
+    def out_channels(self) -> int:
+        """Of the velocity."""
+
+    @property
+    def patch_size(self) -> int:
+        """Side, in latents, of the square that is one image token."""
+
+    @property
+    def joint_attention_dim(self) -> int:
+        """Width of the text embeddings."""
+
+    @property
+    def pooled_projection_dim(self) -> int:
+        """Width of the pooled text."""
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of diffusers' config.json."""
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value`, of the setting `name`, can be a size."""
+    if type(value) is not int or not 1 <= value < LARGEST:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")

@@ -1,0 +1,151 @@
+"""The weights that one modality has in a layer, and its way into attention and out of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from soar_mega.kernels.qk_norm_rope import Projected
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.linear import add_bias
+from soar_mega.models.common.modulation import Modulation
+from soar_mega.models.common.sequence_shards import heads_to_tokens, pad, tokens_to_heads
+
+
+@dataclass
+class LayerSubmodules:
+    """What a backend provides for a layer."""
+
+    linear_qkv: type
+    linear_proj: type
+    core_attention: type
+    mlp: ModuleSpec
+    adaln: Callable[..., tuple[Tensor, Tensor]]  # soar_mega.kernels.adaln, or the same by plain torch calls
+    gated_add: Callable[..., Tensor]
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class NormWeight(torch.nn.Module):
+    """The weight [D] of an RMSNorm over heads; the norm itself is computed for queries and keys at once.
+
+    It is a module, and called, because megatron waits for gathered parameters before a module's forward.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(config.kv_channels, dtype=config.params_dtype))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class AttentionProjections(torch.nn.Module):
+    """A stream's way into attention and out of it: fused qkv (rows ordered head, q/k/v, D), QK norms, projection."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        layer_number: int,
+        has_output: bool = True,
+        has_output_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        common = {
+            "config": config,
+            "init_method": config.init_method,
+            "skip_bias_add": True,  # a frozen weight would otherwise take its bias's gradient along
+            "is_expert": False,
+            "tp_group": tensor_parallel_group(),
+        }
+        width = config.kv_channels * config.num_attention_heads
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            3 * width,
+            bias=True,
+            gather_output=False,
+            tp_comm_buffer_name="qkv",
+            **common,
+        )
+        self.linear_proj = None
+        if has_output:
+            self.linear_proj = build_module(
+                submodules.linear_proj,
+                width,
+                config.hidden_size,
+                bias=has_output_bias,
+                input_is_parallel=True,
+                tp_comm_buffer_name="proj",
+                **common,
+            )
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            # These names make megatron add up the heads' partial gradients over TP.
+            self.q_layernorm, self.k_layernorm = NormWeight(config), NormWeight(config)
+
+    def qkv(self, hidden: Tensor, length: int) -> Projected:
+        """This rank's tokens [S, B, H] -> q, k and v of all tokens and its heads, of which attention sees `length`."""
+        # under sequence parallelism the linear gathers over TP
+        mixed, bias = self.linear_qkv(hidden)
+        if self.config.context_parallel_size > 1:
+            mixed, bias = tokens_to_heads(add_bias(mixed, bias), self.config), None
+        if self.q_layernorm is None or self.k_layernorm is None:
+            return Projected(mixed, length, bias)
+        return Projected(mixed, length, bias, self.q_layernorm(), self.k_layernorm())
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Context [length, B, local heads x D] -> this rank's tokens [S, B, H] and the bias that is left to add."""
+        assert self.linear_proj is not None
+        context = heads_to_tokens(pad(context, self.config), self.config)
+        return self.linear_proj(context)
+
+
+class Stream(torch.nn.Module):
+    """The weights of one modality in a layer. Before the model's end the text needs no more than its q, k and v."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        layer_number: int,
+        is_dual: bool = False,
+        is_pre_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.modulation = Modulation(config, 2 if is_pre_only else 9 if is_dual else 6)
+        self.attention = AttentionProjections(config, submodules, layer_number, has_output=not is_pre_only)
+        self.dual_attention = AttentionProjections(config, submodules, layer_number) if is_dual else None
+        self.mlp: MLP | None = None
+        if not is_pre_only:
+            self.mlp = build_module(
+                submodules.mlp,
+                config=config,
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=tensor_parallel_group(),
+            )
+        self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
+
+    def add_mlp(
+        self,
+        hidden: Tensor,
+        attended: tuple[Tensor, Tensor | None],
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        mlp_gate: Tensor,
+    ) -> Tensor:
+        """hidden [S, B, H] plus gated attention, plus the gated MLP of their modulated sum.
+
+        attended: what attention's projection returned, and the bias that is left to add to it.
+        """
+        assert self.mlp is not None
+        branch, bias = attended
+        hidden, modulated = self.adaln(hidden, shift, scale, branch, gate, bias)
+        branch, bias = self.mlp(modulated)
+        return self.gated_add(hidden, branch, mlp_gate, bias)

@@ -1,0 +1,126 @@
+"""FLUX's layers: double ones, where text and image have weights of their own, and single ones, where they share them.
+
+Both take the two streams and return the two, this rank's tokens of each, so that a pipeline may be cut anywhere.
+"""
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from soar_mega.kernels.qk_norm_rope import Projected
+from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.modulation import Modulation
+from soar_mega.models.common.sequence_shards import attention_config, sequence_shards
+from soar_mega.models.common.stream import AttentionProjections, LayerSubmodules, Stream
+from soar_mega.models.flux.joined import join
+from soar_mega.models.flux.rope import rotation
+
+
+class RotaryAttention(torch.nn.Module):
+    """Attention of text and image together, queries and keys turned by their places."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        layer_number: int,
+        axes: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=attention_config(config),
+            layer_number=layer_number + 1,
+            attn_mask_type=AttnMaskType.no_mask,
+            attention_type="self",
+        )
+        self.qk_norm_rope = submodules.qk_norm_rope
+        self.head_size = config.kv_channels
+        self.axes = axes
+
+    def forward(self, streams: list[Projected], lengths: Lengths, order: tuple[range, ...]) -> Tensor:
+        """-> [text + image, B, local heads x D], its tokens in the order of those of the streams together."""
+        tables = rotation(self.axes, lengths.text, lengths.grid, order, streams[0].mixed.device)
+        query, key, value = self.qk_norm_rope(streams, self.head_size, *tables)
+        return self.core_attention(
+            query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask
+        )
+
+
+class DoubleLayer(torch.nn.Module):
+    """Text and image through one attention and an MLP each."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        layer_number: int,
+        axes: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.image = Stream(config, submodules, layer_number)
+        self.text = Stream(config, submodules, layer_number)
+        self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
+        self.adaln = submodules.adaln
+
+    def forward(
+        self, text: Tensor, image: Tensor, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tensor, Tensor]:
+        """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text, image."""
+        text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
+        shift, scale, gate, *mlp = self.image.modulation(conditioning)
+        _, modulated = self.adaln(text, text_shift, text_scale)
+        text_qkv = self.text.attention.qkv(modulated, lengths.text)
+        _, modulated = self.adaln(image, shift, scale)
+        image_qkv = self.image.attention.qkv(modulated, lengths.image)
+        order = range(lengths.text), range(lengths.text, lengths.text + lengths.image)
+        context = self.joint_attention([text_qkv, image_qkv], lengths, order)
+        text_context, image_context = context.split([lengths.text, lengths.image])
+        text = self.text.add_mlp(text, self.text.attention.project(text_context), text_gate, *text_mlp)
+        return text, self.image.add_mlp(image, self.image.attention.project(image_context), gate, *mlp)
+
+
+class SingleLayer(torch.nn.Module):
+    """Text and image as one stream, through attention and MLP side by side.
+
+    What diffusers keeps as one `proj_out` of the two branches is attention's projection, which has no bias here, and
+    the MLP's second linear: each is cut over TP by its own columns.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        layer_number: int,
+        axes: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.modulation = Modulation(config, 3)
+        self.attention = AttentionProjections(config, submodules, layer_number, has_output_bias=False)
+        self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
+        self.mlp = build_module(
+            submodules.mlp,
+            config=config,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=tensor_parallel_group(),
+        )
+        self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
+
+    def forward(
+        self, text: Tensor, image: Tensor, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tensor, Tensor]:
+        """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text, image."""
+        parts = [len(text), len(image)]
+        joined = join(lengths.text, lengths.image, *parts, sequence_shards(self.config))
+        shift, scale, gate = self.modulation(conditioning)
+        hidden, modulated = self.adaln(torch.cat([text, image]), shift, scale)
+        streams = joined.cut(self.attention.qkv(modulated, lengths.text + lengths.image))
+        context = self.joint_attention(streams, lengths, joined.order)
+        attended, _ = self.attention.project(joined.put_back(context))
+        branch, bias = self.mlp(modulated)
+        text, image = self.gated_add(hidden, attended + branch, gate, bias).split(parts)
+        return text, image

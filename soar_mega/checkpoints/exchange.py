@@ -11,6 +11,7 @@ from torch import Tensor
 from soar_mega.checkpoints import resume
 from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
 from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.checkpoints.strict import check_keys
@@ -27,9 +28,11 @@ from soar_mega.convert import (
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
+from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
@@ -65,10 +68,13 @@ def checkpoint_to_folder(
     _check_place(out, folder, parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
+    iteration = resume.read_description(folder)["iteration"]
+    products, name = model.sizes.family.products, "ema" if ema else "current"
+    card = card_of_run(RunFolder(folder.parent), products, iteration, name)
     if parts:
-        save_pipeline(model, parts, out, tensors, files)
+        save_pipeline(model, parts, out, tensors, files, card)
     else:
-        save_transformer(model, out, tensors, files)
+        save_transformer(model, out, tensors, files, card)
     return bool(parts)
 
 
@@ -92,17 +98,59 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
         dtype: that they will be written in; None is that of the run.
     """
     start_world(ParallelConfig())
+    description = _verified(folder, ema)
+    settings = run_config(folder)
+    if ADAPTERS in description["model"]:
+        return adapted_model(folder, settings, ema)
+    name = settings.get("dtype", "fp32") if dtype is None else "fp32"
+    model = build_model(
+        read_sizes(description["model"]), ModelConfig(dtype=name), ParallelConfig(), meta=True
+    )
+    return model, StoredTensors(folder, model, ema)
+
+
+def _verified(folder: Path, ema: bool) -> dict[str, Any]:
+    """What a checkpoint says of itself, when its files are as they were written and it has an EMA if wanted."""
     resume.verify(folder)
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    settings = run_config(folder)
-    name = settings.get("dtype", "fp32") if dtype is None else "fp32"
-    sizes = read_sizes(description["model"])
+    return description
+
+
+def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
+    """The model of a checkpoint, ready to predict at any layout. Collective; starts the world.
+
+    Raises what `checkpoint_to_folder` does for the checkpoint, and ValueError for a layout that is not possible.
+    """
+    folder = resume.find_checkpoint(source)
+    start_world(parallel)
+    description = _verified(folder, ema)
     if ADAPTERS in description["model"]:
-        return adapted_model(folder, settings, ema)
-    model = build_model(sizes, ModelConfig(dtype=name), ParallelConfig(), meta=True)
-    return model, StoredTensors(folder, model, ema)
+        raise ValueError(
+            f"{folder} holds adapters without their base: convert it with `soar-mega convert`, then draw with what "
+            "that wrote"
+        )
+    sharded = ShardedModel(read_sizes(description["model"]), ModelConfig(dtype=dtype), parallel)
+    tensors = named_tensors(sharded.model)
+    with torch.no_grad():
+        for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
+            tensors[name].copy_(tensor)
+    return sharded
+
+
+def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
+    """The pipeline folder whose encoders belong to a checkpoint: the one that is named, or the run's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = named or run_config(resume.find_checkpoint(source)).get("pipeline_dir")
+    if not folder or not is_pipeline(folder):
+        raise ValueError(
+            f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"
+        )
+    return Path(folder)
 
 
 def _parts(pipeline_dir: str | Path | None, of_run: str | None) -> str | Path | None:
@@ -173,10 +221,13 @@ class _Unread:
 
     def _read(self, entry: Entry, like: Tensor) -> Tensor:
         tensor = torch.empty_like(like, device="cpu", requires_grad=False)
-        for key, place in zip(
-            entry.keys, parts(tensor, entry, self._model.sizes.num_attention_heads), strict=True
-        ):
-            place.copy_(self._weights.read(key, like.dtype).reshape(place.shape))
+        heads = self._model.sizes.num_attention_heads
+        for key, place in zip(entry.keys, parts(tensor, entry, heads), strict=True):
+            whole = self._weights.read(key, like.dtype)
+            columns = entry.columns
+            place.copy_(
+                (whole if columns is None else whole[:, columns.start : columns.stop]).reshape(place.shape)
+            )
         return tensor
 
 
@@ -194,10 +245,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path, model: Transformer, ema: bool) -> None:
-        state = model.sharded_state_dict()
-        kept = sharded_copy(state, "ema", without_room) if ema else {}
-        check_keys(folder, {"model": state, "kept": kept})
-        stored = state | kept
+        stored = _stored(folder, model, ema)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
         )
@@ -207,3 +255,15 @@ class StoredTensors:
         read, tensor = next(self._read)
         assert read == name
         return tensor
+
+
+def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool) -> dict[str, Any]:
+    """What a checkpoint must hold for this rank's part of a model, by name. Collective.
+
+    Raises:
+        ValueError: names or shapes in the checkpoint are not those of the model.
+    """
+    state = model.sharded_state_dict()
+    kept = sharded_copy(state, "ema", without_room) if ema else {}
+    check_keys(folder, {"model": state, "kept": kept})
+    return state | kept

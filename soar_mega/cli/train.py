@@ -14,7 +14,7 @@ Post-train a model as a recipe says, in one process or under torchrun:
       parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 
 Overrides are group.key=value, read as YAML: optimizer.frozen=[context_embedder*] stage.shift=null. The groups are
-model, stage, parallel, train, optimizer, data, checkpoint and logging; soar_mega/config.py lists their keys, and
+model, stage, parallel, train, optimizer, lora, data, checkpoint and logging; soar_mega/config.py lists their keys, and
 soar_mega/stages/ those of each stage: stage.name says whose the others in its group are.
 
 The run folder is checkpoint.save. It receives run_config.yaml (every value that was used), iter_0000500/ checkpoints,

@@ -15,16 +15,22 @@ from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import OutputFolder, in_place_of
 
+CARD = "README.md"
+
 
 def save_transformer(
     model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
+    card: str = "",
 ) -> None:
     """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
 
     A collective over the whole world. The folder appears under its name only when it is complete.
+
+    Args:
+        card: the text of a README.md; "" writes none.
 
     Raises:
         ValueError: the folder holds what this program did not write.
@@ -32,6 +38,7 @@ def save_transformer(
     """
     with replacing(folder) as new:
         write_transformer(model, new, tensors, files)
+        on_rank_zero(lambda: _write_card(new, card), folder)
 
 
 def save_pipeline(
@@ -40,6 +47,7 @@ def save_pipeline(
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
+    card: str = "",
 ) -> None:
     """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
 
@@ -49,6 +57,7 @@ def save_pipeline(
     Args:
         tensors: this rank's shard by global name, in place of the model's own tensors (an EMA), as for
             `write_transformer`.
+        card: the text of a README.md; "" writes none.
 
     Raises:
         ValueError: the folder holds what this program did not write, or the source is not complete.
@@ -58,6 +67,7 @@ def save_pipeline(
     with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, new / "transformer", tensors, files)
+        on_rank_zero(lambda: _write_card(new, card), folder)
 
 
 def save_original_file(
@@ -82,6 +92,11 @@ def save_original_file(
     with in_place_of(path, MARK.encode()) as new:
         writer = OriginalWriter(new, model.sizes, shapes, dtypes, prefix)
         write_weights(model, lambda: writer, path, tensors)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    if card:
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 @contextlib.contextmanager

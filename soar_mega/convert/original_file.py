@@ -89,7 +89,7 @@ class OriginalFile:
 
     def where(self, key: str) -> str:
         """Name and file of a tensor, for messages."""
-        return f"{self._name(key)} in {self._reader.path.name}"
+        return f"{self._name(key)} in {self._reader.path}"
 
     def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """The rows of a tensor, a few at a time, each with the number of the first."""

@@ -14,7 +14,7 @@ from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
-from soar_mega.evaluation.drift import branches
+from soar_mega.evaluation.drift import ModelVelocity, branches
 from soar_mega.flow import Schedule, guided, normal, sample
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import check_file, write_file
@@ -26,18 +26,24 @@ _SOFTWARE = 0x0131  # of EXIF: the program that made a picture
 
 @dataclass(kw_only=True)
 class Generator:
-    """A pipeline that is ready to draw. Make it by `Generator.load`."""
+    """A pipeline that is ready to draw.
+
+    Attributes:
+        velocity: the transformer as a function of latents [B, C, H, W], sigma [B] and conditions [B]. Where it lies on
+            several ranks, all of them draw the same.
+        decoder: None on a rank that draws for others: it gets no images.
+    """
 
     facts: EncoderFacts
-    transformer: torch.nn.Module
-    decoder: Decoder
+    velocity: ModelVelocity
+    decoder: Decoder | None
     schedule: Schedule
 
     @staticmethod
     def load(
         pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None, adapters: str | Path = ""
     ) -> "Generator":
-        """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+        """From a diffusers pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
 
         `adapters` are put on the transformer: a folder or file in PEFT's or diffusers' format.
 
@@ -45,28 +51,28 @@ class Generator:
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        schedule = Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
+        schedule = schedule_of(pipeline_dir, shift)
         if adapters:
-            transformer, _ = load_adapted(pipeline_dir, adapters, dtype)
+            loaded, _ = load_adapted(pipeline_dir, adapters, dtype)
         else:
-            transformer = load_diffusers(pipeline_dir, dtype)
+            loaded = load_diffusers(pipeline_dir, dtype)
+        transformer = loaded.to(device()).eval()
+
+        @torch.no_grad()
+        def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+            weight = next(transformer.parameters())
+            timesteps = schedule.timestep(sigma).to(weight.device, torch.float32)
+            predicted: Tensor = transformer(
+                latents.to(weight), timesteps, conditions.to(weight.device, weight.dtype)
+            )
+            return predicted
+
         return Generator(
             facts=encoder_facts(Path(pipeline_dir)),
-            transformer=transformer.to(device()).eval(),
+            velocity=velocity,
             decoder=Decoder.load(Path(pipeline_dir)),
             schedule=schedule,
         )
-
-    @torch.no_grad()
-    def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The transformer as a function of sigma: latents [B, C, H, W], sigma [B], conditions [B]."""
-        weight = next(self.transformer.parameters())
-        velocity: Tensor = self.transformer(
-            latents.to(weight),
-            self.schedule.timestep(sigma).to(weight.device, torch.float32),
-            conditions.to(weight.device, weight.dtype),
-        )
-        return velocity
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
@@ -92,6 +98,8 @@ class Generator:
     ) -> Tensor:
         """Images of each prompt in turn -> [N, 3, height, width] in [0, 1], on the CPU.
 
+        The unconditional branch of guidance is that of the empty or negative prompt.
+
         Args:
             seed: image i starts from the noise of (seed, "sample", i), whatever the batch size.
             size: (width, height) in pixels; None draws the transformer's own sample size.
@@ -106,10 +114,15 @@ class Generator:
             asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
             cond, uncond = branches(self.velocity, asked, empty)
             noise = normal(seed, "sample", position, 0, shape).to(device())
-            images.append(
-                self.decoder.decode(sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver))
-            )
-        return torch.cat(images)
+            latents = sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver)
+            if self.decoder is not None:
+                images.append(self.decoder.decode(latents))
+        return torch.cat(images) if images else torch.empty(0)
+
+
+def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Schedule:
+    """The schedule of a pipeline's scheduler, or of the shift that is given in its place."""
+    return Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

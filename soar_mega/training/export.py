@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -72,21 +73,24 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
     """
     run = RunFolder(recipe.checkpoint.save)
     try:
-        _export(recipe, engine)
+        _export(recipe, engine, iteration)
     except (OSError, ValueError) as error:
         on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples, exported=False))
         raise (OSError if is_rank_zero() else PeerFailure)(_advice(recipe, error)) from error
     on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples))
 
 
-def _export(recipe: Recipe, engine: Engine) -> None:
+def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
     source = recipe.model.pipeline_dir
     for name, weights in _exports(recipe).items():
         place, tensors = _place(recipe, name), engine.exported(weights)
+        card = card_of_run(
+            RunFolder(recipe.checkpoint.save), engine.model.sizes.family.products, iteration, weights
+        )
         if is_pipeline(source):
-            save_pipeline(engine.model, source, place, tensors)
+            save_pipeline(engine.model, source, place, tensors, card=card)
         else:
-            save_transformer(engine.model, place, tensors)
+            save_transformer(engine.model, place, tensors, card=card)
         logger.info("wrote %s", place)
         if engine.adapters is not None:
             alone = Path(recipe.checkpoint.save, _adapters(name))

@@ -176,7 +176,8 @@ def test_diffusers_and_peft_load_the_files(run: Path, world: None) -> None:
     assert relative_error(velocity(PeftModel.from_pretrained(base, run / "export_lora")), expected) < 1e-5
 
 
-def test_sampling_and_evaluation_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
+@pytest.mark.slow
+def test_sampling_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
     """The same pictures from base and adapters as from the merged pipeline."""
     words = ["--prompt", "a red 3", "--steps", "3", "--seed", "1", "--guidance-scale", "2"]
     pictures = []

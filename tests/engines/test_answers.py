@@ -8,7 +8,8 @@ from engine_cases import VPP2, make_batch, make_recipe, random_tensor, start_eng
 from multirank import run_ranks
 
 from soar_mega.flow import normal
-from soar_mega.models.names import global_parameter_names
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.names import global_parameter_names
 from soar_mega.stages import Queries, make_stage
 
 SAMPLE = torch.tensor([5, 0, 0, 7, 2, 6, 6, 1, 4, 2, 5])  # not one query per sample, and in no order
@@ -50,7 +51,10 @@ def said_by_the_model():
     text, pooled = batch.text[SAMPLE], batch.pooled[SAMPLE]
     nothing = batch.empty_text.expand_as(text), batch.empty_pooled.expand_as(pooled)
     return [
-        [engine.velocity(states, SIGMA, *conditions, weights) for conditions in ((text, pooled), nothing)]
+        [
+            engine.velocity(states, SIGMA, Conditions(*conditions), weights)
+            for conditions in ((text, pooled), nothing)
+        ]
         for weights in ("current", "reference")
     ]
 

@@ -18,7 +18,7 @@ from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.training.export import check_exports, check_places
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 BASE = ROOT / "recipes/tiny/base"
 NOBODY = 65534  # a user without rights

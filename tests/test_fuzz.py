@@ -197,6 +197,7 @@ def test_shards(name: str, shards: Path, tmp_path: Path, rng: random.Random) -> 
     shutil.copytree(shards, tmp_path / "s")
     path = tmp_path / "s" / name
     whole = path.read_bytes()
+    index = tmp_path / "s" / "index.bin"
     refused = 0
     for _ in range(400 if path.suffix == ".json" else 100):
         damaged = (
@@ -205,8 +206,20 @@ def test_shards(name: str, shards: Path, tmp_path: Path, rng: random.Random) -> 
             else damaged_bytes(whole, rng, 4000)
         )
         path.write_bytes(damaged)
+        if name == "shard-000000.json":
+            index.unlink(missing_ok=True)  # which is made of it
         refused += only_value_errors(lambda: read_all(tmp_path / "s"))
     assert refused > 5
+
+
+def test_a_damaged_index_of_all_shards_is_made_anew(shards: Path, tmp_path: Path, rng: random.Random) -> None:
+    shutil.copytree(shards, tmp_path / "s")
+    path = tmp_path / "s" / "index.bin"
+    whole = path.read_bytes()
+    for _ in range(100):
+        path.write_bytes(damaged_bytes(whole, rng, 4000))
+        read_all(tmp_path / "s")
+        assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "shard-000000.json", "prepare.json", "rejects.jsonl"])
@@ -217,7 +230,7 @@ def test_a_folder_that_is_prepared_again(name: str, tmp_path: Path, rng: random.
     (tmp_path / "images/0.txt").write_text("a red 0")
     call = (tmp_path / "images", tmp_path / "out", BASE)
     prepare(*call, skip_invalid=True)
-    contents = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     if name in ("shard-000000.json", "prepare.json"):
         del contents["dataset.json"]  # they are read again while it is unfinished
     for _ in range(30):

@@ -62,6 +62,7 @@ def measure(folder: Path, model: str) -> dict[str, object]:
     steps = {}
     for name, source, out, options in STEPS:
         steps[name] = run([str(folder / source), str(folder / out), *options])
+        steps[name]["peak_above_imports_bytes"] = steps[name]["peak_bytes"] - imports
         print(name, steps[name], flush=True)
     with Reader(folder / "t") as first, Reader(folder / "back") as last:
         is_same = first.files.keys() == last.files.keys() and all(

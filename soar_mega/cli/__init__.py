@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from soar_mega import __version__
-from soar_mega.cli import chain, convert, doctor, evaluate, launch, prepare, sample, train
+from soar_mega.cli import chain, convert, data, doctor, evaluate, launch, prepare, sample, train
 
 DESCRIPTION = """\
 SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on megatron-core.
@@ -16,6 +16,7 @@ SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on mega
 The usual road:
   soar-mega doctor                                    what this machine can do
   soar-mega prepare images/ shards/ --pipeline-dir P      encode images and captions once
+  soar-mega data inspect shards/                      what they hold
   soar-mega train recipes/sd35_medium/soar.yaml ...   post-train; exports a diffusers pipeline
   soar-mega sample runs/x/export --prompt "a fox"     look at it
   soar-mega evaluate P runs/x/export                  measure before and after
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"soar_mega {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
-    for module in (prepare, train, sample, evaluate, convert, launch, chain, doctor):
+    for module in (prepare, data, train, sample, evaluate, convert, launch, chain, doctor):
         module.add_parser(verbs)
     return parser
 

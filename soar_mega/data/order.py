@@ -7,12 +7,15 @@ number of samples consumed so far. Nothing here knows of ranks: global batch k h
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from soar_mega.flow import uniform
+
+BLOCK = 1 << 16  # numbers drawn at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Order:
         if not self.sizes:
             raise ValueError("the data set is empty: no bucket holds a sample")
         self._ends = np.cumsum(list(self.sizes.values()))
-        self._epochs: dict[tuple[str, int], NDArray[np.int64]] = {}
+        self._epochs: dict[tuple[str, int], NDArray[np.integer[Any]]] = {}
 
     def step(self, place: Place, count: int) -> tuple[Stretch, Place]:
         """The `count` samples that follow `place`, all of one bucket, and the place behind them."""
@@ -77,7 +80,7 @@ class Order:
             self._permutation(stretch.bucket, int(epoch))[places[epochs == epoch] % size]
             for epoch in np.unique(epochs)
         ]
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(np.int64)
 
     def _draw_bucket(self, consumed: int) -> str:
         if len(self.sizes) == 1:
@@ -85,12 +88,16 @@ class Order:
         draw = uniform(self.seed, "bucket", torch.tensor([consumed])).item() * self._ends[-1]
         return list(self.sizes)[int(np.searchsorted(self._ends, draw, side="right"))]
 
-    def _permutation(self, bucket: str, epoch: int) -> NDArray[np.int64]:
+    def _permutation(self, bucket: str, epoch: int) -> NDArray[np.integer[Any]]:
         """Members of the bucket sorted by a number keyed by (seed, bucket, member, epoch)."""
         key = (bucket, epoch)
         if key not in self._epochs:
             # A batch touches neighbouring epochs; older ones are not needed again.
             self._epochs = {k: v for k, v in self._epochs.items() if k[0] != bucket or k[1] >= epoch - 1}
-            numbers = uniform(self.seed, f"order/{bucket}", torch.arange(self.sizes[bucket]), epoch)[:, 0]
-            self._epochs[key] = torch.argsort(numbers, stable=True).numpy()
+            numbers = np.empty(self.sizes[bucket])
+            for first in range(0, len(numbers), BLOCK):
+                members = torch.arange(first, min(first + BLOCK, len(numbers)))
+                numbers[first : first + BLOCK] = uniform(self.seed, f"order/{bucket}", members, epoch)[:, 0]
+            kind = np.min_scalar_type(len(numbers))  # an epoch of ten million is kept in 40 MB
+            self._epochs[key] = np.argsort(numbers, kind="stable").astype(kind)
         return self._epochs[key]

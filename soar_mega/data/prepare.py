@@ -279,6 +279,8 @@ class _Preparation:
                 f"held_out_share {self.wishes.held_out_share} of {plan.source_samples} samples holds none: give a "
                 "larger one"
             )
+        for shard in plan.shards:
+            (self.folder / shard.folder).mkdir(exist_ok=True)
         return len(plan.shards)
 
     def _tell_duplicates(self, duplicates: Sequence[tuple[str, str]]) -> None:
@@ -344,7 +346,6 @@ class _Preparation:
 
     def _write_empty(self, plan: Plan) -> None:
         for folder in {self.folder / shard.folder for shard in plan.shards}:
-            folder.mkdir(exist_ok=True)
             if not (folder / EMPTY_FILE).is_file():
                 text, pooled = self._loaded().encode_prompts([""])
                 # not save_file: what that writes only its owner can read, whatever the umask

@@ -4,17 +4,18 @@ A folder of shards holds
 
     shard-000000.tar     per sample KEY.latents.safetensors (mean, std), KEY.text.safetensors (text, pooled), KEY.txt
                          (the caption) and KEY.json (name in the source, bucket)
-    shard-000000.json    the index: offset, size and CRC-32 of each part, written when the tar is complete
+    shard-000000.json    its index: offset, size and CRC-32 of each part, written when the tar is complete
+    index.bin            the same of all shards, as training reads it
     empty.safetensors    text and pooled of the empty prompt
-    dataset.json         format version, shapes, buckets, encoders, shards, CRC-32 of empty.safetensors; a folder
-                         without it is unfinished
+    dataset.json         format version, shapes, buckets, encoders, shards, CRC-32 of index.bin and empty.safetensors; a
+                         folder without it is unfinished
 """
 
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.sample_index import INDEX_FILE, index_content
 
 FORMAT_VERSION = 2
 DATASET_FILE = "dataset.json"
@@ -89,14 +91,23 @@ class ShardWriter:
 
 def write_dataset_file(folder: Path, info: DatasetInfo, shards: int, **extra: Any) -> None:
     """dataset.json over the first `shards` complete shards of the folder: the data set is finished by this."""
-    listed = []
-    for number in range(shards):
-        index = json.loads((folder / f"{shard_name(number)}.json").read_text())
-        listed.append({"name": shard_name(number), "samples": len(index["samples"]), "bytes": index["bytes"]})
+    listed: list[dict[str, Any]] = []
+
+    def samples() -> Iterator[list[dict[str, Any]]]:
+        for number in range(shards):
+            index = json.loads((folder / f"{shard_name(number)}.json").read_text())
+            listed.append(
+                {"name": shard_name(number), "samples": len(index["samples"]), "bytes": index["bytes"]}
+            )
+            yield index["samples"]
+
+    index = index_content(samples())
+    write_bytes(folder / INDEX_FILE, index)
     checksum = zlib.crc32((folder / EMPTY_FILE).read_bytes())
     values = {
         "format_version": FORMAT_VERSION,
         "empty_crc32": checksum,
+        "index_crc32": zlib.crc32(index),
         **info.to_json(),
         "shards": listed,
         **extra,
@@ -110,7 +121,11 @@ def shard_name(number: int) -> str:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object as `write_bytes` does."""
-    write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(path, json_bytes(values))
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

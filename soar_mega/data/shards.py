@@ -1,12 +1,15 @@
 """Random access to shards: which samples there are, and their tensors by number."""
 
+import logging
 import os
+import socket
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,12 @@ from torch import Tensor
 from soar_mega.data.batch import Batch
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
-from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
+from soar_mega.data.sample_index import INDEX_FILE, SampleIndex, index_content, map_index
+from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION, json_bytes
 from soar_mega.flow import normal
 from soar_mega.user_files import read_object
+
+log = logging.getLogger(__name__)
 
 OPEN_FILES = 32  # shards kept open for reading
 
@@ -36,54 +42,59 @@ class Read:
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards. The indices are read at the first use of a sample."""
+    """Random access to the samples of a folder of shards. The index is opened at the first use of a sample."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._dataset = read_dataset_file(self.path)
         self.info = DatasetInfo.from_json(self._dataset, self.path / DATASET_FILE)
-        self._parts: dict[str, NDArray[np.int64]] | None = None
-        self._names: list[str] = []
-        self._buckets: list[str] = []
-        self._members: dict[str, NDArray[np.int64]] = {}
+        self._index: SampleIndex | None = None
+        self._ends = np.cumsum([shard["samples"] for shard in self._dataset["shards"]])  # of the shards
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def __len__(self) -> int:
         return self.info.samples
 
+    @property
+    def shard_count(self) -> int:
+        return len(self._dataset["shards"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard["bytes"] for shard in self._dataset["shards"])
+
+    @property
+    def captions_cut(self) -> dict[str, int]:
+        """Text encoder -> captions that it took the beginning of, as far as that was counted."""
+        counted = self._dataset.get("captions_cut")
+        return counted if isinstance(counted, dict) else {}
+
     def open(self) -> None:
-        """Read all indices and check that every shard is there and whole. ValueError naming the file otherwise."""
-        if self._parts is not None:
+        """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
+        if self._index is not None:
             return
-        rows: dict[str, list[list[int]]] = {"latents": [], "text": []}
-        for number, shard in enumerate(self._dataset["shards"]):
-            for sample in self._read_index(shard):
-                self._names.append(f"{sample['name']} ({shard['name']}.tar, {sample['key']})")
-                self._buckets.append(sample["bucket"])
-                for part in rows:
-                    rows[part].append([number, *sample[part]])
-        self._parts = {part: np.array(values, dtype=np.int64).reshape(-1, 4) for part, values in rows.items()}
-        self._members = {b: np.flatnonzero(np.array(self._buckets) == b) for b in self.info.buckets}
-        counted = {bucket: len(members) for bucket, members in self._members.items()}
-        if counted != self.info.buckets:
-            raise ValueError(
-                f"{self.path / DATASET_FILE} counts {self.info.buckets}, the shards hold {counted}: prepare again"
-            )
+        for shard in self._dataset["shards"]:
+            self._check_shard(shard)
+        index = map_index(self.path, self._dataset)
+        if index is None:
+            content = index_content(map(self._read_index, self._dataset["shards"]))
+            self._check_counts(SampleIndex(content))
+            index = self._keep(content)
+        self._check_counts(index)
+        self._index = index
 
     def bucket_of(self, index: int) -> str:
         """The bucket of sample `index`."""
-        self.open()
-        return self._buckets[index]
+        return self._opened().bucket_of(index)
 
-    def members(self, bucket: str) -> NDArray[np.int64]:
+    def members(self, bucket: str) -> NDArray[np.uint32]:
         """Indices of the samples of a bucket, in source order."""
-        self.open()
-        return self._members[bucket]
+        return self._opened().members(bucket)
 
     def names(self, indices: Sequence[int]) -> list[str]:
         """Source name and place of samples, for messages."""
-        self.open()
-        return [self._names[i] for i in indices]
+        return [self._name(int(index)) for index in indices]
 
     def read(
         self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True
@@ -92,13 +103,12 @@ class ShardSet:
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
         """
-        self.open()
         count = len(indices)
-        tensors = {"latents": torch.zeros(count, *self.info.latent_shape(bucket))}
+        tensors = {"latents": torch.empty(count, *self.info.latent_shape(bucket))}
         if text:
             dtype = self.info.torch_text_dtype()
-            tensors["text"] = torch.zeros(count, *self.info.text_shape, dtype=dtype)
-            tensors["pooled"] = torch.zeros(count, self.info.pooled_size, dtype=dtype)
+            tensors["text"] = torch.empty(count, *self.info.text_shape, dtype=dtype)
+            tensors["pooled"] = torch.empty(count, self.info.pooled_size, dtype=dtype)
         result = Read(tensors=tensors, names=self.names(indices))
         for row, index in enumerate(indices):
             try:
@@ -106,6 +116,8 @@ class ShardSet:
                 _check_sample(sample, {name: values.shape[1:] for name, values in tensors.items()})
             except SampleError as error:
                 result.failures[row] = str(error)
+                for values in tensors.values():
+                    values[row] = 0
                 continue
             for name, values in tensors.items():
                 values[row] = sample[name]
@@ -114,6 +126,49 @@ class ShardSet:
     def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
         """Nothing is left to do after `read`."""
         return read
+
+    def stored(self, part: str, index: int) -> dict[str, Tensor]:
+        """mean and std of the "latents" of a sample, or text and pooled of its "text", of whatever shape.
+
+        SampleError: this sample cannot be read. ValueError: its shard cannot.
+        """
+        shard = self._shard_of(index)
+        offset, size, checksum = self._opened().place(part, index)
+        content = os.pread(self._file(shard).fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
+        if zlib.crc32(content) != checksum:
+            raise SampleError(
+                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
+            )
+        try:
+            tensors = load_tensors(content)
+        except SafetensorError as error:
+            raise SampleError(f"its {part} are no safetensors: {error}") from error
+        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
+        if not tensors.keys() >= set(wanted):
+            raise SampleError(
+                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
+            )
+        return {name: tensors[name] for name in wanted}
+
+    def caption(self, index: int) -> str:
+        """The caption of a sample, which its tar holds behind its text. ValueError where it does not."""
+        shard = self._shard_of(index)
+        offset, size, _ = self._opened().place("text", index)
+        start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
+        try:
+            member = TarInfo.frombuf(
+                os.pread(self._file(shard).fileno(), BLOCKSIZE, start), "utf-8", "strict"
+            )
+            content = os.pread(self._file(shard).fileno(), member.size, start + BLOCKSIZE)
+            if not member.name.endswith(".txt"):
+                raise ValueError(f"{member.name} is in its place")
+            return content.decode()
+        except (HeaderError, ValueError) as error:
+            raise ValueError(
+                f"the caption of {self._name(index)} cannot be read ({error}): prepare this shard again"
+            ) from error
 
     def empty_prompt(self) -> tuple[Tensor, Tensor]:
         """text [S, D] and pooled [P] of the empty prompt."""
@@ -164,7 +219,6 @@ class ShardSet:
 
     def one_bucket_groups(self, count: int, size: int) -> list[list[int]]:
         """The first `count` samples as lists of at most `size` indices, each list of one bucket (for `batch`)."""
-        self.open()
         first = range(min(count, len(self)))
         groups = []
         for bucket in sorted(self.info.buckets):
@@ -173,33 +227,12 @@ class ShardSet:
         return groups
 
     def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
-        latents = self._tensors("latents", index)
+        latents = self.stored("latents", index)
         mean, std = latents["mean"], latents["std"]
         if mean.shape != std.shape:
             raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
         sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
-        return {**sample, **self._tensors("text", index)} if text else sample
-
-    def _tensors(self, part: str, index: int) -> dict[str, Tensor]:
-        assert self._parts is not None
-        shard, offset, size, checksum = self._parts[part][index].tolist()
-        content = os.pread(self._file(shard).fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
-        if zlib.crc32(content) != checksum:
-            raise SampleError(
-                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
-            )
-        try:
-            tensors = load_tensors(content)
-        except SafetensorError as error:
-            raise SampleError(f"its {part} are no safetensors: {error}") from error
-        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
-        if not tensors.keys() >= set(wanted):
-            raise SampleError(
-                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
-            )
-        return {name: tensors[name] for name in wanted}
+        return {**sample, **self.stored("text", index)} if text else sample
 
     def _file(self, shard: int) -> FileIO:
         """A shard's open file; the least recently used one is closed when too many are open."""
@@ -216,13 +249,20 @@ class ShardSet:
     def _shard_path(self, shard: int) -> Path:
         return self.path / f"{self._dataset['shards'][shard]['name']}.tar"
 
-    def _read_index(self, shard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def _name(self, index: int) -> str:
+        key, name = self._opened().key_and_name(index)
+        return f"{name} ({self._shard_path(self._shard_of(index)).name}, {key})"
+
+    def _opened(self) -> SampleIndex:
+        self.open()
+        assert self._index is not None
+        return self._index
+
+    def _check_shard(self, shard: Mapping[str, Any]) -> None:
         path = self.path / f"{shard['name']}.tar"
-        index = read_index(path.with_suffix(".json"))
-        if len(index["samples"]) != shard["samples"]:
-            raise ValueError(
-                f"{path.with_suffix('.json')} does not belong to this {DATASET_FILE}: prepare again"
-            )
         if not path.is_file():
             raise ValueError(f"shard {path} is missing: copy it again or prepare again")
         size = path.stat().st_size
@@ -230,8 +270,35 @@ class ShardSet:
             raise ValueError(
                 f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again"
             )
-        samples: list[dict[str, Any]] = index["samples"]
+
+    def _read_index(self, shard: Mapping[str, Any]) -> list[dict[str, Any]]:
+        path = self.path / f"{shard['name']}.json"
+        samples: list[dict[str, Any]] = read_index(path)["samples"]
+        if len(samples) != shard["samples"]:
+            raise ValueError(f"{path} does not belong to this {DATASET_FILE}: prepare again")
         return samples
+
+    def _check_counts(self, index: SampleIndex) -> None:
+        if index.buckets != self.info.buckets or len(index) != sum(
+            s["samples"] for s in self._dataset["shards"]
+        ):
+            raise ValueError(
+                f"{self.path / DATASET_FILE} counts {self.info.buckets}, the shards hold {index.buckets}: prepare again"
+            )
+
+    def _keep(self, content: bytes) -> SampleIndex:
+        """Write an index that was made anew beside the shards, where that is allowed: the next one opens it."""
+        dataset = {**self._dataset, "index_crc32": zlib.crc32(content)}
+        try:
+            _replace(self.path / INDEX_FILE, content)
+            _replace(self.path / DATASET_FILE, json_bytes(dataset))
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): every reading process makes it for itself, which takes memory",
+                self.path / INDEX_FILE,
+                error.strerror,
+            )
+        return map_index(self.path, dataset) or SampleIndex(content)
 
 
 class SampleError(Exception):
@@ -286,6 +353,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, "prepare again")
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one step. Ranks may all do so at once: each goes through a file of its own."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _read_version(path: Path) -> dict[str, Any]:
     values = read_json(path)
     version = values.get("format_version")
@@ -316,8 +393,11 @@ def _is_sample(entry: Any) -> bool:
 
 
 def _is_place(value: Any) -> bool:
+    limits = (2**62, 2**62, 2**32)
     return (
-        isinstance(value, list) and len(value) == 3 and all(type(n) is int and 0 <= n < 2**62 for n in value)
+        isinstance(value, list)
+        and len(value) == len(limits)
+        and all(type(n) is int and 0 <= n < limit for n, limit in zip(value, limits, strict=True))
     )
 
 
@@ -325,5 +405,6 @@ def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
     for name, shape in shapes.items():
         if sample[name].shape != shape:
             raise SampleError(f"its {name} have shape {tuple(sample[name].shape)} instead of {tuple(shape)}")
-        if not sample[name].isfinite().all():
+        # One pass; a sum can also be infinite because finite numbers are large.
+        if not sample[name].sum().isfinite() and not sample[name].isfinite().all():
             raise SampleError(f"its {name} hold NaN or infinite numbers")

@@ -6,6 +6,7 @@ changed, so a `prepare` that is started again reads no image twice for this.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +62,8 @@ class Survey:
             return
         seen = in_order(threads, _look, [item.image for item in items])
         rows = [json.dumps([one.sha256, one.width, one.height, one.problem]) for one in seen]
-        write_bytes(self._seen(part), "\n".join([state, *rows]).encode())
+        body = "\n".join(rows).encode()
+        write_bytes(self._seen(part), f"{state} {zlib.crc32(body)}\n".encode() + body)
 
     def items(self, part: int) -> list[Item]:
         """The items of a part, as they were written down."""
@@ -75,10 +77,10 @@ class Survey:
 
     def _known(self, part: int, state: str) -> bool:
         try:
-            with open(self._seen(part)) as file:
-                return file.readline().strip() == state
-        except (OSError, UnicodeDecodeError):
+            head, _, body = self._seen(part).read_bytes().partition(b"\n")
+        except OSError:
             return False
+        return head == f"{state} {zlib.crc32(body)}".encode()
 
     def _list(self, part: int) -> Path:
         return self._folder / f"{part:06d}.list"

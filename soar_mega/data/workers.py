@@ -1,6 +1,7 @@
 """Reader processes: they read ahead while the model computes, and are never waited for in vain."""
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -11,12 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-import safetensors.torch
 import torch
 
 from soar_mega.data.info import DataError
 from soar_mega.data.order import Stretch
 from soar_mega.data.shards import Read
+from soar_mega.data.slots import Slot
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,14 @@ class WorkerPool:
     def __init__(self, read: ReadStretch, count: int) -> None:
         self._read = read
         self._waiting: deque[Stretch] = deque()
-        self._submitted = self._taken = 0
+        self._submitted = self._sent = self._taken = 0
         context = multiprocessing.get_context("fork")
         self._connections: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
-        for _ in range(count):
+        self._slots = [[Slot() for _ in range(JOBS_AHEAD)] for _ in range(count)]
+        for slots in self._slots:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(read, theirs, os.getpid()), daemon=True)
+            process = context.Process(target=_serve, args=(read, theirs, slots, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -58,18 +60,15 @@ class WorkerPool:
     def submit(self, stretch: Stretch) -> None:
         """Ask for a stretch."""
         self._waiting.append(stretch)
-        if self.processes:
-            # A dead reader is reported by `next`, where the run can be stopped on all ranks.
-            with contextlib.suppress(OSError):
-                self._connections[self._submitted % len(self.processes)].send(stretch)
         self._submitted += 1
+        self._send()
 
     def next(self) -> Read:
         """The result of the oldest stretch asked for. DataError when its reader failed or died."""
         stretch = self._waiting.popleft()
         if not self.processes:
             return self._read(stretch)
-        worker = self._taken % len(self.processes)
+        worker, turn = self._taken % len(self.processes), self._taken // len(self.processes)
         self._taken += 1
         self._wait(worker, stretch)
         try:
@@ -78,8 +77,12 @@ class WorkerPool:
             raise DataError(self._obituary(worker)) from error
         if isinstance(message, str):
             raise DataError(message)
-        content, names, failures = message
-        return Read(tensors=safetensors.torch.load(content), names=names, failures=failures)
+        layout, names, failures = message
+        read = Read(
+            tensors=self._slots[worker][turn % JOBS_AHEAD].take(layout), names=names, failures=failures
+        )
+        self._send()
+        return read
 
     def close(self) -> None:
         """End the reader processes."""
@@ -88,8 +91,20 @@ class WorkerPool:
         for process in self.processes:
             process.kill()
             process.join(PATIENCE_TO_DIE)  # a process that a file system holds cannot die
-        self._connections, self.processes = [], []
+        for slot in itertools.chain.from_iterable(self._slots):
+            slot.close()
+        self._connections, self.processes, self._slots = [], [], []
         self._waiting.clear()
+
+    def _send(self) -> None:
+        """Give readers the stretches that they have slots for: each was taken out of before it is used again."""
+        while self._sent < min(self._submitted, self._taken + JOBS_AHEAD * len(self.processes)):
+            # A dead reader is reported by `next`, where the run can be stopped on all ranks.
+            with contextlib.suppress(OSError):
+                self._connections[self._sent % len(self.processes)].send(
+                    self._waiting[self._sent - self._taken]
+                )
+            self._sent += 1
 
     def _wait(self, worker: int, stretch: Stretch) -> None:
         process, connection = self.processes[worker], self._connections[worker]
@@ -112,13 +127,13 @@ class WorkerPool:
         return f"data reader process {worker} (pid {process.pid}) {how}{advice}"
 
 
-def _serve(read: ReadStretch, connection: Connection, parent: int) -> None:
-    """A reader process: stretches in, (tensors, names, failures) or a message out."""
+def _serve(read: ReadStretch, connection: Connection, slots: list[Slot], parent: int) -> None:
+    """A reader process: stretches in, (where its tensors lie in a slot, names, failures) or a message out."""
     # The scheduler signals every process of a job; the run decides when its readers end.
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     torch.set_num_threads(1)
-    while True:
+    for slot in itertools.cycle(slots):
         # A sibling may hold a copy of the other end of the pipe, so the parent's death is seen by its number.
         while not connection.poll(POLL_SECONDS):
             if os.getppid() != parent:
@@ -129,7 +144,7 @@ def _serve(read: ReadStretch, connection: Connection, parent: int) -> None:
             return
         try:
             result = read(stretch)
-            message: object = (safetensors.torch.save(result.tensors), result.names, result.failures)
+            message: object = (slot.put(result.tensors), result.names, result.failures)
         except (ValueError, OSError) as error:
             message = str(error)
         except Exception:  # the traceback would be lost with the process

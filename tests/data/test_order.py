@@ -4,10 +4,12 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soar_mega.data.order import Order, Place
+from soar_mega.flow import uniform
 
 
 def global_batch(order: Order, place: Place, count: int) -> tuple[list[tuple[str, int]], Place]:
@@ -90,3 +92,11 @@ def test_the_order_is_the_one_of_earlier_versions():
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="empty"):
         Order(0, {"16x16": 0})
+
+
+def test_an_epoch_drawn_in_blocks_is_the_keyed_order(monkeypatch):
+    monkeypatch.setattr("soar_mega.data.order.BLOCK", 7)
+    order = Order(3, {"16x16": 300})
+    stretch, _ = order.step(Place(streams={"16x16": 600}), 300)
+    numbers = uniform(3, "order/16x16", torch.arange(300), 2)[:, 0]
+    assert order.members(stretch).tolist() == torch.argsort(numbers, stable=True).tolist()

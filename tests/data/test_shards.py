@@ -11,6 +11,7 @@ import webdataset
 from data_fixtures import make_sample, make_shards
 from safetensors.torch import load, save
 
+from soar_mega.data.sample_index import INDEX_FILE
 from soar_mega.data.shards import open_shards
 from soar_mega.flow import normal
 
@@ -25,13 +26,15 @@ def shards(tmp_path):
 
 
 def edit_json(path, **changes):
+    """What a shard's JSON says counts where there is no index of all."""
+    (path.parent / INDEX_FILE).unlink(missing_ok=True)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def damage(shard_set, part, index):
     """Flip one bit of a part of a sample."""
-    number, offset, size, _ = shard_set._parts[part][index].tolist()
-    path = shard_set.path / f"shard-{number:06d}.tar"
+    offset, size, _ = shard_set._index.place(part, index)
+    path = shard_set.path / f"shard-{shard_set._shard_of(index):06d}.tar"
     content = bytearray(path.read_bytes())
     content[offset + size - 1] ^= 1
     path.write_bytes(content)
@@ -120,6 +123,13 @@ def test_numbers_that_are_not_finite_are_a_failure(tmp_path, value):
     assert list(read.failures) == [1] and "NaN" in read.failures[1]
 
 
+def test_numbers_whose_sum_is_infinite_are_no_failure(tmp_path):
+    sample = make_sample(0)
+    sample.latent_mean.fill_(3e38)
+    shard_set = open_shards(make_shards(tmp_path / "s", [sample]))
+    assert not shard_set.read("16x16", [0], positions(0), seed=0).failures
+
+
 def test_a_sample_of_another_shape_is_a_failure(shards):
     sample = make_sample(1, (20, 12))
     path = make_shards(shards.parent / "other", [make_sample(0), sample])
@@ -155,11 +165,13 @@ def test_a_shard_that_vanishes_while_in_use_is_named(shards):
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.json", "empty.safetensors"])
 def test_a_missing_file_is_named(shards, name):
     (shards / name).unlink()
+    (shards / INDEX_FILE).unlink()
     with pytest.raises(ValueError, match=name):
         open_shards(shards).empty_prompt()
 
 
 def test_an_index_that_is_not_json_is_named(shards):
+    (shards / INDEX_FILE).unlink()
     (shards / "shard-000000.json").write_text("{")
     with pytest.raises(ValueError, match=r"shard-000000\.json is not valid JSON"):
         open_shards(shards)
@@ -174,6 +186,7 @@ def test_another_format_version_is_refused(shards):
 def test_an_index_of_another_data_set_is_refused(shards):
     other = make_shards(shards.parent / "other", [make_sample(0)])
     shutil.copy(other / "shard-000000.json", shards)
+    (shards / INDEX_FILE).unlink()
     with pytest.raises(ValueError, match=r"shard-000000\.json does not belong"):
         open_shards(shards)
 
@@ -235,6 +248,7 @@ def test_a_foreign_dataset_file_is_named(shards, changes):
 @pytest.mark.parametrize("name", ["dataset.json", "shard-000000.json"])
 @pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000, '{"format_version": 1}'])
 def test_a_json_file_that_holds_something_else_is_named(shards, name, content):
+    (shards / INDEX_FILE).unlink()
     (shards / name).write_text(content)
     with pytest.raises(ValueError, match=name):
         open_shards(shards)
@@ -242,7 +256,14 @@ def test_a_json_file_that_holds_something_else_is_named(shards, name, content):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"latents": [1, 2]}, {"text": [1, -2, 3]}, {"latents": [1, "2", 3]}, {"name": 1}, {"bucket": None}],
+    [
+        {"latents": [1, 2]},
+        {"text": [1, -2, 3]},
+        {"latents": [1, "2", 3]},
+        {"text": [1, 2, 2**32]},
+        {"name": 1},
+        {"bucket": None},
+    ],
 )
 def test_a_damaged_index_is_named(shards, changes):
     edit_first_sample(shards / "shard-000000.json", **changes)

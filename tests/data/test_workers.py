@@ -53,6 +53,25 @@ def test_results_come_in_the_order_of_the_jobs(pools, count):
     assert (reads[0].names[0] == str(os.getpid())) == (count == 0)
 
 
+def grow(job):
+    """Reads of different sizes and types, also of nothing."""
+    shape = (job.first % 4, 300 * job.first)
+    return Read(
+        tensors={"x": torch.full(shape, job.first, dtype=torch.bfloat16), "y": torch.arange(3)}, names=[]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_reads_may_differ_in_size_and_stay_what_they_were(pools, count):
+    pool = pools(grow, count)
+    for first in range(12):
+        pool.submit(stretch(first))
+    reads = [pool.next() for _ in range(12)]
+    for first, read in enumerate(reads):
+        assert torch.equal(read.tensors["x"], grow(stretch(first)).tensors["x"])
+        assert read.tensors["x"].dtype == torch.bfloat16 and read.tensors["y"].tolist() == [0, 1, 2]
+
+
 def leave_the_pipe_open(job):
     """Dies, while a child still holds its end of the pipe: the parent gets no end of file."""
     if os.fork() == 0:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from soar_mega.config import (
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -65,13 +66,21 @@ def settings_of_soar(settings):
 
 
 def make_recipe(
-    layout=(1, 1), sequence_parallel=False, stage=SOAR, train=None, optimizer=None, model=None, **parallel
+    layout=(1, 1),
+    sequence_parallel=False,
+    stage=SOAR,
+    train=None,
+    optimizer=None,
+    model=None,
+    lora=None,
+    **parallel,
 ) -> Recipe:
     settings = {"seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "points_per_micro_batch": 3}
     return Recipe(
         model=ModelConfig(**{"init": "random", "dtype": "fp32", **(model or {})}),
         stage=stage,
         train=TrainConfig(**(settings | (train or {}))),
+        lora=LoraConfig(**(lora or {})),
         optimizer=OptimizerConfig(**({"lr": 1e-3, "clip_grad": 0.5} | (optimizer or {}))),
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout[0],

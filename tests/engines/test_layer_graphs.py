@@ -10,6 +10,7 @@ from repeated_work import RepeatedWork
 
 from soar_mega.config import LoraConfig, ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
@@ -79,7 +80,7 @@ def test_recorded_adapters_train_as_others_do():
     assert [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)] == steps
     assert all(torch.equal(engine.parameters[name], weight) for name, weight in weights.items())
     batch = make_batch(0, invalid=None)
-    given = batch.latents, torch.linspace(0.1, 0.9, len(batch)), batch.text, batch.pooled
+    given = batch.latents, torch.linspace(0.1, 0.9, len(batch)), Conditions(batch.text, batch.pooled)
     adapted = engine.velocity(*given)
     reference = engine.velocity(*given, weights="reference")
     with torch.no_grad():

@@ -17,6 +17,7 @@ from engine_cases import (
 from multirank import run_ranks
 
 from soar_mega.config import LoraConfig
+from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.lora import is_adapter
 from soar_mega.stages import make_stage
@@ -88,7 +89,7 @@ def kept(recipe):
 
     def velocity(weights):
         sigma = torch.linspace(0.1, 0.9, len(batch))
-        return engine.velocity(batch.latents, sigma, batch.text, batch.pooled, weights)
+        return engine.velocity(batch.latents, sigma, Conditions(batch.text, batch.pooled), weights)
 
     before = {name: velocity(name) for name in ("current", "ema", "reference")}
     assert torch.equal(before["current"], before["ema"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, steps, tiny_recipe
 
 from soar_mega.checkpoints.adapters import checkpoint_to_adapters
-from soar_mega.checkpoints.exchange import checkpoint_to_diffusers
+from soar_mega.checkpoints.exchange import checkpoint_to_folder
 from soar_mega.cli import main
 from soar_mega.convert import load_diffusers
 from soar_mega.convert.lora import load_adapted, open_lora
@@ -146,7 +146,7 @@ def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: 
     assert ema.keys() == again.keys() == peft.keys()
     assert all(torch.equal(again[key], ema[key]) for key in ema)
     assert not all(torch.equal(ema[key], peft[key]) for key in ema)
-    assert checkpoint_to_diffusers(run, tmp_path / "merged")
+    assert checkpoint_to_folder(run, tmp_path / "merged")
     ours, exported = load_file(tmp_path / "merged" / TRANSFORMER), load_file(run / "export" / TRANSFORMER)
     assert all(torch.equal(ours[key], exported[key]) for key in exported)
     assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(tmp_path / "by_hand")]) == 0

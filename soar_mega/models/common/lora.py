@@ -72,6 +72,7 @@ def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
 
     Args:
         table: the model's tensors.
+            A linear that is cut into several of ours by its columns takes no adapter.
         targets: patterns (fnmatch) over diffusers' names of linears, as *.attn.to_q.
 
     Raises:
@@ -80,7 +81,7 @@ def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
     linears = {
         key.removesuffix(".weight"): entry
         for entry in table
-        if entry.name.endswith(".weight") and len(entry.shape) == 2
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.columns is None
         for key in entry.keys
     }
     for target in targets:

@@ -90,7 +90,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: P
     def broken(_: object) -> int:
         raise AssertionError("a defect")
 
-    monkeypatch.setattr("soar_mega.training.loop.train", broken)
+    monkeypatch.setattr("soar_mega.training.run.train", broken)
     with pytest.raises(AssertionError, match="a defect"):
         main(["train", str(recipe)])
 
@@ -184,7 +184,7 @@ def test_train_passes_the_recipe_on_and_the_exit_code_back(
     code: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("soar_mega.training.loop.train", lambda r: seen.append(r) or code)
+    monkeypatch.setattr("soar_mega.training.run.train", lambda r: seen.append(r) or code)
     assert main(["train", str(recipe), "train.seed=7", "stage.name=sft"]) == code
     assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline_dir) == (7, "sft", BASE)
 

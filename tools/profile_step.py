@@ -47,7 +47,7 @@ from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_work
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import load_recipe
-from soar_mega.training.steps import Steps, make_loader
+from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.throughput import least_seconds, peaks
 
 Json = dict[str, Any]

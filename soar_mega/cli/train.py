@@ -79,6 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(as_text(replayed))
         return 0
 
-    from soar_mega.training.loop import train
+    from soar_mega.training.run import train
 
     return train(recipe)

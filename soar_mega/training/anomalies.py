@@ -17,7 +17,7 @@ from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import StepResult
 from soar_mega.engines.sample_losses import SampleLoss, sample_losses
 from soar_mega.engines.statistics import StepStatistics
-from soar_mega.training.steps import Steps
+from soar_mega.training.loop import Steps
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert.weights import open_weights
 from soar_mega.training.export import check_exports, check_places
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 BASE = ROOT / "recipes/tiny/base"
 NOBODY = 65534  # a user without rights

@@ -19,7 +19,7 @@ from tiny_runs import ROOT, held_out, logged, tiny_recipe
 from soar_mega import distributed
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ParallelConfig, Recipe
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 
 @pytest.fixture(scope="module")

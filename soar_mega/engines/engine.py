@@ -71,6 +71,7 @@ class Engine(ABC):
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer)
         self.weights: dict[str, KeptWeights] = {}
+        self._told_scale = recipe.stage.guidance_scale if config.guidance_embeds else None
         self._channel = make_channel(recipe.parallel)
         self._answers: Answers | None = None
         self._placed: PlacedBatch | None = None  # the batch that was answered
@@ -117,7 +118,7 @@ class Engine(ABC):
         if self._answers is not None:
             self._answers.close()
             self._answers = None
-        placed = place(batch, self._pipeline.dtype)
+        placed = place(batch, self._pipeline.dtype, self._told_scale)
         self._placed = placed
         asked = queries(placed.batch)
         if asked is None:
@@ -137,7 +138,7 @@ class Engine(ABC):
         pipeline, train = self._pipeline, self.recipe.train
         placed = self._placed
         if placed is None or placed.given is not batch:  # the one that was answered is there already
-            placed = place(batch, pipeline.dtype)
+            placed = place(batch, pipeline.dtype, self._told_scale)
         mine = in_order(points(placed.batch))
         plan = point_plan(
             placed,
@@ -173,8 +174,11 @@ class Engine(ABC):
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
-                values on the first stage.
+                values on the first stage. A guidance-distilled model is told the scale of its training if they name
+                none.
         """
+        if self._told_scale is not None and conditions.guidance is None:
+            conditions = conditions.told(self._told_scale)
         # an interleaved pipeline would fill up few large micro-batches with empty ones
         size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
         with self.using(weights):

@@ -13,9 +13,11 @@ from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
-from soar_mega.evaluation.drift import branches
-from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.evaluation.drift import at_scale
+from soar_mega.flow import Schedule, normal, sample
+from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.flops import image_tokens
 from soar_mega.outputs import check_file, write_file
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
@@ -30,7 +32,8 @@ class Generator:
     facts: EncoderFacts
     transformer: torch.nn.Module
     decoder: Decoder
-    schedule: Schedule
+    pipeline_dir: Path
+    shift: float | None  # in place of the one that the pipeline's scheduler has
 
     @staticmethod
     def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
@@ -40,13 +43,20 @@ class Generator:
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        schedule = Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
+        if shift is None:
+            scheduler_shift(pipeline_dir, tokens=1)  # say now what cannot be
         return Generator(
             facts=encoder_facts(Path(pipeline_dir)),
             transformer=load_diffusers(pipeline_dir, dtype).to(device()).eval(),
             decoder=Decoder.load(Path(pipeline_dir)),
-            schedule=schedule,
+            pipeline_dir=Path(pipeline_dir),
+            shift=shift,
         )
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the model is guidance-distilled."""
+        return bool(self.transformer.sizes.guidance_embeds)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -54,10 +64,21 @@ class Generator:
         weight = next(self.transformer.parameters())
         velocity: Tensor = self.transformer(
             latents.to(weight),
-            self.schedule.timestep(sigma).to(weight.device, torch.float32),
+            (TIMESTEPS * sigma).to(weight.device, torch.float32),
             conditions.to(weight.device, weight.dtype),
         )
         return velocity
+
+    def schedule(self, latent_shape: tuple[int, int, int]) -> Schedule:
+        """That of latents [C, H, W]."""
+        if self.shift is not None:
+            return Schedule(self.shift)
+        _, height, width = latent_shape
+        shift, is_dynamic = scheduler_shift(
+            self.pipeline_dir,
+            image_tokens(self.transformer.sizes, (height, width)),  # type: ignore[arg-type]
+        )
+        return Schedule(shift, is_dynamic=is_dynamic)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
@@ -89,17 +110,15 @@ class Generator:
         """
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
-        sigmas = self.schedule.inference_sigmas(steps)
+        sigmas = self.schedule(shape).inference_sigmas(steps)
         empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
             row = position // num_images_per_prompt
             asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
-            cond, uncond = branches(self.velocity, asked, empty)
+            velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
             noise = normal(seed, "sample", position, 0, shape).to(device())
-            images.append(
-                self.decoder.decode(sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver))
-            )
+            images.append(self.decoder.decode(sample(velocity, noise, sigmas, solver)))
         return torch.cat(images)
 
 

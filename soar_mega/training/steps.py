@@ -1,5 +1,7 @@
 """What computes the steps of a run: engine, data and progress. Writes nothing."""
 
+from dataclasses import replace
+
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -7,9 +9,11 @@ from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
+from soar_mega.models.common.flops import image_tokens
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
-from soar_mega.stages import make_stage
+from soar_mega.stages import Stage, make_stage
 from soar_mega.training.learning_rate import learning_rate
 
 
@@ -35,10 +39,9 @@ class Steps:
         sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
         self.loader = loader
-        shift = (
-            scheduler_shift(recipe.model.pipeline_dir) if recipe.stage.shift is None else recipe.stage.shift
-        )
-        self.stage = make_stage(recipe.stage, shift)
+        self._stages: dict[float, Stage] = {}  # by their shifts
+        info = loader.info
+        self.stage = self._stage_of(info.latent_shape(max(info.buckets, key=info.buckets.__getitem__)), sizes)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
@@ -47,6 +50,19 @@ class Steps:
         else:
             self._keep_average()  # from weights that checkpoint.finetune may have put in
         self.rate = 0.0  # of the last step
+
+    def _stage_of(self, latent_shape: tuple[int, int, int], sizes: Sizes) -> Stage:
+        """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
+        settings, shift = self.recipe.stage, self.recipe.stage.shift
+        if shift is None:
+            _, height, width = latent_shape
+            tokens = image_tokens(sizes, (height, width))
+            shift, _ = scheduler_shift(self.recipe.model.pipeline_dir, tokens)
+        if sizes.guidance_embeds:  # the engine tells the model the scale, and the stage asks it once
+            settings = replace(settings, guidance_scale=1.0)
+        if shift not in self._stages:
+            self._stages[shift] = make_stage(settings, shift)
+        return self._stages[shift]
 
     def _keep_average(self) -> None:
         """Starts the EMA from the weights of now, where the recipe wants one."""
@@ -57,6 +73,7 @@ class Steps:
         """The first half of a step: its batch and its gradients."""
         phases.enter("data")
         self.batch = next(self.loader)
+        self.stage = self._stage_of(self.batch.latent_shape, self.engine.model.sizes)
         phases.enter("answer")
         answers = self.engine.answer(self.stage.queries, self.batch, weights=self.stage.answer_weights)
         phases.enter("learn")

@@ -40,6 +40,8 @@ setup(
         "sentencepiece",
         "safetensors>=0.5",
         "webdataset>=1.0",
+        "fsspec",
+        "braceexpand",
         "numpy>=2.0",
         "packaging>=24",
         "pillow>=11",

@@ -26,7 +26,7 @@ from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
 from soar_mega.data.shards import open_shards
 from soar_mega.models.family import read_sizes
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_lists_of_captions(published: bool, tmp_path: Path, rng: random.Random) 
     items, rejects = list_items(tmp_path / "list.jsonl")
     assert len(items) > 100 and len(rejects) > 1000
     for item in items:
-        assert item.caption.encode() and item.image.is_file()
+        assert item.caption.encode() and item.image.path.is_file()
         assert item.bucket is None or bucket_size(item.bucket)
     assert all(reject.name.startswith("list.jsonl:") and reject.reason for reject in rejects)
 

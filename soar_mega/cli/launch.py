@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from soar_mega.cli.overrides import take_overrides
 
 HELP = """\
 Submit a training run to SLURM. It is requeued until it is complete: at its time limit, when it is preempted, when a
@@ -33,8 +32,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("scheduler", choices=("slurm",))
     parser.add_argument("recipe", help="a YAML recipe, for example recipes/tiny/soar.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that differ")
-    _take_overrides_anywhere(parser)
+    take_overrides(parser)
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--processes-per-node", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--gpus-per-node", type=int, help="(default: one per process; 0 without GPUs)")
@@ -61,23 +59,10 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.set_defaults(run=run)
 
 
-def _take_overrides_anywhere(parser: argparse.ArgumentParser) -> None:
-    """argparse takes an optional list of words in one place only; overrides may stand between the options too."""
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        overrides = [word for word in args if re.match(r"\w+\.\w+=", word)]
-        found, rest = parse([word for word in args if word not in overrides], namespace)
-        found.overrides += overrides
-        return found, rest
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
-
-
 def run(arguments: argparse.Namespace) -> int:
     from soar_mega.launch import slurm
     from soar_mega.launch.checks import check_data, check_fit, check_model
-    from soar_mega.recipe import load_recipe
+    from soar_mega.stages import load_recipe
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})

@@ -1,6 +1,9 @@
 """soar-mega train"""
 
 import argparse
+import os
+
+from soar_mega.cli.overrides import take_overrides
 
 HELP = """\
 Post-train a model as a recipe says, in one process or under torchrun:
@@ -11,7 +14,8 @@ Post-train a model as a recipe says, in one process or under torchrun:
       parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 
 Overrides are group.key=value, read as YAML: optimizer.frozen=[context_embedder*] stage.shift=null. The groups are
-model, stage, parallel, train, optimizer, data, checkpoint and logging; soar_mega/config.py lists their keys.
+model, stage, parallel, train, optimizer, lora, data, checkpoint and logging; soar_mega/config.py lists their keys, and
+soar_mega/stages/ those of each stage: stage.name says whose the others in its group are.
 
 The run folder is checkpoint.save. It receives run_config.yaml (every value that was used), iter_0000500/ checkpoints,
 tensorboard/, and at the end export/, a diffusers pipeline folder. The same command resumes an interrupted run.
@@ -24,6 +28,9 @@ it again; 1 an error, which the message explains (SOAR_MEGA_TRACEBACK=1 shows wh
 """
 
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "1"}  # as torchrun says it
+
+
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "train",
@@ -32,9 +39,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a YAML recipe, for example recipes/tiny/soar.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="group.key=value", help="settings that differ from the recipe"
-    )
+    take_overrides(parser)
     parser.add_argument(
         "--replay-step",
         type=int,
@@ -42,17 +47,29 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="compute step N of the run again, from its newest checkpoint before N, and print the loss of every "
         "sample and the gradient norms; the run folder is only read",
     )
+    parser.add_argument(
+        "--scale-down",
+        action="store_true",
+        help="try the recipe: its stage, layout, layers and heads, but narrow, four steps on noise, in the folder "
+        "<checkpoint.save>_scaled_down",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.recipe import load_recipe
+    from soar_mega.stages import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
     from soar_mega.cli.process import start_process
 
     start_process()
+
+    if arguments.scale_down:
+        from soar_mega.training.scale_down import scale_down
+
+        rank, processes = (int(os.environ.get(name, default)) for name, default in PLACE.items())
+        recipe = scale_down(arguments.recipe, arguments.overrides, processes, writes=rank == 0)
 
     if arguments.replay_step is not None:
         from soar_mega.training.replay import as_text, replay

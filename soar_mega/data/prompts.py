@@ -21,7 +21,7 @@ BATCH = 32  # prompts that are encoded together
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompts:
-    """What the text encoders made of prompts and of the empty prompt, on the CPU."""
+    """What the text encoders made of prompts and of the empty (or a negative) prompt, on the CPU."""
 
     conditions: Conditions  # [N]
     empty: Conditions  # [1]
@@ -35,6 +35,7 @@ def encode_prompts(
     prompts: Sequence[str],
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
+    negative_prompt: str = "",
 ) -> EncodedPrompts:
     """Encode prompts with one text encoder of a pipeline folder after another, on this process's device.
 
@@ -42,19 +43,20 @@ def encode_prompts(
 
     Args:
         dtype: of the text encoders and of the embeddings they make.
+        negative_prompt: what guidance leads away from, in the place of the empty prompt.
         max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
 
     Raises:
         ValueError: a prompt is no text, or a part of the folder is missing or damaged.
     """
-    for prompt in prompts:
+    for prompt in (*prompts, negative_prompt):
         if not is_text(prompt):
             raise ValueError(
                 f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8, or half a character"
             )
     folder = Path(pipeline_dir)
     facts = encoder_facts(folder, max_sequence_length)
-    every = [*prompts, ""]
+    every = [*prompts, negative_prompt]
     outputs = [_encoded_by(part, folder, dtype, every) for part in facts.texts]
     text, pooled = (tensor.to(dtype) for tensor in facts.join(outputs, facts))
     return EncodedPrompts(

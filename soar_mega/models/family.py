@@ -36,6 +36,7 @@ class Family:
         products: what is sold under it, for messages.
         presets: published sizes by name.
         read_sizes: a config.json's content and its name -> sizes; ValueError where they cannot be.
+        narrowed: sizes with as many layers and heads, for a try on a laptop.
         transformer: -> the class of its models. A call, because megatron takes seconds to import.
         entries: all tensors of a model.
         usual_tokens: of a sample, by whose work pipeline stages are cut.
@@ -52,6 +53,7 @@ class Family:
     products: str
     presets: Mapping[str, Any]
     read_sizes: Callable[[dict[str, Any], str], Any]
+    narrowed: Callable[[Any], Any]
     transformer: Callable[[], "type[Transformer]"]
     entries: Callable[[Any], list[Entry]]
     usual_tokens: Callable[[Any], Tokens]
@@ -103,14 +105,21 @@ def model_sizes(model: ModelConfig) -> Sizes:
     """The sizes of the transformer that a recipe names.
 
     Raises:
-        ValueError: a pipeline folder without a transformer of a known family, or an unknown preset.
+        ValueError: a pipeline folder without a transformer of a known family, or with another one than the preset, or
+            an unknown preset.
     """
-    if model.pipeline_dir:
-        return read_sizes(model.pipeline_dir)
     known = presets()
-    if model.preset not in known:
+    if model.preset and model.preset not in known:
         raise ValueError(f"model.preset: {model.preset!r} is unknown; choose one of {', '.join(known)}")
-    return known[model.preset]
+    if not model.pipeline_dir:
+        return known[model.preset]
+    sizes = read_sizes(model.pipeline_dir)
+    if model.preset and sizes != known[model.preset]:
+        raise ValueError(
+            f"model.pipeline_dir: {model.pipeline_dir} holds another transformer than {model.preset}, which "
+            f"model.preset expects: {sizes.layers_in_words} of width {sizes.hidden_size}"
+        )
+    return sizes
 
 
 def find_sizes(model: str) -> Sizes:

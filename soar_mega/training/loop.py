@@ -15,7 +15,7 @@ from soar_mega.checkpoints.lineage import record_start
 from soar_mega.checkpoints.recipes import write_recipe
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.engines.statistics import strength_quantiles
+from soar_mega.engines.statistics import quantiles
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
 from soar_mega.faults.stragglers import Stragglers
@@ -129,8 +129,8 @@ class Trainer(Steps):
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
         self.interval = Interval()
-        self.throughput = Throughput(recipe, self.engine.model.sizes, self.stage)
-        self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor)
+        self.throughput = Throughput(recipe, self.engine.model.sizes)
+        self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor, self.stage.kinds[0])
         self.stragglers = Stragglers(recipe.logging.straggler_factor)
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class Trainer(Steps):
         logger.info("%s", line)
         values = {
             **interval.averages(),
-            **strength_quantiles(self.engine.learned[0]),
+            **quantiles(self.engine.learned[0]),
             "grad-norm": grad_norm,
             "learning-rate": self.rate,
             "skipped-steps": progress.skipped_steps,

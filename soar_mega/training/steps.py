@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -44,6 +45,10 @@ class Steps:
         self.stage = self._stage_of(info.latent_shape(max(info.buckets, key=info.buckets.__getitem__)), sizes)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
+        if (
+            self.engine.base is not None
+        ):  # a checkpoint holds adapters alone, and loading compares what they are
+            self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)

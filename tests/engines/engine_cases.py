@@ -1,7 +1,7 @@
 """A small model, in-memory batches and training cases for the engine's tests, importable by other processes."""
 
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from soar_mega.config import (
     OptimizerConfig,
     ParallelConfig,
     Recipe,
-    StageConfig,
     TrainConfig,
 )
 from soar_mega.data.batch import Batch
@@ -21,7 +20,7 @@ from soar_mega.flow import normal
 from soar_mega.models.common.gather import full_shape, local_shard
 from soar_mega.models.common.names import global_parameter_names
 from soar_mega.models.sd3.sizes import SD3Sizes
-from soar_mega.stages import make_stage
+from soar_mega.stages import SoarConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
 SIZES = SD3Sizes(
@@ -46,8 +45,7 @@ VPP2 = {
     "train": {"micro_batch_size": 3, "points_per_micro_batch": 9},
 }
 # every source is read: two paths (eps), fresh endpoints (z1_aux), guidance, dropped conditions, uneven weights
-SOAR = StageConfig(
-    name="soar",
+SOAR = SoarConfig(
     num_auxiliary_points=2,
     num_rollout_paths=2,
     fresh_endpoint=True,
@@ -58,6 +56,12 @@ SOAR = StageConfig(
     loss_weighting="cosmap",
     shift=3.0,
 )
+
+
+def settings_of_soar(settings):
+    """The settings of another stage, where it has them with the values of SOAR above."""
+    shared = {field.name: getattr(SOAR, field.name) for field in fields(settings) if field.name != "name"}
+    return settings(**shared)
 
 
 def make_recipe(

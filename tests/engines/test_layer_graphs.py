@@ -8,7 +8,7 @@ from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_re
 from multirank import run_ranks
 from repeated_work import RepeatedWork
 
-from soar_mega.config import ModelConfig
+from soar_mega.config import LoraConfig, ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
@@ -40,6 +40,9 @@ FLUX = FluxSizes(
 SLOW = ("tp2-sp-dp2", "pp4", "cp2", "flux-tp2-sp")
 
 
+LORA = LoraConfig(rank=2, dropout=0.3, targets=["*.attn.*", "*norm1.linear"])
+
+
 def trained(recipe, sizes, graphs: bool):
     """Three steps, and the weights after them."""
     engine, stage = start_engine(recipe, sizes), make_stage(recipe.stage, shift=1.0)
@@ -64,6 +67,26 @@ def test_recorded_layers_train_as_others_do(name):
     layout, processes, settings = LAYOUTS[name]
     sizes = FLUX if "flux" in name else EIGHT_LAYERS if "vpp" in name else SIZES
     run_ranks(with_and_without, processes, make_recipe(layout, **settings), sizes)
+
+
+def test_recorded_adapters_train_as_others_do():
+    """What a step leaves out, and whether there are adapters, is read where it lies at each replay."""
+    recipe = make_recipe()
+    recipe.lora = LORA
+    steps, weights = trained(recipe, SIZES, graphs=False)
+    engine, stage = start_engine(recipe, SIZES), make_stage(recipe.stage, shift=1.0)
+    engine.record_layers(partial(RepeatedWork, engine))
+    assert [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)] == steps
+    assert all(torch.equal(engine.parameters[name], weight) for name, weight in weights.items())
+    batch = make_batch(0, invalid=None)
+    given = batch.latents, torch.linspace(0.1, 0.9, len(batch)), batch.text, batch.pooled
+    adapted = engine.velocity(*given)
+    reference = engine.velocity(*given, weights="reference")
+    with torch.no_grad():
+        for name in engine.adapters.names:
+            engine.parameters[name].zero_()
+    assert torch.equal(engine.velocity(*given), reference)
+    assert not torch.equal(adapted, reference)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from soar_mega.models.common.build import build_model
 from soar_mega.models.common.memory import Workload, rank_memory
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.models.sd3.sizes import SD3Sizes
+from soar_mega.stages import SoarConfig
 
 SIZE, TEXT, POINTS = (64, 64), 90, 2  # 1024 tokens of the image; text that is padded where it is cut
 SIZES = SD3Sizes(
@@ -53,7 +54,7 @@ def kept_bytes(parallel, model, sizes=SIZES):
 
 def predicted_bytes(parallel, model, sizes=SIZES):
     work = Workload(SIZE, TEXT, POINTS, rows=0, samples=1, micro_batches=1)
-    return rank_memory(sizes, Recipe(model=model, parallel=parallel), work, 1).activations
+    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1).activations
 
 
 def settings(**changes):
@@ -72,7 +73,16 @@ def settings(**changes):
         (1, ParallelConfig(), settings(), FLUX),
         (2, TP2_SP, settings(), FLUX),
     ],
-    ids=["fp32", "bf16", "every second layer again", "every layer again", "tp2", "tp2 sp", "flux", "flux tp2 sp"],
+    ids=[
+        "fp32",
+        "bf16",
+        "every second layer again",
+        "every layer again",
+        "tp2",
+        "tp2 sp",
+        "flux",
+        "flux tp2 sp",
+    ],
 )
 def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):
     for kept in run_ranks(kept_bytes, processes, parallel, model, sizes):

@@ -8,7 +8,7 @@ from soar_mega.models.flux.encoders import encoder_facts
 from soar_mega.models.flux.mapping import entries
 from soar_mega.models.flux.original import ORIGINAL
 from soar_mega.models.flux.presets import PRESETS
-from soar_mega.models.flux.sizes import CLASS_NAME, read_sizes
+from soar_mega.models.flux.sizes import CLASS_NAME, narrowed, read_sizes
 
 if TYPE_CHECKING:
     from soar_mega.models.flux.model import Flux
@@ -26,6 +26,7 @@ FAMILY = Family(
     products="FLUX.1 dev and schnell",
     presets=PRESETS,
     read_sizes=read_sizes,
+    narrowed=narrowed,
     transformer=_transformer,
     entries=entries,
     original=ORIGINAL,

@@ -102,6 +102,18 @@ class FluxSizes:
         }
 
 
+def narrowed(sizes: FluxSizes) -> FluxSizes:
+    """All layers and heads, but narrow: what runs at any layout of the model on a laptop."""
+    return dataclasses.replace(
+        sizes,
+        in_channels=4,
+        attention_head_dim=6,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 2),
+    )
+
+
 def read_sizes(content: dict[str, Any], name: str) -> FluxSizes:
     """The sizes in the content of a config.json called `name`; a ValueError where they cannot be."""
     settings = {NAMES.get(key, key): value for key, value in content.items() if not key.startswith("_")}

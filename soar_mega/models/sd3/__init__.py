@@ -8,7 +8,7 @@ from soar_mega.models.sd3.encoders import encoder_facts
 from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.original import ORIGINAL
 from soar_mega.models.sd3.presets import PRESETS
-from soar_mega.models.sd3.sizes import CLASS_NAME, read_sizes
+from soar_mega.models.sd3.sizes import CLASS_NAME, narrowed, read_sizes
 
 if TYPE_CHECKING:
     from soar_mega.models.sd3.model import MMDiT
@@ -26,6 +26,7 @@ FAMILY = Family(
     products="Stable Diffusion 3 and 3.5",
     presets=PRESETS,
     read_sizes=read_sizes,
+    narrowed=narrowed,
     transformer=_transformer,
     entries=entries,
     original=ORIGINAL,

@@ -87,6 +87,21 @@ class SD3Sizes:
         return {"_class_name": CLASS_NAME, **content}
 
 
+def narrowed(sizes: SD3Sizes) -> SD3Sizes:
+    """All layers and heads, but narrow: what runs at any layout of the model on a laptop."""
+    return dataclasses.replace(
+        sizes,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=4,
+        joint_attention_dim=32,
+        caption_projection_dim=4 * sizes.num_attention_heads,
+        pooled_projection_dim=16,
+        pos_embed_max_size=32,
+    )
+
+
 def read_sizes(content: dict[str, Any], name: str) -> SD3Sizes:
     """The sizes in the content of a config.json called `name`; a ValueError where they cannot be."""
     known = {field.name for field in dataclasses.fields(SD3Sizes)}

@@ -1,0 +1,47 @@
+"""Recipes of large models on a laptop: as many layers and heads, at the recipe's own layout."""
+
+from pathlib import Path
+
+import pytest
+
+from soar_mega.cli import main
+from soar_mega.models.family import model_sizes
+from soar_mega.stages import load_recipe
+from soar_mega.training.scale_down import scale_down
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LARGE = RECIPES / "sd35_large/soar.yaml"
+
+
+def test_layers_heads_layout_and_stage_stay(tmp_path):
+    whole = load_recipe(LARGE)
+    small = scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 16, writes=True)
+    sizes = model_sizes(small.model)
+    assert (sizes.num_layers, sizes.num_attention_heads, sizes.hidden_size) == (38, 38, 152)
+    assert (small.stage, small.parallel, small.optimizer.lr) == (
+        whole.stage,
+        whole.parallel,
+        whole.optimizer.lr,
+    )
+    assert (small.train.train_iters, small.train.global_batch_size) == (4, 4)  # two replicas
+    assert small.checkpoint.save == f"{tmp_path}/run_scaled_down/run"
+    first = {path: path.read_bytes() for path in Path(small.data.path).iterdir()}
+    scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 16, writes=True)
+    assert first == {path: path.read_bytes() for path in Path(small.data.path).iterdir()}
+
+
+def test_nothing_of_the_user_is_replaced(tmp_path):
+    (tmp_path / "run_scaled_down/inputs").mkdir(parents=True)
+    (tmp_path / "run_scaled_down/inputs/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine\.txt"):
+        scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 8, writes=True)
+    with pytest.raises(ValueError, match="12"):
+        scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 12, writes=True)
+
+
+@pytest.mark.slow
+def test_a_recipe_of_two_billion_parameters_runs(tmp_path, caplog):
+    words = [f"checkpoint.save={tmp_path}/run", "model.dtype=fp32"]
+    assert main(["train", str(RECIPES / "sd35_medium/soar.yaml"), "--scale-down", *words]) == 0
+    run = tmp_path / "run_scaled_down/run"
+    assert (run / "complete.json").is_file() and (run / "export/transformer/config.json").is_file()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from soar_mega.rules import Rule, above
+from soar_mega.rules import Rule, above, at_least
 
 
 @dataclass(kw_only=True)
@@ -45,8 +45,9 @@ class StageConfig:
 
     name: str  # of the method: soar | sft | sft_multi
     shift: float | None = None  # None: the shift of the pipeline's scheduler
+    guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
-    rules: ClassVar[dict[str, Rule]] = {"shift": above(0)}
+    rules: ClassVar[dict[str, Rule]] = {"shift": above(0), "guidance_scale": at_least(0)}
 
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""

@@ -156,9 +156,11 @@ def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gen
             f"{tensor * pipeline} process(es), and more would draw the same again: start as many"
         )
     encoded = on_rank_zero(lambda: _encoded(arguments, folder, prompts))
+    model = load_model(arguments.source, arguments.dtype, parallel, arguments.ema)
     generator = Generator(
         facts=encoder_facts(folder),
-        velocity=load_model(arguments.source, arguments.dtype, parallel, arguments.ema).velocity,
+        velocity=model.velocity,
+        is_told=model.model.sizes.guidance_embeds,
         decoder=Decoder.load(folder) if is_rank_zero() else None,
         schedule=schedule_of(folder, arguments.shift),
     )

@@ -82,6 +82,7 @@ class Engine(ABC):
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
         freeze(self.parameters, recipe.optimizer, is_adapter if self.adapters else lambda name: True)
         self.weights: dict[str, KeptWeights] = {}
+        self._told_scale = recipe.stage.guidance_scale if config.guidance_embeds else None
         self._channel = make_channel(recipe.parallel)
         self._placed: PlacedBatch | None = None  # the batch that was answered last
         self.learned: tuple[Points, Tensor | None]
@@ -138,7 +139,7 @@ class Engine(ABC):
     def _place(self, batch: Batch) -> PlacedBatch:
         """The batch on the device; the one of the last call is there already."""
         if self._placed is None or self._placed.given is not batch:
-            self._placed = place(batch, self._pipeline.dtype)
+            self._placed = place(batch, self._pipeline.dtype, self._told_scale)
         return self._placed
 
     def learn(
@@ -197,8 +198,11 @@ class Engine(ABC):
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
-                values on the first stage.
+                values on the first stage. A guidance-distilled model is told the scale of its training if they name
+                none.
         """
+        if self._told_scale is not None and conditions.guidance is None:
+            conditions = conditions.told(self._told_scale)
         # an interleaved pipeline would fill up few large micro-batches with empty ones
         size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
         with self.using(weights):

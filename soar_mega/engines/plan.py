@@ -49,8 +49,8 @@ class PlacedBatch:
         return torch.where(dropped, len(self.batch), sample)
 
 
-def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
-    """The batch for a model of `dtype`."""
+def place(batch: Batch, dtype: torch.dtype, guidance_scale: float | None = None) -> PlacedBatch:
+    """The batch for a model of `dtype`, which is told a guidance scale if there is one."""
     given = batch
     batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
     if batch.latents is not None:
@@ -64,6 +64,8 @@ def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
     if batch.text is not None and batch.pooled is not None:
         text = _with_last(batch.text, batch.empty_text, dtype)
         conditions = Conditions(text, _with_last(batch.pooled, batch.empty_pooled, dtype))
+        if guidance_scale is not None:
+            conditions = conditions.told(guidance_scale)
     return PlacedBatch(given=given, batch=batch, conditions=conditions)
 
 

@@ -1,5 +1,6 @@
 """Images from a pipeline folder: its transformer in our implementation, our sampler, its decoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,8 +15,9 @@ from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
-from soar_mega.evaluation.drift import ModelVelocity, branches
-from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.evaluation.drift import ModelVelocity, at_scale
+from soar_mega.flow import Schedule, normal, sample
+from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import check_file, write_file
 
@@ -31,13 +33,16 @@ class Generator:
     Attributes:
         velocity: the transformer as a function of latents [B, C, H, W], sigma [B] and conditions [B]. Where it lies on
             several ranks, all of them draw the same.
+        schedule: that of a number of image tokens.
+        is_told: the model is guidance-distilled: it is told the guidance scale.
         decoder: None on a rank that draws for others: it gets no images.
     """
 
     facts: EncoderFacts
     velocity: ModelVelocity
     decoder: Decoder | None
-    schedule: Schedule
+    schedule: Callable[[int], Schedule]
+    is_told: bool
 
     @staticmethod
     def load(
@@ -61,7 +66,7 @@ class Generator:
         @torch.no_grad()
         def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
             weight = next(transformer.parameters())
-            timesteps = schedule.timestep(sigma).to(weight.device, torch.float32)
+            timesteps = (TIMESTEPS * sigma).to(weight.device, torch.float32)
             predicted: Tensor = transformer(
                 latents.to(weight), timesteps, conditions.to(weight.device, weight.dtype)
             )
@@ -72,6 +77,7 @@ class Generator:
             velocity=velocity,
             decoder=Decoder.load(Path(pipeline_dir)),
             schedule=schedule,
+            is_told=loaded.sizes.guidance_embeds,
         )
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
@@ -106,23 +112,32 @@ class Generator:
         """
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
-        sigmas = self.schedule.inference_sigmas(steps)
+        patch = self.facts.size_multiple // self.facts.vae_scale_factor
+        sigmas = self.schedule(shape[1] * shape[2] // patch**2).inference_sigmas(steps)
         empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
             row = position // num_images_per_prompt
             asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
-            cond, uncond = branches(self.velocity, asked, empty)
+            velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
             noise = normal(seed, "sample", position, 0, shape).to(device())
-            latents = sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver)
+            latents = sample(velocity, noise, sigmas, solver)
             if self.decoder is not None:
                 images.append(self.decoder.decode(latents))
         return torch.cat(images) if images else torch.empty(0)
 
 
-def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Schedule:
-    """The schedule of a pipeline's scheduler, or of the shift that is given in its place."""
-    return Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
+def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:
+    """The schedule of a pipeline's scheduler for so many image tokens, or of the shift that is given in its place."""
+
+    def schedule(tokens: int) -> Schedule:
+        if shift is not None:
+            return Schedule(shift)
+        found, is_dynamic = scheduler_shift(pipeline_dir, tokens)
+        return Schedule(found, is_dynamic=is_dynamic)
+
+    schedule(1)  # says now what cannot be
+    return schedule
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

@@ -113,6 +113,7 @@ def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]
         plan.drift_spans,
         plan.drift_steps,
         scale,
+        generator.is_told,
     )
     spans = [
         {

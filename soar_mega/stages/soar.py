@@ -27,12 +27,11 @@ class SoarConfig(SftMultiConfig):
     rollout_variant: str = "flow_sde"  # of the paths after the first (the ODE): simple | sde | flow_sde | cps
     eta: float = 0.5  # noise of the stochastic paths
     fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
-    guidance_scale: float = 4.5  # CFG scale of the rollout
+    guidance_scale: float = 4.5  # of the rollout; a guidance-distilled model is told it at all points
 
     rules: ClassVar[dict[str, Rule]] = SftMultiConfig.rules | {
         "rollout_variant": one_of("simple", "sde", "flow_sde", "cps"),
         "eta": at_least(0),
-        "guidance_scale": at_least(0),
     }
 
     def forwards(self) -> Forwards:

@@ -1,5 +1,7 @@
 """A whole step of a run: answer, learn, update. Engine, data and progress are here, and nothing is written."""
 
+from dataclasses import replace
+
 from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -8,9 +10,11 @@ from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
+from soar_mega.models.common.flops import image_tokens
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
-from soar_mega.stages import make_stage
+from soar_mega.stages import Stage, make_stage
 from soar_mega.training.learning_rate import learning_rate
 
 
@@ -36,10 +40,9 @@ class Steps:
         sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
         self.loader = loader
-        shift = (
-            scheduler_shift(recipe.model.pipeline_dir) if recipe.stage.shift is None else recipe.stage.shift
-        )
-        self.stage = make_stage(recipe.stage, shift)
+        self._stages: dict[tuple[int, int], Stage] = {}  # by the latents' size
+        info = loader.info
+        self.stage = self._stage_of(info.latent_shape(max(info.buckets, key=info.buckets.__getitem__)), sizes)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
         if (
@@ -53,6 +56,18 @@ class Steps:
             self._keep_average()  # from weights that checkpoint.finetune may have put in
         self.rate = 0.0  # of the last step
 
+    def _stage_of(self, latent_shape: tuple[int, int, int], sizes: Sizes) -> Stage:
+        """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
+        size = latent_shape[1:]
+        if size not in self._stages:
+            settings, shift = self.recipe.stage, self.recipe.stage.shift
+            if shift is None:
+                shift, _ = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
+            if sizes.guidance_embeds:  # the engine tells the model the scale, and the stage asks it once
+                settings = replace(settings, guidance_scale=1.0)
+            self._stages[size] = make_stage(settings, shift)
+        return self._stages[size]
+
     def _keep_average(self) -> None:
         """Starts the EMA from the weights of now, where the recipe wants one."""
         if self.recipe.train.ema_decay > 0:
@@ -62,6 +77,7 @@ class Steps:
         """The first half of a step: its batch, what the model says now, and the gradients."""
         phases.enter("data")
         self.batch = next(self.loader)
+        self.stage = self._stage_of(self.batch.latent_shape, self.engine.model.sizes)
         phases.enter("answer")
         answers = self.engine.answer(self.stage.queries, self.batch, weights=self.stage.answer_weights)
         phases.enter("learn")

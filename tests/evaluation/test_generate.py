@@ -111,7 +111,7 @@ def test_every_format_keeps_the_mark(tmp_path: Path, name: str) -> None:
 def test_a_shift_that_is_named_stands_in_for_an_unknown_scheduler(tmp_path: Path) -> None:
     shutil.copytree(BASE, tmp_path / "p")
     config = tmp_path / "p/scheduler/scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_karras_sigmas": True}))
     with pytest.raises(ValueError, match="--shift"):
         Generator.load(tmp_path / "p")
-    assert Generator.load(tmp_path / "p", shift=3.0).schedule.shift == 3.0
+    assert Generator.load(tmp_path / "p", shift=3.0).schedule(16).shift == 3.0

@@ -35,11 +35,14 @@ setup(
         "deepspeed==0.19.8",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
         "diffusers>=0.36",
+        "peft>=0.17",  # diffusers loads adapters with it
         "transformers>=5.0",
         "accelerate>=1.0",
         "sentencepiece",
         "safetensors>=0.5",
         "webdataset>=1.0",
+        "fsspec",
+        "braceexpand",
         "numpy>=2.0",
         "packaging>=24",
         "pillow>=11",

@@ -1,6 +1,9 @@
 """The settings of a run: typed groups, with their defaults. Names are Megatron's where Megatron has one."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from soar_mega.rules import Rule, above, at_least
 
 
 @dataclass(kw_only=True)
@@ -25,29 +28,30 @@ class ModelConfig:
     fused_kernels: bool = True  # adaLN and QK norm as one kernel each; false: as plain torch calls
 
 
+class Forwards(NamedTuple):
+    """Forwards of a sample: without a gradient, and with a backward."""
+
+    answers: int
+    points: int
+
+
 @dataclass(kw_only=True)
 class StageConfig:
-    """The training method and its numbers (defaults: the published SOAR recipe)."""
+    """What every training method has; `soar_mega.stages` has a subclass for each, with its other settings.
 
-    name: str = "soar"  # soar | sft | sft_multi
-    num_auxiliary_points: int = 6  # N, per rollout path
-    num_rollout_paths: int = 1  # path 0 is the ODE; further ones are stochastic
-    rollout_variant: str = "flow_sde"  # of the further paths: simple | sde | flow_sde | cps
-    eta: float = 0.5  # noise of the stochastic paths
-    fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
-    auxiliary_weight: float = 1.0  # lambda
-    guidance_scale: float = 4.5  # CFG scale of the rollout
-    sampling_steps: int = 40  # K: the rollout is one step of a K-step sampler
-    sigma_upper_ratio: float = 1.0  # s' ~ U[s1, s1 + ratio (1 - s1)]
-    condition_dropout: float = 0.0  # share of samples trained on the empty prompt
-    timesteps: str = "continuous"  # continuous | grid (the published table)
-    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
+    Attributes:
+        rules: what its settings may be.
+    """
+
+    name: str  # of the method: soar | sft | sft_multi
     shift: float | None = None  # None: the shift of the pipeline's scheduler
-    fused_kernels: bool = True  # states and losses as one kernel each; false: as plain torch calls
+    guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
+
+    rules: ClassVar[dict[str, Rule]] = {"shift": above(0), "guidance_scale": at_least(0)}
+
+    def forwards(self) -> Forwards:
+        """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -116,6 +120,30 @@ class OptimizerConfig:
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # pattern -> factor on lr
 
 
+# the linears that published post-training of SD3 and FLUX adapts (flow_grpo, DiffusionNFT)
+LORA_TARGETS = (
+    "*.attn.to_q",
+    "*.attn.to_k",
+    "*.attn.to_v",
+    "*.attn.to_out.0",
+    "*.attn.add_q_proj",
+    "*.attn.add_k_proj",
+    "*.attn.add_v_proj",
+    "*.attn.to_add_out",
+)
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Adapters that are trained in place of the weights."""
+
+    rank: int = 0  # 0: no adapters, the weights are trained
+    alpha: float | None = None  # an adapter counts alpha / rank times; None: once
+    dropout: float = 0.0  # share of a linear's input features that its adapter does without in a step
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # patterns of diffusers' names
+    load: str = ""  # adapters to start from: a folder or file in PEFT's or diffusers' format
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where samples come from."""
@@ -174,10 +202,11 @@ class Recipe:
     """All groups of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    stage: StageConfig = field(default_factory=StageConfig)
+    stage: StageConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,34 +1,9 @@
 """What a recipe may say: the range of each setting, and the settings that must fit each other."""
 
-from collections.abc import Callable
-from typing import Any
-
 from soar_mega import layer_checks
 from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.rules import Rule, above, at_least, from_below, one_of, within
 from soar_mega.user_files import is_text
-
-Rule = tuple[Callable[[Any], bool], str]  # what holds, and how to say so
-
-
-def one_of(*names: str) -> Rule:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-
-def at_least(low: float) -> Rule:
-    return (lambda value: value >= low), f"at least {low}"
-
-
-def above(low: float) -> Rule:
-    return (lambda value: value > low), f"above {low}"
-
-
-def within(low: float, high: float) -> Rule:
-    return (lambda value: low <= value <= high), f"between {low} and {high}"
-
-
-def from_below(low: float, high: float) -> Rule:
-    return (lambda value: low <= value < high), f"at least {low} and below {high}"
-
 
 RULES: dict[str, Rule] = {
     "model.init": one_of("pretrained", "random"),
@@ -41,21 +16,6 @@ RULES: dict[str, Rule] = {
     "model.num_layers_at_end_in_bf16": at_least(0),
     "model.recompute_granularity": one_of("none", "selective", "full"),
     "model.recompute_every": at_least(1),
-    "stage.name": one_of("soar", "sft", "sft_multi"),
-    "stage.num_auxiliary_points": at_least(0),
-    "stage.num_rollout_paths": at_least(1),
-    "stage.rollout_variant": one_of("simple", "sde", "flow_sde", "cps"),
-    "stage.eta": at_least(0),
-    "stage.auxiliary_weight": at_least(0),
-    "stage.guidance_scale": at_least(0),
-    "stage.sampling_steps": at_least(1),
-    "stage.sigma_upper_ratio": within(0, 1),
-    "stage.condition_dropout": within(0, 1),
-    "stage.timesteps": one_of("continuous", "grid"),
-    "stage.timestep_density": one_of("logit_normal", "uniform", "mode"),
-    "stage.logit_std": above(0),
-    "stage.loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
-    "stage.shift": above(0),
     "parallel.engine": one_of("megatron", "deepspeed"),
     "parallel.zero_stage": within(0, 3),
     "parallel.tensor_model_parallel_size": at_least(1),
@@ -86,6 +46,9 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta2": from_below(0, 1),
     "optimizer.adam_eps": above(0),
     "optimizer.clip_grad": at_least(0),
+    "lora.rank": at_least(0),
+    "lora.alpha": above(0),
+    "lora.dropout": from_below(0, 1),
     "data.encode": one_of("shards", "online"),
     "data.num_workers": at_least(0),
     "data.max_failed_share": within(0, 1),
@@ -112,7 +75,8 @@ def check_recipe(recipe: Recipe) -> None:
 
     What depends on the number of processes or on files is checked where these are known.
     """
-    for name, (holds, words) in RULES.items():
+    of_stage = {f"stage.{key}": rule for key, rule in recipe.stage.rules.items()}
+    for name, (holds, words) in (RULES | of_stage).items():
         group, _, key = name.partition(".")
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
@@ -123,6 +87,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_parallel,
         _check_deepspeed,
         _check_optimizer,
+        _check_lora,
         _check_checkpoint,
         _check_logging,
     ):
@@ -283,6 +248,17 @@ def _check_optimizer(recipe: Recipe) -> None:
     )
     for pattern, factor in optimizer.lr_multipliers.items():
         _require(factor >= 0, f"optimizer.lr_multipliers.{pattern} is {factor}: it must be at least 0")
+
+
+def _check_lora(recipe: Recipe) -> None:
+    lora = recipe.lora
+    _require(
+        lora.targets,
+        "lora.targets is empty: name linears, or set lora.rank=0 to train the weights themselves",
+    )
+    _require(
+        lora.rank or not lora.load, "lora.load starts from adapters: set lora.rank to the rank that they have"
+    )
 
 
 def _check_checkpoint(recipe: Recipe) -> None:

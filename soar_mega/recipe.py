@@ -10,18 +10,24 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from soar_mega.config import Recipe
+from soar_mega.config import Recipe, StageConfig
 from soar_mega.config_checks import check_recipe
 
+Stages = Mapping[
+    str, type[StageConfig]
+]  # the settings of each training method, by its name; the first is the default
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+
+def read_recipe(path: str | Path, overrides: Sequence[str], stages: Stages) -> Recipe:
     """Read a recipe file, apply overrides such as ``train.train_iters=100``, and check the whole.
+
+    The stage's settings are those of the method that stage.name chooses, wherever it is said.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -30,18 +36,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
-    recipe = Recipe()
-    for group, settings in _mapping(_read_yaml(_text(path), str(path)), str(path)).items():
-        for key, value in _mapping(settings, f"{path}: {group}").items():
-            _set(recipe, f"{group}.{key}", value, str(path))
-    for override in overrides:
-        _override(recipe, override)
+    in_file = [
+        (f"{group}.{key}", value)
+        for group, settings in _mapping(_read_yaml(_text(path), str(path)), str(path)).items()
+        for key, value in _mapping(settings, f"{path}: {group}").items()
+    ]
+    beside = [_split(override) for override in overrides]
+    chosen = next((value for name, value in [*in_file, *beside][::-1] if name == "stage.name"), None)
+    recipe = Recipe(stage=_stage(chosen, stages))
+    for name, value in in_file:
+        _set(recipe, name, value, str(path), stages)
+    for name, text in beside:
+        # text is taken as it stands: a path may hold any character that YAML gives a meaning
+        is_text = _kinds(recipe).get(name) is str
+        _set(recipe, name, text if is_text else _read_yaml(text, name), "command line", stages)
     check_recipe(recipe)
     return recipe
 
 
+def _stage(name: Any, stages: Stages) -> StageConfig:
+    """The settings of a method, at their defaults."""
+    if name is None:
+        name = next(iter(stages))
+    if not isinstance(name, str) or name not in stages:
+        raise ValueError(f"stage.name is {name!r}: it must be one of {', '.join(stages)}")
+    return stages[name](name=name)
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The recipe with every value written out; `load_recipe` of this text gives an equal recipe."""
+    """The recipe with every value written out; `read_recipe` of this text gives an equal recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
 
 
@@ -96,32 +119,41 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _override(recipe: Recipe, text: str) -> None:
-    name, equals, value = text.partition("=")
+def _split(override: str) -> tuple[str, str]:
+    name, equals, value = override.partition("=")
     if not equals:
         raise ValueError(
-            f"{text!r} is not an override: write group.key=value, for example train.train_iters=100"
+            f"{override!r} is not an override: write group.key=value, for example train.train_iters=100"
         )
-    # text is taken as it stands: a path may hold any character that YAML gives a meaning
-    is_text = _kinds(recipe).get(name) is str
-    _set(recipe, name, value if is_text else _read_yaml(value, name), "command line")
+    return name, value
 
 
 def _kinds(recipe: Recipe) -> dict[str, Any]:
     """The type of every setting: {"train.seed": int, ...}."""
-    groups = {group.name: getattr(recipe, group.name) for group in dataclasses.fields(recipe)}
+    groups = {group.name: type(getattr(recipe, group.name)) for group in dataclasses.fields(recipe)}
     return {
-        f"{group}.{key}": kind
-        for group, settings in groups.items()
-        for key, kind in typing.get_type_hints(type(settings)).items()
+        f"{name}.{key}": kind
+        for name, group in groups.items()
+        for key, kind in _kinds_of_group(group).items()
     }
 
 
-def _set(recipe: Recipe, name: str, value: Any, where: str) -> None:
+def _kinds_of_group(group: type[Any]) -> dict[str, Any]:
+    kinds = typing.get_type_hints(group)
+    return {field.name: kinds[field.name] for field in dataclasses.fields(group)}
+
+
+def _set(recipe: Recipe, name: str, value: Any, where: str, stages: Stages) -> None:
     kinds = _kinds(recipe)
-    if name not in kinds:
-        raise ValueError(f"{where}: unknown key {name!r}: {_advice(name, list(kinds))}")
     group, _, key = name.partition(".")
+    if name not in kinds:
+        others = [other for other, settings in stages.items() if key in _kinds_of_group(settings)]
+        if group == "stage" and others:
+            raise ValueError(
+                f"{where}: {name} is a setting of stage.name={' and '.join(others)}, not of "
+                f"{recipe.stage.name}, whose settings are {', '.join(_kinds_of_group(type(recipe.stage)))}"
+            )
+        raise ValueError(f"{where}: unknown key {name!r}: {_advice(name, list(kinds))}")
     setattr(getattr(recipe, group), key, _convert(value, kinds[name], f"{where}: {name}"))
 
 

@@ -12,9 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from live_bytes import LiveBytes
+from multirank import run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -88,7 +90,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, recipe: P
     def broken(_: object) -> int:
         raise AssertionError("a defect")
 
-    monkeypatch.setattr("soar_mega.training.loop.train", broken)
+    monkeypatch.setattr("soar_mega.training.run.train", broken)
     with pytest.raises(AssertionError, match="a defect"):
         main(["train", str(recipe)])
 
@@ -127,6 +129,11 @@ def test_other_ranks_let_rank_0_speak_first(
             ["sample", BASE, "--prompt", "x", "--max-sequence-length", "-3"],
             "max_sequence_length is -3: it must be",
         ),
+        (
+            ["sample", BASE, "--prompt", "x", "--ema"],
+            "--ema, --pipeline-dir and sizes of a layout go with a checkpoint",
+        ),
+        (["sample", "nowhere", "--prompt", "x"], "nowhere is neither a run folder"),
         (["sample", BASE, "--prompt", "caf\udce9"], "'caf\\udce9' is no text"),
         (
             ["prepare", BASE, "out", "--pipeline-dir", BASE, "--max-sequence-length", "-3"],
@@ -134,8 +141,12 @@ def test_other_ranks_let_rank_0_speak_first(
         ),
         (["prepare", BASE, "out", "--pipeline-dir", BASE, "--resolution", "0"], "resolution is 0"),
         (["prepare", "nowhere", "out", "--pipeline-dir", BASE], "nowhere"),
-        (["convert", "nowhere", "out"], "nowhere: no such folder"),
+        (["convert", "nowhere", "out"], "nowhere: no such file or folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
+        (["convert", BASE, "out", "--to", "original"], "out: a single file ends in .safetensors"),
+        (["convert", BASE, "out", "--variant", "fp16"], "not with --to checkpoint"),
+        (["convert", BASE, "out", "--dtype", "fp16"], "--dtype: a checkpoint holds fp32 or bf16"),
+        (["convert", BASE, "x.safetensors", "--max-shard-size", "0"], "--max-shard-size must be above 0"),
         (["doctor", "--model", "sd99"], "sd99"),
     ],
 )
@@ -173,7 +184,7 @@ def test_train_passes_the_recipe_on_and_the_exit_code_back(
     code: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr("soar_mega.training.loop.train", lambda r: seen.append(r) or code)
+    monkeypatch.setattr("soar_mega.training.run.train", lambda r: seen.append(r) or code)
     assert main(["train", str(recipe), "train.seed=7", "stage.name=sft"]) == code
     assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline_dir) == (7, "sft", BASE)
 
@@ -298,8 +309,12 @@ def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
     assert current == transformer_bytes(road / "run/export")
     assert ema == transformer_bytes(road / "run/export_ema")
     assert len({current, ema, transformer_bytes(Path(BASE))}) == 3
+    card = (tmp_path / "ema/README.md").read_text()
+    assert card == (road / "run/export_ema/README.md").read_text()
+    assert "moving average" in card and "max_sequence_length=10" in card and __version__ in card
+    assert "num_auxiliary_points" in card and f"from {BASE}/transformer (SHA-256 " in card
     there = {p.name for p in (tmp_path / "ema").iterdir()}
-    assert there == {MARKER, *(p.name for p in Path(BASE).iterdir())}
+    assert there == {MARKER, "README.md", *(p.name for p in Path(BASE).iterdir())}
 
 
 def test_diffusers_to_checkpoint_and_back_is_bitwise(
@@ -334,6 +349,25 @@ def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:
     arguments = ["--prompts", str(prompts), "--count", "3", "--steps", "1", "--scale", "2", "--out", str(out)]
     assert main(["sample", str(road / "run/export"), *arguments]) == 0
     assert Image.open(out).size == (3 * 16 * 2, 2 * 16 * 2)
+
+
+def sample_at_a_layout(run: str, out: str, *layout: str) -> int:
+    options = ["--prompt", "a red 3", "--negative-prompt", "a blue 5", "--steps", "3", "--out", out]
+    return main(["sample", run, "--solver", "dpm++2m", *options, *layout])
+
+
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_checkpoint_draws_at_any_layout_what_its_export_does(
+    road: Path, tmp_path: Path, tensor: int
+) -> None:
+    layout = ("--ema", "--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", "2")
+    drawn = [str(tmp_path / f"{name}.png") for name in ("sharded", "whole", "current")]
+    assert run_ranks(sample_at_a_layout, 2 * tensor, str(road / "run"), drawn[0], *layout) == [0] * 2 * tensor
+    assert sample_at_a_layout(str(road / "run/export_ema"), drawn[1]) == 0
+    assert sample_at_a_layout(str(road / "run/iter_0000002"), drawn[2]) == 0
+    sharded, whole, current = (np.asarray(Image.open(path)).astype(int) for path in drawn)
+    assert abs(sharded - whole).max() <= 1  # of 255
+    assert abs(current - whole).max() > 1  # other weights
 
 
 @pytest.mark.parametrize(

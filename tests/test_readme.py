@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega.cli import build_parser
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,8 @@ import yaml
 
 from soar_mega.config import Recipe
 from soar_mega.config_checks import RULES
-from soar_mega.recipe import load_recipe, recipe_to_yaml
+from soar_mega.recipe import recipe_to_yaml
+from soar_mega.stages import SETTINGS, SftConfig, SftMultiConfig, SoarConfig, load_recipe
 
 SMALLEST = """
 model: {pipeline_dir: some/pipeline}
@@ -33,7 +34,7 @@ def load_text(tmp_path: Path, text: str, *overrides: str) -> Recipe:
 def test_defaults_and_file_values(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert recipe.model.pipeline_dir == "some/pipeline"
-    assert recipe.stage == Recipe().stage
+    assert recipe.stage == Recipe(stage=SoarConfig()).stage
 
 
 def test_overrides_take_the_type_of_their_setting(recipe_file: Path) -> None:
@@ -67,6 +68,30 @@ def test_overrides_take_the_type_of_their_setting(recipe_file: Path) -> None:
     assert recipe.checkpoint.save == "2024"
 
 
+def test_the_settings_of_a_stage_are_those_of_the_one_that_is_named(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    sft = load_recipe(recipe_file, ["stage.condition_dropout=0.1", "stage.name=sft"])  # in any order
+    assert sft.stage == SftConfig(condition_dropout=0.1)
+    assert load_text(tmp_path, recipe_to_yaml(sft)) == sft
+    control = "stage: {num_auxiliary_points: 2, name: sft_multi}"
+    assert load_text(tmp_path, SMALLEST + control).stage == SftMultiConfig(num_auxiliary_points=2)
+    assert load_text(tmp_path, SMALLEST + control, "stage.name=soar").stage == SoarConfig(
+        num_auxiliary_points=2
+    )
+    with pytest.raises(ValueError) as error:
+        load_text(tmp_path, SMALLEST + control, "stage.eta=1")
+    for word in (
+        "stage.eta is a setting of stage.name=soar, not of sft_multi, whose settings are name, shift",
+        "num_auxiliary_points",
+    ):
+        assert word in str(error.value)
+    with pytest.raises(
+        ValueError, match="num_auxiliary_points is a setting of stage.name=soar and sft_multi"
+    ):
+        load_text(tmp_path, SMALLEST + control, "stage.name=sft")
+
+
 def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         recipe_file, ["optimizer.lr=3e-7", "optimizer.lr_multipliers={a: 2}", "model.dtype=fp32"]
@@ -77,11 +102,15 @@ def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> N
 
 
 def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
-    recipe = Recipe()
-    for name, (holds, words) in RULES.items():
-        group, key = name.split(".")
-        value = getattr(getattr(recipe, group), key)  # AttributeError: the setting was renamed
-        assert value is None or holds(value), f"{name}={value!r} is not {words}"
+    for settings in SETTINGS.values():
+        stage = settings()  # type: ignore[call-arg]  # each has its name
+        recipe = Recipe(stage=stage)
+        for name, (holds, words) in (
+            RULES | {f"stage.{key}": rule for key, rule in stage.rules.items()}
+        ).items():
+            group, key = name.split(".")
+            value = getattr(getattr(recipe, group), key)  # AttributeError: the setting was renamed
+            assert value is None or holds(value), f"{name}={value!r} is not {words}"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +145,7 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ("optimizer.lr_multipliers=[1]", ["a mapping"]),
         ("logging.drift_spans=[[0.9, x]]", ["logging.drift_spans[0][1]", "a number"]),
         ("train.seed=[1", ["train.seed", "not valid YAML"]),
+        ("stage.eta=-1", ["stage.eta is -1.0", "at least 0"]),
         ("stage.name=raft", ["stage.name is 'raft'", "one of soar, sft, sft_multi"]),
         ("train.ema_decay=1", ["train.ema_decay", "below 1"]),
         ("train.micro_batch_size=0", ["train.micro_batch_size is 0", "at least 1"]),
@@ -209,4 +239,4 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_empty_groups_keep_their_defaults(tmp_path: Path) -> None:
-    assert load_text(tmp_path, SMALLEST + "train:\n").train == Recipe().train
+    assert load_text(tmp_path, SMALLEST + "train:\n").train == Recipe(stage=SoarConfig()).train

@@ -17,9 +17,9 @@ from soar_mega.config import Recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.distributed import start_world
-from soar_mega.recipe import load_recipe
-from soar_mega.training.loop import train
-from soar_mega.training.steps import Steps, make_loader
+from soar_mega.stages import load_recipe
+from soar_mega.training.loop import Steps, make_loader
+from soar_mega.training.run import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,6 @@ from soar_mega.config import (
     OptimizerConfig,
     ParallelConfig,
     Recipe,
-    StageConfig,
     TrainConfig,
 )
 from soar_mega.data.batch import Batch
@@ -42,7 +41,7 @@ from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import normal
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import presets, read_sizes
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 16, 16), 8, 32, 32
 BATCH = 4  # samples per data-parallel rank
@@ -143,7 +142,7 @@ def main() -> None:
     platform.install()
     recipe = Recipe(
         model=ModelConfig(init="random", dtype="fp32"),
-        stage=StageConfig(name="sft"),
+        stage=SftConfig(),
         train=TrainConfig(micro_batch_size=BATCH, ema_decay=0.99),
         optimizer=OptimizerConfig(),
         parallel=ParallelConfig(),

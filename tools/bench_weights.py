@@ -24,10 +24,11 @@ from bench_checkpoint import sizes
 from origin import device_slug, origin
 
 from soar_mega import platform
-from soar_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import ModelConfig, OptimizerConfig, ParallelConfig, Recipe, TrainConfig
 from soar_mega.distributed import data_size, device, is_rank_zero, start_world, stop_world
 from soar_mega.engines import make_engine
 from soar_mega.engines.engine import Engine
+from soar_mega.stages import SftConfig
 
 NAME = "reference"
 
@@ -77,7 +78,7 @@ def measure(dtype: str, layers: int, heads: int, repetitions: int) -> Json:
     """Both ways on a model of one type, in turn."""
     recipe = Recipe(
         model=ModelConfig(init="random", dtype=dtype),
-        stage=StageConfig(name="sft"),
+        stage=SftConfig(),
         train=TrainConfig(),
         optimizer=OptimizerConfig(),
         parallel=ParallelConfig(),

@@ -30,7 +30,7 @@ from kernel_traffic import both_forms
 from kernel_traffic import table as traffic_table
 from origin import device_slug, origin
 
-from soar_mega.config import StageConfig
+from soar_mega.stages import SoarConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS = ("local", "transformer_engine", "fp8")
@@ -38,14 +38,15 @@ LAYERS = ("local", "transformer_engine", "fp8")
 
 def main() -> int:
     args = parse_arguments()
+    stage = SoarConfig(
+        num_auxiliary_points=args.points,
+        sampling_steps=args.sampling_steps,
+        timesteps="grid",
+        shift=args.shift,
+    )
     case = make_case(
         args.model,
-        stage=StageConfig(
-            num_auxiliary_points=args.points,
-            sampling_steps=args.sampling_steps,
-            timesteps="grid",
-            shift=args.shift,
-        ),
+        stage=stage,
         batch_size=args.batch_size,
         dtype=args.dtype,
         recompute=args.recompute,
@@ -59,7 +60,7 @@ def main() -> int:
     print_table(case, results)
     content = report(case, results)
     traffic = both_forms(
-        case.stage, case.latent_shape, case.batch_size, DTYPES[case.dtype], results[-1].micro_batch
+        stage, case.latent_shape, case.batch_size, DTYPES[case.dtype], results[-1].micro_batch
     )
     print(traffic_table(traffic))
     content["traffic"] = {form: asdict(counted) for form, counted in traffic.items()}
@@ -131,7 +132,7 @@ def named(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
 def print_table(case: Case, results: list[Result]) -> None:
     print(
         f"\n{case.name} model, {case.dtype}, {case.batch_size} samples per step, "
-        f"N = {case.stage.num_auxiliary_points}, {device_slug()}, {torch.get_num_threads()} threads"
+        f"{case.stage.forwards().points} points per sample, {device_slug()}, {torch.get_num_threads()} threads"
     )
     print(
         f"{'':46} {'micro-':>7} {'samples':>8} {'ratio':>6} {'spread':>13} {'peak':>9} {'TFLOP':>7} {'MFU':>5} "

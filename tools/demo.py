@@ -202,19 +202,17 @@ class Demo:
         """What the report tells about the runs themselves."""
         from walk.curves import loss_curves
 
-        from soar_mega.recipe import load_recipe
+        from soar_mega.stages import load_recipe
 
         runs = {}
         for arm in ARMS:
             recipe = load_recipe(self.run_of(arm) / "run_config.yaml", [])
-            points = 1 + (
-                0 if arm == "sft" else recipe.stage.num_auxiliary_points * recipe.stage.num_rollout_paths
-            )
+            answers, points = recipe.stage.forwards()
             runs[arm] = {
                 "iterations": recipe.train.train_iters,
                 "batch_size": recipe.train.global_batch_size,
                 "points": points,
-                "forwards": 3 * points + (2 if arm == "soar" else 0),
+                "forwards": 3 * points + answers,
                 "tensor_parallel": recipe.parallel.tensor_model_parallel_size,
                 "pipeline_parallel": recipe.parallel.pipeline_model_parallel_size,
                 "losses": loss_curves(self.run_of(arm)),

@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.engines import channel, plan
 from soar_mega.engines.channel import Answers
 from soar_mega.engines.pipeline import query_states
-from soar_mega.engines.statistics import kinds_of
-from soar_mega.stages import Soar, make_stage
+from soar_mega.engines.statistics import masks_of
+from soar_mega.stages import SoarConfig, Stage, make_stage
 
 GPU = torch.device("meta")
 # memory is set aside, or a tensor is looked at in another way
@@ -100,7 +99,7 @@ class Counter(TorchDispatchMode):
 
 
 def soar_traffic(
-    stage: StageConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
+    stage: SoarConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
 ) -> Traffic:
     """Traffic of one step of `batch_size` samples, `points` points per micro-batch, in the form stage.fused_kernels."""
     assert stage.shift is not None
@@ -110,7 +109,7 @@ def soar_traffic(
         return _counted(method, plan.place(batch, dtype), dtype, points)
 
 
-def _counted(method: Soar, placed: plan.PlacedBatch, dtype: torch.dtype, size: int) -> Traffic:
+def _counted(method: Stage, placed: plan.PlacedBatch, dtype: torch.dtype, size: int) -> Traffic:
     batch = placed.batch
     queries, answers = method.queries(batch), None
     if queries is not None:
@@ -122,9 +121,9 @@ def _counted(method: Soar, placed: plan.PlacedBatch, dtype: torch.dtype, size: i
             (asked,) = plan.query_pieces(placed, queries, len(batch), 1)
             query_states(placed, asked, queries.fused, dtype)
         points = plan.in_order(method.points(batch))
-        made = plan.point_plan(placed, points, kinds_of(points), answers, size, 1, first=True, last=True)
+        made = plan.point_plan(placed, points, masks_of(points), answers, {}, size, 1, first=True, last=True)
         for piece in made.pieces:
-            ready = piece.with_sources(placed, answers)
+            ready = piece.with_sources(placed)
             ready.states(dtype)
             output = torch.empty(size, *batch.latent_shape, device=GPU, requires_grad=True)
             losses, weight = method.loss(ready, output), piece.weight
@@ -134,7 +133,7 @@ def _counted(method: Soar, placed: plan.PlacedBatch, dtype: torch.dtype, size: i
 
 
 def both_forms(
-    stage: StageConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
+    stage: SoarConfig, latent_shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype, points: int
 ) -> dict[str, Traffic]:
     """The step by plain torch calls and by the kernels."""
     forms = {"eager": False, "fused": True}
@@ -196,7 +195,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
     parser.add_argument("--points-per-micro-batch", type=int, help="default: all points of the batch")
     args = parser.parse_args()
-    stage = StageConfig(num_auxiliary_points=args.points, shift=3.0)
+    stage = SoarConfig(num_auxiliary_points=args.points, shift=3.0)
     latent_shape = (16, args.side // 8, args.side // 8)
     points = args.points_per_micro_batch or args.batch_size * (1 + args.points)
     print(

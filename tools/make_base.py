@@ -1,8 +1,8 @@
-"""Makes the tiny SD3 pipeline of recipes/tiny/base from nothing but scikit-learn's digits.
+"""Makes the tiny pipelines of recipes/tiny/base (SD3) and recipes/tiny/flux_base (FLUX) from scikit-learn's digits.
 
     python tools/make_base.py                  everything, as `make base` does
     python tools/make_base.py --encoders       only the VAE and the text encoders, with a transformer of random weights
-    python tools/make_base.py --transformer    only the transformer; goes on where it was interrupted
+    python tools/make_base.py --transformer    only the transformers; goes on where it was interrupted
 
 The transformer walks the road of every other run: an image folder, `soar-mega prepare`, `soar-mega train`, an export.
 """
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from base.flux import write_pipeline
 from base.text import build_clip, build_t5, train_encoder
 from base.vae import train_vae
 from base.vocabulary import clip_tokenizer, t5_tokenizer
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "tiny" / "base"
+FLUX_BASE = ROOT / "recipes" / "tiny" / "flux_base"
 # The folders that recipes/tiny/pretrain.yaml names.
 WORK = ROOT / "runs" / "base"
 SEED = 0
@@ -87,6 +89,21 @@ def train_transformer() -> None:
     log.info("the tiny pipeline is complete: %s", BASE)
 
 
+def train_flux() -> None:
+    """Writes the FLUX pipeline folder with the encoders of the SD3 one, and pretrains its transformer likewise."""
+    write_pipeline(BASE, FLUX_BASE, SEED)
+    images = WORK / "images"
+    _soar_mega(
+        "prepare", str(images), str(WORK / "flux_shards"), "--pipeline-dir", str(FLUX_BASE),
+        "--resolution", "16", "--batch-size", "64",
+    )  # fmt: skip
+    _soar_mega("train", "recipes/tiny/flux_pretrain.yaml")
+    shutil.copytree(
+        WORK / "flux_pretrain" / "export_ema" / "transformer", FLUX_BASE / "transformer", dirs_exist_ok=True
+    )
+    log.info("the tiny FLUX pipeline is complete: %s", FLUX_BASE)
+
+
 def _soar_mega(*arguments: str) -> None:
     command = [sys.executable, "-m", "soar_mega", *arguments]
     log.info("%s", " ".join(command))
@@ -102,7 +119,7 @@ def main() -> None:
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
-    part.add_argument("--transformer", action="store_true", help="only the transformer")
+    part.add_argument("--transformer", action="store_true", help="only the transformers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -110,6 +127,7 @@ def main() -> None:
         train_encoders()
     if not args.encoders:
         train_transformer()
+        train_flux()
 
 
 if __name__ == "__main__":

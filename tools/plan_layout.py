@@ -16,8 +16,9 @@ from plan.hardware import HARDWARE
 from plan.search import Case, Plan, search
 
 from soar_mega.cli.process import start_process
-from soar_mega.config import ModelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.models.family import find_sizes
+from soar_mega.stages import SoarConfig
 
 SHOWN = 10
 
@@ -27,7 +28,7 @@ def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | No
     gpus = gpus or args.gpus
     recipe = Recipe(
         model=ModelConfig(preset=args.model),
-        stage=StageConfig(name="soar" if args.points else "sft", num_auxiliary_points=args.points),
+        stage=SoarConfig(num_auxiliary_points=args.points),
         train=TrainConfig(
             global_batch_size=batch or args.global_batch_size or 4 * gpus, ema_decay=args.ema_decay
         ),

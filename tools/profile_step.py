@@ -46,9 +46,8 @@ from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, re
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_work
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
-from soar_mega.recipe import load_recipe
-from soar_mega.stages.forwards import forwards_per_sample
-from soar_mega.training.steps import Steps, make_loader
+from soar_mega.stages import load_recipe
+from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.throughput import least_seconds, peaks
 
 Json = dict[str, Any]
@@ -134,7 +133,7 @@ class Profile:
         recipe, batch = self.recipe, self.steps.batch
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
-        answers, points = forwards_per_sample(self.steps.stage)
+        answers, points = self.steps.recipe.stage.forwards()
         step = step_work(forward_work(sizes, tokens), samples * answers, samples * points)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)

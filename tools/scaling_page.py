@@ -21,8 +21,9 @@ from plan.search import Case, Plan, search
 from plan_layout import name
 
 from soar_mega.cli.process import start_process
-from soar_mega.config import ModelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.models.family import presets
+from soar_mega.stages import SoarConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -35,7 +36,7 @@ TENSOR = (1, 2, 4, 8)
 def case_of(model: str, gpus: int, batch: int) -> Case:
     """512 px, six auxiliary points, H100s in nodes of eight."""
     recipe = Recipe(
-        model=ModelConfig(preset=model), stage=StageConfig(), train=TrainConfig(global_batch_size=batch)
+        model=ModelConfig(preset=model), stage=SoarConfig(), train=TrainConfig(global_batch_size=batch)
     )
     return Case(presets()[model], recipe, gpus, HARDWARE["h100"], (64, 64), 154)
 

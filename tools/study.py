@@ -28,7 +28,7 @@ from report.study_figure import study_figure
 from walk.commands import Command, end_on_sigterm, run_together, soar_mega
 from walk.data import prepare_data
 
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 BASE = Path("recipes/tiny/base")
 GUIDANCE = 3.0

@@ -1,35 +1,52 @@
 """Between checkpoints of a run and diffusers folders, outside of a run."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
 from soar_mega.checkpoints.checkpoint import Progress, Saver
+from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.checkpoints.strict import check_keys
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import (
+    AS_STORED,
+    WeightFiles,
     is_pipeline,
-    load_diffusers,
     pipeline_parts,
+    save_original_file,
     save_pipeline,
     save_transformer,
 )
+from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
+from soar_mega.engines.sampling import ShardedModel
+from soar_mega.engines.saved_pieces import UnreadTensor
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.chunks import ModelChunks
+from soar_mega.models.common.names import named_tensors
+from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
 
 
-def checkpoint_to_diffusers(
-    source: str | Path, out: str | Path, pipeline_dir: str | Path | None = None, ema: bool = False
+def checkpoint_to_folder(
+    source: str | Path,
+    out: str | Path,
+    pipeline_dir: str | Path | None = None,
+    ema: bool = False,
+    files: WeightFiles = AS_STORED,
+    only_transformer: bool = False,
 ) -> bool:
     """Writes the weights of a checkpoint as a diffusers folder; the layout they were trained at does not matter.
 
@@ -37,6 +54,7 @@ def checkpoint_to_diffusers(
         source: an iter_ folder, or a run folder, whose latest checkpoint is taken.
         pipeline_dir: where the other parts of a pipeline are copied from; None takes the one that the run started from.
         ema: the EMA weights in place of the current ones.
+        only_transformer: leave out the other parts.
 
     Returns:
         Whether a whole pipeline was written; without a pipeline to copy from it is a transformer folder.
@@ -46,23 +64,93 @@ def checkpoint_to_diffusers(
             did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    settings = _run_config(folder)
-    parts = _parts(pipeline_dir, settings.get("pipeline_dir"))
+    parts = None if only_transformer else _parts(pipeline_dir, run_config(folder).get("pipeline_dir"))
     _check_place(out, folder, parts)
+    OutputFolder(out).check()
+    model, tensors = _open(folder, ema, files.dtype)
+    iteration = resume.read_description(folder)["iteration"]
+    products, name = model.sizes.family.products, "ema" if ema else "current"
+    card = card_of_run(RunFolder(folder.parent), products, iteration, name)
+    if parts:
+        save_pipeline(model, parts, out, tensors, files, card)
+    else:
+        save_transformer(model, out, tensors, files, card)
+    return bool(parts)
+
+
+def checkpoint_to_original_file(
+    source: str | Path, out: str | Path, ema: bool = False, files: WeightFiles = AS_STORED, prefix: str = ""
+) -> None:
+    """Writes the weights of a checkpoint as a single file in the layout of their family.
+
+    Raises what `checkpoint_to_folder` does.
+    """
+    folder = resume.find_checkpoint(source)
+    _check_place(out, folder, None)
+    model, tensors = _open(folder, ema, files.dtype)
+    save_original_file(model, out, tensors, files, prefix)
+
+
+def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transformer, Callable[[str], Tensor]]:
+    """The model of a verified checkpoint, without memory, and its weights by name.
+
+    Args:
+        dtype: that they will be written in; None is that of the run.
+    """
     start_world(ParallelConfig())
+    description = _verified(folder, ema)
+    settings = run_config(folder)
+    if ADAPTERS in description["model"]:
+        return adapted_model(folder, settings, ema)
+    name = settings.get("dtype", "fp32") if dtype is None else "fp32"
+    model = build_model(
+        read_sizes(description["model"]), ModelConfig(dtype=name), ParallelConfig(), meta=True
+    )
+    return model, StoredTensors(folder, model, ema)
+
+
+def _verified(folder: Path, ema: bool) -> dict[str, Any]:
+    """What a checkpoint says of itself, when its files are as they were written and it has an EMA if wanted."""
     resume.verify(folder)
     description = resume.read_description(folder)
     if ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    sizes = read_sizes(description["model"])
-    dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
-    model = build_model(sizes, dtype, ParallelConfig(), meta=True)
-    tensors = StoredTensors(folder, model, ema)
-    if parts:
-        save_pipeline(model, parts, out, tensors)
-    else:
-        save_transformer(model, out, tensors)
-    return bool(parts)
+    return description
+
+
+def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
+    """The model of a checkpoint, ready to predict at any layout. Collective; starts the world.
+
+    Raises what `checkpoint_to_folder` does for the checkpoint, and ValueError for a layout that is not possible.
+    """
+    folder = resume.find_checkpoint(source)
+    start_world(parallel)
+    description = _verified(folder, ema)
+    if ADAPTERS in description["model"]:
+        raise ValueError(
+            f"{folder} holds adapters without their base: convert it with `soar-mega convert`, then draw with what "
+            "that wrote"
+        )
+    sharded = ShardedModel(read_sizes(description["model"]), ModelConfig(dtype=dtype), parallel)
+    tensors = named_tensors(sharded.model)
+    with torch.no_grad():
+        for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
+            tensors[name].copy_(tensor)
+    return sharded
+
+
+def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
+    """The pipeline folder whose encoders belong to a checkpoint: the one that is named, or the run's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = named or run_config(resume.find_checkpoint(source)).get("pipeline_dir")
+    if not folder or not is_pipeline(folder):
+        raise ValueError(
+            f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"
+        )
+    return Path(folder)
 
 
 def _parts(pipeline_dir: str | Path | None, of_run: str | None) -> str | Path | None:
@@ -85,45 +173,62 @@ def _check_place(out: str | Path, checkpoint: Path, parts: str | Path | None) ->
         refuse_overlap(out, {"the run": run.path})
     if parts:
         pipeline_parts(parts)
-    OutputFolder(out).check()
 
 
-def diffusers_to_checkpoint(source: str | Path, out: str | Path) -> Path:
+def weights_to_checkpoint(weights: Weights, source: str | Path, out: str | Path, dtype: str = "fp32") -> Path:
     """Writes a transformer's weights as the checkpoint of a run at iteration 0, to be named in checkpoint.load together
     with checkpoint.finetune.
 
+    Args:
+        source: where the weights are, for messages.
+
     Raises:
-        ValueError: not a transformer of a known family, or `out` holds checkpoints already.
+        ValueError: `out` holds checkpoints already, or is where the weights are.
+        OSError: it could not be written, because the weights are broken for instance.
     """
     refuse_overlap(out, {"the source": source})
     run = RunFolder(out)
     if run.path.is_dir() and run.iterations():
         raise ValueError(f"{run.path} holds checkpoints already: give another folder")
+    start_world(ParallelConfig())
     with run.lock():
-        model = load_diffusers(source)
+        model = build_model(weights.sizes, ModelConfig(dtype=dtype), ParallelConfig(), meta=True)
         saver = Saver(run, CheckpointConfig(async_save=False, keep_last=0), model.sizes.to_diffusers())
-        saver.save(_Weights(model), Progress())
+        saver.save(_Unread(model, weights), Progress())
     return run.checkpoint(0)
 
 
-class _Weights:
-    """A model without optimizer, as a checkpoint sees it."""
+class _Unread:
+    """A model without optimizer as a checkpoint sees it, whose tensors are read one after another."""
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    def __init__(self, model: Transformer, weights: Weights) -> None:
+        self._model, self._weights = model, weights
         self.weights: dict[str, Any] = {}  # no EMA or other copies
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        return {"model": self._model.sharded_state_dict()}
+        tensors, table = named_tensors(self._model), self._model.sizes.family.entries(self._model.sizes)
+        return {
+            "pieces": [
+                UnreadTensor(
+                    entry.name,
+                    tuple(tensors[entry.name].shape),
+                    tensors[entry.name].dtype,
+                    functools.partial(self._read, entry, tensors[entry.name]),
+                )
+                for entry in table
+            ]
+        }
 
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
-    path = folder.parent / "run_config.yaml"
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
-    return settings
+    def _read(self, entry: Entry, like: Tensor) -> Tensor:
+        tensor = torch.empty_like(like, device="cpu", requires_grad=False)
+        heads = self._model.sizes.num_attention_heads
+        for key, place in zip(entry.keys, parts(tensor, entry, heads), strict=True):
+            whole = self._weights.read(key, like.dtype)
+            columns = entry.columns
+            place.copy_(
+                (whole if columns is None else whole[:, columns.start : columns.stop]).reshape(place.shape)
+            )
+        return tensor
 
 
 class StoredTensors:
@@ -140,10 +245,7 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path, model: Transformer, ema: bool) -> None:
-        state = model.sharded_state_dict()
-        kept = sharded_copy(state, "ema", without_room) if ema else {}
-        check_keys(folder, {"model": state, "kept": kept})
-        stored = state | kept
+        stored = _stored(folder, model, ema)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
         )
@@ -153,3 +255,15 @@ class StoredTensors:
         read, tensor = next(self._read)
         assert read == name
         return tensor
+
+
+def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool) -> dict[str, Any]:
+    """What a checkpoint must hold for this rank's part of a model, by name. Collective.
+
+    Raises:
+        ValueError: names or shapes in the checkpoint are not those of the model.
+    """
+    state = model.sharded_state_dict()
+    kept = sharded_copy(state, "ema", without_room) if ema else {}
+    check_keys(folder, {"model": state, "kept": kept})
+    return state | kept

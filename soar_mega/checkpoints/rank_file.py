@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from soar_mega.checkpoints.manifest import Facts
-from soar_mega.engines.saved_pieces import SavedPiece
+from soar_mega.engines.saved_pieces import SavedPiece, UnreadTensor
 from soar_mega.private_names import with_sharded_keys, wrapped_exception, write_item
 
 
@@ -81,6 +81,8 @@ class RankFile(FileSystemWriterAsync):
         return Written(results, {self._name: facts})
 
     def _write_item(self, file: Any, item: WriteItem, data: Any) -> WriteResult:
+        if callable(data):
+            data = data()
         if isinstance(data, Tensor) and data.untyped_storage().nbytes() != data.numel() * data.element_size():
             data = data.clone()  # torch.save writes whole storages
         return write_item(self, file, data, item, self._name)
@@ -105,7 +107,7 @@ class RankFiles(TorchDistSaveShardedStrategy):
 
     file: RankFile
 
-    def __init__(self, pieces: Sequence[SavedPiece] = ()) -> None:
+    def __init__(self, pieces: Sequence[SavedPiece | UnreadTensor] = ()) -> None:
         super().__init__("torch_dist", 1)
         self._pieces = pieces
 
@@ -144,21 +146,33 @@ def plan_save(state: dict[str, Any], folder: str | Path) -> tuple[RankFile, list
 class _Planner(MCoreSavePlanner):
     """Adds this rank's pieces, box by box, to what megatron has it write."""
 
-    def __init__(self, pieces: Sequence[SavedPiece]) -> None:
+    def __init__(self, pieces: Sequence[SavedPiece | UnreadTensor]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._boxes: dict[MetadataIndex, Tensor] = {}
+        self._unread: dict[MetadataIndex, Callable[[], Tensor]] = {}
         self._items: list[WriteItem] = []
         for piece in pieces:
-            whole = torch.Size(piece.shard.global_shape)
+            if isinstance(piece, UnreadTensor):
+                like = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+                index = self._add(piece.key, (0,) * like.ndim, like, like.shape)
+                self._unread[index] = piece.read
+                continue
             for offset, box in piece.boxes():
-                index = MetadataIndex(piece.key, torch.Size(offset))
-                data = TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.shape),
-                    properties=TensorProperties.create_from_tensor(box),
-                    size=whole,
-                )
+                index = self._add(piece.key, offset, box, torch.Size(piece.shard.global_shape))
                 self._boxes[index] = box
-                self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+
+    def _add(self, key: str, offset: tuple[int, ...], box: Tensor, whole: torch.Size) -> MetadataIndex:
+        index = MetadataIndex(key, torch.Size(offset))
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=torch.Size(offset), sizes=box.shape),
+            properties=TensorProperties.create_from_tensor(box),
+            size=whole,
+        )
+        self._items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        return index
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._unread.get(write_item.index) or super().resolve_data(write_item)
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()

@@ -2,55 +2,173 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from soar_mega.convert import WeightFiles
 
 HELP = """\
-Turn a checkpoint into a diffusers folder, or a diffusers folder into a checkpoint.
+Write weights in another form: diffusers folders, single files in the layout of a model's authors, our checkpoints.
 
-  soar-mega convert runs/x out/                       the latest checkpoint of a run, as a pipeline
-  soar-mega convert runs/x/iter_0000500 out/ --ema    the EMA weights of a certain one
-  soar-mega convert runs/x out/ --pipeline-dir P          encoders and scheduler copied from P
-  soar-mega convert P runs/start                      a checkpoint of the pipeline's transformer, for
-                                                      checkpoint.load=runs/start checkpoint.finetune=true
+  soar-mega convert runs/x out/                         the latest checkpoint of a run, as a pipeline
+  soar-mega convert runs/x/iter_0000500 out/ --ema      the EMA weights of a certain one
+  soar-mega convert runs/x out/ --pipeline-dir P        encoders and scheduler copied from P
+  soar-mega convert runs/x out/ --adapters              the adapters alone of a run that trains them (LoRA)
+  soar-mega convert P+runs/x/export_lora out/           a pipeline with adapters in its weights
+  soar-mega convert runs/x x.safetensors                a single file, as sd3.5_large.safetensors is
+  soar-mega convert sd3.5_medium.safetensors out/ --pipeline-dir P
+                                                        a pipeline of a single file, the rest copied from P
+  soar-mega convert P out/ --to pipeline --dtype fp16 --variant fp16
+                                                        another variant of a diffusers folder
+  soar-mega convert P runs/start                        a checkpoint of a transformer, for
+                                                        checkpoint.load=runs/start checkpoint.finetune=true
 
-A checkpoint can be converted whatever layout it was trained at; a run that is complete has its pipeline in export/
-already. The parts beside the transformer are copied from the pipeline that the run started from. An older output is
+What the source is, is seen from what is in it: the weights of a diffusers folder may have a variant or several files,
+and one of them can be named itself (P/transformer/diffusion_pytorch_model.fp16.safetensors); a single file may have
+names with or without model.diffusion_model. and hold other parts of a pipeline, which are left out. A checkpoint can be
+converted whatever layout it was trained at; a run that is complete has its pipeline in export/ already.
+
+Where --to is not given, OUT is a single file if it ends in .safetensors. Else a checkpoint becomes a pipeline, or where
+its run had none a transformer folder; a diffusers folder becomes a checkpoint; and a single file a pipeline if
+--pipeline-dir is given, else a transformer folder. Weights are converted a few rows at a time. An older output is
 replaced when it holds nothing but what this program wrote.
 """
+FORMS = ("pipeline", "transformer", "original", "checkpoint")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "convert",
-        help="checkpoints to diffusers folders and back",
+        help="weights from one form to another",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", help="run folder, iter_ folder, or diffusers pipeline or transformer folder"
+        "source",
+        help="run folder, iter_ folder, diffusers pipeline or transformer folder, or .safetensors file",
     )
-    parser.add_argument("out", help="folder to write")
+    parser.add_argument("out", help="folder or .safetensors file to write")
+    parser.add_argument("--to", choices=FORMS, help="form of what is written (default: see above)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the numbers (default: as they are)")
+    parser.add_argument(
+        "--variant", default="", help="part of the files' names in a diffusers folder, such as fp16"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="of one file in it (default: %(default)s)",
+    )
+    parser.add_argument("--prefix", default="", help="of the names in a single file: model.diffusion_model.")
     parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
+    parser.add_argument(
+        "--adapters", action="store_true", help="of a checkpoint of adapters (LoRA): these alone"
+    )
     parser.add_argument("--pipeline-dir", help="copy encoders and scheduler from this pipeline folder")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = Path(arguments.source)
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such folder")
-    from_diffusers = (source / "model_index.json").is_file() or (source / "config.json").is_file()
-    if from_diffusers and (arguments.ema or arguments.pipeline_dir):
-        raise ValueError(f"{source} is a diffusers folder: --ema and --pipeline-dir go with a checkpoint")
+    from soar_mega.convert.lora import split_adapted
+
+    named, adapters = split_adapted(arguments.source)
+    source = Path(named)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    is_weights = source.is_file() or any(
+        (source / name).is_file() for name in ("model_index.json", "config.json")
+    )
+    if is_weights and (arguments.ema or arguments.adapters):
+        raise ValueError(f"{source} holds one set of weights: --ema and --adapters go with a checkpoint")
+    form = arguments.to or _usual_form(arguments, is_weights)
+    _check(arguments, form, is_weights)
 
     from soar_mega.cli.process import start_process
 
     start_process()
 
-    from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
+    if adapters:
+        from soar_mega.convert.lora import merge_adapters
 
-    if from_diffusers:
-        print(f"wrote {diffusers_to_checkpoint(source, arguments.out)}")
+        whole = merge_adapters(source, adapters, arguments.out)
+        print(f"wrote {arguments.out}, a diffusers {'pipeline' if whole else 'transformer'} folder")
         return 0
-    whole = checkpoint_to_diffusers(source, arguments.out, arguments.pipeline_dir, arguments.ema)
-    print(f"wrote {arguments.out}, a diffusers {'pipeline' if whole else 'transformer'} folder")
+    if arguments.adapters:
+        from soar_mega.checkpoints.adapters import checkpoint_to_adapters
+
+        checkpoint_to_adapters(source, arguments.out, arguments.ema)
+        print(f"wrote {arguments.out}, adapters in PEFT's and in diffusers' format")
+        return 0
+
+    from soar_mega.convert import WeightFiles
+    from soar_mega.convert.safetensors_reader import DTYPES as BY_NAME
+
+    files = WeightFiles(
+        int(arguments.max_shard_size * 10**9), arguments.variant, BY_NAME.get(arguments.dtype or "")
+    )
+    convert = _from_weights if is_weights else _from_checkpoint
+    print(f"wrote {convert(arguments, form, files)}")
     return 0
+
+
+def _usual_form(arguments: argparse.Namespace, is_weights: bool) -> str:
+    if arguments.out.endswith(".safetensors"):
+        return "original"
+    if is_weights and Path(arguments.source).is_dir():
+        return "checkpoint"
+    if is_weights and not arguments.pipeline_dir:
+        return "transformer"
+    return "pipeline"
+
+
+def _check(arguments: argparse.Namespace, form: str, is_weights: bool) -> None:
+    """ValueError for options that the form has no use for."""
+    if form == "checkpoint" and not is_weights:
+        raise ValueError(f"{arguments.source} is a checkpoint already: give another form with --to")
+    if form == "checkpoint" and arguments.dtype == "fp16":
+        raise ValueError("--dtype: a checkpoint holds fp32 or bf16, which are trained in")
+    if arguments.variant and form not in ("pipeline", "transformer"):
+        raise ValueError(f"--variant goes with a pipeline or transformer folder, not with --to {form}")
+    if arguments.prefix and form != "original":
+        raise ValueError("--prefix goes with --to original")
+    if not arguments.max_shard_size > 0:
+        raise ValueError("--max-shard-size must be above 0")
+    if form == "original" and not arguments.out.endswith(".safetensors"):
+        raise ValueError(f"{arguments.out}: a single file ends in .safetensors")
+    if form == "pipeline" and is_weights and Path(arguments.source).is_file() and not arguments.pipeline_dir:
+        raise ValueError(
+            "a pipeline of a single file needs --pipeline-dir, from which the other parts are copied"
+        )
+
+
+def _from_checkpoint(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
+    from soar_mega.checkpoints.exchange import checkpoint_to_folder, checkpoint_to_original_file
+
+    source, out = arguments.source, arguments.out
+    if form == "original":
+        checkpoint_to_original_file(source, out, arguments.ema, files, arguments.prefix)
+        return f"{out}, a single file"
+    only = form == "transformer"
+    whole = checkpoint_to_folder(source, out, arguments.pipeline_dir, arguments.ema, files, only)
+    return f"{out}, a diffusers {'pipeline' if whole else 'transformer'} folder"
+
+
+def _from_weights(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
+    from soar_mega.checkpoints.exchange import weights_to_checkpoint
+    from soar_mega.convert.change_form import to_original_file, to_pipeline_folder, to_transformer_folder
+    from soar_mega.convert.weights import open_weights
+
+    source, out = arguments.source, arguments.out
+    with open_weights(Path(source), arguments.pipeline_dir) as weights:
+        if form == "checkpoint":
+            return str(weights_to_checkpoint(weights, source, out, arguments.dtype or "fp32"))
+        if form == "original":
+            to_original_file(weights, out, files, arguments.prefix)
+            return f"{out}, a single file"
+        if form == "pipeline":
+            to_pipeline_folder(weights, arguments.pipeline_dir or source, out, files)
+        else:
+            to_transformer_folder(weights, out, files)
+    return f"{out}, a diffusers {form} folder"

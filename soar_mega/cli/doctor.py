@@ -128,16 +128,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
     """Sizes of micro-batches for a model on GPUs of a kind, as lines for a recipe."""
-    from soar_mega.config import ModelConfig, Recipe, StageConfig, TrainConfig
+    from soar_mega.config import ModelConfig, Recipe, TrainConfig
     from soar_mega.models.common.micro_batches import recommend
     from soar_mega.models.family import find_sizes
+    from soar_mega.stages import SoarConfig
 
     ranks = arguments.tensor * arguments.pipeline
     if arguments.gpus % ranks:
         raise ValueError(f"--gpus {arguments.gpus} must be a multiple of --tensor x --pipeline = {ranks}")
     recipe = Recipe(
         model=ModelConfig(preset=arguments.model),
-        stage=StageConfig(num_auxiliary_points=arguments.points),
+        stage=SoarConfig(num_auxiliary_points=arguments.points),
         parallel=parallel,
         train=TrainConfig(global_batch_size=arguments.global_batch_size),
     )

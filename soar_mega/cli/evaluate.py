@@ -13,6 +13,7 @@ Measure pipeline folders and compare them.
 
   soar-mega evaluate recipes/tiny/base runs/demo/soar/export --held-out runs/demo/shards/heldout
   soar-mega evaluate base=recipes/tiny/base soar=runs/x/export --guidance-scale 1 --guidance-scale 3 --out metrics.json
+  soar-mega evaluate base=recipes/tiny/base lora=recipes/tiny/base+runs/x/export_lora
 
 Pipelines that draw the built-in canvases (16 x 16 pixels) get the benchmark score (six GenEval-like categories and OCR,
 read by a verifier that is independent of the generator) and the energy distance to real held-out canvases, once per
@@ -29,7 +30,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("pipelines", nargs="+", metavar="[NAME=]PIPELINE", help="diffusers pipeline folders")
+    parser.add_argument(
+        "pipelines", nargs="+", metavar="[NAME=]PIPELINE[+ADAPTERS]", help="diffusers pipeline folders"
+    )
     parser.add_argument("--out", default="metrics.json", help="the JSON file to write (default: %(default)s)")
     parser.add_argument(
         "--held-out", default="", metavar="SHARDS", help="held-out shard folder: also measure drift"
@@ -80,7 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         shift=arguments.shift,
     )
-    measured = {name: evaluate_pipeline(folder, plan) for name, folder in pipelines.items()}
+    measured = {
+        name: evaluate_pipeline(folder, plan, adapters) for name, (folder, adapters) in pipelines.items()
+    }
     report: dict[str, Any] = {
         "written_by": MARK.decode(),
         "plan": dataclasses.asdict(plan),
@@ -94,20 +99,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _named(pipelines: list[str]) -> dict[str, str]:
-    """{name: folder} of NAME=FOLDER or FOLDER; a ValueError names what is missing or given twice."""
-    named: dict[str, str] = {}
+def _named(pipelines: list[str]) -> dict[str, tuple[str, str]]:
+    """{name: (folder, adapters)} of NAME=FOLDER+ADAPTERS or less; a ValueError names what is missing or given twice."""
+    from soar_mega.convert.lora import split_adapted
+
+    named: dict[str, tuple[str, str]] = {}
     for text in pipelines:
         name, equals, folder = text.partition("=")
         if not equals:
             name, folder = text, text
         if name in named:
             raise ValueError(f"{name} is given twice: name pipelines apart, as in before=FOLDER after=FOLDER")
+        folder, adapters = split_adapted(folder)
         if not (Path(folder) / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{folder} is not a diffusers pipeline folder: it has no model_index.json"
             )
-        named[name] = folder
+        named[name] = folder, adapters
     return named
 
 

@@ -62,7 +62,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(arguments: argparse.Namespace) -> int:
     from soar_mega.launch import slurm
     from soar_mega.launch.checks import check_data, check_fit, check_model
-    from soar_mega.recipe import load_recipe
+    from soar_mega.stages import load_recipe
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})

@@ -7,13 +7,16 @@ Encode captioned images once, into shards that training reads: latents, text emb
 
   soar-mega prepare photos/ shards/train --pipeline-dir stable-diffusion-3.5-medium --resolution 512 --dtype bf16
   soar-mega prepare list.jsonl shards/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
-  soar-mega prepare canvases/ shards/train --pipeline-dir recipes/tiny/base
+  soar-mega prepare photos/ list.jsonl 's3://bucket/{000..031}.tar' shards/train --pipeline-dir P --held-out-share .01
+  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ shards/train --pipeline-dir P    also by srun, on many nodes
 
-SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt) or all captions in metadata.jsonl
-(file_name, text), or a JSONL list of images named md5.jpg in --images. An image is scaled and cropped to the nearest
-bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in rejects.jsonl, and
-the command fails unless --skip-invalid. The same command goes on where it was interrupted. Folders behind links are
-read too; hidden files and folders, and what a NAS or macOS keeps beside images, are not. Text is UTF-8.
+SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
+metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as
+webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. An image is scaled and cropped to
+the nearest bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in
+rejects.jsonl, and the command fails unless --skip-invalid. The same command goes on where it was interrupted, with any
+number of processes. Folders behind links are read too; hidden files and folders, and what a NAS or macOS keeps beside
+images, are not. Text is UTF-8. docs/data.md tells the whole road.
 """
 
 
@@ -24,7 +27,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="image folder with captions, or a JSONL list")
+    parser.add_argument(
+        "source",
+        nargs="+",
+        help="folder, list (.jsonl, .csv), .tar, url, pipe:COMMAND or parquet; in any mix",
+    )
     parser.add_argument("out", help="shard folder to write")
     parser.add_argument(
         "--pipeline-dir", required=True, help="diffusers pipeline folder whose encoders are used"
@@ -40,6 +47,25 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--flip", action="store_true", help="add mirrored images; breaks captions with left and right"
     )
     parser.add_argument(
+        "--min-side", type=int, metavar="PIXELS", help="leave out images whose smaller side is smaller"
+    )
+    parser.add_argument(
+        "--aspect", type=float, metavar="A", help="leave out images longer than A times their width"
+    )
+    parser.add_argument("--min-score", type=float, metavar="X", help="leave out images whose score is lower")
+    parser.add_argument(
+        "--score-key", default="score", help="where lists have the score (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drop-duplicates", action="store_true", help="take the first only of equal image files"
+    )
+    parser.add_argument(
+        "--held-out-share",
+        type=float,
+        metavar="S",
+        help="of the images, for validation in OUT/held_out, such as .01",
+    )
+    parser.add_argument(
         "--skip-invalid", action="store_true", help="finish without the images that cannot be used"
     )
     parser.add_argument(
@@ -49,16 +75,24 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the embeddings (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=4, help="that decode images, per process (default: %(default)s)"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from soar_mega.data.processes import adopt_srun
+
+    adopt_srun()
+
     from soar_mega.cli.process import start_process
 
     start_process()
 
     from soar_mega.data.prepare import prepare
+    from soar_mega.data.selection import Wishes
 
     prepare(
         arguments.source,
@@ -67,11 +101,20 @@ def run(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,
-        flip=arguments.flip,
+        wishes=Wishes(
+            min_side=arguments.min_side,
+            aspect=arguments.aspect,
+            min_score=arguments.min_score,
+            drop_duplicates=arguments.drop_duplicates,
+            held_out_share=arguments.held_out_share,
+            flip=arguments.flip,
+        ),
+        score_key=arguments.score_key,
         skip_invalid=arguments.skip_invalid,
         max_sequence_length=arguments.max_sequence_length,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
         samples_per_shard=arguments.samples_per_shard,
+        threads=arguments.threads,
     )
     return 0

@@ -3,27 +3,54 @@
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from soar_mega.data.prompts import EncodedPrompts
+    from soar_mega.evaluation.generate import Generator
 
 HELP = """\
-Draw images with a diffusers SD3 pipeline folder: its encoders, its transformer in our implementation, our sampler.
+Draw images with a diffusers pipeline folder, or with a checkpoint of a run: the pipeline's encoders, the transformer
+in our implementation, our sampler.
 
   soar-mega sample recipes/tiny/base --prompt "a red 3" --guidance-scale 3 --out three.png
+  soar-mega sample recipes/tiny/base+runs/x/export_lora --prompt "a red 3" --guidance-scale 3
   soar-mega sample runs/x/export --prompts prompts.txt --count 4 --steps 40 --out grid.png
+  torchrun --nproc-per-node 4 -m soar_mega sample runs/x --ema --prompt "a red 3" \\
+      --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+
+PIPELINE+ADAPTERS puts adapters (LoRA) on the transformer, in PEFT's or in diffusers' format.
 
 Each prompt is a row of the picture, with --count images that start from different noise. The same seed gives the same
-picture at any batch size. Guidance scale 1 is sampling without classifier-free guidance.
+picture at any batch size and layout. Guidance scale 1 is sampling without classifier-free guidance; a negative prompt
+is what guidance leads away from, in the place of the empty one. A checkpoint is drawn with at any layout, whatever it
+was trained at; its encoders are those of the pipeline that the run started from.
 """
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "sample",
-        help="draw images with a pipeline folder",
+        help="draw images with a pipeline folder or a checkpoint",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("pipeline_dir", help="diffusers pipeline folder, for example export/ of a run")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE[+ADAPTERS]",
+        help="diffusers pipeline folder, for example export/ of a run; or a run or iter_ folder",
+    )
+    parser.add_argument("--pipeline-dir", help="of a checkpoint: take the encoders from this pipeline folder")
+    parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
+    for name in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--{name}-model-parallel-size",
+            type=int,
+            default=1,
+            help="of a checkpoint (default: %(default)s)",
+        )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; give it again for more rows")
+    parser.add_argument("--negative-prompt", default="", help="of all prompts (default: the empty one)")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
     parser.add_argument(
         "--out", default="grid.png", help="the picture to write: png, jpg or webp (default: %(default)s)"
@@ -31,7 +58,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--count", type=int, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="sampler steps (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=4.5, help="(default: %(default)s)")
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler", help="(default: %(default)s)")
+    parser.add_argument(
+        "--solver", choices=("euler", "heun", "dpm++2m"), default="euler", help="(default: %(default)s)"
+    )
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--size", metavar="WxH", help="pixels (default: the transformer's own sample size)")
@@ -62,18 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_process()
 
+    from soar_mega.convert import is_pipeline
+    from soar_mega.convert.lora import split_adapted
     from soar_mega.data.info import bucket_size
-    from soar_mega.data.prompts import encode_prompts
-    from soar_mega.evaluation.generate import Generator, check_image_path, image_grid, save_image
-    from soar_mega.models.common.build import DTYPES
+    from soar_mega.distributed import is_rank_zero
+    from soar_mega.evaluation.generate import check_image_path, image_grid, save_image
 
     check_image_path(arguments.out)  # before anything is computed
     size = bucket_size(arguments.size) if arguments.size else None
-    # before the transformer is loaded: it need not share the device with the text encoders
-    encoded = encode_prompts(
-        arguments.pipeline_dir, prompts, DTYPES[arguments.dtype], arguments.max_sequence_length
-    )
-    generator = Generator.load(arguments.pipeline_dir, arguments.dtype, arguments.shift)
+    pipeline_dir, _ = split_adapted(arguments.source)
+    load = _pipeline if is_pipeline(pipeline_dir) else _checkpoint
+    generator, encoded = load(arguments, prompts)
     images = generator.images(
         encoded,
         steps=arguments.steps,
@@ -84,11 +112,71 @@ def run(arguments: argparse.Namespace) -> int:
         solver=arguments.solver,
         batch_size=arguments.batch_size,
     )
+    if not is_rank_zero():
+        return 0
     # one prompt, or one image per prompt, is laid out as a square rather than as a line
     columns = arguments.count if min(len(prompts), arguments.count) > 1 else max(1, round(len(images) ** 0.5))
     save_image(image_grid(images, columns), arguments.out, arguments.scale)
     print(f"{len(images)} image(s) in {arguments.out}")
     return 0
+
+
+def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
+    """What a pipeline folder draws with, in one process."""
+    from soar_mega.convert.lora import split_adapted
+    from soar_mega.evaluation.generate import Generator
+
+    if arguments.ema or arguments.pipeline_dir or max(_layout(arguments)) > 1:
+        raise ValueError(
+            f"{arguments.source} is a pipeline folder: --ema, --pipeline-dir and sizes of a layout go with a checkpoint"
+        )
+    # before the transformer is loaded: it need not share the device with the text encoders
+    pipeline_dir, adapters = split_adapted(arguments.source)
+    encoded = _encoded(arguments, pipeline_dir, prompts)
+    return Generator.load(pipeline_dir, arguments.dtype, arguments.shift, adapters), encoded
+
+
+def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
+    """What a checkpoint draws with; its model stays cut over the ranks. Collective."""
+    from soar_mega.checkpoints.exchange import load_model, pipeline_of
+    from soar_mega.config import ParallelConfig
+    from soar_mega.data.encoder_facts import encoder_facts
+    from soar_mega.data.vae import Decoder
+    from soar_mega.distributed import data_size, is_rank_zero, start_world
+    from soar_mega.evaluation.generate import Generator, schedule_of
+    from soar_mega.faults.agreement import on_rank_zero
+
+    tensor, pipeline = _layout(arguments)
+    folder = pipeline_of(arguments.source, arguments.pipeline_dir)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    start_world(parallel)
+    if data_size() > 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor} and --pipeline-model-parallel-size {pipeline} take "
+            f"{tensor * pipeline} process(es), and more would draw the same again: start as many"
+        )
+    encoded = on_rank_zero(lambda: _encoded(arguments, folder, prompts))
+    model = load_model(arguments.source, arguments.dtype, parallel, arguments.ema)
+    generator = Generator(
+        facts=encoder_facts(folder),
+        velocity=model.velocity,
+        is_told=model.model.sizes.guidance_embeds,
+        decoder=Decoder.load(folder) if is_rank_zero() else None,
+        schedule=schedule_of(folder, arguments.shift),
+    )
+    return generator, encoded
+
+
+def _layout(arguments: argparse.Namespace) -> tuple[int, int]:
+    return arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+
+
+def _encoded(arguments: argparse.Namespace, folder: str | Path, prompts: list[str]) -> "EncodedPrompts":
+    from soar_mega.data.prompts import encode_prompts
+    from soar_mega.models.common.build import DTYPES
+
+    dtype, length = DTYPES[arguments.dtype], arguments.max_sequence_length
+    return encode_prompts(folder, prompts, dtype, length, arguments.negative_prompt)
 
 
 def read_prompts(path: str | None) -> list[str]:

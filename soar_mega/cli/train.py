@@ -14,7 +14,8 @@ Post-train a model as a recipe says, in one process or under torchrun:
       parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2
 
 Overrides are group.key=value, read as YAML: optimizer.frozen=[context_embedder*] stage.shift=null. The groups are
-model, stage, parallel, train, optimizer, data, checkpoint and logging; soar_mega/config.py lists their keys.
+model, stage, parallel, train, optimizer, lora, data, checkpoint and logging; soar_mega/config.py lists their keys, and
+soar_mega/stages/ those of each stage: stage.name says whose the others in its group are.
 
 The run folder is checkpoint.save. It receives run_config.yaml (every value that was used), iter_0000500/ checkpoints,
 tensorboard/, and at the end export/, a diffusers pipeline folder. The same command resumes an interrupted run.
@@ -56,7 +57,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.recipe import load_recipe
+    from soar_mega.stages import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
@@ -78,6 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(as_text(replayed))
         return 0
 
-    from soar_mega.training.loop import train
+    from soar_mega.training.run import train
 
     return train(recipe)

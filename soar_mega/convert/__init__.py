@@ -1,20 +1,22 @@
 """Weights between diffusers folders and megatron layouts."""
 
-from soar_mega.convert.export import save_pipeline, save_transformer
+from soar_mega.convert.export import save_original_file, save_pipeline, save_transformer
 from soar_mega.convert.load import load_diffusers, load_weights
 from soar_mega.convert.pipeline_folder import (
     is_pipeline,
     pipeline_parts,
     scheduler_shift,
 )
-from soar_mega.convert.save import WeightFiles
+from soar_mega.convert.save import AS_STORED, WeightFiles
 
 __all__ = [
+    "AS_STORED",
     "WeightFiles",
     "is_pipeline",
     "load_diffusers",
     "load_weights",
     "pipeline_parts",
+    "save_original_file",
     "save_pipeline",
     "save_transformer",
     "scheduler_shift",

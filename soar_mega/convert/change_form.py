@@ -11,7 +11,7 @@ from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.safetensors_writer import MARK
 from soar_mega.convert.save import AS_STORED, WeightFiles, start_folder
 from soar_mega.convert.weights import Weights
-from soar_mega.outputs import OutputFolder, in_place_of
+from soar_mega.outputs import OutputFolder, in_place_of, refuse_overlap
 
 
 def to_transformer_folder(weights: Weights, out: str | Path, files: WeightFiles = AS_STORED) -> None:
@@ -25,6 +25,7 @@ def to_pipeline_folder(
 ) -> None:
     """Write a diffusers pipeline folder, whose other parts are copied from `pipeline_dir`."""
     source = Path(pipeline_dir)
+    refuse_overlap(out, {"the pipeline": source})
     with OutputFolder(out).writing() as new:
         copy_parts(source, pipeline_parts(source), new)
         _write_transformer(weights, new / "transformer", files)
@@ -35,11 +36,8 @@ def to_original_file(
 ) -> None:
     """Write a single file in the layout of the weights' family."""
     dtypes = {key: files.dtype or dtype for key, dtype in weights.dtypes().items()}
-    config, layout = weights.sizes.to_diffusers(), weights.sizes.family.original
-    if layout is None:
-        raise ValueError(f"of {weights.sizes.family.products} no layout of single files is known")
     with in_place_of(out, MARK.encode()) as new:
-        weights.copy_to(OriginalWriter(new, layout, config, weights.shapes, dtypes, prefix))
+        weights.copy_to(OriginalWriter(new, weights.sizes, weights.shapes, dtypes, prefix))
 
 
 def _write_transformer(weights: Weights, folder: Path, files: WeightFiles) -> None:

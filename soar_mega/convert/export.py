@@ -6,11 +6,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from soar_mega.convert.checks import diffusers_shapes
+from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
-from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer
+from soar_mega.convert.safetensors_writer import MARK
+from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer, write_weights
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.transformer import Transformer
-from soar_mega.outputs import OutputFolder
+from soar_mega.outputs import OutputFolder, in_place_of
+
+CARD = "README.md"
 
 
 def save_transformer(
@@ -18,17 +23,22 @@ def save_transformer(
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
+    card: str = "",
 ) -> None:
     """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
 
     A collective over the whole world. The folder appears under its name only when it is complete.
 
+    Args:
+        card: the text of a README.md; "" writes none.
+
     Raises:
         ValueError: the folder holds what this program did not write.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         write_transformer(model, new, tensors, files)
+        on_rank_zero(lambda: _write_card(new, card), folder)
 
 
 def save_pipeline(
@@ -37,6 +47,7 @@ def save_pipeline(
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
+    card: str = "",
 ) -> None:
     """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
 
@@ -46,19 +57,50 @@ def save_pipeline(
     Args:
         tensors: this rank's shard by global name, in place of the model's own tensors (an EMA), as for
             `write_transformer`.
+        card: the text of a README.md; "" writes none.
 
     Raises:
         ValueError: the folder holds what this program did not write, or the source is not complete.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
     source = Path(source_pipeline)
-    with _in_place_of(folder) as new:
+    with replacing(folder) as new:
         on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, new / "transformer", tensors, files)
+        on_rank_zero(lambda: _write_card(new, card), folder)
+
+
+def save_original_file(
+    model: Transformer | ModelChunks,
+    path: str | Path,
+    tensors: Callable[[str], Tensor] | None = None,
+    files: WeightFiles = AS_STORED,
+    prefix: str = "",
+) -> None:
+    """Write a single file in the layout of the model's family. A collective over a world of one process.
+
+    Args:
+        tensors: as for `write_transformer`.
+        prefix: of the names in the file.
+
+    Raises:
+        ValueError: there is what this program did not write.
+        OSError: it could not be written.
+    """
+    shapes = diffusers_shapes(model.sizes)
+    dtypes = dict.fromkeys(shapes, files.dtype or model.config.params_dtype)
+    with in_place_of(path, MARK.encode()) as new:
+        writer = OriginalWriter(new, model.sizes, shapes, dtypes, prefix)
+        write_weights(model, lambda: writer, path, tensors)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    if card:
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _in_place_of(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path) -> Iterator[Path]:
     """Where to write what is to be at `folder` when all is done."""
     output = OutputFolder(folder)
     try:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from soar_mega.convert.checks import check_shapes
 from soar_mega.convert.safetensors_reader import Reader
-from soar_mega.convert.safetensors_writer import FileWriter, Planned
+from soar_mega.convert.safetensors_writer import MARK, FileWriter, Planned
 from soar_mega.models.common.original_layout import (
     OriginalLayout,
     Shapes,
     original_shapes,
     rows_of_keys,
 )
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import families
 
 PREFIX = "model.diffusion_model."
@@ -88,7 +89,7 @@ class OriginalFile:
 
     def where(self, key: str) -> str:
         """Name and file of a tensor, for messages."""
-        return f"{self._name(key)} in {self._reader.path.name}"
+        return f"{self._name(key)} in {self._reader.path}"
 
     def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """The rows of a tensor, a few at a time, each with the number of the first."""
@@ -123,13 +124,15 @@ class OriginalWriter:
     def __init__(
         self,
         path: Path,
-        layout: OriginalLayout,
-        config: dict[str, Any],
+        sizes: Sizes,
         shapes: Shapes,
         dtypes: dict[str, torch.dtype],
         prefix: str = "",
     ) -> None:
-        table = layout.tensors(config)
+        layout = sizes.family.original
+        if layout is None:
+            raise ValueError(f"of {sizes.family.products} no layout of single files is known")
+        table = layout.tensors(sizes.to_diffusers())
         self._rows, self._prefix = rows_of_keys(table, shapes), prefix
         wanted = original_shapes(table, shapes)
         assert self._rows.keys() == shapes.keys(), "the family's table covers all tensors"
@@ -141,7 +144,7 @@ class OriginalWriter:
                     f"{', '.join(tensor.keys)} are joined in the file but have several types: give --dtype"
                 )
             plan.append(Planned(prefix + tensor.name, wanted[tensor.name], types.pop()))
-        self._file = FileWriter(path, plan)
+        self._file = FileWriter(path, plan, MARK)
 
     def write(self, key: str, tensor: Tensor, row: int = 0) -> None:
         """Write a tensor, or as many rows of it as are given, from `row` on; each once."""

@@ -1,9 +1,11 @@
 """What a diffusers pipeline folder holds beside its transformer."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from soar_mega.user_files import number, read_object
 
@@ -12,7 +14,6 @@ INDEX = "model_index.json"
 PLAIN_SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
@@ -20,11 +21,22 @@ PLAIN_SCHEDULER = {
     "shift_terminal": None,
     "stochastic_sampling": False,
 }
+DYNAMIC_SHIFT = {  # of diffusers, where the scheduler does not say
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+LARGEST_LOGARITHM = 50.0  # of a shift
 SHIFT_ADVICE = "name the shift yourself, with stage.shift in a recipe and --shift in sample and evaluate"
 
 
-def scheduler_shift(folder: str | Path) -> float:
-    """The timestep shift of a pipeline's FlowMatchEulerDiscreteScheduler.
+def scheduler_shift(folder: str | Path, tokens: int) -> tuple[float, bool]:
+    """The timestep shift of a pipeline's FlowMatchEulerDiscreteScheduler, and whether it is dynamic.
+
+    Args:
+        tokens: of an image, on which a dynamic shift depends: its logarithm lies on a straight line through base_shift
+            at base_image_seq_len and max_shift at max_image_seq_len.
 
     Raises:
         ValueError: no such scheduler, or one whose sigmas are not those of a constant shift; names the setting.
@@ -34,10 +46,28 @@ def scheduler_shift(folder: str | Path) -> float:
     for name, known in PLAIN_SCHEDULER.items():
         if (found := content.get(name, known)) not in (known, None):
             raise ValueError(f"{path} has {name} {found!r}, and only {known!r} is known: {SHIFT_ADVICE}")
+    if content.get("use_dynamic_shifting"):
+        return _dynamic_shift(content, path, tokens), True
     shift = number({"shift": 1.0, **content}, "shift", path)
     if shift <= 0:
         raise ValueError(f"{path}: shift is {shift}: it must be above 0 (SD3.5: 3.0)")
-    return shift
+    return shift, False
+
+
+def _dynamic_shift(content: dict[str, Any], path: Path, tokens: int) -> float:
+    if (kind := content.get("time_shift_type", "exponential")) != "exponential":
+        raise ValueError(
+            f"{path} has time_shift_type {kind!r}, and only 'exponential' is known: {SHIFT_ADVICE}"
+        )
+    settings = {**DYNAMIC_SHIFT, **content}
+    base, most = number(settings, "base_shift", path), number(settings, "max_shift", path)
+    first, last = number(settings, "base_image_seq_len", path), number(settings, "max_image_seq_len", path)
+    if first >= last:
+        raise ValueError(f"{path}: base_image_seq_len is {first}: it must be below max_image_seq_len {last}")
+    logarithm = base + (most - base) * (tokens - first) / (last - first)
+    if not abs(logarithm) < LARGEST_LOGARITHM:
+        raise ValueError(f"{path}: base_shift {base} and max_shift {most} give no shift: {SHIFT_ADVICE}")
+    return math.exp(logarithm)
 
 
 def is_pipeline(folder: str | Path) -> bool:

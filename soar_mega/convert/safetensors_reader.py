@@ -20,6 +20,7 @@ from soar_mega.convert.weight_files import weight_files
 from soar_mega.user_files import lfs_advice
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCK = 2**26  # bytes that are read at a time where a part of a tensor is enough
 
 

@@ -16,7 +16,7 @@ from soar_mega.convert.safetensors_reader import TYPES
 from soar_mega.convert.weight_files import index_name, shard_name, single_name
 
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
-MARK = "soar-mega convert"  # in the header of a file: who wrote it
+MARK = "soar-mega convert"  # of single files: who wrote them
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,17 @@ class Writer(Protocol):
 
 
 class FileWriter:
-    """One file. `close` it when all is written, or else `abandon` it."""
+    """One file. `close` it when all is written, or else `abandon` it.
 
-    def __init__(self, path: Path, plan: Iterable[Planned]) -> None:
+    Args:
+        written_by: said in its header.
+    """
+
+    def __init__(self, path: Path, plan: Iterable[Planned], written_by: str = "") -> None:
         self._planned = {tensor.key: tensor for tensor in plan}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "written_by": MARK}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        if written_by:
+            header["__metadata__"]["written_by"] = written_by
         offsets, end = {}, 0
         for key, tensor in self._planned.items():
             offsets[key], end = end, end + tensor.nbytes

@@ -97,7 +97,7 @@ class _DiffusersTensors:
         self.dtype, self.blocks, self._files = reader.dtype, reader.blocks, reader.files
 
     def where(self, key: str) -> str:
-        return f"{key} in {self._files[key].name}"
+        return f"{key} in {self._files[key]}"
 
 
 def _diffusers_weights(reader: Reader, path: Path, pipeline_dir: str | Path | None) -> Weights:

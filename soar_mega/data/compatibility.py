@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Protocol
 
-from soar_mega.data.encoder_facts import read_config
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import DatasetInfo
+from soar_mega.models.family import read_sizes
 
 
 class ModelSizes(Protocol):
@@ -30,13 +30,9 @@ def check_compatible(
         "joint_attention_dim": info.text_shape[1],
         "pooled_projection_dim": info.pooled_size,
     }
-    if sizes is not None:
-        wanted = {name: getattr(sizes, name) for name in found}
-    elif pipeline_dir and (Path(pipeline_dir) / "transformer" / "config.json").is_file():
-        config = read_config(Path(pipeline_dir) / "transformer" / "config.json")
-        wanted = {name: config[name] for name in found if name in config}
-    else:
-        wanted = {}
+    if sizes is None and pipeline_dir and (Path(pipeline_dir) / "transformer" / "config.json").is_file():
+        sizes = read_sizes(pipeline_dir)
+    wanted = {} if sizes is None else {name: getattr(sizes, name) for name in found}
     for name, value in wanted.items():
         if found[name] != value:
             raise ValueError(

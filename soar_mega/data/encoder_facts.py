@@ -1,21 +1,48 @@
 """What a pipeline folder says about its encoders without loading them: sizes and lengths."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from soar_mega.models.family import family_in
 from soar_mega.user_files import lfs_advice, number, read_object, whole
 
-DEFAULT_T5_LENGTH = 256  # of diffusers' StableDiffusion3Pipeline
-LARGEST_T5_LENGTH = 512  # likewise
+LARGEST_T5_LENGTH = 512  # of diffusers' pipelines
 CLIP_LENGTH = 77  # of a CLIP whose config does not say
+
+TextOutput = tuple[
+    Tensor | None, Tensor | None
+]  # of one encoder: tokens [B, length, width] and pooled [B, P]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """One text encoder of a pipeline folder, and what is taken of it.
+
+    Attributes:
+        part: its folder.
+        length: tokens of a prompt.
+        read: what its model in transformers returned -> what is taken.
+        hidden_states: whether those of all its layers must be among that.
+    """
+
+    part: str
+    length: int
+    read: Callable[[Any], TextOutput]
+    hidden_states: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFacts:
-    """Shapes of what the encoders of a pipeline make."""
+    """Shapes of what the encoders of a pipeline make, and how its text encoders are put together.
+
+    Attributes:
+        join: the outputs of `texts`, in their order -> (text [B, S, D], pooled [B, P]).
+    """
 
     latent_channels: int
     vae_scale_factor: int  # pixels per latent element
@@ -25,45 +52,61 @@ class EncoderFacts:
     text_shape: tuple[int, int]  # (tokens, width)
     pooled_size: int
     max_sequence_length: int  # T5 tokens among the text tokens
+    texts: tuple[TextPart, ...]
+    join: Callable[[Sequence[TextOutput], "EncoderFacts"], tuple[Tensor, Tensor]]
 
 
 def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) -> EncoderFacts:
-    """Read the configs of a diffusers SD3 pipeline folder.
+    """Read the configs of a diffusers pipeline folder.
 
     Args:
-        max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
+        max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
 
     Raises:
-        ValueError: a config is missing or damaged, with its path.
+        ValueError: a config is missing or damaged, with its path, or the transformer is of no known family.
     """
-    vae_path, path = pipeline_dir / "vae" / "config.json", pipeline_dir / "transformer" / "config.json"
-    vae, transformer = read_config(vae_path), read_config(path)
-    pooled_size, clip_length = _clips(pipeline_dir)
-    width = whole(transformer, "joint_attention_dim", path)
-    if has_t5(pipeline_dir):
-        t5_path = pipeline_dir / "text_encoder_3" / "config.json"
-        width = whole(read_config(t5_path), "d_model", t5_path)
-    t5_length = _t5_length(pipeline_dir, max_sequence_length)
+    path = pipeline_dir / "transformer" / "config.json"
+    return family_in(read_config(path), str(path)).encoder_facts(pipeline_dir, max_sequence_length)
+
+
+def vae_shape(pipeline_dir: Path) -> tuple[int, int]:
+    """Channels of the VAE's latents, and how many pixels are one of their elements. ValueError: as above."""
+    path = pipeline_dir / "vae" / "config.json"
+    vae = read_config(path)
     blocks = vae.get("block_out_channels")
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= 16:
-        raise ValueError(f"{vae_path}: block_out_channels is {blocks!r}, a list of channels is expected")
-    factor = 2 ** (len(blocks) - 1)
-    multiple = factor * whole(transformer, "patch_size", path)
-    return EncoderFacts(
-        latent_channels=whole(vae, "latent_channels", vae_path),
-        vae_scale_factor=factor,
-        size_multiple=multiple,
-        default_resolution=whole(transformer, "sample_size", path) * factor,
-        largest_side=whole(transformer, "pos_embed_max_size", path) * multiple,
-        text_shape=(clip_length + t5_length, width),
-        pooled_size=pooled_size,
-        max_sequence_length=t5_length,
-    )
+        raise ValueError(f"{path}: block_out_channels is {blocks!r}, a list of channels is expected")
+    return whole(vae, "latent_channels", path), 2 ** (len(blocks) - 1)
 
 
-def has_t5(pipeline_dir: Path) -> bool:
-    """Whether the pipeline has a T5; model_index.json with [null, null] for text_encoder_3 means that it has none."""
-    return class_name(pipeline_dir, "text_encoder_3") is not None
+def clip_length(pipeline_dir: Path, parts: Sequence[str]) -> int:
+    """How many tokens of a prompt CLIPs take: diffusers cuts for all of them at the first one's tokenizer."""
+    paths = [pipeline_dir / part / "config.json" for part in parts]
+    positions = [
+        whole({"max_position_embeddings": CLIP_LENGTH, **read_config(path)}, "max_position_embeddings", path)
+        for path in paths
+    ]
+    path = pipeline_dir / "tokenizer" / "tokenizer_config.json"
+    tokenizer = {"model_max_length": CLIP_LENGTH, **read_config(path)}
+    return whole(tokenizer, "model_max_length", path, most=min(positions))
+
+
+def t5_length(pipeline_dir: Path, tokenizer: str, asked: int | None, default: int) -> int:
+    """How many tokens of a prompt T5 takes: `asked`, or the smaller of `default` and what its tokenizer allows."""
+    if asked is not None:
+        if not 1 <= asked <= LARGEST_T5_LENGTH:
+            raise ValueError(
+                f"max_sequence_length is {asked}: it must be between 1 and {LARGEST_T5_LENGTH} T5 tokens"
+            )
+        return asked
+    path = pipeline_dir / tokenizer / "tokenizer_config.json"
+    content = read_config(path) if path.is_file() else {}
+    if content.get("model_max_length") is None:
+        return default
+    allowed = number(content, "model_max_length", path)  # 1e30, as many have it, means any length
+    if allowed < 1:
+        raise ValueError(f"{path}: model_max_length is {allowed}: it must be at least 1")
+    return int(min(default, allowed))
 
 
 def class_name(pipeline_dir: Path, part: str) -> str | None:
@@ -97,35 +140,4 @@ def loading(folder: Path) -> Iterator[None]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON config of a pipeline folder; ValueError naming it when it is missing or damaged."""
-    return read_object(path, "give a diffusers SD3 pipeline folder")
-
-
-def _clips(pipeline_dir: Path) -> tuple[int, int]:
-    """Width of the pooled embeddings of both CLIPs together, and how many tokens of a prompt they take."""
-    paths = [pipeline_dir / part / "config.json" for part in ("text_encoder", "text_encoder_2")]
-    clips = [read_config(path) for path in paths]
-    positions = [
-        whole({"max_position_embeddings": CLIP_LENGTH, **clip}, "max_position_embeddings", path)
-        for clip, path in zip(clips, paths, strict=True)
-    ]
-    path = pipeline_dir / "tokenizer" / "tokenizer_config.json"
-    tokenizer = {"model_max_length": CLIP_LENGTH, **read_config(path)}
-    length = whole(tokenizer, "model_max_length", path, most=min(positions))
-    return sum(whole(clip, "projection_dim", path) for clip, path in zip(clips, paths, strict=True)), length
-
-
-def _t5_length(pipeline_dir: Path, asked: int | None) -> int:
-    if asked is not None:
-        if not 1 <= asked <= LARGEST_T5_LENGTH:
-            raise ValueError(
-                f"max_sequence_length is {asked}: it must be between 1 and {LARGEST_T5_LENGTH} T5 tokens"
-            )
-        return asked
-    path = pipeline_dir / "tokenizer_3" / "tokenizer_config.json"
-    tokenizer = read_config(path) if path.is_file() else {}
-    if tokenizer.get("model_max_length") is None:
-        return DEFAULT_T5_LENGTH
-    allowed = number(tokenizer, "model_max_length", path)  # 1e30, as many have it, means any length
-    if allowed < 1:
-        raise ValueError(f"{path}: model_max_length is {allowed}: it must be at least 1")
-    return int(min(DEFAULT_T5_LENGTH, allowed))
+    return read_object(path, "give a diffusers pipeline folder")

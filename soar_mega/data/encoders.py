@@ -1,4 +1,4 @@
-"""The frozen encoders of a diffusers SD3 pipeline that stay loaded: for shards, and for encoding while training."""
+"""The frozen encoders of a diffusers pipeline that stay loaded: for shards, and for encoding while training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
-from soar_mega.data.text_encoder import TextEncoder, joined, parts
+from soar_mega.data.text_encoder import TextEncoder
 from soar_mega.data.vae import ImageEncoder
 
 
@@ -33,7 +33,7 @@ class Encoders:
 
         Args:
             dtype: of the text encoders and of the embeddings they make.
-            max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
+            max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
             text: load the text encoders too; without them only images can be encoded.
 
         Raises:
@@ -41,11 +41,11 @@ class Encoders:
         """
         folder, device = Path(folder), torch.device(device)
         facts = encoder_facts(folder, max_sequence_length)
-        wanted = parts(folder) if text else ()
+        wanted = facts.texts if text else ()
         return Encoders(
             facts=facts,
             images=ImageEncoder.load(folder, device),
-            texts=[TextEncoder.load(folder, part, facts, device, dtype) for part in wanted],
+            texts=[TextEncoder.load(folder, part, device, dtype) for part in wanted],
             dtype=dtype,
         )
 
@@ -57,7 +57,7 @@ class Encoders:
         return self.images.encode(images)
 
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> (text [B, S, D], pooled [B, P]), as StableDiffusion3Pipeline.encode_prompt makes them."""
+        """Prompts -> (text [B, S, D], pooled [B, P]), as diffusers' pipeline makes them."""
         assert self.texts, "loaded with text=False"
-        text, pooled = joined([encoder.encode(prompts) for encoder in self.texts], self.facts)
+        text, pooled = self.facts.join([encoder.encode(prompts) for encoder in self.texts], self.facts)
         return text.to(self.dtype), pooled.to(self.dtype)

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".jxl", ".jp2", ".heic", ".heif", ".svg",
-                  ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw")  # fmt: skip
+from soar_mega.data.caption_lists import METADATA_FILES, list_rows
+from soar_mega.data.images import Picture
+from soar_mega.data.items import Item, Reject
+from soar_mega.data.picture_kinds import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from soar_mega.data.sample_tars import list_tar
+from soar_mega.data.text_files import decode
+
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first that an image has
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # of a NAS and of macOS; the others' names begin with a dot
 
 log = logging.getLogger(__name__)
@@ -25,8 +30,84 @@ class Folder:
 
     images: list[Path] = field(default_factory=list)
     captions: list[Path] = field(default_factory=list)
+    tars: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     problems: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def list_folder(folder: Path, score_key: str) -> Iterator[Item | Reject]:
+    """What a folder holds: the images that its metadata file lists, or else those with captions beside them; then the
+    samples of its tars."""
+    found = walk(folder)
+    metadata = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
+    if len(metadata) > 1:
+        raise ValueError(
+            f"{folder} holds {' and '.join(METADATA_FILES)}: give the one that is meant as a source"
+        )
+    if metadata:
+        yield from _listed(metadata[0], folder, found, score_key)
+    else:
+        yield from _captioned(folder, found)
+    for tar in found.tars:
+        yield from list_tar(tar, tar.relative_to(folder).as_posix(), score_key)
+
+
+def _listed(metadata: Path, folder: Path, found: Folder, score_key: str) -> Iterator[Item | Reject]:
+    """What a metadata file lists; pictures that it does not are told in the log."""
+    listed = set()
+    for result in list_rows(metadata, folder, score_key):
+        if isinstance(result, Item):
+            listed.add(result.image.path)
+        yield result
+    others = [image for image in found.images if image not in listed]
+    if others:
+        log.warning(
+            "%s does not list %d pictures of its folder, such as %s", metadata, len(others), others[0]
+        )
+
+
+def _captioned(folder: Path, found: Folder) -> Iterator[Item | Reject]:
+    captions = set(found.captions)
+    twice = 0
+    for image in found.images:
+        name = image.relative_to(folder).as_posix()
+        beside = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path in captions]
+        twice += len(beside) > 1
+        try:
+            caption = _caption(image, beside)
+        except ValueError as error:
+            yield Reject(name=name, reason=str(error), kind="no caption")
+        else:
+            yield Item(name=name, image=Picture(image), caption=caption)
+    if twice:
+        log.warning("%s: %d images have a .txt and a .caption; the .txt is taken", folder, twice)
+    kinds = " ".join(IMAGE_SUFFIXES)
+    for path, reason in found.problems:
+        yield Reject(name=path.relative_to(folder).as_posix(), reason=reason, kind="cannot be seen")
+    for path in found.others:
+        reason = f"is a picture of another kind than {kinds}: convert or remove it"
+        yield Reject(name=path.relative_to(folder).as_posix(), reason=reason, kind="another kind of picture")
+    pictures = (*found.images, *(path for path, _ in found.problems), *found.others)
+    captioned = {path.with_suffix(suffix) for path in pictures for suffix in CAPTION_SUFFIXES}
+    for path in sorted(captions - captioned):
+        name = path.relative_to(folder).as_posix()
+        yield Reject(name=name, reason="is a caption without an image", kind="caption without an image")
+
+
+def _caption(image: Path, beside: list[Path]) -> str:
+    """The text of the first of the captions. ValueError where there is none."""
+    if not beside:
+        raise ValueError(f"has no caption: {image.with_suffix(CAPTION_SUFFIXES[0]).name} is missing")
+    path = beside[0]
+    try:
+        text = decode(path.read_bytes()).strip()
+    except OSError as error:
+        raise ValueError(f"its caption {path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"its caption {path.name} {error}") from error
+    if not text:
+        raise ValueError(f"its caption {path.name} is empty")
+    return text
 
 
 def walk(folder: Path) -> Folder:
@@ -48,11 +129,13 @@ def walk(folder: Path) -> Folder:
             found.problems.append((path, told))
         elif suffix in IMAGE_SUFFIXES:
             found.images.append(path)
-        elif path.suffix == ".txt":
+        elif path.suffix in CAPTION_SUFFIXES:
             found.captions.append(path)
+        elif path.suffix == ".tar":
+            found.tars.append(path)
         elif suffix in OTHER_SUFFIXES:
             found.others.append(path)
-    for files in (found.images, found.captions, found.others, found.problems):
+    for files in (found.images, found.captions, found.tars, found.others, found.problems):
         files.sort()
     if hidden:
         log.info(

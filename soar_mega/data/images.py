@@ -1,6 +1,9 @@
 """Images from files to tensors of a bucket's size."""
 
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,10 +20,31 @@ class ImageError(Exception):
     """An image file that cannot be read; says why."""
 
 
-def read_image(path: Path) -> Image.Image:
+@dataclass(frozen=True)
+class Picture:
+    """Where the bytes of an image are: a file, or a part of one, such as of a tar."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None  # bytes; None: to the end of the file
+
+    def open(self) -> BinaryIO:
+        """The bytes as a file. ImageError when they cannot be read."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 closed by the caller
+            if self.size is None:
+                return file
+            with file:
+                file.seek(self.offset)
+                return BytesIO(file.read(self.size))
+        except OSError as error:
+            raise ImageError(f"{self.path} cannot be read: {error.strerror}") from error
+
+
+def read_image(source: Path | BinaryIO) -> Image.Image:
     """The whole image, upright, RGB; transparent parts become white. ImageError when the file is damaged."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             _refuse_several_pictures(file)
             image = ImageOps.exif_transpose(file)
             if image.has_transparency_data:
@@ -32,10 +56,10 @@ def read_image(path: Path) -> Image.Image:
         raise _unreadable(error) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(source: Path | BinaryIO) -> tuple[int, int]:
     """(width, height) of the upright image, from the head of the file. ImageError when it is damaged."""
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             _refuse_several_pictures(file)
             width, height = file.size
             return (height, width) if file.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)

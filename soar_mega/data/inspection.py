@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from soar_mega.data.encoder_facts import class_name, loading
+from soar_mega.data.encoder_facts import class_name, encoder_facts, loading
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shards import SampleError, ShardSet
-from soar_mega.data.text_encoder import CLIPS, parts
 from soar_mega.data.vae import Decoder
 
 THUMBNAIL = 256  # pixels a side, of a contact sheet's pictures
@@ -64,14 +63,12 @@ class Window:
 def windows(pipeline_dir: Path, info: DatasetInfo) -> list[Window]:
     """Of the text encoders of a pipeline folder, from its tokenizers alone. ValueError: one cannot be loaded."""
     found = []
-    for part in parts(pipeline_dir):
-        name = part.replace("text_encoder", "tokenizer")
+    for text in encoder_facts(pipeline_dir, info.max_sequence_length).texts:
+        name = text.part.replace("text_encoder", "tokenizer")
         with loading(pipeline_dir / name):
             kind = getattr(transformers, class_name(pipeline_dir, name) or "")
             tokenizer = kind.from_pretrained(pipeline_dir / name)
-        clip_length = info.text_shape[0] - info.max_sequence_length
-        length = clip_length if part in CLIPS else info.max_sequence_length
-        found.append(Window(part=part, tokenizer=tokenizer, length=length))
+        found.append(Window(part=text.part, tokenizer=tokenizer, length=text.length))
     return found
 
 

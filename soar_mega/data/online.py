@@ -45,7 +45,8 @@ class OnlineImages:
         problems = [f"{reject.name}: {reject.reason}" for reject in rejects]
         for item in self._items:
             try:
-                self._buckets.append(item.bucket or nearest_bucket(*image_size(item.image), choice))
+                with item.image.open() as file:
+                    self._buckets.append(item.bucket or nearest_bucket(*image_size(file), choice))
             except ImageError as error:
                 problems.append(f"{item.name}: {error}")
         if problems:
@@ -87,7 +88,8 @@ class OnlineImages:
         result = Read(tensors={"images": images}, names=[self._items[i].name for i in indices])
         for row, index in enumerate(indices):
             try:
-                images[row] = fit(read_image(self._items[index].image), width, height)
+                with self._items[index].image.open() as file:
+                    images[row] = fit(read_image(file), width, height)
             except ImageError as error:
                 result.failures[row] = str(error)
         return result

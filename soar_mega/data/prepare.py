@@ -1,55 +1,67 @@
 """Captioned images to shards of latents and embeddings: the work of `soar-mega prepare`.
 
-Shard k holds the k-th run of items of the source, so an interrupted run goes on behind its last complete shard and the
-bytes do not depend on the interruption. dataset.json comes last, and only when rejects are allowed or there are none.
+The first process lists the sources; all look at the images; the first one settles what is encoded into which shard; all
+write shards, each the next that nobody has begun; the first one finishes. What a shard holds depends on the sources and
+the settings alone, so a prepare that was interrupted goes on behind its complete shards with any number of processes.
+dataset.json comes last, and only when rejects are allowed or there are none.
 """
 
-import fcntl
 import json
 import logging
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
 from soar_mega import distributed
+from soar_mega.data import prepare_folder
 from soar_mega.data.buckets import check_buckets, generate_buckets
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
+from soar_mega.data.fetched import copy_of, expand, fetch, is_copied, is_remote
 from soar_mega.data.fingerprints import fingerprints
-from soar_mega.data.image_sources import Item, Reject, list_items
+from soar_mega.data.image_sources import list_items
 from soar_mega.data.info import DatasetInfo
-from soar_mega.data.item_digests import images_changed, listing
+from soar_mega.data.items import Item, Reject
+from soar_mega.data.plan import Plan, PlannedShard
+from soar_mega.data.prepare_folder import (
+    DUPLICATES_FILE,
+    FETCHED_FOLDER,
+    HELD_OUT_FOLDER,
+    REJECTS_FILE,
+    SURVEY_FOLDER,
+    Lock,
+    complete_shard,
+    index_file,
+)
+from soar_mega.data.processes import Processes
+from soar_mega.data.selection import Selection, Wishes
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import (
     DATASET_FILE,
     EMPTY_FILE,
     FORMAT_VERSION,
-    shard_name,
     write_bytes,
     write_dataset_file,
-    write_json,
 )
-from soar_mega.data.shards import read_dataset_file, read_index, read_json
+from soar_mega.data.shards import read_dataset_file, read_json
+from soar_mega.data.survey import Survey
 from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
 
-SETTINGS_FILE = "prepare.json"  # written first: where it is, what is named here is this program's
-LOCK_FILE = ".lock"
-REJECTS_FILE = "rejects.jsonl"
 NAMED = 5  # rejects named in a message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a finished `prepare` made."""
+    """What a finished `prepare` made, but for the held-out set."""
 
     folder: Path
     samples: int
@@ -58,79 +70,353 @@ class Prepared:
 
 
 def prepare(
-    source: str | Path,
+    sources: str | Path | Sequence[str | Path],
     out: str | Path,
     pipeline_dir: str | Path,
     *,
     images: str | Path | None = None,
     buckets: Sequence[str] = (),
     resolution: int | None = None,
-    flip: bool = False,
+    wishes: Wishes | None = None,
+    score_key: str = "score",
     skip_invalid: bool = False,
     max_sequence_length: int | None = None,
     dtype: str = "fp32",
     batch_size: int = 8,
     samples_per_shard: int = 1000,
+    threads: int = 4,
 ) -> Prepared:
-    """Encode the captioned images of `source` with the encoders of `pipeline` into shards in `out`.
+    """Encode captioned images with the encoders of a pipeline into shards in `out`.
 
-    The same call on an unfinished folder goes on where it stopped; on a finished one it does nothing.
+    The same call on an unfinished folder goes on where it stopped; on a finished one it does nothing. Collective over
+    the processes that torchrun's environment names, which share the folder.
 
     Args:
-        source, images: see `sources.list_items`.
+        sources, images, score_key: see `image_sources.list_items`; several sources are taken one after the other.
         buckets: sizes "WIDTHxHEIGHT" to choose from; empty generates them from `resolution`, the edge of the square one
             (None: the transformer's own sample size). A size that the source gives is taken as it is.
-        flip: write each image mirrored too. Breaks captions that say left or right.
+        wishes: which images are taken, held out for validation (in `out`/held_out) and mirrored.
         skip_invalid: finish without the samples that cannot be used, instead of failing.
         max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
         dtype: fp32 | bf16, of the text encoders and their embeddings.
-        batch_size: images per forward of the encoders.
+        batch_size: images per forward of the encoders. It may change between calls; latents differ by rounding then.
+        threads: of each process, that read and decode images.
 
     Raises:
         ValueError: bad arguments, a folder made with others or by others, one that the source lies in or around, or
             samples that cannot be used, by name.
     """
-    folder, pipeline_dir = Path(out), Path(pipeline_dir)
-    refuse_overlap(
-        folder, {"the source": source, "the folder of images": images or "", "the pipeline": pipeline_dir}
-    )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if batch_size < 1 or samples_per_shard < 1:
+    processes = Processes()
+    try:
+        preparation = processes.together(
+            lambda: _Preparation(
+                processes=processes,
+                sources=expand([str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]),
+                folder=Path(out),
+                pipeline_dir=Path(pipeline_dir),
+                images=Path(images) if images is not None else None,
+                buckets=buckets,
+                resolution=resolution,
+                wishes=wishes or Wishes(),
+                score_key=score_key,
+                skip_invalid=skip_invalid,
+                max_sequence_length=max_sequence_length,
+                dtype=dtype,
+                batch_size=batch_size,
+                samples_per_shard=samples_per_shard,
+                threads=threads,
+            )
+        )
+        return preparation.run()
+    finally:
+        processes.close()
+
+
+@dataclass(kw_only=True)
+class _Preparation:
+    processes: Processes
+    sources: list[str]
+    folder: Path
+    pipeline_dir: Path
+    images: Path | None
+    buckets: Sequence[str]
+    resolution: int | None
+    wishes: Wishes
+    score_key: str
+    skip_invalid: bool
+    max_sequence_length: int | None
+    dtype: str
+    batch_size: int
+    samples_per_shard: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        self._check()
+        self._facts = encoder_facts(self.pipeline_dir, self.max_sequence_length)
+        self._buckets = _bucket_choice(self.buckets, self.resolution, self._facts)
+        self._settings = {
+            "format_version": FORMAT_VERSION,
+            "encoders": fingerprints(self.pipeline_dir),
+            "buckets": self._buckets,
+            **asdict(self.wishes),
+            "score_key": self.score_key,
+            "max_sequence_length": self._facts.max_sequence_length,
+            "dtype": self.dtype,
+            "samples_per_shard": self.samples_per_shard,
+        }
+        self._parts = 0
+        self._survey = Survey(self.folder / SURVEY_FOLDER)
+        self._listed_rejects: list[Reject] = []
+        self._encoders: Encoders | None = None
+
+    def _check(self) -> None:
+        local = [source for source in self.sources if not is_remote(source)]
+        inputs: dict[str, str | Path] = {"the folder of images": self.images or ""}
+        for source in local:
+            inputs["the source" if len(local) == 1 else f"the source {source}"] = source
+        refuse_overlap(self.folder, inputs | {"the pipeline": self.pipeline_dir})
+        if missing := [source for source in local if not Path(source).exists()]:
+            raise ValueError(f"there is no source {missing[0]}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("batch_size", "samples_per_shard", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution is {self.resolution}: it must be at least 1 pixel")
+        self.wishes.check()
+
+    def run(self) -> Prepared:
+        """All steps; each begins when all processes are done with the one before."""
+        processes = self.processes
+        lock = processes.together(lambda: Lock(self.folder))
+        try:
+            processes.first_alone(lock.take)
+            processes.together(lock.share)
+            if processes.first_alone(self._begin):
+                return processes.together(self._result)
+            processes.together(self._fetch)
+            parts = processes.first_alone(self._list)
+            processes.together(lambda: self._look(parts))
+            if processes.first_alone(self._settle):
+                processes.together(self._encode)
+                processes.first_alone(self._finish)
+            return processes.together(self._result)
+        finally:
+            lock.close()
+
+    def _begin(self) -> bool:
+        """Whether the folder is finished and there is nothing on this machine to compare it with."""
+        if not prepare_folder.is_finished(self.folder):
+            prepare_folder.begin(self.folder, self._settings)
+            return False
+        values = read_dataset_file(self.folder)
+        path = self.folder / DATASET_FILE
+        if not isinstance(values.get("settings"), dict):
+            raise ValueError(f"{path} names no settings: `soar-mega prepare` did not write it")
+        prepare_folder.refuse_other_settings(self.folder, values["settings"], self._settings)
+        remote = any(is_remote(source) for source in self.sources)
+        if remote:
+            log.info("%s is finished already; its remote sources are not looked at again", self.folder)
+        return remote
+
+    def _fetch(self) -> None:
+        copied = [source for source in self.sources if is_copied(source)]
+        for number in self.processes.shares("sources", len(copied)):
+            fetch(copied[number], self._local(copied[number]))
+
+    def _local(self, source: str) -> Path:
+        return copy_of(source, self.folder / FETCHED_FOLDER) if is_copied(source) else Path(source)
+
+    def _list(self) -> int:
+        """Write down all items of the sources; how many parts these are to be looked at in."""
+        listed: list[Item] = []
+        for source in self.sources:
+            items, rejects = list_items(self._local(source), self.images, self.score_key)
+            if len(self.sources) > 1:
+                items = [replace(item, name=f"{source}: {item.name}") for item in items]
+                rejects = [replace(reject, name=f"{source}: {reject.name}") for reject in rejects]
+            listed += items
+            self._listed_rejects += rejects
+        self._parts = self._survey.write_list(listed)
+        return self._parts
+
+    def _look(self, parts: int) -> None:
+        for part in self.processes.shares("parts", parts):
+            self._survey.look(part, self.threads)
+
+    def _settle(self) -> int:
+        """What goes where: how many shards; 0 for a finished folder, of which all is still the same."""
+        survey = self._survey
+        selection = Selection(self.wishes, self._buckets, self._facts)
+        plan = Plan(folder=self.folder / SURVEY_FOLDER)
+        for part in range(self._parts):
+            pairs = list(zip(survey.items(part), survey.seen(part), strict=True))
+            plan.source_samples += len(pairs)
+            plan.add(selection.choose(pairs), self.samples_per_shard)
+        plan.source_samples += len(self._listed_rejects)
+        plan.finish()
+        if prepare_folder.is_finished(self.folder):
+            plan.remove()
+            self._survey.remove_list()
+            shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
+            if read_dataset_file(self.folder).get("digests") != [shard.digest for shard in plan.of("")]:
+                raise ValueError(
+                    f"{self.folder} was made of other images or captions: remove it or give another folder"
+                )
+            log.info("%s is finished already", self.folder)
+            return 0
+        rejects = self._listed_rejects + selection.rejects
+        prepare_folder.write_rejects(self.folder, rejects)
+        self._tell_duplicates(selection.duplicates)
+        self._judge(rejects, plan.source_samples)
+        if not plan.of(""):
+            raise ValueError(
+                f"none of the {plan.source_samples} samples can be used (see {self.folder / REJECTS_FILE})"
+            )
+        if self.wishes.held_out_share is not None and not plan.of(HELD_OUT_FOLDER):
+            raise ValueError(
+                f"held_out_share {self.wishes.held_out_share} of {plan.source_samples} samples holds none: give a "
+                "larger one"
+            )
+        for shard in plan.shards:
+            (self.folder / shard.folder).mkdir(exist_ok=True)
+        return len(plan.shards)
+
+    def _tell_duplicates(self, duplicates: Sequence[tuple[str, str]]) -> None:
+        rows = [json.dumps({"name": name, "same_as": first}) + "\n" for name, first in duplicates]
+        path = self.folder / DUPLICATES_FILE
+        if not duplicates:
+            path.unlink(missing_ok=True)
+            return
+        write_bytes(path, "".join(rows).encode())
+        done = "left out" if self.wishes.drop_duplicates else "kept"
+        log.warning(
+            "%d samples have the same image file as an earlier one and are %s, such as %s and %s (all in %s)",
+            len(duplicates),
+            done,
+            *duplicates[0],
+            path,
+        )
+
+    def _judge(self, rejects: Sequence[Reject], total: int) -> None:
+        """ValueError where something is wrong with samples and that is not allowed."""
+        wrong = [reject for reject in rejects if not reject.by_choice]
+        if not wrong or self.skip_invalid:
+            return
+        named = "\n".join(f"  {reject.name}: {reject.reason}" for reject in wrong[:NAMED])
+        more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ValueError(
-            f"batch_size ({batch_size}) and samples_per_shard ({samples_per_shard}) must be at least 1"
+            f"{len(wrong)} of {total} samples cannot be used (all are listed in {self.folder / REJECTS_FILE}):\n{named}"
+            f"{more}\nRepair or remove them and run the same command again, or leave them out with --skip-invalid"
         )
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution is {resolution}: it must be at least 1 pixel")
-    facts = encoder_facts(pipeline_dir, max_sequence_length)
-    sizes = _bucket_choice(buckets, resolution, facts)
-    items, listed_rejects = list_items(Path(source), Path(images) if images is not None else None)
-    if flip:
-        items = [variant for item in items for variant in (item, _mirrored(item))]
-    chunks = [items[first : first + samples_per_shard] for first in range(0, len(items), samples_per_shard)]
-    settings = {
-        "format_version": FORMAT_VERSION,
-        "encoders": fingerprints(pipeline_dir),
-        "buckets": sizes,
-        "flip": flip,
-        "max_sequence_length": facts.max_sequence_length,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "samples_per_shard": samples_per_shard,
-    }
-    digests = [listing(chunk) for chunk in chunks]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_FILE, "a") as lock:
-        _lock(lock, folder)
-        if (folder / DATASET_FILE).is_file():
-            return _already_finished(folder, settings, chunks, digests)
-        _start(folder, settings)
-        rejects = listed_rejects + _write_shards(
-            folder, pipeline_dir, facts, chunks, digests, settings, skip_invalid
+
+    def _encode(self) -> None:
+        """Write shards that are not there yet."""
+        plan = Plan.read(self.folder / SURVEY_FOLDER)
+        if self.processes.rank == 0:
+            self._write_empty(plan)
+        total = sum(shard.samples for shard in plan.shards)
+        # disable=None: silent when nobody looks
+        hidden = None if self.processes.rank == 0 else True
+        with tqdm(total=total, desc="prepare", unit="sample", disable=hidden, smoothing=0.02) as bar:
+
+            def advance(samples: int) -> None:
+                bar.update(self.processes.count("samples", samples) - bar.n)
+
+            for number in self.processes.shares("shards", len(plan.shards)):
+                shard = plan.shards[number]
+                old = complete_shard(self.folder / shard.folder, shard.number, shard.digest)
+                # what was rejected may have been repaired since
+                if old is not None and (self.skip_invalid or not old):
+                    advance(shard.samples)
+                else:
+                    self._write_shard(plan, shard, advance)
+
+    def _write_shard(self, plan: Plan, shard: PlannedShard, advance: Callable[[int], None]) -> None:
+        first_key = shard.number * self.samples_per_shard
+        folder = self.folder / shard.folder
+        job = ShardJob(folder, shard.number, first_key, self._loaded(), self.batch_size, self.threads)
+        try:
+            job.run(plan.items(shard), advance)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory with --batch-size {self.batch_size}: the same command with a smaller one goes on"
+            ) from error
+
+    def _write_empty(self, plan: Plan) -> None:
+        for folder in {self.folder / shard.folder for shard in plan.shards}:
+            if not (folder / EMPTY_FILE).is_file():
+                text, pooled = self._loaded().encode_prompts([""])
+                # not save_file: what that writes only its owner can read, whatever the umask
+                write_bytes(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))
+
+    def _loaded(self) -> Encoders:
+        if self._encoders is None:
+            self._encoders = Encoders.from_pipeline(
+                self.pipeline_dir, distributed.device(), DTYPES[self.dtype], self._facts.max_sequence_length
+            )
+        return self._encoders
+
+    def _finish(self) -> int:
+        """Judge all rejects, then write the dataset files, that of the training set last."""
+        plan = Plan.read(self.folder / SURVEY_FOLDER)
+        rejects = prepare_folder.read_rejects(self.folder)
+        for shard in plan.shards:
+            path = index_file(self.folder / shard.folder, shard.number)
+            rejects += prepare_folder.rejects_of(read_json(path), path)
+        prepare_folder.write_rejects(self.folder, rejects)
+        self._judge(rejects, plan.source_samples)
+        for folder in (HELD_OUT_FOLDER, ""):
+            if shards := plan.of(folder):
+                self._finish_set(self.folder / folder, [shard.digest for shard in shards], len(rejects))
+        for line in _table(rejects):
+            log.info("%s", line)
+        plan.remove()
+        self._survey.remove_list()
+        shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
+        return 0
+
+    def _finish_set(self, folder: Path, digests: list[str], rejected: int) -> None:
+        buckets: Counter[str] = Counter()
+        cut: Counter[str] = Counter()
+        for number in range(len(digests)):
+            index = read_json(index_file(folder, number))
+            buckets.update(sample["bucket"] for sample in index["samples"])
+            cut.update(index.get("captions_cut", {}))
+        if not buckets:
+            raise ValueError(f"none of the samples can be used (see {self.folder / REJECTS_FILE})")
+        info = DatasetInfo(
+            buckets=dict(buckets),
+            latent_channels=self._facts.latent_channels,
+            vae_scale_factor=self._facts.vae_scale_factor,
+            text_shape=self._facts.text_shape,
+            pooled_size=self._facts.pooled_size,
+            max_sequence_length=self._facts.max_sequence_length,
+            text_dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
+            encoders=fingerprints(self.pipeline_dir),
         )
-        return _finish(
-            folder, facts, settings, digests, rejects, len(items) + len(listed_rejects), skip_invalid
+        prepare_folder.remove_leftover_shards(folder, len(digests))
+        write_dataset_file(
+            folder,
+            info,
+            len(digests),
+            settings=self._settings,
+            digests=digests,
+            rejected=rejected,
+            captions_cut=dict(cut),
         )
+        for part, count in cut.items():
+            if count:
+                log.warning(
+                    "%d of %d captions are longer than %s takes and were cut", count, info.samples, part
+                )
+        log.info("%s: %d samples in %d shards, %d left out", folder, info.samples, len(digests), rejected)
+
+    def _result(self) -> Prepared:
+        info = DatasetInfo.from_json(read_dataset_file(self.folder), self.folder / DATASET_FILE)
+        rejects = prepare_folder.read_rejects(self.folder)
+        return Prepared(folder=self.folder, samples=info.samples, buckets=info.buckets, rejects=rejects)
 
 
 def _bucket_choice(buckets: Sequence[str], resolution: int | None, facts: EncoderFacts) -> list[str]:
@@ -139,187 +425,7 @@ def _bucket_choice(buckets: Sequence[str], resolution: int | None, facts: Encode
     return generate_buckets(resolution or facts.default_resolution, facts.size_multiple, facts.largest_side)
 
 
-def _mirrored(item: Item) -> Item:
-    return Item(**{**asdict(item), "name": f"{item.name} (mirrored)", "mirrored": True})
-
-
-def _lock(file: Any, folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(
-            f"another `soar-mega prepare` is writing {folder}: wait, or give another folder"
-        ) from error
-
-
-def _already_finished(
-    folder: Path, settings: dict[str, Any], chunks: Sequence[Sequence[Item]], digests: list[str]
-) -> Prepared:
-    values = read_dataset_file(folder)
-    if not isinstance(values.get("settings"), dict):
-        raise ValueError(f"{folder / DATASET_FILE} names no settings: `soar-mega prepare` did not write it")
-    _refuse_other_settings(folder, values["settings"], settings)
-    if values.get("digests") != digests or any(
-        images_changed(chunk, path := _index(folder, number), read_index(path).get("images", ""))
-        for number, chunk in enumerate(chunks)
-    ):
-        raise ValueError(f"{folder} was made of other images or captions: remove it or give another folder")
-    log.info("%s is finished already", folder)
-    info = DatasetInfo.from_json(values, folder / DATASET_FILE)
-    return Prepared(folder=folder, samples=info.samples, buckets=info.buckets, rejects=_read_rejects(folder))
-
-
-def _start(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS_FILE
-    if path.is_file():
-        _refuse_other_settings(folder, read_json(path), settings)
-    elif others := sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE):
-        raise ValueError(
-            f"{folder} holds {others[0]} but no {SETTINGS_FILE}: it is not a folder that this program began. Give "
-            "another one"
-        )
-    write_json(path, settings)
-
-
-def _refuse_other_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for name, value in new.items():
-        if old.get(name) != value:
-            raise ValueError(
-                f"{folder} was begun with {name} {old.get(name)}, not {value}: keep the settings, remove the folder or "
-                "give another one"
-            )
-
-
-def _write_shards(
-    folder: Path,
-    pipeline_dir: Path,
-    facts: EncoderFacts,
-    chunks: Sequence[Sequence[Item]],
-    digests: Sequence[str],
-    settings: dict[str, Any],
-    skip_invalid: bool,
-) -> list[Reject]:
-    """Write what is not there yet; the rejects of all shards, old and new."""
-    rejects: list[Reject] = []
-    encoders = None
-    # disable=None: silent when nobody looks
-    with tqdm(total=sum(map(len, chunks)), desc="prepare", unit="sample", disable=None) as progress:
-        for number, (chunk, digest) in enumerate(zip(chunks, digests, strict=True)):
-            old = _complete_shard(folder, number, chunk, digest)
-            # Rejected samples may have been repaired since.
-            if old is not None and (skip_invalid or not old):
-                rejects += old
-                progress.update(len(chunk))
-                continue
-            if encoders is None:
-                device = distributed.device()
-                dtype = DTYPES[settings["dtype"]]
-                encoders = Encoders.from_pipeline(pipeline_dir, device, dtype, facts.max_sequence_length)
-                text, pooled = encoders.encode_prompts([""])
-                # not save_file: what that writes only its owner can read, whatever the umask
-                write_bytes(folder / EMPTY_FILE, save({"text": text[0].cpu(), "pooled": pooled[0].cpu()}))
-            first_key = number * settings["samples_per_shard"]
-            rejects += ShardJob(folder, number, first_key, encoders, settings).run(chunk, digest, progress)
-    return rejects
-
-
-def _index(folder: Path, number: int) -> Path:
-    return folder / f"{shard_name(number)}.json"
-
-
-def _complete_shard(folder: Path, number: int, chunk: Sequence[Item], digest: str) -> list[Reject] | None:
-    """The rejects of a shard that was completed from the same items; None when there is none."""
-    tar, index = folder / f"{shard_name(number)}.tar", _index(folder, number)
-    if not (tar.is_file() and index.is_file()):
-        return None
-    try:
-        values = read_index(index)
-        rejects = [_reject(row, index) for row in values.get("rejects", [None])]
-    except ValueError as error:
-        log.warning("%s: the shard is written again", error)
-        return None
-    if values.get("digest") != digest or tar.stat().st_size != values["bytes"]:
-        return None
-    if images_changed(chunk, index, values.get("images", "")):
-        return None
-    return rejects
-
-
-def _reject(row: Any, path: Path) -> Reject:
-    if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "reason")):
-        return Reject(name=row["name"], reason=row["reason"])
-    raise ValueError(f"{path} holds {str(row)[:60]} where a rejected sample's name and reason belong")
-
-
-def _finish(
-    folder: Path,
-    facts: EncoderFacts,
-    settings: dict[str, Any],
-    digests: list[str],
-    rejects: list[Reject],
-    total: int,
-    skip_invalid: bool,
-) -> Prepared:
-    """Judge the rejects, then write dataset.json."""
-    path = folder / REJECTS_FILE
-    path.write_text("".join(json.dumps(asdict(reject)) + "\n" for reject in rejects))
-    if rejects and not skip_invalid:
-        named = "\n".join(f"  {reject.name}: {reject.reason}" for reject in rejects[:NAMED])
-        more = f"\n  and {len(rejects) - NAMED} more" if len(rejects) > NAMED else ""
-        raise ValueError(
-            f"{len(rejects)} of {total} samples cannot be used (all are listed in {path}):\n{named}{more}\n"
-            "Repair or remove them and run the same command again, or leave them out with --skip-invalid"
-        )
-    buckets: dict[str, int] = {}
-    cut: dict[str, int] = {}
-    for number in range(len(digests)):
-        index = read_json(_index(folder, number))
-        for sample in index["samples"]:
-            buckets[sample["bucket"]] = buckets.get(sample["bucket"], 0) + 1
-        for part, count in index.get("captions_cut", {}).items():
-            cut[part] = cut.get(part, 0) + count
-    if not buckets:
-        raise ValueError(f"none of the {total} samples can be used (see {path})")
-    info = DatasetInfo(
-        buckets=buckets,
-        latent_channels=facts.latent_channels,
-        vae_scale_factor=facts.vae_scale_factor,
-        text_shape=facts.text_shape,
-        pooled_size=facts.pooled_size,
-        max_sequence_length=facts.max_sequence_length,
-        text_dtype=str(DTYPES[settings["dtype"]]).removeprefix("torch."),
-        encoders=settings["encoders"],
-    )
-    _remove_leftover_shards(folder, len(digests))
-    write_dataset_file(
-        folder,
-        info,
-        len(digests),
-        settings=settings,
-        digests=digests,
-        rejected=len(rejects),
-        captions_cut=cut,
-    )
-    for part, count in cut.items():
-        if count:
-            log.warning("%d of %d captions are longer than %s takes and were cut", count, info.samples, part)
-    log.info("%s: %d samples in %d shards, %d left out", folder, info.samples, len(digests), len(rejects))
-    return Prepared(folder=folder, samples=info.samples, buckets=buckets, rejects=rejects)
-
-
-def _remove_leftover_shards(folder: Path, count: int) -> None:
-    """Those behind the last one: the folder was begun with more images."""
-    for path in sorted(folder.iterdir()):
-        name = re.fullmatch(r"shard-(\d{6,})\.(tar|json)(\.tmp)?", path.name)
-        if name and int(name[1]) >= count:
-            log.info("%s is left over from a larger source and is removed", path)
-            path.unlink()
-
-
-def _read_rejects(folder: Path) -> list[Reject]:
-    path = folder / REJECTS_FILE
-    try:
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [_reject(json.loads(line), path) for line in lines]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: remove it ({error})") from error
+def _table(rejects: Sequence[Reject]) -> list[str]:
+    """What was left out, by kind, the most frequent first."""
+    counts = Counter(reject.kind for reject in rejects)
+    return [f"{count:10d}  {kind}" for kind, count in counts.most_common()]

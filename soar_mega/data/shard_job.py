@@ -1,100 +1,130 @@
 """The items of one shard through the encoders."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from soar_mega.data.buckets import bucket_problem, nearest_bucket
 from soar_mega.data.encoders import Encoders
-from soar_mega.data.image_sources import Item, Reject
 from soar_mega.data.images import ImageError, fit, read_image, to_model_range
 from soar_mega.data.info import bucket_size
-from soar_mega.data.item_digests import contents
+from soar_mega.data.items import UNREADABLE, Item, Reject
+from soar_mega.data.selection import Chosen
 from soar_mega.data.shard_writer import EncodedSample, ShardWriter
+from soar_mega.data.threads import in_order
+
+
+def digest(chosen: Sequence[Chosen]) -> str:
+    """Changes with the names, captions, buckets and contents of a shard's items."""
+    rows = [[c.item.name, c.item.caption, c.item.bucket, c.item.mirrored, c.sha256] for c in chosen]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    key: str
+    item: Item
+    pixels: Tensor | None  # [3, H, W] uint8
+    problem: tuple[str, str] = ("", "")  # reason, kind
 
 
 class ShardJob:
-    """Encodes the items of one shard in batches of one bucket and writes them.
+    """Encodes the items of one shard and writes them, one bucket after the other.
+
+    So neither the size of a batch nor the number of threads changes which sample is where in the shard.
 
     Args:
         first_key: number of the first item in the whole source; items are keyed by their number.
-        settings: buckets to choose from and batch_size.
     """
 
     def __init__(
-        self, folder: Path, number: int, first_key: int, encoders: Encoders, settings: dict[str, Any]
+        self, folder: Path, number: int, first_key: int, encoders: Encoders, batch_size: int, threads: int
     ) -> None:
         self._first_key = first_key
         self._encoders = encoders
-        self._settings = settings
+        self._batch_size = batch_size
+        self._threads = threads
         self._writer = ShardWriter(folder, number)
-        self._waiting: dict[str, list[tuple[str, Item, torch.Tensor]]] = {}
         self._rejects: list[Reject] = []
-        self._cut = dict.fromkeys((encoder.part for encoder in encoders.texts), 0)
+        self._cut = dict.fromkeys((encoder.facts.part for encoder in encoders.texts), 0)
 
-    def run(self, chunk: Sequence[Item], digest: str, progress: Any) -> list[Reject]:
-        """Write the shard; what could not be used of it."""
-        images = contents(chunk)  # before they are encoded: a change meanwhile is seen by the next call
-        for place, item in enumerate(chunk):
-            self._take(f"{self._first_key + place:09d}", item)
-            progress.update()
-        for bucket in self._waiting:
-            self._encode(bucket)
+    def run(self, chosen: Sequence[Chosen], advance: Callable[[int], None]) -> None:
+        """Write the shard; `advance` is told how many further items are done."""
+        keyed = [(f"{self._first_key + place:09d}", one) for place, one in enumerate(chosen)]
+        keyed.sort(key=lambda pair: pair[1].item.bucket or "")
+        for batch in self._batches(in_order(self._threads, _open, keyed), advance):
+            self._encode(batch)
         self._writer.close(
-            digest=digest,
-            images=images,
+            digest=digest(chosen),
             captions_cut=self._cut,
             rejects=[asdict(reject) for reject in self._rejects],
         )
-        return self._rejects
 
-    def _take(self, key: str, item: Item) -> None:
-        facts = self._encoders.facts
-        bucket = item.bucket
-        try:
-            image = read_image(item.image)
-        except ImageError as error:
-            self._rejects.append(Reject(name=item.name, reason=str(error)))
-            return
-        if bucket is None:
-            bucket = nearest_bucket(*image.size, self._settings["buckets"])
-        problem = bucket_problem(bucket, facts.size_multiple, facts.largest_side)
-        if problem:
-            self._rejects.append(Reject(name=item.name, reason=problem))
-            return
-        pixels = fit(image, *bucket_size(bucket), item.mirrored)
-        self._waiting.setdefault(bucket, []).append((key, item, pixels))
-        if len(self._waiting[bucket]) == self._settings["batch_size"]:
-            self._encode(bucket)
+    def _batches(self, opened: Iterator[_Opened], advance: Callable[[int], None]) -> Iterator[list[_Opened]]:
+        batch: list[_Opened] = []
+        done = 0
+        for one in opened:
+            done += 1
+            if one.pixels is None:
+                self._reject(one.item, *one.problem)
+                continue
+            if batch and (len(batch) == self._batch_size or one.item.bucket != batch[0].item.bucket):
+                yield batch
+                advance(done)
+                batch, done = [], 0
+            batch.append(one)
+        if batch:
+            yield batch
+        advance(done)
 
-    def _encode(self, bucket: str) -> None:
-        batch, self._waiting[bucket] = self._waiting[bucket], []
-        if not batch:
-            return
-        means, stds = self._encoders.encode_images(
-            to_model_range(torch.stack([pixels for _, _, pixels in batch]))
-        )
-        texts, pooled = self._encoders.encode_prompts([item.caption for _, item, _ in batch])
-        for row, (key, item, _) in enumerate(batch):
+    def _encode(self, batch: Sequence[_Opened]) -> None:
+        pixels = torch.stack([one.pixels for one in batch if one.pixels is not None])
+        means, stds = self._encoders.encode_images(to_model_range(pixels))
+        texts, pooled = self._encoders.encode_prompts([one.item.caption for one in batch])
+        # to the host at once, not sample by sample
+        means, stds, texts, pooled = means.cpu(), stds.cpu(), texts.cpu(), pooled.cpu()
+        for row, one in enumerate(batch):
+            item = one.item
+            assert item.bucket is not None
             sample = EncodedSample(
                 name=item.name,
                 caption=item.caption,
-                bucket=bucket,
-                latent_mean=means[row].cpu(),
-                latent_std=stds[row].cpu(),
-                text=texts[row].cpu(),
-                pooled=pooled[row].cpu(),
+                bucket=item.bucket,
+                latent_mean=means[row],
+                latent_std=stds[row],
+                text=texts[row],
+                pooled=pooled[row],
             )
             problem = _not_finite(sample)
             if problem:
-                self._rejects.append(Reject(name=item.name, reason=problem))
-            else:
-                self._writer.add(key, sample)
-                for encoder in self._encoders.texts:
-                    self._cut[encoder.part] += encoder.cuts(item.caption)
+                self._reject(item, problem, "not finite")
+                continue
+            self._writer.add(one.key, sample)
+            for encoder in self._encoders.texts:
+                self._cut[encoder.facts.part] += encoder.cuts(item.caption)
+
+    def _reject(self, item: Item, reason: str, kind: str) -> None:
+        self._rejects.append(Reject(name=item.name, reason=reason, kind=kind))
+
+
+def _open(keyed: tuple[str, Chosen]) -> _Opened:
+    key, item = keyed[0], keyed[1].item
+    assert item.bucket is not None
+    try:
+        with item.image.open() as file:
+            content = file.read()
+        image = read_image(BytesIO(content))
+    except (ImageError, OSError) as error:
+        return _Opened(key=key, item=item, pixels=None, problem=(str(error), UNREADABLE))
+    if hashlib.sha256(content).hexdigest() != keyed[1].sha256:
+        problem = ("was changed while it was prepared: run the same command again", "changed meanwhile")
+        return _Opened(key=key, item=item, pixels=None, problem=problem)
+    return _Opened(key=key, item=item, pixels=fit(image, *bucket_size(item.bucket), item.mirrored))
 
 
 def _not_finite(sample: EncodedSample) -> str | None:

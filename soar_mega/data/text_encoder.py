@@ -1,37 +1,30 @@
-"""The frozen text encoders of a diffusers SD3 pipeline, two CLIPs and in most a T5, and what they make together."""
+"""The frozen text encoders of a diffusers pipeline."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 
-from soar_mega.data.encoder_facts import EncoderFacts, class_name, has_t5, loading
+from soar_mega.data.encoder_facts import TextOutput, TextPart, class_name, loading
 from soar_mega.data.finite import check_finite
-
-CLIPS = ("text_encoder", "text_encoder_2")
-T5 = "text_encoder_3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """One text encoder and its tokenizer."""
 
-    part: str  # of the pipeline folder
+    facts: TextPart
     model: Any
     tokenizer: Any
-    is_clip: bool
-    length: int  # tokens of a prompt
 
     @staticmethod
-    def load(
-        folder: Path, part: str, facts: EncoderFacts, device: torch.device, dtype: torch.dtype
-    ) -> "TextEncoder":
-        """From a pipeline folder; `part` is one of `parts`. ValueError: it or its tokenizer cannot be loaded."""
+    def load(folder: Path, facts: TextPart, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
+        """From a pipeline folder. ValueError: it or its tokenizer cannot be loaded."""
+        part = facts.part
         tokenizer = part.replace("text_encoder", "tokenizer")
         with _no_progress_bars(), loading(folder / part):
             model, told = _class(folder, part).from_pretrained(
@@ -47,48 +40,21 @@ class TextEncoder:
             )
         model = model.to(device).eval().requires_grad_(False)
         check_finite(model, folder / part)
-        # diffusers cuts both CLIPs at the length of the first one's tokenizer
-        clip_length = facts.text_shape[0] - facts.max_sequence_length
-        return TextEncoder(
-            part=part,
-            model=model,
-            tokenizer=tokens,
-            is_clip=part in CLIPS,
-            length=clip_length if part in CLIPS else facts.max_sequence_length,
-        )
+        return TextEncoder(facts=facts, model=model, tokenizer=tokens)
 
     def cuts(self, prompt: str) -> bool:
         """Whether `encode` takes the beginning of a prompt only."""
-        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.length
+        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.facts.length
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Prompts -> tokens [B, length, width] and, of a CLIP, their projection [B, P]."""
+    def encode(self, prompts: list[str]) -> TextOutput:
+        """Prompts -> tokens [B, length, width] and pooled [B, P], one of them None where it is not used."""
+        facts = self.facts
         tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=facts.length, truncation=True, return_tensors="pt"
         )
-        output = self.model(tokens.input_ids.to(self.model.device), output_hidden_states=self.is_clip)
-        return (output.hidden_states[-2], output[0]) if self.is_clip else (output[0], None)
-
-
-def parts(folder: Path) -> tuple[str, ...]:
-    """The text encoders of a pipeline folder, in the order in which `joined` takes their outputs."""
-    return (*CLIPS, T5) if has_t5(folder) else CLIPS
-
-
-def joined(outputs: Sequence[tuple[Tensor, Tensor | None]], facts: EncoderFacts) -> tuple[Tensor, Tensor]:
-    """What `parts` made -> (text [B, S, D], pooled [B, P]), as StableDiffusion3Pipeline.encode_prompt makes them.
-
-    The two CLIPs' last hidden states but one side by side, padded with zeros to T5's width, then T5's tokens (zeros
-    where the pipeline has no T5); pooled are both CLIPs' projections.
-    """
-    clip = torch.cat([tokens for tokens, pooled in outputs if pooled is not None], dim=-1)
-    t5 = [tokens for tokens, pooled in outputs if pooled is None]
-    if not t5:
-        t5 = [clip.new_zeros(len(clip), facts.max_sequence_length, facts.text_shape[1])]
-    clip = nn.functional.pad(clip, (0, t5[0].shape[-1] - clip.shape[-1]))
-    pooled = torch.cat([pooled for _, pooled in outputs if pooled is not None], dim=-1)
-    return torch.cat([clip, *t5], dim=-2), pooled
+        ids = tokens.input_ids.to(self.model.device)
+        return facts.read(self.model(ids, output_hidden_states=facts.hidden_states))
 
 
 def _class(folder: Path, part: str) -> Any:

@@ -22,31 +22,34 @@ from soar_mega.config import ParallelConfig
 from soar_mega.distributed import device, new_group
 
 WINDOW = 4  # answers in a message of the overlapped channel, or one for each pipeline rank
+TAGS = 2**30  # after which they begin again
 
 
 class RolloutChannel(ABC):
-    """Carries answer i from the last pipeline rank to the first of the same tensor-, context- and data-parallel rank.
+    """Carries answers from the last pipeline rank to the first of the same tensor-, context- and data-parallel rank.
 
     In an answer pass all ranks of the pipeline call `open` and at the end `end_pass`; in between the last one calls
-    `send` for each answer in turn, and the first one `advance` before each forward. Afterwards an answer is there
-    behind `wait`, at both ends.
+    `send` for each answer in turn, and the first one `advance` before each forward. All messages of a pass have their
+    place in the order of both ends before those of the next, so the answers of several passes can be on their way.
     """
 
     def __init__(self) -> None:
         self._group, self._last, self._first = _last_to_first_group()
-        self._count = 0
-        self._moved = 0  # answers that are in a message by now
-        self._answers: Tensor | None = None
-        self._messages: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
+        self._tag = 0  # of the next pass: gloo tells messages apart by it
+        self.forgotten: list[tuple[list[list[dist.Work]], Tensor | None]] = []
         self._warm_up()
 
-    def open(self, count: int, answers: Tensor | None) -> None:
+    def open(self, count: int, answers: Tensor | None) -> "Messages":
         """Announce `count` answers, the rows of `answers` [count, ...] at both ends, which are written in place."""
-        assert not self._messages, "the channel is still carrying earlier answers"
-        self._count, self._answers, self._moved = count, answers, 0
+        for messages_of_pass, _ in self.forgotten:
+            _finish(messages_of_pass)
+        self.forgotten.clear()
+        messages = Messages(self, count, answers, self._tag)
+        self._tag = (self._tag + count) % TAGS
+        return messages
 
     @abstractmethod
-    def send(self, i: int) -> None:
+    def send(self, messages: "Messages", i: int) -> None:
         """On the last rank, with answer i in its place: start the messages that are due; returns at once."""
 
     @property
@@ -55,54 +58,42 @@ class RolloutChannel(ABC):
         return self._group is not None
 
     @abstractmethod
-    def advance(self, forwards: int) -> None:
+    def advance(self, messages: "Messages", forwards: int) -> None:
         """On the first rank, after `forwards` forwards of the pass: start the messages that are due."""
 
-    def end_pass(self) -> None:
+    def end_pass(self, messages: "Messages") -> None:
         """Start the messages that are left: this rank's part of the answer pass is over."""
-        self._move(self._count)
+        messages.move(messages.count)
 
-    def wait(self, i: int) -> None:
-        """Until answer i has arrived at the first rank, or left the last one."""
-        works = self._messages.pop(i)
-        while works:
-            works.pop().wait()
-
-    def close(self) -> None:
-        """Finish all messages, also of answers that nobody asked for."""
-        for i in list(self._messages):
-            self.wait(i)
-        self._answers = None
-
-    def _move(self, until: int) -> None:
-        """One message of the answers before `until` that are in none yet; nothing on the ranks in between."""
-        answers = range(self._moved, until)
-        if self._group is None or not answers:
-            return
-        self._moved = until
-        assert self._answers is not None
+    def exchange(self, answers: Tensor, tags: Sequence[int]) -> list[dist.Work]:
+        """One message of `answers` [n, ...]; nothing on the ranks in between."""
+        if self._group is None:
+            return []
         sends = dist.get_rank() == self._last
         operation = dist.isend if sends else dist.irecv
         peer = self._first if sends else self._last
         # gloo sends each answer for itself, told apart by its tag; NCCL all of them at once
-        parts = [dist.P2POp(operation, self._answers[i], peer, self._group, tag=i) for i in answers]
-        self._messages |= dict.fromkeys(answers, dist.batch_isend_irecv(parts))
+        parts = [
+            dist.P2POp(operation, each, peer, self._group, tag=tag)
+            for each, tag in zip(answers, tags, strict=True)
+        ]
+        return dist.batch_isend_irecv(parts)
 
     def _warm_up(self) -> None:
         """An answer of one number: at the first message NCCL makes a communicator, and the host waits for both ends."""
-        self.open(1, torch.zeros(1, 1, device=device()))
-        self.send(0)
-        self.end_pass()
-        self.close()
+        messages = self.open(1, torch.zeros(1, 1, device=device()))
+        self.send(messages, 0)
+        self.end_pass(messages)
+        messages.close()
 
 
 class BatchedChannel(RolloutChannel):
     """All answers in one message, after the pass."""
 
-    def send(self, i: int) -> None:
+    def send(self, messages: "Messages", i: int) -> None:
         """No message is due during the pass."""
 
-    def advance(self, forwards: int) -> None:
+    def advance(self, messages: "Messages", forwards: int) -> None:
         """Here neither."""
 
 
@@ -115,27 +106,73 @@ class OverlappedChannel(RolloutChannel):
         self._window = max(WINDOW, ranks)
         super().__init__()
 
-    def send(self, i: int) -> None:
+    def send(self, messages: "Messages", i: int) -> None:
         if (i + 1) % self._window == 0:
-            self._move(i + 1)
+            messages.move(i + 1)
 
-    def advance(self, forwards: int) -> None:
+    def advance(self, messages: "Messages", forwards: int) -> None:
         answers = forwards - self._between
         if answers > 0 and answers % self._window == 0:
-            self._move(answers)
+            messages.move(answers)
 
-    def end_pass(self) -> None:
-        for until in range(self._moved + self._window, self._count, self._window):
-            self._move(until)  # the last rank made a message of these
-        super().end_pass()
+    def end_pass(self, messages: "Messages") -> None:
+        for until in range(messages.moved + self._window, messages.count, self._window):
+            messages.move(until)  # the last rank made a message of these
+        super().end_pass(messages)
+
+
+class Messages:
+    """The messages of one answer pass. An answer is there behind `wait`, at both ends.
+
+    Args:
+        tag: of the first answer.
+    """
+
+    def __init__(self, channel: RolloutChannel, count: int, answers: Tensor | None, tag: int) -> None:
+        self.count = count
+        self.moved = 0  # answers that are in a message by now
+        self._channel, self._answers, self._tag = channel, answers, tag
+        self._works: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
+
+    def move(self, until: int) -> None:
+        """One message of the answers before `until` that are in none yet; nothing on the ranks in between."""
+        answers = range(self.moved, until)
+        if self._answers is None or not answers:
+            return
+        self.moved = until
+        tags = [(self._tag + i) % TAGS for i in answers]
+        works = self._channel.exchange(self._answers[answers.start : until], tags)
+        self._works |= dict.fromkeys(answers, works)
+
+    def wait(self, i: int) -> None:
+        """Until answer i has arrived at the first rank, or left the last one."""
+        _finish([self._works.pop(i)])
+
+    def close(self) -> None:
+        """Finish all messages, also of answers that nobody asked for."""
+        for i in list(self._works):
+            self.wait(i)
+        self._answers = None
+
+    def __del__(self) -> None:
+        """A message outlives a handle that was dropped: gloo hangs where one end of it is gone."""
+        if self._works:
+            self._channel.forgotten.append((list(self._works.values()), self._answers))
+
+
+def _finish(messages: list[list[dist.Work]]) -> None:
+    for works in messages:
+        while works:
+            works.pop().wait()
 
 
 class Answers:
-    """The answers of a batch, by micro-batch of samples: a lazy handle on the stages that need them.
+    """What one answer pass said, by micro-batch of queries: a lazy handle on the pipeline ranks that need it.
 
     The first and the last pipeline rank wait for a message when they need what is in it, others hold nothing.
-    Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's samples, then their v_uncond where wanted. They
-    are parts of one tensor, with zeros behind the last, and go all at once.
+    Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's queries, then their v_uncond where wanted. They
+    are parts of one tensor, with zeros behind the last, and go all at once: `Engine.learn` closes its handles behind
+    the last point that reads them, and whoever does not learn from one calls `close`.
 
     Args:
         shape: (C, H, W).
@@ -158,44 +195,55 @@ class Answers:
         if channel is None or channel.is_end:
             self._all = torch.empty(count + 1, self._rows, *shape, device=device())
             self._all[count].zero_()
-        if channel is not None:
-            channel.open(count, self._all)
+        self._messages = None if channel is None else channel.open(count, self._all)
 
     def put(self, i: int, velocity: Tensor) -> None:
         """Answer i, as the last pipeline rank has computed it."""
         assert self._all is not None
         self._all[i].copy_(velocity)
-        if self._channel is None:
+        if self._channel is None or self._messages is None:
             self._ready.add(i)
         else:
-            self._channel.send(i)
+            self._channel.send(self._messages, i)
+
+    def advance(self, forwards: int) -> None:
+        """On the first rank, after `forwards` forwards of the pass."""
+        if self._channel is not None and self._messages is not None:
+            self._channel.advance(self._messages, forwards)
+
+    def end_pass(self) -> None:
+        """This rank's part of the answer pass is over."""
+        if self._channel is not None and self._messages is not None:
+            self._channel.end_pass(self._messages)
 
     def get(self, i: int) -> Tensor:
         """Answer i, waiting for its message where there are several pipeline ranks."""
+        assert self._all is not None, (
+            "these answers are closed, or this pipeline rank is between the two ends"
+        )
         if i not in self._ready:
-            assert self._channel is not None
-            self._channel.wait(i)
+            assert self._messages is not None
+            self._messages.wait(i)
             self._ready.add(i)
-        assert self._all is not None
         return self._all[i]
 
     def close(self) -> None:
-        """Finish the messages and free everything."""
-        if self._channel is not None:
-            self._channel.close()
-        self._all = None
+        """Finish the messages and free everything; again, it does nothing."""
+        if self._messages is not None:
+            self._messages.close()
+        self._messages = self._channel = self._all = None
         self._ready.clear()
 
-    def rows_of(self, sample: Tensor, wanted: Tensor) -> Tensor:
-        """[M] int64: the rows of `velocities` where those of samples are, and a row of zeros where not `wanted` [M]."""
+    def rows_of(self, query: Tensor, wanted: Tensor) -> Tensor:
+        """[M] int64: the rows of `velocities` where those of queries are, and a row of zeros where not `wanted` [M]."""
         size = self.micro_batch_size
-        return torch.where(wanted, sample // size * self._rows + sample % size, self.count * self._rows)
+        return torch.where(wanted, query // size * self._rows + query % size, self.count * self._rows)
 
-    def read_by(self, samples: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[int]]:
-        """By micro-batch of points: the answers that hold the wanted ones of its samples."""
+    def read_by(self, queries: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[int]]:
+        """By micro-batch of points: the answers that hold the wanted ones of their queries."""
         return [
-            (sample[mask] // self.micro_batch_size).unique().tolist()
-            for sample, mask in zip(samples, wanted, strict=True)
+            (query[mask] // self.micro_batch_size).unique().tolist()
+            for query, mask in zip(queries, wanted, strict=True)
         ]
 
     def velocities(self, wanted: list[int]) -> tuple[Tensor | None, Tensor | None]:

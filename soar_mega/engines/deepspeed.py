@@ -36,6 +36,7 @@ from soar_mega.engines.zero import (
 )
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.gather import partition_dim
+from soar_mega.models.common.lora import add_adapters
 from soar_mega.models.common.names import global_parameter_names, named_tensors
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.phases import phases
@@ -93,6 +94,8 @@ class DeepSpeedEngine(Engine):
     def __init__(self, recipe: Recipe, config: Sizes) -> None:
         super().__init__(recipe, config)
         self.layout = build_model(config, recipe.model, recipe.parallel, meta=True)
+        if recipe.lora.rank:
+            add_adapters([self.layout], recipe.lora, recipe.train.seed)
         self._shapes = global_parameter_names(self.layout)
         self._stage = recipe.parallel.zero_stage
         _sum_partial_gradients(self.parameters, self.model.config)
@@ -193,7 +196,7 @@ class DeepSpeedEngine(Engine):
         return piece.flat if kind == "param" else piece.of_owner(self.optimizer.state[piece.owner][kind])
 
     def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
-        sharded = self.layout.sharded_state_dict()
+        sharded = self._in_checkpoints(self.layout.sharded_state_dict())
         if is_loading:
             return OnDemand(sharded)
         held = named_tensors(self.model)

@@ -1,8 +1,8 @@
 """What every engine is to a training loop: two calls for a step, an update, kept weights, and their state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from soar_mega.config import Recipe
 from soar_mega.convert import load_weights
+from soar_mega.convert.lora import load_adapters
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
@@ -25,12 +26,14 @@ from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
 from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.statistics import StepStatistics, kinds_of, step_statistics
+from soar_mega.engines.statistics import StepStatistics, masks_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.flow import TIMESTEPS
 from soar_mega.models.common.chunks import ModelChunks, build_chunks
 from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.gather import full_tensor
+from soar_mega.models.common.lora import Adapters, add_adapters, is_adapter
 from soar_mega.models.common.names import global_parameter_names
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.transformer import Transformer
@@ -53,6 +56,7 @@ class Engine(ABC):
 
     Attributes:
         layout: a model of this rank's shapes, the model itself where it always holds them.
+        adapters: that are trained in place of the weights, or None; base: then the fingerprint of those weights.
         parameters: by global name.
         weights: the kept copies by name.
         learned: the points of this rank's last batch, and on the last stage the loss of each, [P] float64.
@@ -68,12 +72,19 @@ class Engine(ABC):
         if recipe.model.init == "pretrained":
             load_weights(self.model, recipe.model.pipeline_dir)
         self.layout: Transformer | ModelChunks = self.model
+        self.adapters: Adapters | None = None
+        self.base: str | None = None
+        if recipe.lora.rank:
+            self.base = fingerprint(self.model)
+            self.adapters = add_adapters(self.model.parts(), recipe.lora, recipe.train.seed)
+            if recipe.lora.load:
+                load_adapters(self.model, self.adapters, recipe.lora, recipe.lora.load)
         self.parameters: dict[str, Parameter] = global_parameter_names(self.model)
-        freeze(self.parameters, recipe.optimizer)
+        freeze(self.parameters, recipe.optimizer, is_adapter if self.adapters else lambda name: True)
         self.weights: dict[str, KeptWeights] = {}
+        self._told_scale = recipe.stage.guidance_scale if config.guidance_embeds else None
         self._channel = make_channel(recipe.parallel)
-        self._answers: Answers | None = None
-        self._placed: PlacedBatch | None = None  # the batch that was answered
+        self._placed: PlacedBatch | None = None  # the batch that was answered last
         self.learned: tuple[Points, Tensor | None]
 
     @abstractmethod
@@ -111,39 +122,51 @@ class Engine(ABC):
     ) -> Answers | None:
         """Predict the velocities that a stage asks for; a lazy handle, whose messages travel while training goes on.
 
+        Several handles may be alive, by different weights. `learn` closes those that it is given; any other is closed
+        by whoever asked for it.
+
         Args:
-            weights: current, or a name given to `keep_weights`.
+            weights: current, a name given to `keep_weights`, or with adapters reference: the weights without them.
         """
-        if self._answers is not None:
-            self._answers.close()
-            self._answers = None
-        placed = place(batch, self._pipeline.dtype)
-        self._placed = placed
+        placed = self._place(batch)
         asked = queries(placed.batch)
         if asked is None:
             return None
-        size = min(self.recipe.train.micro_batch_size, len(batch))
+        size = min(self.recipe.train.micro_batch_size, len(asked))
         with self.using(weights):
-            self._answers = answer_pass(self._pipeline, self._channel, placed, asked, size)
-        return self._answers
+            return answer_pass(self._pipeline, self._channel, placed, asked, size)
+
+    def _place(self, batch: Batch) -> PlacedBatch:
+        """The batch on the device; the one of the last call is there already."""
+        if self._placed is None or self._placed.given is not batch:
+            self._placed = place(batch, self._pipeline.dtype, self._told_scale)
+        return self._placed
 
     def learn(
-        self, points: Callable[[Batch], Points], loss: Loss, batch: Batch, answers: Answers | None
+        self,
+        points: Callable[[Batch], Points],
+        loss: Loss,
+        batch: Batch,
+        answers: Answers | None,
+        **others: Answers,
     ) -> StepStatistics:
         """Forward and backward: the gradients of sum(weight loss)/D, D the sum of counts over the global batch.
 
-        They do not depend on how the batch is cut into micro-batches, stages or ranks.
+        They do not depend on how the batch is cut into micro-batches, pipeline stages or ranks.
+
+        Args:
+            answers: what the rows of the points read: of the query that their `query` says.
+            others: what the loss reads in `Points.answered`, by name: of the query that their `reads` says.
         """
         pipeline, train = self._pipeline, self.recipe.train
-        placed = self._placed
-        if placed is None or placed.given is not batch:  # the one that was answered is there already
-            placed = place(batch, pipeline.dtype)
+        placed = self._place(batch)
         mine = in_order(points(placed.batch))
         plan = point_plan(
             placed,
             mine,
-            kinds_of(mine),
+            masks_of(mine),
             answers,
+            others,
             min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
             pipeline.group,
             first=pipeline.is_first,
@@ -153,10 +176,12 @@ class Engine(ABC):
             dist.all_reduce(plan.count, group=parallel_state.get_data_parallel_group())
         normaliser = torch.where(plan.count == 0, 1.0, plan.count)  # nothing present: all weights are zero
         self._clear_gradients()
-        losses = learn_pass(pipeline, placed, answers, plan, loss, normaliser)
-        if answers is not None:
-            answers.close()
-            self._answers = None
+        if self.adapters is not None and self.recipe.lora.dropout > 0:
+            self.adapters.drop(train.seed, int(placed.batch.position[0]) // train.global_batch_size)
+        losses = learn_pass(pipeline, placed, plan, loss, normaliser)
+        for handle in (answers, *others.values()):
+            if handle is not None:
+                handle.close()
         self._placed = None
         self.learned = mine, losses
         self._statistics = step_statistics(plan, losses, normaliser)
@@ -173,8 +198,11 @@ class Engine(ABC):
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
-                values on the first stage.
+                values on the first stage. A guidance-distilled model is told the scale of its training if they name
+                none.
         """
+        if self._told_scale is not None and conditions.guidance is None:
+            conditions = conditions.told(self._told_scale)
         # an interleaved pipeline would fill up few large micro-batches with empty ones
         size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
         with self.using(weights):
@@ -182,20 +210,31 @@ class Engine(ABC):
 
     def keep_weights(self, name: str, decay: float | None = None) -> None:
         """Keep a float32 copy of the weights as they are now; with a decay, an EMA that each step updates."""
-        assert name != "current"
+        assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
         self.weights[name] = KeptWeights(self._main, decay)
 
     def using(self, name: str) -> AbstractContextManager[None]:
-        """A context in which the model computes with the weights kept under `name`."""
+        """A context in which the model computes with the weights kept under `name`.
+
+        With adapters `reference` is the model without them, of which no copy is kept.
+        """
         if name == "current":
             return nullcontext()
+        if name == "reference" and self.adapters is not None:
+            return self.adapters.switched(on=False)
         if name not in self.weights:
             raise ValueError(
                 f"no weights are kept under the name {name!r}; kept are {['current', *self.weights]}"
             )
         self._sync()
-        return self.weights[name].swapped_in()
+        return self._swapped_in(name)
+
+    @contextmanager
+    def _swapped_in(self, name: str) -> Iterator[None]:
+        adapters = nullcontext() if self.adapters is None else self.adapters.switched(on=True)
+        with adapters, self.weights[name].swapped_in():
+            yield
 
     def tensors(self, weights: str = "current") -> Callable[[str], Tensor]:
         """This rank's shard of a tensor by its global name, as `convert` asks for them one after another.
@@ -206,6 +245,11 @@ class Engine(ABC):
         value = self._main.value if weights == "current" else self.weights[weights].value
         buffers = dict(self.model.named_buffers())
         return lambda name: buffers[name] if name in buffers else value(name)
+
+    def exported(self, weights: str = "current") -> Callable[[str], Tensor]:
+        """`tensors` of a model without adapters: those are in the weights."""
+        tensors = self.tensors(weights)
+        return tensors if self.adapters is None else self.adapters.merged(tensors)
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
@@ -243,13 +287,21 @@ class Engine(ABC):
 
     def _sharded_weights(self, name: str) -> OnDemand:
         """What to load of a kept copy."""
-        return OnDemand(sharded_copy(self.layout.sharded_state_dict(), name, without_room))
+        return OnDemand(
+            sharded_copy(self._in_checkpoints(self.layout.sharded_state_dict()), name, without_room)
+        )
+
+    def _in_checkpoints(self, tensors: dict[str, T]) -> dict[str, T]:
+        """What a checkpoint holds of a model, by name: all, or the adapters alone."""
+        if self.adapters is None:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
 
     def _saved_weights(self) -> list[SavedPiece]:
         """This rank's part of all kept copies; of a frozen parameter the whole, from one rank."""
         if not self.weights:
             return []
-        frozen = [key for key, p in self.parameters.items() if not p.requires_grad]
+        frozen = [key for key, p in self._in_checkpoints(self.parameters).items() if not p.requires_grad]
         wholes = {key: self._main.value(key).float().view(-1) for key in frozen}
         pieces = []
         for name, kept in self.weights.items():

@@ -84,7 +84,7 @@ class MegatronEngine(Engine):
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        model = self.model.sharded_state_dict(metadata=metadata)
+        model = self._in_checkpoints(self.model.sharded_state_dict(metadata=metadata))
         if is_loading:
             return {
                 "model": model,
@@ -113,7 +113,7 @@ class MegatronEngine(Engine):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         targets = self.model.sharded_state_dict()
-        for key, tensor in state["model"].items():
+        for key, tensor in state.get("model", {}).items():  # nor where a rank has no adapters
             if isinstance(tensor, Tensor):
                 targets[key].data.copy_(tensor)
         [optimizer] = self.optimizer.chained_optimizers
@@ -132,7 +132,7 @@ class MegatronEngine(Engine):
         return self._main.pieces[name].of(self.parameters[name].main_grad)  # type: ignore[attr-defined]
 
     def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
-        return self.model.sharded_state_dict()
+        return self._in_checkpoints(self.model.sharded_state_dict())
 
     def _sync(self) -> None:
         if self.recipe.parallel.overlap_param_gather:

@@ -1,7 +1,7 @@
 """Which parameters are trained, and how fast: patterns over global parameter names."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 import torch.distributed as dist
@@ -12,14 +12,21 @@ from torch.nn import Parameter
 from soar_mega.config import OptimizerConfig
 
 
-def freeze(parameters: dict[str, Parameter], config: OptimizerConfig) -> None:
+def freeze(
+    parameters: dict[str, Parameter],
+    config: OptimizerConfig,
+    candidates: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Take the parameters that match optimizer.frozen out of training. Collective over the pipeline.
+
+    Args:
+        candidates: tells by its name whether a parameter can be trained at all.
 
     Raises:
         ValueError: a pattern of optimizer.frozen or optimizer.lr_multipliers matches nothing, or nothing is left to
             train.
     """
-    names = _all_names(parameters)
+    names = [name for name in _all_names(parameters) if candidates(name)]
     for key, patterns in (("frozen", config.frozen), ("lr_multipliers", list(config.lr_multipliers))):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -29,7 +36,7 @@ def freeze(parameters: dict[str, Parameter], config: OptimizerConfig) -> None:
     if all(_matches(name, config.frozen) for name in names):
         raise ValueError(f"optimizer.frozen: {config.frozen} leaves no parameter to train")
     for name, parameter in parameters.items():
-        parameter.requires_grad_(not _matches(name, config.frozen))
+        parameter.requires_grad_(candidates(name) and not _matches(name, config.frozen))
 
 
 def learning_rate_factors(names: Iterable[str], config: OptimizerConfig) -> dict[str, float]:

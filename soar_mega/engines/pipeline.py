@@ -115,16 +115,15 @@ class Pipeline:
 def answer_pass(
     pipeline: Pipeline, channel: RolloutChannel | None, placed: PlacedBatch, queries: Queries, size: int
 ) -> Answers:
-    """Answer all queries of a batch, `size` samples at a time: both branches of them in one forward."""
+    """Answer queries at a batch, `size` at a time: both branches of them in one forward."""
     batch = placed.batch
-    count = -(-len(batch) // size)
+    count = -(-len(queries) // size)
     answers = Answers(count, size, batch.latent_shape, queries.unconditional, channel)
-    steps = range(len(filled(len(batch), size, pipeline.group)) // size)
+    steps = range(len(filled(len(queries), size, pipeline.group)) // size)
     pieces = query_pieces(placed, queries, size, pipeline.group) if pipeline.is_first else []
 
     def inputs(i: int) -> Inputs:
-        if channel is not None:
-            channel.advance(i)
+        answers.advance(i)
         piece = pieces[i]
         states = query_states(placed, piece, queries.fused, pipeline.dtype, pipeline.patch_size)
         return states, piece.timestep, placed.conditions_at(piece.condition)
@@ -135,15 +134,13 @@ def answer_pass(
 
     rows = size * (2 if queries.unconditional else 1)
     pipeline.predict(inputs, outputs, list(steps), rows, latent_size(batch), batch.text_length)
-    if channel is not None:
-        channel.end_pass()
+    answers.end_pass()
     return answers
 
 
 def learn_pass(
     pipeline: Pipeline,
     placed: PlacedBatch,
-    answers: Answers | None,
     plan: PointPlan,
     loss: Loss,
     normaliser: Tensor,
@@ -170,7 +167,7 @@ def learn_pass(
         piece = next(iterator)
         points, inputs = piece.points, None
         if chunk.module.pre_process or chunk.module.post_process:
-            points = piece.with_sources(placed, answers)
+            points = piece.with_sources(placed)
         if chunk.module.pre_process:
             assert piece.timestep is not None and piece.condition is not None
             # the only place where a state is cast, and it is written as the model reads it

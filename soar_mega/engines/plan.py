@@ -3,7 +3,7 @@
 A micro-batch is a view of it. Every decision is one about the draws, so the host never looks at what a device holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from soar_mega.kernels import PointTable
 from soar_mega.kernels.point_tables import group_table, point_table, uses
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import DRAWN, Sources
-from soar_mega.stages.points import Points, Queries
+from soar_mega.stages.points import Points, Queries, Velocities
 from soar_mega.upload import pinned, upload
 
 ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
@@ -49,8 +49,8 @@ class PlacedBatch:
         return torch.where(dropped, len(self.batch), sample)
 
 
-def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
-    """The batch for a model of `dtype`."""
+def place(batch: Batch, dtype: torch.dtype, guidance_scale: float | None = None) -> PlacedBatch:
+    """The batch for a model of `dtype`, which is told a guidance scale if there is one."""
     given = batch
     batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
     if batch.latents is not None:
@@ -64,6 +64,8 @@ def place(batch: Batch, dtype: torch.dtype) -> PlacedBatch:
     if batch.text is not None and batch.pooled is not None:
         text = _with_last(batch.text, batch.empty_text, dtype)
         conditions = Conditions(text, _with_last(batch.pooled, batch.empty_pooled, dtype))
+        if guidance_scale is not None:
+            conditions = conditions.told(guidance_scale)
     return PlacedBatch(given=given, batch=batch, conditions=conditions)
 
 
@@ -76,7 +78,7 @@ def _with_last(rows: Tensor, last: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryPiece:
-    """The queries of one forward: those of some samples, then of the same without their conditions."""
+    """The queries of one forward: some of them, then the same without their conditions."""
 
     table: PointTable
     timestep: Tensor  # [rows] float32
@@ -84,25 +86,25 @@ class QueryPiece:
 
 
 def query_pieces(placed: PlacedBatch, queries: Queries, size: int, group: int) -> list[QueryPiece]:
-    """The micro-batches of `size` samples of an answer pass, for the first pipeline stage."""
+    """The micro-batches of `size` queries of an answer pass, for the first pipeline rank."""
     batch, branches = placed.batch, 2 if queries.unconditional else 1
-    index = filled(len(batch), size, group).clamp(max=len(batch) - 1)
-    sample = index.view(-1, 1, size).expand(-1, branches, -1)
-    dropped = queries.dropped[sample]
+    index = filled(len(queries), size, group).clamp(max=len(queries) - 1)
+    query = index.view(-1, 1, size).expand(-1, branches, -1)
+    dropped = queries.dropped[query]
     dropped[:, 1:] = True
-    sample, rows = sample.flatten(), branches * size
-    no_answer = torch.zeros_like(sample)
+    query, rows = query.flatten(), branches * size
+    sample, no_answer = queries.sample[query], torch.zeros_like(query)
     groups, of_point, begins = group_table(
-        sample, no_answer, no_answer, batch.position[sample], batch.seed, rows
+        sample, queries.path[query], no_answer, batch.position[sample], batch.seed, rows
     )
     made = [
         groups,
-        point_table(queries.rows[sample], of_point),
-        queries.timestep[sample].float(),
+        point_table(queries.rows[query], of_point),
+        queries.timestep[query].float(),
         placed.condition_rows(sample, dropped.flatten()),
     ]
     groups, points, timestep, condition = upload(made, device())
-    tables = _tables(groups, begins, points, queries.rows[sample], batch.seed, rows)
+    tables = _tables(groups, begins, points, queries.rows[query], batch.seed, rows)
     pieces = zip(tables, timestep.split(rows), condition.split(rows), strict=True)
     return [QueryPiece(table=t, timestep=time, condition=row) for t, time, row in pieces]
 
@@ -112,20 +114,21 @@ class PointPiece:
     """One micro-batch of points. What a pipeline stage does not read is None."""
 
     points: Points  # on the CPU, but for what a loss reads
-    answers: list[int]  # that its rows read
+    answers: "Reading | None"  # of its rows
+    others: dict[str, "Reading"]  # of its loss, by name; on the last stage
     states: PointTable | None  # on the first stage
     timestep: Tensor | None  # [M] float32
     condition: Tensor | None  # [M] int64, of PlacedBatch
     targets: PointTable | None  # on the last stage
     weight: Tensor | None  # [M] float64
 
-    def with_sources(self, placed: PlacedBatch, answers: Answers | None) -> Points:
-        """The points with their sources: the first stage makes states of them, the last one losses.
+    def with_sources(self, placed: PlacedBatch) -> Points:
+        """The points with their sources: the first pipeline rank makes states of them, the last one losses.
 
-        Waits for the answers that they read.
+        Waits for the answers that they read, and closes those that no later points read.
         """
         assert placed.batch.latents is not None
-        v_uncond, v_cond = (None, None) if answers is None else answers.velocities(self.answers)
+        v_uncond, v_cond = (None, None) if self.answers is None else self.answers.velocities()
         sources = Sources(
             z0=placed.batch.latents,
             v_uncond=v_uncond,
@@ -134,7 +137,47 @@ class PointPiece:
             targets=self.targets,
             fused=self.points.fused,
         )
-        return replace(self.points, sources=sources)
+        answered = {name: reading.at_points() for name, reading in self.others.items()}
+        return replace(self.points, sources=sources, answered=answered)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the points of one micro-batch read of a pass's answers."""
+
+    answers: Answers
+    wanted: list[int]  # micro-batches of queries
+    rows: Tensor | None  # [M] int64 on the device, for what a loss reads
+    is_last: bool  # no later points read any
+
+    def velocities(self) -> tuple[Tensor | None, Tensor | None]:
+        """(v_uncond, v_cond) of all queries, when the wanted ones have arrived."""
+        found = self.answers.velocities(self.wanted)
+        if self.is_last:
+            self.answers.close()
+        return found
+
+    def at_points(self) -> Velocities:
+        """Those that belong to the points."""
+        assert self.rows is not None
+        uncond, cond = self.velocities()
+        assert cond is not None
+        return Velocities(
+            uncond=None if uncond is None else uncond.index_select(0, self.rows),
+            cond=cond.index_select(0, self.rows),
+        )
+
+
+def readings(
+    answers: Answers, query: Tensor, wanted: Tensor, size: int, rows: Sequence[Tensor | None]
+) -> list[Reading]:
+    """By micro-batch of `size` points, what they read: of `query` [P], where `wanted` [P]."""
+    read = answers.read_by(query.split(size), wanted.split(size))
+    last = max((j for j, each in enumerate(read) if each), default=-1)
+    return [
+        Reading(answers=answers, wanted=each, rows=row, is_last=j == last)
+        for j, (each, row) in enumerate(zip(read, rows, strict=True))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +187,7 @@ class PointPlan:
     Attributes:
         points: as they were given, without those that fill up the last micro-batches.
         count: [1] float64 on the device, the sum of their counts.
-        kinds: [K, P] bool on the device, of each kind of point in the statistics; None but on the last stage.
+        masks: [K, P] bool on the device, the points behind each loss of the statistics; None but on the last stage.
         weight: [P] float64 on the device; likewise.
     """
 
@@ -152,15 +195,16 @@ class PointPlan:
     size: int
     pieces: list[PointPiece]
     count: Tensor
-    kinds: Tensor | None
+    masks: Tensor | None
     weight: Tensor | None
 
 
 def point_plan(
     placed: PlacedBatch,
     points: Points,
-    kinds: Tensor,
+    masks: Tensor,
     answers: Answers | None,
+    others: Mapping[str, Answers],
     size: int,
     group: int,
     first: bool,
@@ -169,13 +213,15 @@ def point_plan(
     """The learn pass over `points`.
 
     Args:
-        kinds: [K, P] bool, see PointPlan.
+        masks: [K, P] bool, see PointPlan.
+        answers: what the points' rows read. others: what their loss reads, by name.
         group: micro-batches come in multiples of it.
         first, last: whether this rank has the pipeline's first stage, and its last.
     """
     batch, whole = placed.batch, fill_up(points, size, group)
     sample, needed = whole.sample, needs_answer(whole)
-    row = torch.zeros_like(sample) if answers is None else answers.rows_of(sample, needed)
+    everything = torch.ones_like(needed)
+    row = torch.zeros_like(sample) if answers is None else answers.rows_of(whole.query, needed)
     groups, of_point, begins = group_table(sample, whole.path, row, batch.position[sample], batch.seed, size)
     made = {"count": points.count.sum()[None]}
     if first or last:
@@ -186,8 +232,11 @@ def point_plan(
         made["condition"] = placed.condition_rows(sample, whole.dropped)
     if last:
         made["targets"] = point_table(whole.target_rows, of_point)
-        made["weight"], made["kinds"] = whole.weight, kinds
+        made["weight"], made["masks"] = whole.weight, masks
         made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
+        made |= {
+            f"rows.{name}": other.rows_of(whole.reads[name], everything) for name, other in others.items()
+        }
     there = dict(zip(made, upload(list(made.values()), device()), strict=True))
     whole = replace(
         whole, extra={name: there.get(f"extra.{name}", extra) for name, extra in whole.extra.items()}
@@ -210,11 +259,19 @@ def point_plan(
         tables("targets", whole.target_rows),
         views("weight"),
     )
-    read = [[]] * count if answers is None else answers.read_by(sample.split(size), needed.split(size))
+    read: Sequence[Reading | None] = nothing
+    if answers is not None:
+        read = readings(answers, whole.query, needed, size, nothing)
+    read_by_loss = {
+        name: readings(other, whole.reads[name], everything, size, views(f"rows.{name}"))
+        for name, other in others.items()
+        if last
+    }
     pieces = [
         PointPiece(
             points=whole.take(slice(j * size, (j + 1) * size)),
             answers=read[j],
+            others={name: each[j] for name, each in read_by_loss.items()},
             states=states,
             timestep=timestep,
             condition=condition,
@@ -225,13 +282,13 @@ def point_plan(
     ]
     weight = there["weight"][: len(points)] if last else None
     return PointPlan(
-        points=points, size=size, pieces=pieces, count=there["count"], kinds=there.get("kinds"), weight=weight
+        points=points, size=size, pieces=pieces, count=there["count"], masks=there.get("masks"), weight=weight
     )
 
 
 def in_order(points: Points) -> Points:
-    """All base points first, because they need no answer, then the auxiliary points sample by sample."""
-    key = torch.where(points.auxiliary, points.sample + 1, 0)
+    """All points that need no answer first, then the others sample by sample."""
+    key = torch.where(needs_answer(points), points.sample + 1, 0)
     return points.take(key.argsort(stable=True))
 
 

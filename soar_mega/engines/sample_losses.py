@@ -15,7 +15,7 @@ from soar_mega.stages.points import Points
 class PointLoss:
     """One training point."""
 
-    kind: str  # base | aux
+    kind: str
     sigma: float
     loss: float  # unweighted
 
@@ -28,13 +28,14 @@ class SampleLoss:
     index: int  # in the data set
     name: str  # of its source, and where it lies
     points: list[PointLoss]  # the present ones
+    compared: str  # the kind of point that samples are compared by
 
     @property
     def worst(self) -> float:
-        """The largest loss of its base points; infinite where that of any point is not finite."""
+        """The largest loss of its points of that kind; infinite where that of any point is not finite."""
         if not all(math.isfinite(p.loss) for p in self.points):
             return math.inf
-        return max((p.loss for p in self.points if p.kind == "base"), default=0.0)
+        return max((p.loss for p in self.points if p.kind == self.compared), default=0.0)
 
 
 def sample_losses(
@@ -56,13 +57,19 @@ def sample_losses(
 
 def _of_this_rank(points: Points, losses: Tensor, batch: Batch, indices: list[int]) -> list[SampleLoss]:
     found: list[list[PointLoss]] = [[] for _ in indices]
-    columns = (points.sample, points.auxiliary, points.sigma, losses.cpu(), points.count > 0)
-    for sample, auxiliary, sigma, loss, present in zip(*(c.tolist() for c in columns), strict=True):
+    columns = (points.sample, points.kind, points.sigma, losses.cpu(), points.count > 0)
+    for sample, kind, sigma, loss, present in zip(*(c.tolist() for c in columns), strict=True):
         if present:
-            found[sample].append(PointLoss(kind="aux" if auxiliary else "base", sigma=sigma, loss=loss))
+            found[sample].append(PointLoss(kind=points.kinds[kind], sigma=sigma, loss=loss))
     positions = batch.position.tolist()
     return [
-        SampleLoss(position=positions[i], index=index, name=batch.names[i], points=found[i])
+        SampleLoss(
+            position=positions[i],
+            index=index,
+            name=batch.names[i],
+            points=found[i],
+            compared=points.kinds[0],
+        )
         for i, index in enumerate(indices)
     ]
 

@@ -5,9 +5,10 @@ of whole tensors, so a run becomes a few of them; loading puts together whatever
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -38,6 +39,21 @@ class SavedPiece:
             place = tuple(base + more for base, more in zip(self.shard.global_offset, offset, strict=True))
             yield place, self.flat[done : done + count].view(size)
             done += count
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A whole tensor that is not there until it is written.
+
+    Attributes:
+        key: its name in the checkpoint.
+        read: gives it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
 
 
 def boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[Box]:

@@ -1,6 +1,6 @@
 """What one step of training was like, as numbers that are equal on all ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,12 @@ from soar_mega.engines.plan import PointPlan
 from soar_mega.phases import phases
 from soar_mega.stages.points import Points
 
-STRENGTH_QUANTILES = {"k/q05": 0.05, "k/q50": 0.50, "k/q95": 0.95}
-KINDS = [
-    name for kind in ("loss/base", "loss/aux") for name in (kind, *(f"{kind}_q{q}" for q in (1, 2, 3, 4)))
-]
+QUANTILES = {"q05": 0.05, "q50": 0.50, "q95": 0.95}
+
+
+def loss_names(kinds: Sequence[str]) -> list[str]:
+    """Of each kind the loss, and that of each quartile of sigma."""
+    return [f"loss/{kind}{part}" for kind in kinds for part in ("", "_q1", "_q2", "_q3", "_q4")]
 
 
 class StepStatistics(Mapping[str, float]):
@@ -23,16 +25,18 @@ class StepStatistics(Mapping[str, float]):
 
     After the one wait of a step, for its gradient norm, they have arrived.
 
-    "loss" is what is trained on, sum(weight loss)/normaliser. "loss/base", "loss/aux" and their quartiles
-    ("loss/base_q1" is sigma in [0, .25)) are plain means over the points that are present, left out where there are
-    none. "points" is the number of points that are present.
+    "loss" is what is trained on, sum(weight loss)/normaliser. The loss of each kind of point ("loss/base") and those of
+    its quartiles ("loss/base_q1" is sigma in [0, .25)) are plain means over the points that are present, left out where
+    there are none. "points" is the number of points that are present.
 
     Args:
-        sums: [2 + 2 K] float64 on the device: the normaliser, the sum of weight x loss, and of each kind the sum of its
-            losses, then of each kind the number of its points.
+        kinds: names of the kinds of points.
+        sums: [2 + 2 K] float64 on the device: the normaliser, the sum of weight x loss, and for each of the K names of
+            `loss_names` the sum of the losses, then for each the number of points.
     """
 
-    def __init__(self, sums: Tensor) -> None:
+    def __init__(self, kinds: Sequence[str], sums: Tensor) -> None:
+        self._kinds = kinds
         on_gpu = sums.is_cuda
         self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=on_gpu).copy_(
             sums, non_blocking=True
@@ -46,11 +50,14 @@ class StepStatistics(Mapping[str, float]):
                 self._arrived.synchronize()
                 self._arrived = None
             normaliser, loss, *sums = self._sums.tolist()
-            totals, counts = sums[: len(KINDS)], sums[len(KINDS) :]
-            means = {k: total / count for k, total, count in zip(KINDS, totals, counts, strict=True) if count}
-            points = sum(
-                count for k, count in zip(KINDS, counts, strict=True) if k in ("loss/base", "loss/aux")
-            )
+            names = loss_names(self._kinds)
+            counts = dict(zip(names, sums[len(names) :], strict=True))
+            means = {
+                name: total / counts[name]
+                for name, total in zip(names, sums[: len(names)], strict=True)
+                if counts[name]
+            }
+            points = sum(counts[f"loss/{kind}"] for kind in self._kinds)
             self._values = {"loss": loss / normaliser, **means, "points": points}
         return self._values
 
@@ -71,35 +78,38 @@ def step_statistics(plan: PointPlan, losses: Tensor | None, normaliser: Tensor) 
         losses: [P] float64 unweighted loss of each point on the last pipeline stage, None elsewhere.
         normaliser: [1] float64, the sum of the counts over the global batch.
     """
-    sums = torch.zeros(1 + 2 * len(KINDS), dtype=torch.float64, device=device())
+    kinds = plan.points.kinds
+    sums = torch.zeros(1 + 2 * len(loss_names(kinds)), dtype=torch.float64, device=device())
     if losses is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
-        assert plan.weight is not None and plan.kinds is not None
-        by_kind = torch.where(plan.kinds, losses, 0.0).sum(dim=1)
-        sums = torch.cat([(plan.weight * losses).sum()[None], by_kind, plan.kinds.sum(dim=1).double()])
+        assert plan.weight is not None and plan.masks is not None
+        by_kind = torch.where(plan.masks, losses, 0.0).sum(dim=1)
+        sums = torch.cat([(plan.weight * losses).sum()[None], by_kind, plan.masks.sum(dim=1).double()])
     with phases.waiting():
         dist.all_reduce(sums)
-    return StepStatistics(torch.cat([normaliser, sums]))
+    return StepStatistics(kinds, torch.cat([normaliser, sums]))
 
 
-def kinds_of(points: Points) -> Tensor:
-    """[K, P] bool: the points of each of KINDS, on the CPU."""
+def masks_of(points: Points) -> Tensor:
+    """[K, P] bool: the points behind each of `loss_names`, on the CPU."""
     present = points.count > 0
     quartile = (points.sigma * 4).floor().clamp(max=3)
     masks = []
-    for kind in (present & ~points.auxiliary, present & points.auxiliary):
-        masks += [kind, *(kind & (quartile == q) for q in range(4))]
+    for kind in range(len(points.kinds)):
+        mask = present & (points.kind == kind)
+        masks += [mask, *(mask & (quartile == q) for q in range(4))]
     return torch.stack(masks)
 
 
-def strength_quantiles(points: Points) -> dict[str, float]:
-    """Quantiles of the correction strength k over the points of a global batch. Collective; waits for the device."""
-    used = points.auxiliary & (points.count > 0)
-    mine = torch.where(used, points.strength, torch.nan).to(device())
+def quantiles(points: Points) -> dict[str, float]:
+    """Of what is measured at the points of a global batch. Collective; waits for the device."""
+    found: dict[str, float] = {}
     group = parallel_state.get_data_parallel_group()
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
-    strength = torch.cat(everyone).cpu()
-    strength = strength[~strength.isnan()]
-    if not len(strength):
-        return {}
-    return {name: strength.quantile(q).item() for name, q in STRENGTH_QUANTILES.items()}
+    for name, values in points.measured.items():
+        mine = torch.where(points.count > 0, values, torch.nan).to(device())
+        everyone = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(everyone, mine, group=group)
+        measured = torch.cat(everyone).cpu()
+        measured = measured[~measured.isnan()]
+        if len(measured):
+            found |= {f"{name}/{key}": measured.quantile(q).item() for key, q in QUANTILES.items()}
+    return found

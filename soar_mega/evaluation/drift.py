@@ -90,21 +90,26 @@ def held_out_drift(
     spans: Sequence[Sequence[float]],  # [(sigma_a, sigma_b), ...]
     steps: int,
     guidance_scale: float,
+    is_told: bool = False,
 ) -> list[DriftResult]:
     """Drift of the valid samples of held-out batches, one result per span.
+
+    is_told: the model is guidance-distilled.
 
     The noise endpoint is keyed by (seed, "drift", position), so that every model and every step of training is measured
     on the same states.
     """
+    cfg_scale = 1.0 if is_told else guidance_scale
     parts: list[list[DriftResult]] = [[] for _ in spans]
     for batch in batches:
         assert batch.latents is not None and batch.text is not None and batch.pooled is not None
         assert batch.empty_text is not None and batch.empty_pooled is not None
         z1 = normal(batch.seed, "drift", batch.position, 0, batch.latent_shape).to(batch.latents)
         prompts = Conditions(batch.text, batch.pooled)
+        prompts = prompts.told(guidance_scale) if is_told else prompts
         cond, uncond = branches(velocity, prompts, Conditions(batch.empty_text, batch.empty_pooled))
         for part, (sigma_a, sigma_b) in zip(parts, spans, strict=True):
-            found = drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, guidance_scale)
+            found = drift(cond, uncond, batch.latents, z1, sigma_a, sigma_b, steps, cfg_scale)
             part.append(
                 DriftResult(error=found.error[batch.valid].cpu(), on_ray=found.on_ray[batch.valid].cpu())
             )
@@ -112,6 +117,16 @@ def held_out_drift(
         DriftResult(error=torch.cat([p.error for p in part]), on_ray=torch.cat([p.on_ray for p in part]))
         for part in parts
     ]
+
+
+def at_scale(
+    velocity: ModelVelocity, prompts: Conditions, empty: Conditions, guidance_scale: float, is_told: bool
+) -> Velocity:
+    """The guided velocity at prompts: a guidance-distilled model is told the scale, another is asked twice."""
+    if is_told:
+        told = prompts.told(guidance_scale)
+        return lambda latents, sigma: velocity(latents, sigma, told)
+    return guided(*branches(velocity, prompts, empty), guidance_scale)
 
 
 def branches(velocity: ModelVelocity, prompts: Conditions, empty: Conditions) -> tuple[Velocity, Velocity]:

@@ -1,5 +1,6 @@
 """Images from a pipeline folder: its transformer in our implementation, our sampler, its decoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -9,12 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
+from soar_mega.convert.lora import load_adapted
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
-from soar_mega.evaluation.drift import branches
-from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.evaluation.drift import ModelVelocity, at_scale
+from soar_mega.flow import Schedule, normal, sample
+from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import check_file, write_file
 
@@ -25,39 +28,57 @@ _SOFTWARE = 0x0131  # of EXIF: the program that made a picture
 
 @dataclass(kw_only=True)
 class Generator:
-    """A pipeline that is ready to draw. Make it by `Generator.load`."""
+    """A pipeline that is ready to draw.
+
+    Attributes:
+        velocity: the transformer as a function of latents [B, C, H, W], sigma [B] and conditions [B]. Where it lies on
+            several ranks, all of them draw the same.
+        schedule: that of a number of image tokens.
+        is_told: the model is guidance-distilled: it is told the guidance scale.
+        decoder: None on a rank that draws for others: it gets no images.
+    """
 
     facts: EncoderFacts
-    transformer: torch.nn.Module
-    decoder: Decoder
-    schedule: Schedule
+    velocity: ModelVelocity
+    decoder: Decoder | None
+    schedule: Callable[[int], Schedule]
+    is_told: bool
 
     @staticmethod
-    def load(pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None) -> "Generator":
-        """From a diffusers SD3 pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+    def load(
+        pipeline_dir: str | Path, dtype: str = "fp32", shift: float | None = None, adapters: str | Path = ""
+    ) -> "Generator":
+        """From a diffusers pipeline folder, on this process's device; `dtype` fp32 or bf16, of the transformer.
+
+        `adapters` are put on the transformer: a folder or file in PEFT's or diffusers' format.
 
         `shift` None takes that of the pipeline's scheduler, which must be one that a shift describes.
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        schedule = Schedule(scheduler_shift(pipeline_dir) if shift is None else shift)
+        schedule = schedule_of(pipeline_dir, shift)
+        if adapters:
+            loaded, _ = load_adapted(pipeline_dir, adapters, dtype)
+        else:
+            loaded = load_diffusers(pipeline_dir, dtype)
+        transformer = loaded.to(device()).eval()
+
+        @torch.no_grad()
+        def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+            weight = next(transformer.parameters())
+            timesteps = (TIMESTEPS * sigma).to(weight.device, torch.float32)
+            predicted: Tensor = transformer(
+                latents.to(weight), timesteps, conditions.to(weight.device, weight.dtype)
+            )
+            return predicted
+
         return Generator(
             facts=encoder_facts(Path(pipeline_dir)),
-            transformer=load_diffusers(pipeline_dir, dtype).to(device()).eval(),
+            velocity=velocity,
             decoder=Decoder.load(Path(pipeline_dir)),
             schedule=schedule,
+            is_told=loaded.sizes.guidance_embeds,
         )
-
-    @torch.no_grad()
-    def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The transformer as a function of sigma: latents [B, C, H, W], sigma [B], conditions [B]."""
-        weight = next(self.transformer.parameters())
-        velocity: Tensor = self.transformer(
-            latents.to(weight),
-            self.schedule.timestep(sigma).to(weight.device, torch.float32),
-            conditions.to(weight.device, weight.dtype),
-        )
-        return velocity
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
@@ -83,24 +104,40 @@ class Generator:
     ) -> Tensor:
         """Images of each prompt in turn -> [N, 3, height, width] in [0, 1], on the CPU.
 
+        The unconditional branch of guidance is that of the empty or negative prompt.
+
         Args:
             seed: image i starts from the noise of (seed, "sample", i), whatever the batch size.
             size: (width, height) in pixels; None draws the transformer's own sample size.
         """
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
-        sigmas = self.schedule.inference_sigmas(steps)
+        patch = self.facts.size_multiple // self.facts.vae_scale_factor
+        sigmas = self.schedule(shape[1] * shape[2] // patch**2).inference_sigmas(steps)
         empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
             row = position // num_images_per_prompt
             asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
-            cond, uncond = branches(self.velocity, asked, empty)
+            velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
             noise = normal(seed, "sample", position, 0, shape).to(device())
-            images.append(
-                self.decoder.decode(sample(guided(cond, uncond, guidance_scale), noise, sigmas, solver))
-            )
-        return torch.cat(images)
+            latents = sample(velocity, noise, sigmas, solver)
+            if self.decoder is not None:
+                images.append(self.decoder.decode(latents))
+        return torch.cat(images) if images else torch.empty(0)
+
+
+def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:
+    """The schedule of a pipeline's scheduler for so many image tokens, or of the shift that is given in its place."""
+
+    def schedule(tokens: int) -> Schedule:
+        if shift is not None:
+            return Schedule(shift)
+        found, is_dynamic = scheduler_shift(pipeline_dir, tokens)
+        return Schedule(found, is_dynamic=is_dynamic)
+
+    schedule(1)  # says now what cannot be
+    return schedule
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

@@ -40,8 +40,8 @@ class Plan:
     shift: float | None = None  # None: each pipeline's own
 
 
-def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
-    """All measurements of one pipeline folder, as plain values for JSON.
+def evaluate_pipeline(folder: str | Path, plan: Plan, adapters: str | Path = "") -> dict[str, Any]:
+    """All measurements of one pipeline folder, with adapters on its transformer if given, as plain values for JSON.
 
     The benchmark and the energy distance know canvases only; for another image size they are left out.
 
@@ -62,8 +62,8 @@ def evaluate_pipeline(folder: str | Path, plan: Plan) -> dict[str, Any]:
         # text encoders are there for images alone, and gone before the transformer comes
         texts = [prompt.text for prompt in benchmark_prompts(plan.prompts_per_category)]
         prompts = encode_prompts(folder, texts, DTYPES[plan.dtype])
-    generator = Generator.load(folder, plan.dtype, plan.shift)
-    measured: dict[str, Any] = {"folder": str(folder)}
+    generator = Generator.load(folder, plan.dtype, plan.shift, adapters)
+    measured: dict[str, Any] = {"folder": str(folder), "adapters": str(adapters)}
     if prompts is not None:
         measured["guidance"] = {
             f"{scale:g}": _images(generator, prompts, plan, scale) for scale in plan.guidance_scales
@@ -113,6 +113,7 @@ def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]
         plan.drift_spans,
         plan.drift_steps,
         scale,
+        generator.is_told,
     )
     spans = [
         {

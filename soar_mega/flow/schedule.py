@@ -23,6 +23,7 @@ class Schedule:
     shift: float
     num_train_timesteps: int = TIMESTEPS
     grid: bool = False
+    is_dynamic: bool = False  # the shift belongs to a number of image tokens, as FLUX's pipelines choose it
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
@@ -87,14 +88,16 @@ class Schedule:
         """Sigmas of an n-step sampler, [n + 1] float64, from 1 down to 0.
 
         Those of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(n): equal steps from
-        sigma 1 to sigma_min, both already shifted, then shifted once more, then 0.
+        sigma 1 to sigma_min, both already shifted, then shifted once more, then 0. Pipelines with a dynamic shift
+        take equal steps of unshifted time from 1 to 1/n, shifted once.
 
         Raises:
             ValueError: n below 1.
         """
         if n < 1:
             raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
-        steps = self._shifted(torch.linspace(1, self.sigma_min, n, dtype=torch.float64))
+        last = 1 / n if self.is_dynamic else self.sigma_min
+        steps = self._shifted(torch.linspace(1, last, n, dtype=torch.float64))
         return torch.cat([steps, steps.new_zeros(1)])
 
     def _shifted(self, u: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import yaml
 
 from soar_mega.config import Recipe
 from soar_mega.launch.slurm import Resources, resources
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 KINDS = ("train", "evaluate", "export", "command")
 STARTS = ("export", "export_ema", "checkpoint")

@@ -22,12 +22,13 @@ from soar_mega.models.common.tensor_map import Entry
 from soar_mega.user_files import read_object
 
 if TYPE_CHECKING:
+    from soar_mega.data.encoder_facts import EncoderFacts
     from soar_mega.models.common.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All in which one architecture differs from the others. Functions get the sizes first.
+    """All in which one architecture differs from the others. Functions get the sizes first, where not said otherwise.
 
     Attributes:
         name: of its folder.
@@ -43,6 +44,7 @@ class Family:
         layer_work: (number, tokens) of one layer, likewise.
         layer_bytes: (tokens, number, bytes of an element) that autograd keeps of a layer for one point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
+        encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.
         original: the layout of its authors' single files; None where there are none.
     """
 
@@ -59,6 +61,7 @@ class Family:
     layer_work: Callable[[Any, int, Tokens], Work]
     layer_bytes: Callable[[Any, RankTokens, int, int], float]
     embedding_bytes: Callable[[Any, tuple[int, int], int, int], float]
+    encoder_facts: Callable[[Path, int | None], "EncoderFacts"]
     original: OriginalLayout | None = None
 
 
@@ -70,19 +73,18 @@ def families() -> dict[str, Family]:
     return {package.FAMILY.class_name: package.FAMILY for package in packages}
 
 
+def family_in(content: dict[str, Any], name: str) -> Family:
+    """The family of the transformer whose config.json, called `name`, has this content. ValueError: none known."""
+    kind = content.get("_class_name")
+    if kind not in families():
+        known = ", ".join(f"{family.class_name} ({family.products})" for family in families().values())
+        raise ValueError(f"{name} describes a {kind} (_class_name); supported are {known}")
+    return families()[kind]
+
+
 def presets() -> dict[str, Sizes]:
     """Published sizes of all families, by name."""
     return {name: sizes for family in families().values() for name, sizes in family.presets.items()}
-
-
-def family_of(folder: str | Path) -> Family:
-    """The family of the transformer in a pipeline folder or a transformer folder.
-
-    Raises:
-        ValueError: no transformer, or one of no known family.
-    """
-    path = config_file(Path(folder))
-    return _family(read_object(path), str(path))
 
 
 def read_sizes(source: dict[str, Any] | str | Path) -> Sizes:
@@ -96,7 +98,7 @@ def read_sizes(source: dict[str, Any] | str | Path) -> Sizes:
     else:
         path = config_file(Path(source))
         content, name = read_object(path), str(path)
-    return _family(content, name).read_sizes(content, name)
+    return family_in(content, name).read_sizes(content, name)
 
 
 def model_sizes(model: ModelConfig) -> Sizes:
@@ -144,11 +146,3 @@ def config_file(path: Path) -> Path:
         f"{path} holds no transformer: expected a diffusers pipeline folder (with transformer/config.json) or its "
         "transformer folder (with config.json)"
     )
-
-
-def _family(content: dict[str, Any], name: str) -> Family:
-    kind = content.get("_class_name")
-    if kind not in families():
-        known = ", ".join(f"{family.class_name} ({family.products})" for family in families().values())
-        raise ValueError(f"{name} describes a {kind}; supported are {known}")
-    return families()[kind]

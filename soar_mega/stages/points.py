@@ -7,33 +7,56 @@ where latents are.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
+from soar_mega.flow import Schedule
 from soar_mega.stages.latent_sources import Sources
 
 
 @dataclass(kw_only=True)
 class Queries:
-    """States whose guided velocity must be known before the points can be built: one per sample of the batch."""
+    """States whose velocity must be known before points are trained on, at any places of a batch."""
 
-    sigma: Tensor  # [B] float64
-    timestep: Tensor  # [B] float64, what the model is told
-    rows: Tensor  # [B, 6] float64; only z0 and z1 may have coefficients
-    dropped: Tensor  # [B] bool: the conditional branch sees the empty prompt
+    sample: Tensor  # [Q] int64, index into the batch
+    path: Tensor  # [Q] int64: keys eps and z1_aux
+    sigma: Tensor  # [Q] float64
+    timestep: Tensor  # [Q] float64, what the model is told
+    rows: Tensor  # [Q, 6] float64; velocities have no coefficients
+    dropped: Tensor  # [Q] bool: the conditional branch sees the empty prompt
     unconditional: bool  # whether v_uncond is wanted (a guidance scale of 1 does not need it)
     fused: bool = True  # states by a kernel
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+class Velocities(NamedTuple):
+    """What was answered at M points, each [M, C, H, W] float32."""
+
+    uncond: Tensor | None  # None where it was not asked for
+    cond: Tensor
 
 
 @dataclass(kw_only=True)
 class Points:
-    """Training points of a batch: `count` says how much each adds to the normaliser, `weight` to the loss."""
+    """Training points of a batch: `count` says how much each adds to the normaliser, `weight` to the loss.
 
+    Attributes:
+        kinds: the stage's, the same on all ranks.
+        measured: what is logged in quantiles over the points that are present: "k" as k/q05, k/q50 and k/q95.
+        reads: which query of a further answer a point's loss reads, by the answer's name in `Engine.learn`.
+        answered: what it was, by the same name; filled by the engine for one micro-batch.
+    """
+
+    kinds: tuple[str, ...]
     sample: Tensor  # [P] int64, index into the batch
     path: Tensor  # [P] int64, rollout path: keys eps and z1_aux
+    kind: Tensor  # [P] int64, index into `kinds`
+    query: Tensor  # [P] int64, whose velocities the rows read
     sigma: Tensor  # [P] float64
     timestep: Tensor  # [P] float64, what the model is told
     state_rows: Tensor  # [P, 6] float64
@@ -41,19 +64,26 @@ class Points:
     dropped: Tensor  # [P] bool: trained on the empty prompt
     weight: Tensor  # [P] float64: w(s) at base points, lambda w(s') at auxiliary ones, 0 where absent
     count: Tensor  # [P] float64: 1 at base points, lambda at auxiliary ones, 0 where absent
-    auxiliary: Tensor  # [P] bool
-    strength: Tensor  # [P] float64: k of the correction, 0 at base points
+    measured: dict[str, Tensor] = field(default_factory=dict)  # [P] float64, NaN at points that have none
     extra: dict[str, Tensor] = field(default_factory=dict)  # [P, ...] tensors that only the loss reads
+    reads: dict[str, Tensor] = field(default_factory=dict)  # [P] int64
     fused: bool = True  # states and losses by kernels
     sources: Sources | None = None  # filled by the engine for one micro-batch
+    answered: dict[str, Velocities] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample)
 
+    def of_kind(self, name: str) -> Tensor:
+        """[P] bool: which points are of a kind."""
+        return self.kind == self.kinds.index(name)
+
     def take(self, index: Tensor | slice) -> "Points":
-        """The points at `index` [M] int64, or views of a slice of them; sources are not carried over."""
-        taken = {name: getattr(self, name)[index] for name in PER_POINT}
-        return replace(self, **taken, extra={k: v[index] for k, v in self.extra.items()}, sources=None)
+        """The points at `index` [M] int64, or views of a slice; what the engine fills in is left behind."""
+        taken: dict[str, Any] = {name: getattr(self, name)[index] for name in PER_POINT}
+        for name in ("measured", "extra", "reads"):
+            taken[name] = {key: value[index] for key, value in getattr(self, name).items()}
+        return replace(self, **taken, sources=None, answered={})
 
     def states(self, dtype: torch.dtype = torch.float32, patch_size: int | None = None) -> Tensor:
         """States [M, C, H, W], or patches [M, H W / p^2, C p p], from the sources of this micro-batch."""
@@ -66,13 +96,15 @@ class Points:
         return self.sources.combine(self.sources.targets)
 
 
-PER_POINT = [f.name for f in fields(Points) if f.name not in ("extra", "fused", "sources")]
+PER_POINT = [f.name for f in fields(Points) if f.type in ("Tensor", Tensor)]
 
 
 class Stage(Protocol):
     """One training method: three pure functions that know nothing of parallelism, devices or optimizers."""
 
-    answer_weights: str  # which weights answer the queries: current | ema | reference | old
+    kinds: tuple[str, ...]  # of its points; steps are compared by the loss of the first
+    schedule: Schedule
+    answer_weights: str  # which weights answer the queries: current, or a name given to Engine.keep_weights
 
     def queries(self, batch: Batch) -> Queries | None: ...
 
@@ -88,6 +120,7 @@ def squared_error(points: Points, velocity: Tensor) -> Tensor:
 
 
 def concatenate(parts: list[Points]) -> Points:
-    """Points of several kinds as one list."""
+    """Points of several kinds as one list, for what all of them have."""
+    assert not any(part.measured or part.extra or part.reads for part in parts)
     columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT}
-    return Points(**columns, fused=parts[0].fused)
+    return Points(kinds=parts[0].kinds, **columns, fused=parts[0].fused)

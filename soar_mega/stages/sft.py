@@ -1,13 +1,97 @@
-"""Supervised fine-tuning: SOAR with no auxiliary points, by the same code."""
+"""Supervised fine-tuning: plain flow matching on the ideal ray, one point per sample.
 
-from dataclasses import replace
+What the other methods that train on samples have too is here: base points, their draws and their settings.
+"""
 
-from soar_mega.config import StageConfig
-from soar_mega.stages.soar import Soar
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from soar_mega.config import Forwards, StageConfig
+from soar_mega.data.batch import Batch
+from soar_mega.flow import Schedule, base_rows, loss_weight, sample_time, uniform
+from soar_mega.rules import Rule, above, one_of, within
+from soar_mega.stages.points import Points, Queries, squared_error
 
 
-class Sft(Soar):
-    """Plain flow matching on the ideal ray."""
+@dataclass(kw_only=True)
+class SftConfig(StageConfig):
+    """Which points of the ray are trained on."""
 
-    def __init__(self, config: StageConfig, shift: float) -> None:
-        super().__init__(replace(config, num_auxiliary_points=0), shift)
+    name: str = "sft"
+    condition_dropout: float = 0.0  # share of samples trained on the empty prompt
+    timesteps: str = "continuous"  # continuous | grid (the published table)
+    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
+    fused_kernels: bool = True  # states and losses as one kernel each; false: as plain torch calls
+
+    rules: ClassVar[dict[str, Rule]] = StageConfig.rules | {
+        "condition_dropout": within(0, 1),
+        "timesteps": one_of("continuous", "grid"),
+        "timestep_density": one_of("logit_normal", "uniform", "mode"),
+        "logit_std": above(0),
+        "loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
+    }
+
+    def forwards(self) -> Forwards:
+        return Forwards(answers=0, points=1)
+
+
+class Sft:
+    """Fine-tuning on the samples as they are."""
+
+    kinds: tuple[str, ...] = ("base",)
+    answer_weights = "current"
+
+    def __init__(self, config: SftConfig, shift: float) -> None:
+        self.config = config
+        self.schedule = Schedule(shift, grid=config.timesteps == "grid")
+
+    def queries(self, batch: Batch) -> Queries | None:
+        """Nothing has to be asked."""
+        return None
+
+    def points(self, batch: Batch) -> Points:
+        """The base points, one per sample."""
+        sigma = self._sigma0(batch)
+        sample = torch.arange(len(batch))
+        state_rows, target_rows = base_rows(sigma)
+        present = batch.valid.to(torch.float64)
+        return Points(
+            kinds=self.kinds,
+            sample=sample,
+            path=torch.zeros_like(sample),
+            kind=torch.zeros_like(sample),
+            query=sample,
+            sigma=sigma,
+            timestep=self.schedule.timestep(sigma),
+            state_rows=state_rows,
+            target_rows=target_rows,
+            dropped=self._dropped(batch),
+            weight=present * loss_weight(self.config.loss_weighting, sigma),
+            count=present,
+            fused=self.config.fused_kernels,
+        )
+
+    def loss(self, points: Points, velocity: Tensor) -> Tensor:
+        """Mean squared error of velocity [M, C, H, W] per point -> [M] float32."""
+        return squared_error(points, velocity)
+
+    def _time(self, batch: Batch) -> Tensor:
+        """Unshifted time u0 [B] of the base points."""
+        config = self.config
+        draws = uniform(batch.seed, "time", batch.position)[:, 0]
+        return sample_time(
+            config.timestep_density, draws, config.logit_mean, config.logit_std, config.mode_scale
+        )
+
+    def _sigma0(self, batch: Batch) -> Tensor:
+        return self.schedule.sigma(self._time(batch)).clamp(min=self.schedule.sigma_min)
+
+    def _dropped(self, batch: Batch) -> Tensor:
+        return uniform(batch.seed, "dropout", batch.position)[:, 0] < self.config.condition_dropout

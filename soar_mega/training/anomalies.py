@@ -17,7 +17,7 @@ from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import StepResult
 from soar_mega.engines.sample_losses import SampleLoss, sample_losses
 from soar_mega.engines.statistics import StepStatistics
-from soar_mega.training.steps import Steps
+from soar_mega.training.loop import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ NAMED = 8  # samples
 class LossWindow:
     """The losses of the last steps. Starts empty with each start of a run.
 
-    These are the losses of base points: auxiliary ones at small sigma are large by nature, 1/sigma^2 times the error of
-    the rollout. Middle and spread are the median and the median absolute deviation.
+    These are the losses of the stage's first kind of point. For SOAR that is base points: auxiliary ones at small sigma
+    are large by nature, 1/sigma^2 times the error of the rollout. Middle and spread are the median and the median
+    absolute deviation.
 
     Args:
         factor: how many deviations above the median is a spike; 0: nothing is.
@@ -58,18 +59,23 @@ class LossWindow:
 
 
 class Anomalies:
-    """Watches the steps of a run."""
+    """Watches the steps of a run.
 
-    def __init__(self, folder: Path, loss_spike_factor: float) -> None:
+    Args:
+        kind: of the points whose loss is compared.
+    """
+
+    def __init__(self, folder: Path, loss_spike_factor: float, kind: str) -> None:
+        self._kind = kind
         self._path = folder / FILE
         self._window = LossWindow(loss_spike_factor)
 
     def look(self, steps: Steps, found: StepStatistics, result: StepResult) -> None:
         """Looks at the step that was computed last. Collective over the world: all ranks see the same losses."""
         limit, loss = self._window.limit(), found["loss"]
-        base = found.get("loss/base", loss)
-        self._window.add(base)
-        if result.ok and base <= limit:
+        compared = found.get(f"loss/{self._kind}", loss)
+        self._window.add(compared)
+        if result.ok and compared <= limit:
             return
         worst = worst_samples(steps, NAMED)
         if not is_rank_zero():
@@ -81,7 +87,7 @@ class Anomalies:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "iteration": steps.progress.iteration,
             "loss": number(loss),
-            "base_loss": number(base),
+            f"{self._kind}_loss": number(compared),
             "limit": number(limit),
             "grad_norm": number(result.grad_norm),
             "positions": [last - count, last - 1],
@@ -91,7 +97,7 @@ class Anomalies:
             file.write(json.dumps(event) + "\n")
         what = f"skipped: loss {loss}, gradient norm {result.grad_norm}"
         if result.ok:
-            what = f"base loss {base:.6E} is above {limit:.6E}"
+            what = f"{self._kind} loss {compared:.6E} is above {limit:.6E}"
         first = worst[0]
         logger.warning(
             "iteration %d: %s. The largest loss is %.6E, of %s (sample %d of the data, position %d in training); %s "

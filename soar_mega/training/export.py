@@ -6,10 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
+from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
@@ -46,6 +48,8 @@ def check_exports(recipe: Recipe) -> None:
     wanted = _exports(recipe)
     for name in wanted:
         OutputFolder(_place(recipe, name)).check()
+        if recipe.lora.rank:
+            OutputFolder(Path(recipe.checkpoint.save, _adapters(name))).check()
     source = recipe.model.pipeline_dir
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
     sizes = model_sizes(recipe.model)
@@ -69,22 +73,29 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
     """
     run = RunFolder(recipe.checkpoint.save)
     try:
-        _export(recipe, engine)
+        _export(recipe, engine, iteration)
     except (OSError, ValueError) as error:
         on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples, exported=False))
         raise (OSError if is_rank_zero() else PeerFailure)(_advice(recipe, error)) from error
     on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples))
 
 
-def _export(recipe: Recipe, engine: Engine) -> None:
+def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
     source = recipe.model.pipeline_dir
     for name, weights in _exports(recipe).items():
-        place, tensors = _place(recipe, name), engine.tensors(weights)
+        place, tensors = _place(recipe, name), engine.exported(weights)
+        card = card_of_run(
+            RunFolder(recipe.checkpoint.save), engine.model.sizes.family.products, iteration, weights
+        )
         if is_pipeline(source):
-            save_pipeline(engine.model, source, place, tensors)
+            save_pipeline(engine.model, source, place, tensors, card=card)
         else:
-            save_transformer(engine.model, place, tensors)
+            save_transformer(engine.model, place, tensors, card=card)
         logger.info("wrote %s", place)
+        if engine.adapters is not None:
+            alone = Path(recipe.checkpoint.save, _adapters(name))
+            save_adapters(engine.model, engine.adapters, recipe.lora, alone, engine.tensors(weights), source)
+            logger.info("wrote %s", alone)
 
 
 def _exports(recipe: Recipe) -> dict[str, str]:
@@ -92,6 +103,11 @@ def _exports(recipe: Recipe) -> dict[str, str]:
     if not recipe.checkpoint.export:
         return {}
     return {"export": "current"} | ({"export_ema": "ema"} if recipe.train.ema_decay > 0 else {})
+
+
+def _adapters(name: str) -> str:
+    """The folder of the adapters that are in an export: export_lora, export_lora_ema."""
+    return name.replace("export", "export_lora")
 
 
 def _place(recipe: Recipe, name: str) -> Path:

@@ -10,7 +10,7 @@ from soar_mega.distributed import is_rank_zero
 from soar_mega.engines.sample_losses import SampleLoss
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.training.anomalies import worst_samples
-from soar_mega.training.steps import Steps, make_loader
+from soar_mega.training.loop import Steps, make_loader
 
 
 @dataclass(frozen=True, kw_only=True)

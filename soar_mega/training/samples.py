@@ -13,9 +13,9 @@ from soar_mega.data.info import DatasetInfo
 from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines import Engine
-from soar_mega.evaluation.drift import branches
+from soar_mega.evaluation.drift import at_scale
 from soar_mega.faults.agreement import on_rank_zero
-from soar_mega.flow import Schedule, guided, normal, sample
+from soar_mega.flow import Schedule, normal, sample
 
 if TYPE_CHECKING:
     from soar_mega.data.vae import Decoder
@@ -81,9 +81,10 @@ class SampleGrid:
         asked, empty = (
             c.map(lambda tensor: tensor.to(device())) for c in (prompts.conditions, prompts.empty)
         )
-        cond, uncond = branches(engine.velocity, asked, empty)
+        is_told = engine.model.sizes.guidance_embeds
+        velocity = at_scale(engine.velocity, asked, empty, self._guidance_scale, is_told)
         with engine.using(self._weights):
-            latents = sample(guided(cond, uncond, self._guidance_scale), start, self._sigmas)
+            latents = sample(velocity, start, self._sigmas)
         if not is_rank_zero():
             return None
         assert self._decoder is not None

@@ -13,7 +13,7 @@ from soar_mega.distributed import check_layout
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 ITERATIONS, SAMPLES_PER_REPLICA, POINTS = 4, 2, 4
 BUCKETS, TEXT_LENGTH = ("128x128", "192x128"), 12

@@ -12,8 +12,6 @@ from soar_mega.data.batch import Batch
 from soar_mega.gpus import peak_tflops
 from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
 from soar_mega.models.common.sizes import Sizes
-from soar_mega.stages import Stage
-from soar_mega.stages.forwards import forwards_per_sample
 
 
 class Throughput:
@@ -23,10 +21,10 @@ class Throughput:
         sizes: of the whole model.
     """
 
-    def __init__(self, recipe: Recipe, sizes: Sizes, stage: Stage) -> None:
+    def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
-        self._forwards = forwards_per_sample(stage)
+        self._forwards = recipe.stage.forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._peaks = peaks(recipe, device_name)
         self._steps: dict[Tokens, Work] = {}  # by bucket

@@ -51,7 +51,10 @@ class HeldOut:
         spans, guidance_scale = settings.drift_spans, settings.sample_guidance_scale
         with engine.using(self._weights):
             batches = self._my_batches(settings.drift_samples)
-            results = held_out_drift(engine.velocity, batches, spans, settings.drift_steps, guidance_scale)
+            is_told = engine.model.sizes.guidance_embeds
+            results = held_out_drift(
+                engine.velocity, batches, spans, settings.drift_steps, guidance_scale, is_told
+            )
         sums = [total.sum() for r in results for total in (r.error, r.on_ray)]
         means = _shares(torch.stack([*sums, torch.tensor(float(len(results[0].error)), dtype=torch.float64)]))
         values = {}

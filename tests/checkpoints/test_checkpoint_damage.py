@@ -14,7 +14,7 @@ from stand_in import check_usable, load, names, save
 
 from soar_mega import distributed
 from soar_mega.checkpoints import manifest
-from soar_mega.checkpoints.exchange import checkpoint_to_diffusers
+from soar_mega.checkpoints.exchange import checkpoint_to_folder
 from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.resume import verify
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -208,5 +208,5 @@ def test_ranks_agree_on_what_is_damaged(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_not_converted(run: RunFolder, tmp_path: Path) -> None:
     flip(run.checkpoint(3) / "__0_0.distcp", 100)
     with pytest.raises(ValueError, match="iter_0000003/__0_0.distcp is damaged"):
-        checkpoint_to_diffusers(run.path, tmp_path / "out")
+        checkpoint_to_folder(run.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from soar_mega.checkpoints import checkpoint, manifest, rank_file
 from soar_mega.checkpoints.background import Background
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 ITERATIONS, INTERVAL, RANKS = 8, 2, 2
 ACTS = 60  # of rank 0 in a run: somewhat more

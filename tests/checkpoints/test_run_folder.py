@@ -9,10 +9,12 @@ import pytest
 from soar_mega.checkpoints.recipes import write_recipe
 from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
 from soar_mega.config import Recipe
+from soar_mega.stages import SoarConfig
 
 HOLDER = """
 import sys
 from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.stages import SoarConfig
 with RunFolder(sys.argv[1]).lock():
     print("locked", flush=True)
     sys.stdin.read()
@@ -110,7 +112,7 @@ def test_pruning_never_removes_the_one_to_resume_from(
 def test_the_recipes_of_earlier_starts_are_kept_and_their_differences_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, recipe = RunFolder(tmp_path), Recipe()
+    run, recipe = RunFolder(tmp_path), Recipe(stage=SoarConfig())
     write_recipe(run, recipe)
     write_recipe(run, recipe)
     assert [path.name for path in tmp_path.iterdir()] == ["run_config.yaml"] and not caplog.text

@@ -7,14 +7,15 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import single_file_utils
 from peer_folder import SMALL, read_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from soar_mega.cli import main
+from soar_mega.convert import WeightFiles
 from soar_mega.convert.change_form import to_original_file, to_transformer_folder
-from soar_mega.convert.original_file import PREFIX, OriginalFile, OriginalWriter, config_of
-from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.original_file import PREFIX
+from soar_mega.convert.weight_files import index_name, single_name
 from soar_mega.convert.weights import open_weights
 from soar_mega.models.family import read_sizes
-from soar_mega.models.flux.original import ORIGINAL as FLUX
 
 FLUX_SMALL = {
     "in_channels": 16,
@@ -79,19 +80,125 @@ def diffusers_flux(hidden):
 def test_flux_files_are_what_diffusers_reads(tmp_path, guidance, prefix):
     torch.manual_seed(0)
     model = random_model(FluxTransformer2DModel(**FLUX_SMALL, guidance_embeds=guidance), torch.bfloat16)
-    tensors, config = model.state_dict(), {k: v for k, v in model.config.items() if k[0] != "_"}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    model.save_pretrained(tmp_path / "transformer", variant="bf16")
     file = tmp_path / "x.safetensors"
-    dtypes = dict.fromkeys(shapes, torch.bfloat16)
-    writer = OriginalWriter(file, FLUX, config, shapes, dtypes, prefix)
-    for key in reversed(shapes):  # any order
-        writer.write(key, tensors[key])
-    writer.close()
-    assert equal(diffusers_flux(32)(load_file(file)), tensors)
-    with Reader(file) as reader:
-        told = config_of(reader, FLUX, prefix, {"axes_dims_rope": [2, 2, 4]})
-        assert told.pop("_class_name") == "FluxTransformer2DModel"
-        assert told == {**config, "axes_dims_rope": [2, 2, 4]}
-        back = OriginalFile(reader, FLUX, prefix, told, shapes)
-        read = {key: torch.cat([block for _, block in back.blocks(key)]) for key in shapes}
-    assert equal(read, tensors)
+    with open_weights(tmp_path / "transformer") as weights:
+        to_original_file(weights, file, prefix=prefix)
+    assert equal(diffusers_flux(32)(load_file(file)), model.state_dict())
+    with open_weights(file, tmp_path) as weights:
+        to_transformer_folder(weights, tmp_path / "back", WeightFiles(max_shard_size=50_000, variant="bf16"))
+    assert (tmp_path / "back" / index_name("bf16")).is_file()
+    assert equal(read_tensors(tmp_path / "back"), model.state_dict())
+    again = FluxTransformer2DModel.from_pretrained(
+        tmp_path / "back", variant="bf16", torch_dtype=torch.bfloat16
+    )
+    assert equal(again.state_dict(), model.state_dict())
+    assert read_config(tmp_path / "back") == read_config(tmp_path / "transformer")
+
+
+@pytest.mark.parametrize(
+    "model", [SD3Transformer2DModel(**SMALL), FluxTransformer2DModel(**FLUX_SMALL)], ids=["sd3", "flux"]
+)
+def test_a_checkpoint_is_one_of_the_forms(tmp_path, model):
+    """diffusers -> checkpoint -> single file -> checkpoint -> diffusers, by the command."""
+    random_model(model, torch.bfloat16).save_pretrained(tmp_path / "t")
+    places = ["t", "one", "x.safetensors", "two", "back"]
+    to = [
+        [],
+        ["--to", "original", "--prefix", PREFIX],
+        ["--to", "checkpoint", "--pipeline-dir", str(tmp_path / "t")],
+    ]
+    for source, out, options in zip(places, places[1:], [*to, ["--variant", "fp32"]], strict=False):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / out), *options]) == 0
+    back = load_file(tmp_path / "back" / single_name("fp32"))
+    assert equal(back, {key: tensor.float() for key, tensor in model.state_dict().items()})
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "back"),
+                str(tmp_path / "half"),
+                "--to",
+                "transformer",
+                "--dtype",
+                "bf16",
+            ]
+        )
+        == 0
+    )
+    assert equal(read_tensors(tmp_path / "half"), model.state_dict())
+
+
+def broken(change):
+    """A single file with one thing wrong."""
+
+    def write(tensors, file):
+        change(tensors)
+        save_file(tensors, file)
+
+    return write
+
+
+def truncated(tensors, file):
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def rename_all(tensors):
+    for key in list(tensors):
+        tensors[f"encoder.{key}"] = tensors.pop(key)
+
+
+X = PREFIX + "joint_blocks.1.x_block.attn.qkv.weight"
+BROKEN = {
+    "missing": (broken(lambda t: t.pop(X)), f"missing: {X} "),
+    "missing size": (broken(lambda t: t.pop(PREFIX + "pos_embed")), f"{PREFIX}pos_embed is missing"),
+    "extra": (
+        broken(lambda t: t.update({PREFIX + "strange": torch.zeros(1)})),
+        "unknown: .*strange in x.saf",
+    ),
+    "stranger": (broken(lambda t: t.update(strange=torch.zeros(1))), "holds strange"),
+    "misshaped": (broken(lambda t: t.update({X: torch.zeros(5, 32)})), f"shape of {X} in x.saf.* is .5, 32"),
+    "wrong rank": (
+        broken(lambda t: t.update({PREFIX + "context_embedder.weight": torch.zeros(5)})),
+        "context_embedder.weight has the shape",
+    ),
+    "nan": (broken(lambda t: t[X][0].fill_(torch.nan)), f"{X} in .*x.safetensors holds NaN"),
+    "type": (broken(lambda t: t.update({X: torch.zeros(96, 32, dtype=torch.int64)})), f"{X} holds I64"),
+    "truncated": (truncated, "x.safetensors cannot be read, it may be truncated"),
+    "unknown": (broken(rename_all), "x.safetensors is of no known architecture .encoder."),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_by_name(tmp_path, case):
+    write, message = BROKEN[case]
+    SD3Transformer2DModel(**SMALL).save_pretrained(tmp_path / "t")
+    file = tmp_path / "x.safetensors"
+    with open_weights(tmp_path / "t") as weights:
+        to_original_file(weights, file, prefix=PREFIX)
+    tensors = load_file(file)
+    tensors["first_stage_model.decoder.weight"] = torch.zeros(1)  # of another part, which is left out
+    write(tensors, file)
+    with pytest.raises(ValueError, match=message) as caught, open_weights(file) as weights:
+        to_transformer_folder(weights, tmp_path / "out")
+    assert str(file) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fp16_cannot_hold_and_a_file_of_another_model_are_refused(tmp_path):
+    model = SD3Transformer2DModel(**SMALL)
+    with torch.no_grad():
+        model.proj_out.bias[3] = 1e5
+    model.save_pretrained(tmp_path / "t")
+    with (
+        open_weights(tmp_path / "t") as weights,
+        pytest.raises(ValueError, match="proj_out.bias holds .*65504"),
+    ):
+        to_transformer_folder(weights, tmp_path / "out", WeightFiles(dtype=torch.float16))
+    with open_weights(tmp_path / "t") as weights:
+        to_original_file(weights, tmp_path / "x.safetensors")
+    SD3Transformer2DModel(**SMALL | {"num_layers": 3}).save_pretrained(tmp_path / "other")
+    opened = open_weights(tmp_path / "x.safetensors", tmp_path / "other")
+    with pytest.raises(ValueError, match="are of different models: .*num_layers 4 and 3"), opened:
+        pass

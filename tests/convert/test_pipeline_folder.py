@@ -19,6 +19,7 @@ from soar_mega.convert import (
     scheduler_shift,
 )
 from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.flow import Schedule
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
@@ -160,20 +161,45 @@ def test_what_is_wrong_with_a_part_is_named(tmp_path, damage, message):
 
 
 def test_scheduler_shift(tmp_path):
-    assert scheduler_shift(BASE) == 1.0
+    assert scheduler_shift(BASE, 16) == (1.0, False)
     with pytest.raises(ValueError, match="scheduler_config.json cannot be read.*stage.shift"):
-        scheduler_shift(tmp_path)
+        scheduler_shift(tmp_path, 16)
     (tmp_path / "scheduler").mkdir()
     config = tmp_path / "scheduler/scheduler_config.json"
     config.write_text(json.dumps({"shift": 3.0}))
-    assert scheduler_shift(tmp_path) == 3.0
+    assert scheduler_shift(tmp_path, 16) == (3.0, False)
+
+
+def test_a_dynamic_shift_is_that_of_diffusers(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    settings = {"base_image_seq_len": 128, "max_image_seq_len": 1024, "base_shift": 0.4, "max_shift": 1.3}
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **settings)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    for tokens in (16, 128, 700, 4096):
+        shift, is_dynamic = scheduler_shift(tmp_path, tokens)
+        mu = calculate_shift(tokens, *settings.values())
+        scheduler.set_timesteps(sigmas=[1 - i / 7 for i in range(7)], mu=mu)
+        assert is_dynamic
+        found = Schedule(shift, is_dynamic=True).inference_sigmas(7)
+        assert torch.allclose(found, scheduler.sigmas.double(), atol=1e-6)
+    config = tmp_path / "scheduler/scheduler_config.json"
+    content = json.loads(config.read_text())
+    for changes, message in (
+        ({"time_shift_type": "linear"}, "time_shift_type 'linear'.*stage.shift"),
+        ({"base_image_seq_len": 1024}, "base_image_seq_len is 1024.*below"),
+        ({"max_shift": "much"}, "max_shift is 'much'"),
+    ):
+        config.write_text(json.dumps({**content, **changes}))
+        with pytest.raises(ValueError, match=message):
+            scheduler_shift(tmp_path, 16)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("_class_name", "DPMSolverMultistepScheduler"),
-        ("use_dynamic_shifting", True),
         ("use_karras_sigmas", True),
         ("invert_sigmas", True),
         ("shift_terminal", 0.02),
@@ -187,7 +213,7 @@ def test_a_scheduler_that_a_shift_does_not_describe_is_refused_by_name(name, val
         json.dumps({**config, name: value, "flow_shift": 3})
     )
     with pytest.raises(ValueError, match=f"has {name} .*stage.shift in a recipe and --shift in sample"):
-        scheduler_shift(tmp_path)
+        scheduler_shift(tmp_path, 16)
 
 
 @pytest.mark.parametrize("shift", [None, "3", 0, -1, True, float("nan"), float("inf"), [3.0]])
@@ -195,4 +221,4 @@ def test_a_shift_that_is_none_is_named(tmp_path, shift):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps({"shift": shift}))
     with pytest.raises(ValueError, match="scheduler_config.json: shift is"):
-        scheduler_shift(tmp_path)
+        scheduler_shift(tmp_path, 16)

@@ -1,5 +1,6 @@
 """prepare: from captioned images to shards, interrupted or not, and what it refuses."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from soar_mega.data import prepare as prepare_module
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import to_model_range
 from soar_mega.data.prepare import prepare
+from soar_mega.data.selection import Wishes
 from soar_mega.data.shards import open_shards
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
@@ -35,7 +37,7 @@ def images(tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
@@ -87,7 +89,7 @@ def test_a_finished_folder_is_left_alone(images, tmp_path, monkeypatch):
     assert prepare(images, tmp_path / "out", BASE) == first
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="begun with flip False, not True"):
-        prepare(images, tmp_path / "out", BASE, flip=True)
+        prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True))
     (images / "3.txt").write_text("another caption")
     with pytest.raises(ValueError, match="other images or captions"):
         prepare(images, tmp_path / "out", BASE)
@@ -97,8 +99,8 @@ def test_an_unfinished_folder_with_other_settings_is_refused(images, tmp_path):
     (images / "0.png").write_text("broken")
     with pytest.raises(ValueError, match="1 of 7"):
         prepare(images, tmp_path / "out", BASE)
-    with pytest.raises(ValueError, match="begun with batch_size 8, not 4"):
-        prepare(images, tmp_path / "out", BASE, batch_size=4)
+    with pytest.raises(ValueError, match="begun with samples_per_shard 1000, not 4"):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
 
 
 def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path):
@@ -115,9 +117,11 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
         and "2.png: cannot be read as an image" in message
     )
     listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in listed} == {"2.png", "4.png"}
-    with pytest.raises(ValueError, match="unfinished"):
-        open_shards(out)
+    assert {(row["name"], row["kind"]) for row in listed} == {
+        ("2.png", "picture cannot be read"),
+        ("4.png", "no caption"),
+    }
+    assert not list(out.glob("shard-*"))  # what is wrong at first sight is said before anything is encoded
 
     result = prepare(images, out, BASE, samples_per_shard=2, skip_invalid=True)
     assert result.samples == 5 and {reject.name for reject in result.rejects} == {"2.png", "4.png"}
@@ -225,7 +229,7 @@ def test_the_published_list_brings_its_own_buckets(images, tmp_path):
 
 
 def test_flips_are_further_samples(images, tmp_path):
-    assert prepare(images, tmp_path / "out", BASE, flip=True).samples == 2 * COUNT
+    assert prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True)).samples == 2 * COUNT
     shards = open_shards(tmp_path / "out")
     assert [name.split(" (shard")[0] for name in shards.names([4, 5])] == ["2.png", "2.png (mirrored)"]
     plain, mirrored = (shards._tensors("latents", index)["mean"] for index in (4, 5))
@@ -246,7 +250,7 @@ def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch):
     def second(*args):
         prepare(images, tmp_path / "out", BASE)
 
-    monkeypatch.setattr(prepare_module, "_write_shards", second)
+    monkeypatch.setattr(prepare_module._Preparation, "_encode", second)
     with pytest.raises(ValueError, match="another `soar-mega prepare` is writing"):
         prepare(images, tmp_path / "out", BASE)
 
@@ -318,3 +322,84 @@ def test_a_foreign_file_is_named(images, tmp_path, name, content):
     (tmp_path / "out" / name).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=name):
         prepare(images, tmp_path / "out", BASE)
+
+
+def test_out_of_memory_it_goes_on_with_a_smaller_batch(images, tmp_path, monkeypatch):
+    """Complete shards are kept; latents of the others differ by the rounding of another batch size at most."""
+    real = Encoders.encode_images
+    sizes = []
+
+    def small_memory(self, batch):
+        sizes.append(len(batch))
+        if len(batch) > 1 and len(sizes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch)
+
+    prepare(images, tmp_path / "whole", BASE, samples_per_shard=3)
+    monkeypatch.setattr(Encoders, "encode_images", small_memory)
+    with pytest.raises(
+        ValueError, match="out of memory with --batch-size 8: the same command with a smaller"
+    ):
+        prepare(images, tmp_path / "out", BASE, samples_per_shard=3)
+    prepare(images, tmp_path / "out", BASE, samples_per_shard=3, batch_size=1)
+    assert sizes == [3, 2, 1, 1, 1, 1]
+    whole, out = (open_shards(tmp_path / name) for name in ("whole", "out"))
+    assert whole.names(range(COUNT)) == out.names(range(COUNT))
+    for index in range(COUNT):
+        expected, found = whole._tensors("latents", index), out._tensors("latents", index)
+        torch.testing.assert_close(found["mean"], expected["mean"], rtol=0, atol=1e-5)
+
+
+def test_filters_duplicates_and_the_held_out_set(images, tmp_path, caplog):
+    shutil.copy(images / "1.png", images / "7.png")
+    (images / "7.txt").write_text("the first one again")
+    Image.new("RGB", (8, 8)).save(images / "small.png")
+    (images / "small.txt").write_text("small")
+    wishes = Wishes(min_side=10, aspect=1.5, drop_duplicates=True, held_out_share=0.5, flip=True)
+    result = prepare(images, tmp_path / "out", BASE, wishes=wishes)
+    assert {(reject.name, reject.kind) for reject in result.rejects} == {
+        ("3.png", "too long"),
+        ("7.png", "duplicate"),
+        ("small.png", "too small"),
+    }
+    row = json.loads((tmp_path / "out" / "duplicates.jsonl").read_text())
+    assert row == {"name": "7.png", "same_as": "1.png"} and "1 samples have the same image" in caplog.text
+    held_out = open_shards(tmp_path / "out" / "held_out")
+    names = {name.split(" (shard")[0] for name in held_out.names(range(len(held_out)))}
+    # of each image its content decides alone, and none is mirrored
+    assert names == {
+        name for name in ("0.png", "1.png", "2.png", "4.png", "5.png", "6.png") if is_low(images / name)
+    }
+    assert result.samples == 2 * (6 - len(names)) and 0 < len(names) < 6
+    assert torch.equal(held_out.empty_prompt()[0], open_shards(tmp_path / "out").empty_prompt()[0])
+    with pytest.raises(ValueError, match="holds none: give a larger one"):
+        prepare(images, tmp_path / "other", BASE, wishes=Wishes(held_out_share=1e-9))
+
+
+def is_low(path):
+    return hashlib.sha256(path.read_bytes()).digest()[0] < 128
+
+
+def test_scores_of_a_list(images, tmp_path, caplog):
+    rows = [{"file_name": f"{i}.png", "caption": f"a {i}", "aesthetic": i} for i in range(6)]
+    (images / "metadata.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, {"file_name": "6.png", "text": "a"}]))
+    )
+    wishes = Wishes(min_score=4.5)
+    with pytest.raises(ValueError, match=r"1 of 7 .*\n +6\.png: the source gives it no score"):
+        prepare(images, tmp_path / "out", BASE, wishes=wishes, score_key="aesthetic")
+    with caplog.at_level(logging.INFO, logger="soar_mega"):
+        result = prepare(
+            images, tmp_path / "out", BASE, wishes=wishes, score_key="aesthetic", skip_invalid=True
+        )
+    assert result.samples == 1 and "         5  score too low\n" in caplog.text
+    assert "         1  no score\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [({"min_side": 0}, "min_side"), ({"aspect": 0.5}, "aspect"), ({"held_out_share": 1.0}, "held_out_share")],
+)
+def test_wishes_that_no_image_fulfils(images, tmp_path, wishes, words):
+    with pytest.raises(ValueError, match=words):
+        prepare(images, tmp_path / "out", BASE, wishes=Wishes(**wishes))

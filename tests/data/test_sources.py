@@ -1,9 +1,12 @@
 """Sources: every kind of list is read in a fixed order, and what is wrong is said by name."""
 
 import errno
+import io
 import json
 import logging
 import os
+import pickle
+import tarfile
 
 import pytest
 from PIL import Image
@@ -195,3 +198,117 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     _, rejects = list_items(tmp_path)
     assert [reject.name for reject in rejects] == ["closed"] and "Permission denied" in rejects[0].reason
+
+
+def test_captions_as_kohya_keeps_them(tmp_path, caplog):
+    write_images(tmp_path, "a.png", "b.png")
+    for name, caption in [
+        ("a.caption", "an a"),
+        ("b.caption", "tags"),
+        ("b.txt", "a b"),
+        ("c.caption", "nobody"),
+    ]:
+        (tmp_path / name).write_text(caption)
+    items, rejects = list_items(tmp_path)
+    assert [(item.name, item.caption) for item in items] == [("a.png", "an a"), ("b.png", "a b")]
+    assert [reject.name for reject in rejects] == ["c.caption"]
+    assert "1 images have a .txt and a .caption" in caplog.text
+
+
+def test_metadata_as_csv(tmp_path):
+    write_images(tmp_path, "x.png", "d/y.png")
+    lines = [
+        "file_name,prompt,score",
+        'x.png,"an x, seen ""twice""\nin two lines",6.5',
+        "d/y.png,a y,none",
+        "gone.png,a,1",
+    ]
+    (tmp_path / "metadata.csv").write_text("\n".join([*lines, 'x.png,"never closed']))
+    items, rejects = list_items(tmp_path)
+    assert [(item.name, item.caption, item.score) for item in items] == [
+        ("x.png", 'an x, seen "twice"\nin two lines', 6.5),
+        ("d/y.png", "a y", None),
+    ]
+    assert [reject.name for reject in rejects] == ["metadata.csv:5", "metadata.csv:6"]
+    assert "gone.png is missing" in rejects[0].reason and "not valid CSV" in rejects[1].reason
+
+
+def test_a_list_names_nothing_outside_its_folder(tmp_path):
+    folder = tmp_path / "set"
+    write_images(tmp_path, "secret.png", "set/a.png")
+    names = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "d/../../secret.png",
+        str(folder / "a.png"),
+        "./a.png",
+    ]
+    write_lines(folder / "metadata.jsonl", *({"file_name": name, "text": "a"} for name in names))
+    write_lines(folder / "more.jsonl", {"md5": "../secret", "caption_en": "a", "bw": 16, "bh": 16})
+    items, rejects = list_items(folder)
+    assert [item.image.path.name for item in items] == ["a.png", "a.png"]
+    assert len(rejects) == 3 and all("--images names the folder" in reject.reason for reject in rejects)
+    assert "is not in" in list_items(folder / "more.jsonl")[1][0].reason
+
+
+def add(tar, name, content, **attributes):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in attributes.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
+    """No pickle in them is loaded, and no name leads anywhere."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, "secret.png", "in.png")
+    picture = (tmp_path / "in.png").read_bytes()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "b/1.txt", b"one\n")
+        add(tar, "b/1.png", picture)
+        add(tar, "b/1.json", json.dumps({"caption": "not this", "score": 5}).encode())
+        add(tar, "b/2.jpg", b"no picture")
+        add(tar, "b/2.json", json.dumps({"caption": "two"}).encode())
+        add(tar, "b/2.pkl", pickle.dumps(Trap()))
+        add(tar, "../../out.png", picture)
+        add(tar, "../../out.txt", b"stays inside")
+        add(tar, "3.png", b"", type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret.png"))
+        add(tar, "3.txt", b"behind a link")
+        add(tar, "4.png", picture)
+        add(tar, "5.png", picture)
+        add(tar, "5.json", b"[1]")
+        add(tar, "6.png", picture)
+        add(tar, "6.pyd", pickle.dumps(Trap()))
+    before = sorted(tmp_path.rglob("*"))
+    items, rejects = list_items(tmp_path / "0.tar")
+    assert [(item.name, item.caption, item.score) for item in items] == [
+        ("0.tar/b/1", "one", 5.0),
+        ("0.tar/b/2", "two", None),
+        ("0.tar/../../out", "stays inside", None),
+    ]
+    with items[0].image.open() as file:
+        assert file.read() == picture
+    reasons = {reject.name: reject.reason for reject in rejects}
+    assert "caption without an image" in reasons["0.tar/3"] and "no caption" in reasons["0.tar/4"]
+    assert "not a JSON object" in reasons["0.tar/5"] and len(reasons) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_and_compressed_tars_are_named(tmp_path):
+    write_images(tmp_path, "in.png")
+    for name, mode in (("whole.tar", "w"), ("packed.tar", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            for key in range(3):
+                add(tar, f"{key}.png", (tmp_path / "in.png").read_bytes())
+                add(tar, f"{key}.txt", b"fine")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:2600])
+    for name, usable in (("packed.tar", 0), ("cut.tar", 1)):
+        items, rejects = list_items(tmp_path / name)
+        assert len(items) == usable
+        assert "cannot be read as an uncompressed tar" in rejects[0].reason and rejects[0].name == name

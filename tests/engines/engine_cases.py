@@ -1,17 +1,17 @@
 """A small model, in-memory batches and training cases for the engine's tests, importable by other processes."""
 
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from soar_mega.config import (
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Recipe,
-    StageConfig,
     TrainConfig,
 )
 from soar_mega.data.batch import Batch
@@ -21,7 +21,7 @@ from soar_mega.flow import normal
 from soar_mega.models.common.gather import full_shape, local_shard
 from soar_mega.models.common.names import global_parameter_names
 from soar_mega.models.sd3.sizes import SD3Sizes
-from soar_mega.stages import make_stage
+from soar_mega.stages import SoarConfig, make_stage
 
 SHAPE, TEXT, TEXT_DIM, POOLED = (4, 8, 8), 6, 12, 10
 SIZES = SD3Sizes(
@@ -46,8 +46,7 @@ VPP2 = {
     "train": {"micro_batch_size": 3, "points_per_micro_batch": 9},
 }
 # every source is read: two paths (eps), fresh endpoints (z1_aux), guidance, dropped conditions, uneven weights
-SOAR = StageConfig(
-    name="soar",
+SOAR = SoarConfig(
     num_auxiliary_points=2,
     num_rollout_paths=2,
     fresh_endpoint=True,
@@ -60,14 +59,28 @@ SOAR = StageConfig(
 )
 
 
+def settings_of_soar(settings):
+    """The settings of another stage, where it has them with the values of SOAR above."""
+    shared = {field.name: getattr(SOAR, field.name) for field in fields(settings) if field.name != "name"}
+    return settings(**shared)
+
+
 def make_recipe(
-    layout=(1, 1), sequence_parallel=False, stage=SOAR, train=None, optimizer=None, model=None, **parallel
+    layout=(1, 1),
+    sequence_parallel=False,
+    stage=SOAR,
+    train=None,
+    optimizer=None,
+    model=None,
+    lora=None,
+    **parallel,
 ) -> Recipe:
     settings = {"seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "points_per_micro_batch": 3}
     return Recipe(
         model=ModelConfig(**{"init": "random", "dtype": "fp32", **(model or {})}),
         stage=stage,
         train=TrainConfig(**(settings | (train or {}))),
+        lora=LoraConfig(**(lora or {})),
         optimizer=OptimizerConfig(**({"lr": 1e-3, "clip_grad": 0.5} | (optimizer or {}))),
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout[0],

@@ -19,13 +19,13 @@ from soar_mega import distributed, platform
 from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
-from soar_mega.config import CheckpointConfig, StageConfig
+from soar_mega.config import CheckpointConfig
 from soar_mega.engines.adam_steps import kept_steps
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, make_stage
 
 DATA = Path(__file__).parent / "data"
 SMALL = replace(SIZES, num_layers=1, dual_attention_layers=(), pos_embed_max_size=4)
-RECIPE = make_recipe(stage=StageConfig(name="sft"))
+RECIPE = make_recipe(stage=SftConfig())
 STEPS = 7
 PROGRESS = Progress(iteration=3, consumed_samples=24, loader={"consumed": 24})
 

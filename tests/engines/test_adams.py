@@ -11,10 +11,9 @@ from multirank import run_ranks
 
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
-from soar_mega.config import StageConfig
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, make_stage
 
-SFT = StageConfig(name="sft")
+SFT = SftConfig()
 # parameter groups of three kinds
 GROUPS = {"decay_all": False, "lr_multipliers": {"layers.0.*": 0.5}, "weight_decay": 0.1}
 

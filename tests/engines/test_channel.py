@@ -8,12 +8,11 @@ import torch
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import RankFailure, run_ranks
 
-from soar_mega.config import StageConfig
 from soar_mega.distributed import is_first_stage
 from soar_mega.engines import channel
-from soar_mega.engines.channel import Answers, OverlappedChannel, RolloutChannel
+from soar_mega.engines.channel import Answers, Messages, OverlappedChannel
 from soar_mega.models.common.conditions import Conditions
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, make_stage
 
 ANSWERS = (1, 4, 8, 33)
 
@@ -21,15 +20,15 @@ ANSWERS = (1, 4, 8, 33)
 def order_of_events(recipe):
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
     events = []
-    move, wait, forward = engine._channel._move, engine._channel.wait, engine._pipeline.forward
+    move, wait, forward = Messages.move, Messages.wait, engine._pipeline.forward
 
-    def noted_move(until):
+    def noted_move(self, until):
         events.append(f"message until {until}")
-        move(until)
+        move(self, until)
 
-    def noted_wait(i):
+    def noted_wait(self, i):
         events.append(f"wait {i}")
-        return wait(i)
+        return wait(self, i)
 
     def noted_forward(chunk, *arguments):
         if chunk.module.pre_process or chunk.module.post_process:
@@ -37,15 +36,12 @@ def order_of_events(recipe):
         return forward(chunk, *arguments)
 
     batch = make_batch(0)
-    engine._channel._move, engine._channel.wait, engine._pipeline.forward = (
-        noted_move,
-        noted_wait,
-        noted_forward,
-    )
+    Messages.move, Messages.wait, engine._pipeline.forward = noted_move, noted_wait, noted_forward
     answers = engine.answer(stage.queries, batch)
+    messages = answers._messages
     during, events[:] = list(events), []
     engine.learn(stage.points, stage.loss, batch, answers)
-    return during, events, answers._ready, answers._all is not None, engine._channel._messages
+    return during, events, answers._ready, answers._all is not None, messages._works
 
 
 @pytest.mark.parametrize(
@@ -72,13 +68,15 @@ def test_overlapped_answers_travel_while_the_pass_goes_on():
 
 def answers_nobody_asked_for(recipe):
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
-    plain = make_stage(StageConfig(name="sft"), shift=1.0)
+    plain = make_stage(SftConfig(), shift=1.0)
     batch = make_batch(0, invalid=None)
     engine.answer(stage.queries, batch)
     answers = engine.answer(stage.queries, batch)
     engine.learn(plain.points, plain.loss, batch, answers)  # these points need no answer
     answers = engine.answer(stage.queries, batch)
-    latest = answers.get(2)  # out of order
+    latest = answers.get(2).clone()  # out of order
+    answers.close()
+    answers.close()
     found = engine.velocity(batch.latents, torch.full((8,), 0.5), Conditions(batch.text, batch.pooled))
     return latest, found, iterate(engine, stage, make_batch(1))[0]["loss"]
 
@@ -137,29 +135,32 @@ class EarlyReceives(OverlappedChannel):
         pass
 
     def open(self, count, answers):
-        RolloutChannel.open(self, count, answers)
-        self._post(4)
+        messages = EarlyMessages(self, count, answers, 0)
+        messages.post(4)
+        return messages
 
-    def send(self, i):
-        self._move(i + 1)
+    def send(self, messages, i):
+        messages.move(i + 1)
 
-    def advance(self, forwards):
+    def advance(self, messages, forwards):
         pass
 
-    def end_pass(self):
+    def end_pass(self, messages):
         pass
 
+
+class EarlyMessages(Messages):
     def wait(self, i):
-        self._post(i + 5)
+        self.post(i + 5)
         return super().wait(i)
 
     def close(self):
-        self._post(self._count)
+        self.post(self.count)
         super().close()
 
-    def _post(self, until):
-        while is_first_stage() and self._moved < min(until, self._count):
-            self._move(self._moved + 1)
+    def post(self, until):
+        while is_first_stage() and self.moved < min(until, self.count):
+            self.move(self.moved + 1)
 
 
 @functools.cache

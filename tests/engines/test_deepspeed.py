@@ -12,6 +12,7 @@ from multirank import run_ranks
 from soar_mega.config import CheckpointConfig, DataConfig, ParallelConfig, Recipe
 from soar_mega.config_checks import check_recipe
 from soar_mega.engines import make_engine
+from soar_mega.stages import SoarConfig
 
 ITERATIONS = 2
 LAYOUTS = {  # ZeRO stage, TP, processes, further settings
@@ -171,4 +172,4 @@ def test_bf16_sums_are_refused():
 
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="choose megatron or deepspeed"):
-        make_engine(Recipe(parallel=ParallelConfig(engine="fsdp")), SIZES)
+        make_engine(Recipe(stage=SoarConfig(), parallel=ParallelConfig(engine="fsdp")), SIZES)

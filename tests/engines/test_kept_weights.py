@@ -6,8 +6,7 @@ from engine_cases import iterate, make_batch, make_recipe, start_engine
 from live_bytes import LiveBytes
 from multirank import run_ranks
 
-from soar_mega.config import StageConfig
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, make_stage
 
 NOISE = 2**12  # bytes of bookkeeping
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -75,6 +74,6 @@ def swap_around(engine) -> None:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_swapping_is_exact_and_costs_this_ranks_parts(kind):
-    common = {"stage": StageConfig(name="sft"), "train": {"global_batch_size": 2}, "optimizer": PATTERNS}
+    common = {"stage": SftConfig(), "train": {"global_batch_size": 2}, "optimizer": PATTERNS}
     recipes = [make_recipe(engine=kind, **common, **settings) for settings in ENGINES[kind]]
     run_ranks(swap, 2, recipes)

@@ -8,8 +8,10 @@ from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_re
 from multirank import run_ranks
 from repeated_work import RepeatedWork
 
-from soar_mega.config import ModelConfig
+from soar_mega.config import LoraConfig, ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -22,8 +24,24 @@ LAYOUTS = {
     "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
     "pp4": ((1, 4), 4, {}),
     "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
+    "flux": ((1, 2), 2, {**VPP2, "model": RECOMPUTED}),
+    "flux-tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
 }
-SLOW = ("tp2-sp-dp2", "pp4", "cp2")
+# a double and a single layer in one chunk
+FLUX = FluxSizes(
+    in_channels=4,
+    num_double_layers=3,
+    num_single_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    axes_dims_rope=(2, 4, 2),
+)
+SLOW = ("tp2-sp-dp2", "pp4", "cp2", "flux-tp2-sp")
+
+
+LORA = LoraConfig(rank=2, dropout=0.3, targets=["*.attn.*", "*norm1.linear"])
 
 
 def trained(recipe, sizes, graphs: bool):
@@ -48,9 +66,28 @@ def with_and_without(recipe, sizes) -> None:
 )
 def test_recorded_layers_train_as_others_do(name):
     layout, processes, settings = LAYOUTS[name]
-    run_ranks(
-        with_and_without, processes, make_recipe(layout, **settings), EIGHT_LAYERS if "vpp" in name else SIZES
-    )
+    sizes = FLUX if "flux" in name else EIGHT_LAYERS if "vpp" in name else SIZES
+    run_ranks(with_and_without, processes, make_recipe(layout, **settings), sizes)
+
+
+def test_recorded_adapters_train_as_others_do():
+    """What a step leaves out, and whether there are adapters, is read where it lies at each replay."""
+    recipe = make_recipe()
+    recipe.lora = LORA
+    steps, weights = trained(recipe, SIZES, graphs=False)
+    engine, stage = start_engine(recipe, SIZES), make_stage(recipe.stage, shift=1.0)
+    engine.record_layers(partial(RepeatedWork, engine))
+    assert [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)] == steps
+    assert all(torch.equal(engine.parameters[name], weight) for name, weight in weights.items())
+    batch = make_batch(0, invalid=None)
+    given = batch.latents, torch.linspace(0.1, 0.9, len(batch)), Conditions(batch.text, batch.pooled)
+    adapted = engine.velocity(*given)
+    reference = engine.velocity(*given, weights="reference")
+    with torch.no_grad():
+        for name in engine.adapters.names:
+            engine.parameters[name].zero_()
+    assert torch.equal(engine.velocity(*given), reference)
+    assert not torch.equal(adapted, reference)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_every_call_to_an_interleaved_pipeline_answers_as_one_process():
             assert (held[name] - tensor).abs().mean() < 1e-6, f"{weights} {name}"
 
 
-def test_bf16_over_all_kinds_of_parallelism_stays_near_fp32():
+def test_bf16_over_all_masks_of_parallelism_stays_near_fp32():
     recipe = layout_recipe((2, 2), sequence_parallel=True, model={"dtype": "bf16"}, **VPP2)
     found = run_ranks(train_case, 4, recipe, 2)[0]
     expected = single_process()

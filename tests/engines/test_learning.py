@@ -5,13 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_cases import SOAR, assert_gradients_agree, iterate, make_batch, make_recipe, start_engine
+from engine_cases import (
+    SOAR,
+    assert_gradients_agree,
+    iterate,
+    make_batch,
+    make_recipe,
+    settings_of_soar,
+    start_engine,
+)
 from point_sources import gather_sources
 
-from soar_mega.config import StageConfig
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
 from soar_mega.flow import normal
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 from soar_mega.stages.latent_sources import Sources
 
 
@@ -68,10 +75,7 @@ def test_gradients_do_not_depend_on_the_cutting(answers, points):
 
 def test_soar_without_auxiliary_points_is_bitwise_sft():
     weights = []
-    for stage_config in (
-        StageConfig(name="soar", num_auxiliary_points=0),
-        StageConfig(name="sft", num_auxiliary_points=6),
-    ):
+    for stage_config in (SoarConfig(num_auxiliary_points=0), SftConfig()):
         engine = start_engine(make_recipe(stage=stage_config))
         stage = make_stage(stage_config, shift=1.0)
         losses = [iterate(engine, stage, make_batch(i))[0]["loss"] for i in range(2)]
@@ -82,8 +86,8 @@ def test_soar_without_auxiliary_points_is_bitwise_sft():
 
 
 def test_control_arm_trains_without_asking():
-    engine = start_engine(make_recipe(stage=replace(SOAR, name="sft_multi")))
-    stage = make_stage(replace(SOAR, name="sft_multi"), shift=1.0)
+    settings = settings_of_soar(SftMultiConfig)
+    engine, stage = start_engine(make_recipe(stage=settings)), make_stage(settings, shift=1.0)
     batch = make_batch(0)
     assert engine.answer(stage.queries, batch) is None
     statistics = engine.learn(stage.points, stage.loss, batch, None)
@@ -103,7 +107,7 @@ def test_rollout_builds_no_graph_and_keeps_no_answer_too_long():
     seen = []
 
     def loss(points, velocity):
-        seen.append((points.auxiliary.any().item(), points.sources.v_cond is not None))
+        seen.append((points.of_kind("aux").any().item(), points.sources.v_cond is not None))
         return stage.loss(points, velocity)
 
     engine.learn(stage.points, loss, batch, answers)
@@ -172,7 +176,7 @@ def test_order_and_cut():
     whole = stage.points(batch)
     shuffled = whole.take(torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)))
     ordered = in_order(shuffled)
-    assert ordered.auxiliary.tolist() == [False] * 8 + [True] * 32
+    assert ordered.kind.tolist() == [0] * 8 + [1] * 32
     assert ordered.sample[8:].tolist() == sorted(ordered.sample[8:].tolist())
     whole = fill_up(ordered, 7)
     assert len(whole) == 42 and len(fill_up(ordered, 7, 4)) == 56
@@ -181,7 +185,7 @@ def test_order_and_cut():
 
 
 def test_losses_can_read_extra_tensors():
-    recipe = make_recipe(stage=replace(SOAR, name="sft"))
+    recipe = make_recipe(stage=settings_of_soar(SftConfig))
     engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
     advantage = torch.linspace(-1.0, 2.0, len(batch))
 

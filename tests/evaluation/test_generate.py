@@ -28,14 +28,15 @@ def prompts() -> EncodedPrompts:
     return encode_prompts(BASE, PROMPTS)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, ""), (3.0, "a blue 5")])
 def test_images_are_those_of_diffusers(
-    generator: Generator, prompts: EncodedPrompts, guidance_scale: float
+    generator: Generator, guidance_scale: float, negative_prompt: str
 ) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt=PROMPTS,
+        negative_prompt=negative_prompt,
         height=16,
         width=16,
         num_inference_steps=4,
@@ -44,6 +45,7 @@ def test_images_are_those_of_diffusers(
         latents=normal(7, "sample", torch.arange(len(PROMPTS)), 0, (4, 8, 8)),
         output_type="pt",
     ).images
+    prompts = encode_prompts(BASE, PROMPTS, negative_prompt=negative_prompt)
     ours = generator.images(prompts, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2)
     assert ours.shape == (len(PROMPTS), 3, 16, 16)
     assert ours.std() > 0.01  # not all one colour, which anything would agree on
@@ -109,7 +111,7 @@ def test_every_format_keeps_the_mark(tmp_path: Path, name: str) -> None:
 def test_a_shift_that_is_named_stands_in_for_an_unknown_scheduler(tmp_path: Path) -> None:
     shutil.copytree(BASE, tmp_path / "p")
     config = tmp_path / "p/scheduler/scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_karras_sigmas": True}))
     with pytest.raises(ValueError, match="--shift"):
         Generator.load(tmp_path / "p")
-    assert Generator.load(tmp_path / "p", shift=3.0).schedule.shift == 3.0
+    assert Generator.load(tmp_path / "p", shift=3.0).schedule(16).shift == 3.0

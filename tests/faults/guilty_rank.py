@@ -14,8 +14,8 @@ from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.data.loader import Loader
 from soar_mega.stages.soar import Soar
 from soar_mega.training import export
-from soar_mega.training.loop import Trainer
 from soar_mega.training.measurements import Measurements
+from soar_mega.training.run import Trainer
 
 
 def refuse() -> None:

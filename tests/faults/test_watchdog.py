@@ -37,6 +37,7 @@ from soar_mega.faults.roll_call import State
 from soar_mega.faults.watchdog import is_lost_connection
 from soar_mega.phases import Phases
 from soar_mega.recipe import recipe_to_yaml
+from soar_mega.stages import SoarConfig
 
 TIMEOUT_MINUTES = 0.1
 
@@ -235,7 +236,7 @@ def test_a_run_s_world_waits_longer_than_its_watchdog(monkeypatch: pytest.Monkey
     started: list[timedelta] = []
     monkeypatch.setattr(distributed, "start_world", lambda *given: started.append(given[1]))
     monkeypatch.setattr(distributed, "stop_world", lambda: None)
-    recipe = Recipe(train=TrainConfig(step_timeout_minutes=50.0))
+    recipe = Recipe(stage=SoarConfig(), train=TrainConfig(step_timeout_minutes=50.0))
     with world(recipe):
         pass
     assert started == [collective_timeout(recipe.train, 1)] and started[0] > timedelta(minutes=150)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from soar_mega.flow import Schedule, guided, sample
 
@@ -27,8 +27,11 @@ def exact(z: torch.Tensor, start: float, end: float) -> torch.Tensor:
     return m1 + d1 * (z - m0) / d0
 
 
-@pytest.mark.parametrize("end", [0.0, 0.1])
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(
+    ("solver", "order", "end"),
+    # the last steps to sigma 0 are never small in lambda
+    [("euler", 1, 0.0), ("euler", 1, 0.1), ("heun", 2, 0.0), ("heun", 2, 0.1), ("dpm++2m", 2, 0.1)],
+)
 def test_order_of_convergence(solver, order, end):
     z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
     errors = []
@@ -49,6 +52,21 @@ def test_euler_takes_the_steps_of_diffusers():
         z = scheduler.step(velocity, t, z, return_dict=False)[0]
     ours = sample(gaussian_velocity, start, Schedule(3.0).inference_sigmas(7))
     assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_dpm_takes_the_steps_of_diffusers(steps):
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.double()
+    start = z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
+    for i, t in enumerate(scheduler.timesteps):
+        z = scheduler.step(gaussian_velocity(z, sigmas[i].expand(2)), t, z, return_dict=False)[0]
+    ours = sample(gaussian_velocity, start, sigmas, "dpm++2m")
+    assert z.dtype == ours.dtype == torch.float64
     torch.testing.assert_close(ours, z, rtol=1e-5, atol=1e-5)
 
 
@@ -87,7 +105,7 @@ def test_guidance_of_bf16_velocities_is_combined_in_the_dtype_of_the_latents():
 
 def test_bad_values_are_named():
     z = torch.ones(1, 1)
-    with pytest.raises(ValueError, match="euler, heun"):
+    with pytest.raises(ValueError, match="euler, heun, dpm"):
         sample(gaussian_velocity, z, torch.ones(2), "rk4")
     with pytest.raises(ValueError, match="sigmas"):
         sample(gaussian_velocity, z, torch.ones(1))

@@ -6,10 +6,20 @@ import pytest
 import torch
 from engine_cases import EIGHT_LAYERS, SIZES, assert_gradients_agree, make_batch, make_recipe, start_engine
 
+from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
 # as wide as an SD3.5 head: attention by the kernels that a real model gets
 HEADS_OF_64 = replace(SIZES, num_attention_heads=2, attention_head_dim=64, caption_projection_dim=128)
+FLUX = FluxSizes(
+    in_channels=4,
+    num_double_layers=2,
+    num_single_layers=2,
+    num_attention_heads=1,
+    attention_head_dim=128,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+)
 CASES = {
     "fp32": {},
     "bf16": {"model": {"dtype": "bf16"}},
@@ -19,6 +29,8 @@ CASES = {
     "selective": {"model": {"dtype": "bf16", "recompute_granularity": "selective"}},
     "plain": {"model": {"fused_kernels": False}},
     "frozen": {"optimizer": {"frozen": ["context_embedder.*", "time_text_embed.*", "layers.1.*"]}},
+    "flux": {"model": {"dtype": "bf16"}},
+    "adapters": {"model": {"dtype": "bf16"}, "lora": {"rank": 4}},
     "overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 
@@ -38,7 +50,7 @@ def trained(recipe, sizes) -> tuple[list[torch.Tensor], list[float], dict[str, t
 
 @pytest.mark.parametrize("name", CASES)
 def test_graphs_change_nothing(name):
-    sizes = HEADS_OF_64 if "heads" in name else EIGHT_LAYERS if name == "overlap" else SIZES
+    sizes = HEADS_OF_64 if "heads" in name else {"overlap": EIGHT_LAYERS, "flux": FLUX}.get(name, SIZES)
     train = {"seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "points_per_micro_batch": 3}
     found, expected = (
         trained(make_recipe(train=train | {"cuda_graphs": graphs}, **CASES[name]), sizes)

@@ -12,11 +12,22 @@ from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.memory import Workload, rank_memory
+from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.models.sd3.sizes import SD3Sizes
+from soar_mega.stages import SoarConfig
 
 SIZE, TEXT, POINTS = (64, 64), 90, 2  # 1024 tokens of the image; text that is padded where it is cut
 SIZES = SD3Sizes(
     **SMALL | {"attention_head_dim": 32, "caption_projection_dim": 128, "pos_embed_max_size": 32}
+)
+FLUX = FluxSizes(
+    num_double_layers=2,
+    num_single_layers=2,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    axes_dims_rope=(8, 12, 12),
 )
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
@@ -30,20 +41,20 @@ def kernels_that_only_allocate():
     return patches
 
 
-def kept_bytes(parallel, model):
+def kept_bytes(parallel, model, sizes=SIZES):
     """Bytes of this rank's tensors that are alive between forward and backward, weights left out."""
     start_world(parallel)
-    chunk = build_model(SIZES, model, parallel)
-    inputs = make_inputs(SIZES, SIZE, batch=POINTS, text=TEXT)
+    chunk = build_model(sizes, model, parallel)
+    inputs = make_inputs(sizes, SIZE, batch=POINTS, text=TEXT)
     with kernels_that_only_allocate(), LiveBytes() as counted:
         velocity = chunk(*inputs)
         assert velocity.requires_grad  # the graph is alive
         return counted.now
 
 
-def predicted_bytes(parallel, model):
+def predicted_bytes(parallel, model, sizes=SIZES):
     work = Workload(SIZE, TEXT, POINTS, rows=0, samples=1, micro_batches=1)
-    return rank_memory(SIZES, Recipe(model=model, parallel=parallel), work, 1).activations
+    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1).activations
 
 
 def settings(**changes):
@@ -51,20 +62,31 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(
-    "processes, parallel, model",
+    "processes, parallel, model, sizes",
     [
-        (1, ParallelConfig(), settings()),
-        (1, ParallelConfig(), settings(dtype="bf16")),
-        (1, ParallelConfig(), settings(recompute_granularity="full", recompute_every=2)),
-        (1, ParallelConfig(), settings(recompute_granularity="full")),
-        (2, ParallelConfig(tensor_model_parallel_size=2), settings()),
-        (2, TP2_SP, settings()),
+        (1, ParallelConfig(), settings(), SIZES),
+        (1, ParallelConfig(), settings(dtype="bf16"), SIZES),
+        (1, ParallelConfig(), settings(recompute_granularity="full", recompute_every=2), SIZES),
+        (1, ParallelConfig(), settings(recompute_granularity="full"), SIZES),
+        (2, ParallelConfig(tensor_model_parallel_size=2), settings(), SIZES),
+        (2, TP2_SP, settings(), SIZES),
+        (1, ParallelConfig(), settings(), FLUX),
+        (2, TP2_SP, settings(), FLUX),
     ],
-    ids=["fp32", "bf16", "every second layer again", "every layer again", "tp2", "tp2 sp"],
+    ids=[
+        "fp32",
+        "bf16",
+        "every second layer again",
+        "every layer again",
+        "tp2",
+        "tp2 sp",
+        "flux",
+        "flux tp2 sp",
+    ],
 )
-def test_kept_bytes_are_the_predicted_ones(processes, parallel, model):
-    for kept in run_ranks(kept_bytes, processes, parallel, model):
-        predicted = predicted_bytes(parallel, model)
+def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):
+    for kept in run_ranks(kept_bytes, processes, parallel, model, sizes):
+        predicted = predicted_bytes(parallel, model, sizes)
         print(f"kept {kept:,}, predicted {predicted:,} ({predicted / kept - 1:+.1%})")
         assert predicted == pytest.approx(kept, rel=0.04)
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from soar_mega.config import ModelConfig, ParallelConfig, StageConfig
+from soar_mega.data.batch import Batch
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.flops import (
     Tokens,
@@ -23,8 +24,7 @@ from soar_mega.models.common.flops import (
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.models.sd3.work import layer_work
-from soar_mega.stages import make_stage
-from soar_mega.stages.forwards import forwards_per_sample
+from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 
 
 def random_sizes(draw: random.Random) -> SD3Sizes:
@@ -118,16 +118,22 @@ def test_published_models_at_512_pixels(preset: str, tera: float) -> None:
 @pytest.mark.parametrize(
     "settings, forwards",
     [
-        ({"num_auxiliary_points": 6}, (2, 7)),
-        ({"num_auxiliary_points": 6, "guidance_scale": 1.0}, (1, 7)),
-        ({"num_auxiliary_points": 2, "num_rollout_paths": 3}, (2, 7)),
-        ({"num_auxiliary_points": 0}, (0, 1)),
-        ({"name": "sft"}, (0, 1)),
-        ({"name": "sft_multi", "num_auxiliary_points": 6}, (0, 7)),
+        (SoarConfig(num_auxiliary_points=6), (2, 7)),
+        (SoarConfig(num_auxiliary_points=6, guidance_scale=1.0), (1, 7)),
+        (SoarConfig(num_auxiliary_points=2, num_rollout_paths=3), (2, 7)),
+        (SoarConfig(num_auxiliary_points=0), (0, 1)),
+        (SftConfig(), (0, 1)),
+        (SftMultiConfig(num_auxiliary_points=6), (0, 7)),
     ],
 )
-def test_forwards_of_a_sample(settings: dict[str, object], forwards: tuple[int, int]) -> None:
-    assert forwards_per_sample(make_stage(StageConfig(**settings), 3.0)) == forwards  # type: ignore[arg-type]
+def test_forwards_of_a_sample(settings: StageConfig, forwards: tuple[int, int]) -> None:
+    """What the settings say is what the stage asks for and makes."""
+    stage = make_stage(settings, 3.0)
+    sample = torch.zeros(1, dtype=torch.int64)
+    one = Batch(seed=0, position=sample, valid=sample == 0, latent_shape=(1, 1, 1), text_length=1)
+    queries = stage.queries(one)
+    answers = 0 if queries is None else len(queries) * (2 if queries.unconditional else 1)
+    assert settings.forwards() == (answers, len(stage.points(one))) == forwards
 
 
 def test_a_sample_of_soar_is_23_forwards() -> None:

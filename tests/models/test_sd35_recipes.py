@@ -9,7 +9,7 @@ from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import recommend
 from soar_mega.models.common.pipeline_layout import stage_layers
 from soar_mega.models.sd3.presets import PRESETS
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = {"sd35_medium": 8, "sd35_large": 1}  # replicas on the eight GPUs that they are written for

@@ -8,7 +8,7 @@ import time
 
 if __name__ == "__main__":
     from soar_mega.faults.signals import StopRequest
-    from soar_mega.training.loop import Trainer
+    from soar_mega.training.run import Trainer
 
     step, run_steps = Trainer.step, Trainer.run_steps
 

@@ -8,7 +8,7 @@ import pytest
 
 from soar_mega.cli import build_parser
 from soar_mega.launch.chain import load_chain
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()

@@ -4,10 +4,9 @@ import pytest
 import torch
 from point_sources import gather_sources
 
-from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.flow import SOURCES, Schedule, normal
-from soar_mega.stages import make_stage
+from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 
 SHAPE = (2, 4, 6)
 
@@ -39,10 +38,10 @@ def ray(sigma: torch.Tensor, z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor
 
 def test_auxiliary_points_follow_the_method_step_by_step():
     batch = make_batch()
-    config = StageConfig(num_auxiliary_points=3, sampling_steps=5, guidance_scale=3.0)
+    config = SoarConfig(num_auxiliary_points=3, sampling_steps=5, guidance_scale=3.0)
     stage = make_stage(config, shift=1.0)
     points = stage.points(batch)
-    auxiliary = points.take(points.auxiliary.nonzero().flatten())
+    auxiliary = points.take(points.of_kind("aux").nonzero().flatten())
     v_uncond, v_cond = with_answers(batch, auxiliary)
     z0, z1 = batch.latents[auxiliary.sample], normal(3, "noise", batch.position[auxiliary.sample], 0, SHAPE)
 
@@ -64,8 +63,8 @@ def test_auxiliary_points_follow_the_method_step_by_step():
 
 def test_base_points_lie_on_the_ray():
     batch = make_batch()
-    points = make_stage(StageConfig(), 3.0).points(batch)
-    base = points.take((~points.auxiliary).nonzero().flatten())
+    points = make_stage(SoarConfig(), 3.0).points(batch)
+    base = points.take((points.of_kind("base")).nonzero().flatten())
     with_answers(batch, base)
     z1 = normal(3, "noise", batch.position, 0, SHAPE)
     torch.testing.assert_close(base.states().double(), ray(base.sigma, batch.latents, z1), rtol=0, atol=1e-6)
@@ -74,7 +73,7 @@ def test_base_points_lie_on_the_ray():
 
 def test_sft_is_soar_without_auxiliary_points():
     batch = make_batch()
-    sft, soar = make_stage(StageConfig(name="sft"), 3.0), make_stage(StageConfig(num_auxiliary_points=0), 3.0)
+    sft, soar = make_stage(SftConfig(), 3.0), make_stage(SoarConfig(num_auxiliary_points=0), 3.0)
     assert sft.queries(batch) is None and soar.queries(batch) is None
     left, right = sft.points(batch), soar.points(batch)
     assert len(left) == len(batch)
@@ -84,8 +83,8 @@ def test_sft_is_soar_without_auxiliary_points():
 
 def test_control_arm_shares_every_draw_and_lies_on_the_ray():
     batch = make_batch()
-    soar = make_stage(StageConfig(), 3.0).points(batch)
-    control_stage = make_stage(StageConfig(name="sft_multi"), 3.0)
+    soar = make_stage(SoarConfig(), 3.0).points(batch)
+    control_stage = make_stage(SftMultiConfig(), 3.0)
     assert control_stage.queries(batch) is None
     control = control_stage.points(batch)
     for name in ("sample", "sigma", "timestep", "weight", "count", "dropped"):
@@ -96,24 +95,24 @@ def test_control_arm_shares_every_draw_and_lies_on_the_ray():
 
 
 def test_draws_depend_on_the_position_alone():
-    stage = make_stage(StageConfig(num_rollout_paths=2, condition_dropout=0.3), 3.0)
+    stage = make_stage(SoarConfig(num_rollout_paths=2, condition_dropout=0.3), 3.0)
     whole, part = stage.points(make_batch(8)), stage.points(make_batch(3, first=5))
-    for kind in (False, True):
-        a = whole.take(((whole.auxiliary == kind) & (whole.sample >= 5)).nonzero().flatten())
-        b = part.take((part.auxiliary == kind).nonzero().flatten())
+    for kind in ("base", "aux"):
+        a = whole.take((whole.of_kind(kind) & (whole.sample >= 5)).nonzero().flatten())
+        b = part.take(part.of_kind(kind).nonzero().flatten())
         for name in ("sigma", "state_rows", "target_rows", "dropped", "weight"):
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_samples_without_room_for_a_step_keep_only_their_ode_path():
     batch = make_batch(400)
-    config = StageConfig(
+    config = SoarConfig(
         num_auxiliary_points=2, num_rollout_paths=3, sampling_steps=4, timestep_density="uniform"
     )
     stage = make_stage(config, 1.0)
     points = stage.points(batch)
     starts_low = stage.queries(batch).sigma[points.sample] <= 0.25
-    stochastic = points.auxiliary & (points.path > 0)
+    stochastic = points.of_kind("aux") & (points.path > 0)
     assert bool(starts_low.any())
     assert torch.equal(points.count == 0, stochastic & starts_low)
     assert torch.equal(points.weight == 0, points.count == 0)
@@ -121,9 +120,9 @@ def test_samples_without_room_for_a_step_keep_only_their_ode_path():
 
 def test_stochastic_paths_read_their_own_noise():
     batch = make_batch()
-    points = make_stage(StageConfig(num_rollout_paths=2, fresh_endpoint=True), 3.0).points(batch)
+    points = make_stage(SoarConfig(num_rollout_paths=2, fresh_endpoint=True), 3.0).points(batch)
     eps, fresh = SOURCES.index("eps"), SOURCES.index("z1_aux")
-    present = points.auxiliary & (points.count > 0)
+    present = points.of_kind("aux") & (points.count > 0)
     assert bool((points.state_rows[present & (points.path == 1), eps] != 0).all())
     assert bool((points.state_rows[points.path == 0, eps] == 0).all())
     assert bool((points.state_rows[present, fresh] != 0).all())
@@ -132,22 +131,22 @@ def test_stochastic_paths_read_their_own_noise():
 def test_unreadable_samples_count_for_nothing():
     batch = make_batch()
     batch.valid[2] = False
-    points = make_stage(StageConfig(auxiliary_weight=0.5), 3.0).points(batch)
+    points = make_stage(SoarConfig(auxiliary_weight=0.5), 3.0).points(batch)
     assert torch.equal(points.count == 0, points.sample == 2)
-    assert set(points.count[points.auxiliary].tolist()) == {0.0, 0.5}
+    assert set(points.count[points.of_kind("aux")].tolist()) == {0.0, 0.5}
 
 
 def test_upper_ratio_bounds_the_auxiliary_sigmas():
     batch = make_batch(64)
-    stage = make_stage(StageConfig(sigma_upper_ratio=0.1, sampling_steps=5), 1.0)
+    stage = make_stage(SoarConfig(sigma_upper_ratio=0.1, sampling_steps=5), 1.0)
     points = stage.points(batch)
     floor = Schedule(1.0).sigma_min
     sigma0 = stage.queries(batch).sigma[points.sample]
     sigma1 = (sigma0 - 0.2).clamp(min=floor).minimum(sigma0)
     upper = sigma1 + 0.1 * (1 - sigma1)
-    assert bool((points.sigma <= upper + 1e-12)[points.auxiliary].all())
+    assert bool((points.sigma <= upper + 1e-12)[points.of_kind("aux")].all())
 
 
 def test_unknown_stage_is_named():
     with pytest.raises(ValueError, match="stage.name: 'sooar'"):
-        make_stage(StageConfig(name="sooar"), 3.0)
+        make_stage(SoarConfig(name="sooar"), 3.0)

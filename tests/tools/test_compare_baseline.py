@@ -13,7 +13,7 @@ from baseline.rows import rows_alone
 from baseline.worker import Failed, Memory, Worker
 from compare_baseline import named, print_table
 
-from soar_mega.config import StageConfig
+from soar_mega.stages import SoarConfig
 
 BATCH, POINTS = 16, 6
 
@@ -26,7 +26,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Measured]:
-    stage = StageConfig(num_auxiliary_points=POINTS, timesteps="grid", shift=3.0)
+    stage = SoarConfig(num_auxiliary_points=POINTS, timesteps="grid", shift=3.0)
     case = make_case("tiny", stage=stage, batch_size=BATCH)
     arms = {
         "published": (PublishedArm, (case, procedure_of(case), BATCH)),
@@ -59,7 +59,7 @@ def test_the_work_is_that_of_the_method(measured: dict[str, Measured]) -> None:
 
 def test_unknown_model() -> None:
     with pytest.raises(ValueError, match="choose tiny, wide or a preset: sd35"):
-        make_case("huge", stage=StageConfig(), batch_size=1)
+        make_case("huge", stage=SoarConfig(), batch_size=1)
 
 
 def test_peak_memory_is_above_what_was_there_before() -> None:
@@ -75,7 +75,7 @@ def test_peak_memory_is_above_what_was_there_before() -> None:
 @pytest.mark.slow
 def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     """As on a GPU: the best size of an arm is its row, and what cannot run says why and ends nothing."""
-    stage = StageConfig(num_auxiliary_points=1, timesteps="grid", shift=3.0)
+    stage = SoarConfig(num_auxiliary_points=1, timesteps="grid", shift=3.0)
     case = make_case("tiny", stage=stage, batch_size=4)
     every = rows_alone(case, [2, 4], [4], ["local", "transformer_engine"])
     assert len({row.name for row in every}) == len(every) == 6 + 4 + 1
@@ -95,7 +95,7 @@ def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failing_arm_says_why_and_its_process_takes_another() -> None:
-    case = make_case("tiny", stage=StageConfig(num_auxiliary_points=1, shift=3.0), batch_size=2)
+    case = make_case("tiny", stage=SoarConfig(num_auxiliary_points=1, shift=3.0), batch_size=2)
     worker = Worker("broken")
     with pytest.raises(Failed, match=r"(?s)broken failed:.*ValueError: invalid literal") as failed:
         worker.build((int, ("x\ny",)))  # type: ignore[arg-type]

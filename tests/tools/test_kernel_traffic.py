@@ -3,14 +3,14 @@
 import torch
 from kernel_traffic import GPU, Counter, both_forms
 
-from soar_mega.config import StageConfig
+from soar_mega.stages import SoarConfig
 
 LATENTS, SAMPLES, POINTS = (16, 64, 64), 4, 6  # SD3.5-M at 512 px
 ELEMENTS = 16 * 64 * 64
 
 
 def test_fusion_saves_launches_and_bytes():
-    stage = StageConfig(num_auxiliary_points=POINTS, shift=3.0)
+    stage = SoarConfig(num_auxiliary_points=POINTS, shift=3.0)
     forms = both_forms(stage, LATENTS, SAMPLES, torch.bfloat16, SAMPLES * (1 + POINTS))
     assert forms["eager"].launches >= 8 * forms["fused"].launches
     assert forms["eager"].bytes >= 10 * forms["fused"].bytes

@@ -11,7 +11,7 @@ import performance_page
 import pytest
 from baseline.case import make_case
 
-from soar_mega.config import StageConfig
+from soar_mega.stages import SoarConfig
 
 SOURCE = {
     "date": "2026-01-02",
@@ -45,7 +45,7 @@ def test_a_comparison(tmp_path: Path) -> None:
         peak_memory=52 * 2**30,
         forward_units=23.0,
     )
-    said = compare_baseline.report(make_case("wide", stage=StageConfig(), batch_size=4), [result])
+    said = compare_baseline.report(make_case("wide", stage=SoarConfig(), batch_size=4), [result])
     put(tmp_path, "2026-01-01-h100-compare-wide.json", said | {"date": "2026-01-01", "command": "an old one"})
     put(tmp_path, "2026-01-02-h100-compare-wide.json", said | SOURCE)
     put(tmp_path, "2026-01-02-b200-compare-wide.json", said | SOURCE | {"device": "NVIDIA B200"})

@@ -20,12 +20,14 @@ from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import check_layout
 from soar_mega.models.common.memory import workload
 from soar_mega.models.sd3.presets import PRESETS
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import SoarConfig, load_recipe
 
 
 @pytest.fixture(scope="module")
 def planned():
-    recipe = Recipe(model=ModelConfig(preset="sd35_large"), train=TrainConfig(global_batch_size=24))
+    recipe = Recipe(
+        stage=SoarConfig(), model=ModelConfig(preset="sd35_large"), train=TrainConfig(global_batch_size=24)
+    )
     case = Case(PRESETS["sd35_large"], recipe, 6, HARDWARE["a100-80"], (64, 64), 154)
     return case, *search(case)
 
@@ -61,7 +63,7 @@ def test_what_it_says_of_the_measured_rows_is_as_good_as_the_docs_say():
 
 
 def test_a_product_takes_whole_waves_of_tiles():
-    recipe = Recipe(model=ModelConfig(preset="sd35_medium"))
+    recipe = Recipe(stage=SoarConfig(), model=ModelConfig(preset="sd35_medium"))
     h100 = HARDWARE["h100"]
     model = StepModel(PRESETS["sd35_medium"], recipe, h100, 1, 8, Tokens(1024, 154))
     rows, columns = h100.tile
@@ -73,7 +75,11 @@ def test_a_product_takes_whole_waves_of_tiles():
 
 def test_a_pipeline_has_a_bubble_and_parts_of_a_model_make_it_shorter():
     def bubble(chunks):
-        recipe = Recipe(model=ModelConfig(preset="sd35_medium"), train=TrainConfig(points_per_micro_batch=4))
+        recipe = Recipe(
+            model=ModelConfig(preset="sd35_medium"),
+            stage=SoarConfig(),
+            train=TrainConfig(points_per_micro_batch=4),
+        )
         recipe.parallel.pipeline_model_parallel_size = 4
         recipe.parallel.virtual_pipeline_model_parallel_size = chunks
         model = StepModel(PRESETS["sd35_medium"], recipe, HARDWARE["h100"], 2, 8, Tokens(1024, 154))

@@ -8,10 +8,9 @@ from baseline.published import Draws, MicroBatch, Procedure, draw, sigma_table, 
 from diffusers import SD3Transformer2DModel
 from point_sources import gather_sources
 
-from soar_mega.config import StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.flow import Schedule, combine, normal
-from soar_mega.stages import make_stage
+from soar_mega.stages import SoarConfig, make_stage
 
 SHIFT, COUNT, POINTS = 3.0, 3, 4
 PROCEDURE = Procedure(shift=SHIFT, num_auxiliary_points=POINTS, sampling_steps=5)
@@ -66,7 +65,7 @@ def make_batch() -> Batch:
 
 def ours(model: SD3Transformer2DModel, batch: Batch, timesteps: str) -> tuple[torch.Tensor, Draws]:
     """Loss of our stage, with the draws that it made."""
-    config = StageConfig(num_auxiliary_points=POINTS, sampling_steps=5, timesteps=timesteps)
+    config = SoarConfig(num_auxiliary_points=POINTS, sampling_steps=5, timesteps=timesteps)
     stage = make_stage(config, SHIFT)
     queries, points = stage.queries(batch), stage.points(batch)
     assert queries is not None
@@ -86,7 +85,7 @@ def ours(model: SD3Transformer2DModel, batch: Batch, timesteps: str) -> tuple[to
     text, pooled = batch.text[points.sample], batch.pooled[points.sample]
     error = stage.loss(points, velocity(points.states(), points.timestep, text, pooled))
     loss = (points.weight * error).sum() / points.count.sum()
-    auxiliary = points.take(torch.nonzero(points.auxiliary)[:, 0])
+    auxiliary = points.take(torch.nonzero(points.of_kind("aux"))[:, 0])
     draws = Draws(
         noise=z1,
         sigma0=queries.sigma.float(),

@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_of(tmp_path: Path) -> None:
 
 def test_auxiliary_points_make_no_spike(tmp_path: Path) -> None:
     """Their losses are large by nature; steps=None fails where a step is looked at closer."""
-    seen = Anomalies(tmp_path, 20.0)
+    seen = Anomalies(tmp_path, 20.0, "base")
     fine = StepResult(ok=True, grad_norm=1.0)
     for step in range(anomalies.LEAST + 1):
         seen.look(None, {"loss": 1.0, "loss/base": 1.0 + 0.1 * (step % 2)}, fine)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_the_worst_sample_is_that_of_the_worst_base_point() -> None:
             PointLoss(kind="base", sigma=0.5, loss=base),
             PointLoss(kind="aux", sigma=0.1, loss=auxiliary),
         ]
-        return SampleLoss(position=0, index=0, name="made-up", points=points)
+        return SampleLoss(position=0, index=0, name="made-up", points=points, compared="base")
 
     assert sample(2.0, 900.0).worst == 2.0
     assert sample(2.0, math.nan).worst == sample(math.inf, 1.0).worst == math.inf

@@ -9,7 +9,7 @@ from multirank import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import logged, make_shards, tiny_recipe
 
-from soar_mega.checkpoints.exchange import checkpoint_to_diffusers
+from soar_mega.checkpoints.exchange import checkpoint_to_folder
 
 ZERO_3 = {"parallel__engine": "deepspeed", "parallel__zero_stage": 3}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -36,6 +36,6 @@ def test_a_run_goes_on_with_another_engine(tmp_path: Path) -> None:
         whole, turns = (load_file(tmp_path / folder / export / WEIGHTS) for folder in ("whole", "turns"))
         assert whole.keys() == turns.keys()
         assert max((whole[key] - turns[key]).abs().mean().item() for key in whole) < 1e-6
-    assert run_ranks(checkpoint_to_diffusers, 1, tmp_path / "turns", tmp_path / "converted") == [True]
+    assert run_ranks(checkpoint_to_folder, 1, tmp_path / "turns", tmp_path / "converted") == [True]
     converted, exported = (load_file(tmp_path / name / WEIGHTS) for name in ("converted", "turns/export"))
     assert all(torch.equal(converted[key], exported[key]) for key in exported)

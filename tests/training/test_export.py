@@ -14,11 +14,12 @@ from multirank import RankFailure, run_ranks
 from tiny_runs import ROOT, logged, tiny_recipe
 
 from soar_mega import outputs
-from soar_mega.checkpoints.exchange import checkpoint_to_diffusers, diffusers_to_checkpoint
+from soar_mega.checkpoints.exchange import checkpoint_to_folder, weights_to_checkpoint
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
+from soar_mega.convert.weights import open_weights
 from soar_mega.training.export import check_exports, check_places
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 BASE = ROOT / "recipes/tiny/base"
 NOBODY = 65534  # a user without rights
@@ -187,7 +188,7 @@ def disturbed_and_mended(settings: Recipe) -> str:
     assert (run.path / "export/mine").read_text() == "mine"
     shutil.rmtree(run.path / "export")
     for name in ("export", "export_ema"):
-        assert checkpoint_to_diffusers(run.path, run.path / name, ema=name == "export_ema")
+        assert checkpoint_to_folder(run.path, run.path / name, ema=name == "export_ema")
     return str(raised.value)
 
 
@@ -225,9 +226,9 @@ def refused_conversions(run: RunFolder, folder: Path) -> None:
         (run.path, BASE.parent, "contains the pipeline"),
     ):
         with pytest.raises(ValueError, match=words):
-            checkpoint_to_diffusers(source, out)
+            checkpoint_to_folder(source, out)
     for out, words in ((BASE / "run", "lies in the source"), (run.path, "holds checkpoints already")):
-        with pytest.raises(ValueError, match=words):
-            diffusers_to_checkpoint(BASE, out)
+        with pytest.raises(ValueError, match=words), open_weights(Path(BASE)) as weights:
+            weights_to_checkpoint(weights, BASE, out)
     assert listing(folder) == before
     assert not (BASE / "out").exists() and not (BASE / "run").exists()

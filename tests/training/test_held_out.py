@@ -12,7 +12,7 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.shards import open_shards
 from soar_mega.distributed import start_world
-from soar_mega.training.steps import Steps, make_loader
+from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.validation import HeldOut
 
 ONE, THREE = 3, 10  # samples: in batches of 4 of one shape, one batch, and three of which the last is short

@@ -13,7 +13,7 @@ from tiny_runs import ROOT, make_shards, tiny_recipe
 
 from soar_mega.config import LoggingConfig, ParallelConfig
 from soar_mega.distributed import start_world
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.samples import grid
 

@@ -13,8 +13,8 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.prompts import encode_prompts
 from soar_mega.distributed import start_world
-from soar_mega.training import samples, steps
-from soar_mega.training.loop import Trainer
+from soar_mega.training import loop, samples
+from soar_mega.training.run import Trainer
 from soar_mega.training.samples import grid
 
 PROMPTS = ["a red 3", "a blue 7", "two 4"]
@@ -29,7 +29,7 @@ def living() -> list[Any]:
 def draw(recipe: Recipe) -> tuple[list[str], list[str], Tensor | None]:
     """In which order a run starts, which halves of a VAE there are afterwards, and the first grid."""
     events: list[str] = []
-    encode_prompts, make_engine = samples.encode_prompts, steps.make_engine
+    encode_prompts, make_engine = samples.encode_prompts, loop.make_engine
 
     def encode_noted(*arguments: Any) -> Any:
         events.append("prompts")
@@ -39,7 +39,7 @@ def draw(recipe: Recipe) -> tuple[list[str], list[str], Tensor | None]:
         events.append(f"engine beside {len(living())}")
         return make_engine(*arguments)
 
-    samples.encode_prompts, steps.make_engine = encode_noted, make_noted
+    samples.encode_prompts, loop.make_engine = encode_noted, make_noted
     start_world(recipe.parallel)
     trainer = Trainer(recipe, RunFolder(recipe.checkpoint.save))
     halves = [name for each in living() for name in ("encoder", "decoder") if getattr(each, name, None)]

@@ -6,7 +6,7 @@ import pytest
 
 from soar_mega.cli import main
 from soar_mega.models.family import model_sizes
-from soar_mega.recipe import load_recipe
+from soar_mega.stages import load_recipe
 from soar_mega.training.scale_down import scale_down
 
 RECIPES = Path(__file__).parents[2] / "recipes"

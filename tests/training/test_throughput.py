@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from soar_mega.config import LoggingConfig, ModelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import LoggingConfig, ModelConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
 from soar_mega.gpus import PEAKS, peak_tflops
 from soar_mega.models.sd3.presets import PRESETS
-from soar_mega.stages import make_stage
+from soar_mega.stages import SoarConfig
 from soar_mega.training.throughput import Throughput, least_seconds, peaks
 
 MEDIUM = PRESETS["sd35_medium"]
@@ -34,10 +34,10 @@ def throughput(monkeypatch: pytest.MonkeyPatch, gpu: str | None, world: int, **l
     recipe = Recipe(
         model=ModelConfig(dtype="bf16"),
         train=TrainConfig(global_batch_size=16),
-        stage=StageConfig(num_auxiliary_points=6),
+        stage=SoarConfig(num_auxiliary_points=6),
         logging=LoggingConfig(**logging),
     )
-    return Throughput(recipe, MEDIUM, make_stage(recipe.stage, 3.0))
+    return Throughput(recipe, MEDIUM)
 
 
 def test_what_was_measured_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +79,12 @@ def test_mfu_is_left_out_where_the_peak_is_unknown(monkeypatch: pytest.MonkeyPat
 def test_each_precision_has_its_peak() -> None:
     work: Any = SimpleNamespace(token_linears=3e12, total=5e12)
     assert least_seconds(work, 3.0, 2.0) == 2.0
-    assert peaks(Recipe(model=ModelConfig(dtype="bf16")), "NVIDIA H100 PCIe") == (756, 756)
-    assert peaks(Recipe(model=ModelConfig(dtype="fp32")), "NVIDIA H100 PCIe") == (51, 51)
-    fp8 = Recipe(model=ModelConfig(dtype="bf16", fp8="hybrid"))
+    assert peaks(Recipe(stage=SoarConfig(), model=ModelConfig(dtype="bf16")), "NVIDIA H100 PCIe") == (
+        756,
+        756,
+    )
+    assert peaks(Recipe(stage=SoarConfig(), model=ModelConfig(dtype="fp32")), "NVIDIA H100 PCIe") == (51, 51)
+    fp8 = Recipe(stage=SoarConfig(), model=ModelConfig(dtype="bf16", fp8="hybrid"))
     assert peaks(fp8, "NVIDIA H100 80GB HBM3") == (1979, 989)
     assert peaks(fp8, "NVIDIA A100-SXM4-80GB") is None
 

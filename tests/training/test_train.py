@@ -1,6 +1,5 @@
 """Runs on real processes: resuming, stopping, skipping, refusing."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from golden import assert_golden
 from multirank import RankFailure, run_ranks
 from safetensors.torch import load_file
 from tiny_runs import ROOT, held_out, logged, tiny_recipe
@@ -19,7 +19,7 @@ from tiny_runs import ROOT, held_out, logged, tiny_recipe
 from soar_mega import distributed
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ParallelConfig, Recipe
-from soar_mega.training.loop import Trainer
+from soar_mega.training.run import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -335,21 +335,8 @@ GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
 def test_golden_losses(reference: Path) -> None:
-    """The first losses of the recipe, as recorded; catches a change of the code that nobody meant."""
-    base = ROOT / "recipes/tiny/base/transformer/diffusion_pytorch_model.safetensors"
-    model = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
-    losses = [loss for loss, _ in logged(reference).values()][:5]
-    version = torch.__version__.split("+")[0]
-    if os.environ.get("SOAR_MEGA_RECORD_GOLDEN") == "1":
-        known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        known = {key: value for key, value in known.items() if value["model"] == model}
-        GOLDEN.write_text(json.dumps(known | {version: {"model": model, "losses": losses}}, indent=1) + "\n")
-    how = "look at why, then record with SOAR_MEGA_RECORD_GOLDEN=1"
-    recorded = json.loads(GOLDEN.read_text()).get(version)
-    if recorded is None:
-        pytest.skip(f"no losses recorded for torch {version}: {how}")
-    assert recorded["model"] == model, f"recipes/tiny/base was trained anew: {how}"
-    assert losses == pytest.approx(recorded["losses"], rel=1e-3), how
+    """The first losses of the recipe."""
+    assert_golden(GOLDEN, [loss for loss, _ in logged(reference).values()][:5])
 
 
 def test_losses_do_not_depend_on_fused_kernels(reference: Path, shards: Path, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from baseline.worker import Failed, Worker
 from soar_mega.gpus import peak_tflops
 from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
 from soar_mega.models.family import read_sizes
-from soar_mega.stages import make_stage
-from soar_mega.stages.forwards import forwards_per_sample
 from soar_mega.training.throughput import least_seconds
 
 
@@ -143,9 +141,7 @@ def sample_work(case: Case) -> Work:
     sizes = read_sizes(case.transformer)
     tokens = Tokens(image_tokens(sizes, case.latent_shape[1:]), case.text_length)
     assert case.stage.shift is not None
-    return step_work(
-        forward_work(sizes, tokens), *forwards_per_sample(make_stage(case.stage, case.stage.shift))
-    )
+    return step_work(forward_work(sizes, tokens), *case.stage.forwards())
 
 
 def count_unit(case: Case) -> int:

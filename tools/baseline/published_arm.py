@@ -10,6 +10,7 @@ from baseline.published import MicroBatch, Procedure, draw, predict, soar_backwa
 from diffusers import SD3Transformer2DModel
 
 from soar_mega.distributed import device
+from soar_mega.stages import SoarConfig
 
 
 class PublishedArm:
@@ -109,7 +110,7 @@ def build_diffusers(case: Case, device: torch.device) -> SD3Transformer2DModel:
 def procedure_of(case: Case, **habits: bool) -> Procedure:
     """The method's numbers of the case, with the published habits unless given otherwise."""
     stage = case.stage
-    assert stage.shift is not None
+    assert isinstance(stage, SoarConfig) and stage.shift is not None
     return Procedure(
         shift=stage.shift,
         num_auxiliary_points=stage.num_auxiliary_points,

@@ -58,7 +58,7 @@ def rows_in_turns(case: Case, sizes: Sequence[int], fastest: Callable[[Row], Row
     ]
     if case.pipeline_dir:
         rows.insert(1, published(case, "  with online encoders", [micro], online=True))
-    of_samples = [size * (case.stage.num_auxiliary_points + 1) for size in sizes]
+    of_samples = [size * case.stage.forwards().points for size in sizes]
     return [
         *rows,
         ours(case, "soar_mega, forwards as large as the first row's", [micro]),

@@ -11,6 +11,7 @@ from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.memory import largest_rank, rank_elements, workload
 from soar_mega.models.family import presets
+from soar_mega.stages import SoarConfig
 
 FILE = Path(__file__).parents[2] / "benchmarks/results/2026-11-26-h100-first-run.json"
 # the row's name there -> points of a forward, recomputation
@@ -38,6 +39,7 @@ def check(hardware: Hardware = H100) -> str:
     for name, (points, granularity) in ROWS.items():
         recipe = Recipe(
             model=ModelConfig(preset="sd35_medium", recompute_granularity=granularity),
+            stage=SoarConfig(),
             train=TrainConfig(
                 global_batch_size=16, micro_batch_size=4, points_per_micro_batch=points, cuda_graphs="none"
             ),

@@ -1,7 +1,8 @@
 """The model and the layouts of four processes by which the planner's order is compared with the measured one."""
 
-from soar_mega.config import ModelConfig, ParallelConfig, Recipe, StageConfig, TrainConfig
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from soar_mega.models.family import presets, read_sizes
+from soar_mega.stages import SoarConfig
 
 STEPS = 5
 SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
@@ -45,7 +46,7 @@ def recipe_of(layout: str) -> Recipe:
             dtype="fp32",
             recompute_granularity="full" if "recomputation" in layout else "none",
         ),
-        stage=StageConfig(num_auxiliary_points=3, shift=1.0),
+        stage=SoarConfig(num_auxiliary_points=3, shift=1.0),
         parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
         train=TrainConfig(
             global_batch_size=8, micro_batch_size=2, points_per_micro_batch=4, cuda_graphs="none"

@@ -8,7 +8,7 @@ what of the reduction of gradients and the gathering of weights is not hidden, a
 
 import math
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import NamedTuple
 
 from plan.hardware import Hardware
 from soar_mega.config import Recipe
@@ -16,6 +16,7 @@ from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import is_sequence_parallel
 from soar_mega.models.common.memory import ITEM, Workload, is_recomputed, rank_elements
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.sizes import Sizes
 
 # H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
@@ -39,6 +40,24 @@ class StepTime:
         return sum(astuple(self))
 
 
+class LayerParts(NamedTuple):
+    """What a layer is made of, where layers differ.
+
+    image_attentions: 2 with a second one of the image alone. text_goes_on: False where the text stops at its q, k and
+    v. modulation: vectors of the hidden size that the conditioning is made into.
+    """
+
+    image_attentions: int
+    text_goes_on: bool
+    modulation: int
+
+
+def layer_parts(sizes: Sizes, number: int) -> LayerParts:
+    """Read off a layer's work on one token of each stream: an attention's linears are 4 hidden^2, an MLP's 8."""
+    work, square = sizes.family.layer_work(sizes, number, Tokens(1, 1)), 2 * sizes.hidden_size**2
+    return LayerParts(work.image // square // 4 - 2, work.text // square == 12, work.conditioning // square)
+
+
 class StepModel:
     """Times of a recipe's parts on some hardware.
 
@@ -49,7 +68,7 @@ class StepModel:
 
     def __init__(
         self,
-        sizes: Any,
+        sizes: Sizes,
         recipe: Recipe,
         hardware: Hardware,
         data_size: int,
@@ -64,7 +83,7 @@ class StepModel:
         self.ranks = parallel.pipeline_model_parallel_size
         self.chunks = chunks_per_rank(parallel)
         self.item = ITEM[recipe.model.dtype]
-        self._known: dict[tuple[bool, bool, int, bool], float] = {}
+        self._known: dict[tuple[LayerParts, int, bool], float] = {}
         stages = stage_layers(sizes, parallel)
         self.layers = [
             [n for stage in stages[rank :: self.ranks] for n in stage] for rank in range(self.ranks)
@@ -80,8 +99,7 @@ class StepModel:
         if work.rows:
             answer = max(self._rank(rank, work.rows, backward=False) for rank in range(self.ranks))
             answer += self._message(work.rows)
-            branches = 2 if self.recipe.stage.guidance_scale != 1.0 else 1
-            asked = -(-work.samples * branches // work.rows)
+            asked = -(-work.samples * self.recipe.stage.forwards().answers // work.rows)
         filling = (self.ranks - 1) / self.chunks
         group = self.ranks if self.chunks > 1 else 1
         made = -(-work.micro_batches // group) * group  # an interleaved pipeline fills up whole groups
@@ -103,36 +121,32 @@ class StepModel:
         return total
 
     def _layer(self, number: int, rows: int, backward: bool) -> float:
-        key = (
-            number in self.sizes.dual_attention_layers,
-            number == self.sizes.num_layers - 1,
-            rows,
-            backward,
-        )
+        parts = layer_parts(self.sizes, number)
+        key = (parts, rows, backward)
         if key not in self._known:
             device = self._products(*key) + self._attention(number, rows, backward)
-            device += self._elementwise(*key) + self._collectives(key[0], rows, backward)
+            device += self._elementwise(*key) + self._collectives(*key)
             graphs = self.recipe.train.cuda_graphs == "layers" and self.recipe.parallel.engine == "megatron"
             host = (self.hardware.layer_host_graphs if graphs else self.hardware.layer_host)[backward]
             self._known[key] = max(device, host)
         return self._known[key]
 
-    def _products(self, is_dual: bool, is_last: bool, rows: int, backward: bool) -> float:
+    def _products(self, parts: LayerParts, rows: int, backward: bool) -> float:
         hidden, tensor = self.sizes.hidden_size, self.tensor
         shapes: list[tuple[float, int, float]] = []  # (tokens, in, out)
         for stream, length in enumerate((self.tokens.text, self.tokens.image)):
             m = rows * length / self.context
-            attentions = 2 if is_dual and stream else 1
+            attentions = parts.image_attentions if stream else 1
             shapes += attentions * [(m, hidden, 3 * hidden / tensor)]
-            if stream or not is_last:
+            if stream or parts.text_goes_on:
                 shapes += attentions * [(m, hidden // tensor, hidden)]
                 shapes += [(m, hidden, 4 * hidden / tensor), (m, 4 * hidden // tensor, hidden)]
         total = 0.0
         for m, k, n in shapes:
             total += self.gemm(m, k, n) if not backward else self.gemm(m, n, k) + self.gemm(n, m, k)
         # adaLN: one vector per sample; its weights are read
-        vectors = (8 if is_last else 12) + (3 if is_dual else 0)
-        return total + (2 if backward else 1) * self.item * vectors * hidden**2 / tensor / self.hardware.copy
+        weights = self.item * parts.modulation * hidden**2 / tensor
+        return total + (2 if backward else 1) * weights / self.hardware.copy
 
     def gemm(self, m: float, k: float, n: float) -> float:
         """Seconds of a product [m, k] x [k, n]: whole waves of tiles, or its bytes where they take longer."""
@@ -153,16 +167,16 @@ class StepModel:
             speed *= self.hardware.attention_128
         return (2 if backward else 1) * work / speed
 
-    def _elementwise(self, is_dual: bool, is_last: bool, rows: int, backward: bool) -> float:
+    def _elementwise(self, parts: LayerParts, rows: int, backward: bool) -> float:
         shards = self.context * (self.tensor if is_sequence_parallel(self.recipe.parallel) else 1)
         units = (BACKWARD_TRAFFIC if backward else FORWARD_TRAFFIC) * sum(self.tokens)
-        if is_dual:
+        if parts.image_attentions > 1:
             units += (DUAL_BACKWARD_TRAFFIC if backward else DUAL_FORWARD_TRAFFIC) * self.tokens.image
         return rows * units * self.sizes.hidden_size * self.item / shards / self.hardware.copy
 
-    def _collectives(self, is_dual: bool, rows: int, backward: bool) -> float:
+    def _collectives(self, parts: LayerParts, rows: int, backward: bool) -> float:
         """TP: a gather and a scatter for each pair of linears; CP: exchanges before and behind attention."""
-        pairs = [(2, self.tokens.text), (3 if is_dual else 2, self.tokens.image)]
+        pairs = [(2, self.tokens.text), (1 + parts.image_attentions, self.tokens.image)]
         seconds = 0.0
         for count, length in pairs:
             size = rows * length * self.sizes.hidden_size * self.item / self.context

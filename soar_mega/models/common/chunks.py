@@ -27,6 +27,10 @@ class ModelChunks(torch.nn.Module):
         [chunk] = self.chunks
         return chunk(*inputs, **settings)
 
+    def parts(self) -> list[Transformer]:
+        """The chunks."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, Transformer)]
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
         """This rank's parameters under their global names."""
         for chunk in self.chunks:

@@ -29,6 +29,10 @@ class Conditions:
     def __len__(self) -> int:
         return len(self.text)
 
+    def told(self, guidance_scale: float) -> "Conditions":
+        """The same for a guidance-distilled model."""
+        return replace(self, guidance=torch.full((len(self),), guidance_scale, device=self.text.device))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         """The same with each tensor changed: other rows, another device."""
         guidance = None if self.guidance is None else change(self.guidance)

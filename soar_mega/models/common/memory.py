@@ -78,12 +78,11 @@ def workload(
     """The share of one of `data_size` replicas in a step of a recipe; `points` in place of the recipe's."""
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
-    auxiliary = 0 if stage.name == "sft" else stage.num_auxiliary_points * stage.num_rollout_paths
-    total = samples * (1 + auxiliary)
+    answers, points_of_sample = stage.forwards()
+    total = samples * points_of_sample
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
-    asked = min(train.micro_batch_size, samples) if stage.name == "soar" and auxiliary else 0
-    branches = 2 if stage.guidance_scale != 1.0 else 1
-    return Workload(latent_size, text_length, size, asked * branches, samples, -(-total // size))
+    asked = min(train.micro_batch_size, samples) * answers
+    return Workload(latent_size, text_length, size, asked, samples, -(-total // size))
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
@@ -267,7 +266,7 @@ def is_recomputed(model: ModelConfig, number: int) -> bool:
 def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     """Bytes of latents and answers on the first and the last rank, and of text on the first."""
     latent = 4 * sizes.in_channels * math.prod(work.latent_size)
-    answers = 0 if not work.rows else 2 if recipe.stage.guidance_scale != 1.0 else 1
+    answers = recipe.stage.forwards().answers if work.rows else 0
     ranks = recipe.parallel.pipeline_model_parallel_size
     per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
     if rank == 0:

@@ -40,6 +40,10 @@ class Sizes(Protocol):
         """What norms queries and keys: rms_norm, or None."""
 
     @property
+    def guidance_embeds(self) -> bool:
+        """Whether the model is told a guidance scale, in place of being asked with and without its conditions."""
+
+    @property
     def in_channels(self) -> int:
         """Of the latents."""
 

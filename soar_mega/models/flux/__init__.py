@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from soar_mega.models.family import Family
 from soar_mega.models.flux import work
+from soar_mega.models.flux.encoders import encoder_facts
 from soar_mega.models.flux.mapping import entries
 from soar_mega.models.flux.original import ORIGINAL
 from soar_mega.models.flux.presets import PRESETS
@@ -34,4 +35,5 @@ FAMILY = Family(
     layer_work=work.layer_work,
     layer_bytes=work.layer_bytes,
     embedding_bytes=work.embedding_bytes,
+    encoder_facts=encoder_facts,
 )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from soar_mega.models.family import Family
 from soar_mega.models.sd3 import work
+from soar_mega.models.sd3.encoders import encoder_facts
 from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.original import ORIGINAL
 from soar_mega.models.sd3.presets import PRESETS
@@ -34,4 +35,5 @@ FAMILY = Family(
     layer_work=work.layer_work,
     layer_bytes=work.layer_bytes,
     embedding_bytes=work.embedding_bytes,
+    encoder_facts=encoder_facts,
 )

@@ -58,6 +58,11 @@ class SD3Sizes:
             )
 
     @property
+    def guidance_embeds(self) -> bool:
+        """It is asked with and without its conditions."""
+        return False
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return self.num_attention_heads * self.attention_head_dim

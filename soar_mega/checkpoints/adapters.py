@@ -1,0 +1,124 @@
+"""Checkpoints of a run that trains adapters: they hold the adapters, and know their base by its fingerprint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from soar_mega.checkpoints import resume
+from soar_mega.checkpoints.checkpoint import Json
+from soar_mega.checkpoints.reading import read_tensors
+from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
+from soar_mega.convert import load_diffusers
+from soar_mega.convert.lora import own_tensors, save_adapters
+from soar_mega.distributed import start_world
+from soar_mega.engines.on_demand import without_room
+from soar_mega.engines.weights import sharded_copy
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.fingerprint import fingerprint
+from soar_mega.models.common.lora import Adapters, add_adapters, alpha, is_adapter
+from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import read_sizes
+from soar_mega.outputs import refuse_overlap
+
+ADAPTERS = (
+    "_lora"  # beside the sizes of a transformer in checkpoint.json, whose readers skip what begins with _
+)
+
+
+def describe(config: LoraConfig, base: str) -> Json:
+    """What a checkpoint says of its adapters; resuming compares it.
+
+    Args:
+        base: the fingerprint of the weights that they are trained on.
+    """
+    return {"rank": config.rank, "alpha": alpha(config), "targets": config.targets, "base": base}
+
+
+def checkpoint_to_adapters(source: str | Path, out: str | Path, ema: bool = False) -> None:
+    """Writes the adapters of a checkpoint in PEFT's and in diffusers' format; the layout does not matter.
+
+    Args:
+        source: an iter_ folder, or a run folder, whose latest checkpoint is taken.
+        ema: the EMA of the adapters.
+
+    Raises:
+        ValueError: no checkpoint, none of adapters, one without EMA, or one that cannot be read; or `out` holds what
+            this program did not write, or what is read lies in it or around it.
+    """
+    folder = resume.find_checkpoint(source)
+    run = RunFolder(folder.parent)
+    refuse_overlap(out, {"the checkpoint": folder} | ({} if run.is_export(out) else {"the run": run.path}))
+    start_world(ParallelConfig())
+    resume.verify(folder)
+    description = resume.read_description(folder)
+    if ADAPTERS not in description["model"]:
+        raise ValueError(f"{folder} is of a run that trained the weights themselves: leave out --adapters")
+    settings = run_config(folder)
+    dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
+    model = build_model(read_sizes(description["model"]), dtype, ParallelConfig(), meta=True)
+    config = _config(description)
+    adapters = add_adapters([model], config, seed=0)
+    tensors = _read(folder, description, model, ema)
+    save_adapters(model, adapters, config, out, tensors.__getitem__, settings.get("pipeline_dir", ""))
+
+
+def adapted_model(
+    folder: Path, settings: dict[str, Any], ema: bool
+) -> tuple[Transformer, Callable[[str], Tensor]]:
+    """The model that a checkpoint's adapters were trained on, and its tensors with them by name.
+
+    Args:
+        settings: the model group of the run.
+
+    Raises:
+        ValueError: the base is not there, or has other weights than those that were trained on.
+    """
+    description = resume.read_description(folder)
+    base = settings.get("pipeline_dir")
+    if not base or settings.get("init") != "pretrained":
+        raise ValueError(
+            f"{folder} holds adapters alone, and their base is no pipeline folder: write them with --adapters"
+        )
+    model = load_diffusers(base, settings["dtype"])
+    known, found = description["model"][ADAPTERS]["base"], fingerprint(model)
+    if found != known:
+        raise ValueError(
+            f"{base} does not hold the weights that the adapters in {folder} were trained on (their fingerprint is "
+            f"{known}, that of the folder {found}): put these back, or write the adapters alone with --adapters"
+        )
+    adapters: Adapters = add_adapters([model], _config(description), seed=0)
+    tensors = _read(folder, description, model, ema)
+    own = own_tensors(model)
+    return model, adapters.merged(lambda name: tensors[name] if name in tensors else own(name))
+
+
+@torch.no_grad()
+def _read(folder: Path, description: Json, model: Transformer, ema: bool) -> dict[str, Tensor]:
+    """The adapters of a checkpoint in the model's type."""
+    if ema and "ema" not in description["kept_weights"]:
+        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
+    state = {name: tensor for name, tensor in model.sharded_state_dict().items() if is_adapter(name)}
+    state = sharded_copy(state, "ema", without_room) if ema else state
+    for tensor in state.values():
+        tensor.data = torch.empty(tensor.local_shape, dtype=tensor.dtype)
+    found = read_tensors(folder, {"adapters": state})["adapters"]
+    return {name: tensor.to(model.config.params_dtype) for name, tensor in found.items()}
+
+
+def _config(description: Json) -> LoraConfig:
+    known = description["model"][ADAPTERS]
+    return LoraConfig(rank=known["rank"], alpha=known["alpha"], targets=known["targets"])
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
+    path = folder.parent / "run_config.yaml"
+    if not path.is_file():
+        return {}
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
+    return settings

@@ -1,0 +1,139 @@
+"""Lists of images and captions: JSONL and CSV, as Hugging Face, diffusers and SOAR's authors write them."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from soar_mega.data.images import Picture
+from soar_mega.data.info import bucket_name
+from soar_mega.data.items import Item, Reject
+from soar_mega.data.text_files import decode
+from soar_mega.user_files import is_text
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+CAPTION_KEYS = ("text", "caption", "prompt")  # the first that a row has
+KIND = "line of a list"
+SHOWN = 60  # characters of an impossible file name in a message
+
+
+class _Invalid(ValueError):
+    """Why one sample of a list cannot be used."""
+
+
+def list_rows(path: Path, images: Path, score_key: str) -> Iterator[Item | Reject]:
+    """What a .jsonl or .csv file lists of the images in a folder; a reject is named by its line."""
+    rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+    for number, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            yield _item(row, images, score_key)
+        except ValueError as error:
+            yield Reject(name=f"{path.name}:{number}", reason=str(error), kind=KIND)
+
+
+def score_of(row: dict[str, Any], key: str) -> float | None:
+    """The score that a row gives its image; None where it gives none, or no number."""
+    try:
+        score = float(row[key])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return score if math.isfinite(score) else None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """ValueError when a text is none."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Invalid(f"is not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise _Invalid("is not a JSON object")
+    return row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = decode(line)
+                if text.strip():
+                    yield number, json_object(text)
+            except ValueError as error:
+                yield number, error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    try:
+        text = decode(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.reader.line_num, _Invalid(f"is not valid CSV: {error}")
+        else:
+            yield reader.line_num, row
+
+
+def _item(row: dict[str, Any], images: Path, score_key: str) -> Item:
+    if "md5" in row:
+        name, caption_key = f"{row['md5']}.jpg", "caption_en"
+        bucket = bucket_name(_pixels(row, "bw"), _pixels(row, "bh"))
+    elif "file_name" in row:
+        name, bucket = str(row["file_name"]), None
+        caption_key = next((key for key in CAPTION_KEYS if key in row), CAPTION_KEYS[0])
+    else:
+        raise _Invalid("has neither md5 nor file_name")
+    caption = row.get(caption_key)
+    if not isinstance(caption, str) or not caption.strip():
+        raise _Invalid(f"{name} has no caption ({caption_key} is missing or empty)")
+    if not is_text(caption):
+        raise _Invalid(
+            f"the caption of {name} is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)"
+        )
+    path = _inside(images, name)
+    try:
+        there = path.is_file()
+    except OSError as error:  # no file can have such a name
+        raise _Invalid(f"image {_shortened(name)} cannot be opened: {error.strerror}") from error
+    if not there:
+        raise _Invalid(f"image {path} is missing")
+    return Item(
+        name=name,
+        image=Picture(path),
+        caption=caption.strip(),
+        bucket=bucket,
+        score=score_of(row, score_key),
+    )
+
+
+def _inside(images: Path, name: str) -> Path:
+    """A list may come from elsewhere: it names nothing but what is in the folder of its images."""
+    if not is_text(name):
+        raise _Invalid("its file_name is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)")
+    path = Path(os.path.normpath(images / name))
+    if not path.is_relative_to(os.path.normpath(images)):
+        raise _Invalid(
+            f"image {_shortened(name)} is not in {images}: --images names the folder that all are in"
+        )
+    return images / name
+
+
+def _pixels(row: dict[str, Any], key: str) -> int:
+    value = row.get(key)
+    if type(value) is not int or value <= 0:  # true is an int too
+        raise _Invalid(f"{row['md5']}: {key} is {value!r}, a width or height in pixels is expected")
+    return value
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= SHOWN else f"{name[:SHOWN]}..."

@@ -1,0 +1,85 @@
+"""Which items go into which shard: settled by the first process and written down for all."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from soar_mega.data.items import Item
+from soar_mega.data.prepare_folder import HELD_OUT_FOLDER
+from soar_mega.data.selection import Chosen
+from soar_mega.data.shard_job import digest
+from soar_mega.data.shard_writer import write_bytes, write_json
+from soar_mega.data.shards import read_json
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedShard:
+    """A shard of one of the two sets."""
+
+    folder: str  # below the folder that is prepared: "" or that of the held-out set
+    number: int
+    samples: int
+    digest: str
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """All shards, and how many samples the source has. The items of each shard are in a file of their own."""
+
+    folder: Path
+    source_samples: int = 0
+    shards: list[PlannedShard] = field(default_factory=list)
+    _waiting: dict[str, list[Chosen]] = field(default_factory=dict)
+    _numbers: Counter[str] = field(default_factory=Counter)
+
+    def add(self, chosen: Iterable[Chosen], samples_per_shard: int) -> None:
+        """Cut further items, as they come, into shards."""
+        for one in chosen:
+            waiting = self._waiting.setdefault(HELD_OUT_FOLDER if one.held_out else "", [])
+            waiting.append(one)
+            if len(waiting) == samples_per_shard:
+                self._close_shard(HELD_OUT_FOLDER if one.held_out else "")
+
+    def finish(self) -> None:
+        """Close the last shards, and write down what `read` reads."""
+        for folder in list(self._waiting):
+            self._close_shard(folder)
+        values = {"source_samples": self.source_samples, "shards": [vars(shard) for shard in self.shards]}
+        write_json(self.folder / PLAN_FILE, values)
+
+    @staticmethod
+    def read(folder: Path) -> "Plan":
+        values = read_json(folder / PLAN_FILE)
+        shards = [PlannedShard(**shard) for shard in values["shards"]]
+        return Plan(folder=folder, source_samples=values["source_samples"], shards=shards)
+
+    def of(self, folder: str) -> list[PlannedShard]:
+        """The shards of one of the two sets, by their numbers."""
+        return [shard for shard in self.shards if shard.folder == folder]
+
+    def items(self, shard: PlannedShard) -> list[Chosen]:
+        """What goes into a shard."""
+        rows = map(json.loads, self._file(shard.folder, shard.number).read_text().splitlines())
+        held_out = shard.folder == HELD_OUT_FOLDER
+        return [Chosen(item=Item.from_row(row), sha256=sha256, held_out=held_out) for sha256, row in rows]
+
+    def remove(self) -> None:
+        for path in self.folder.glob("*.plan"):
+            path.unlink()
+        (self.folder / PLAN_FILE).unlink()
+
+    def _close_shard(self, folder: str) -> None:
+        chosen = self._waiting.pop(folder)
+        number = self._numbers[folder]
+        self._numbers[folder] += 1
+        rows = [json.dumps([one.sha256, one.item.to_row()]) for one in chosen]
+        write_bytes(self._file(folder, number), "\n".join(rows).encode())
+        shard = PlannedShard(folder=folder, number=number, samples=len(chosen), digest=digest(chosen))
+        self.shards.append(shard)
+
+    def _file(self, folder: str, number: int) -> Path:
+        return self.folder / f"{folder or 'training'}-{number:06d}.plan"

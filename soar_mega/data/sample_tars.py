@@ -1,0 +1,80 @@
+"""Captioned images in tars as webdataset and img2dataset write them. They are read in place: nothing is unpacked, so no
+name in a tar leads anywhere, and what is neither an image nor text is passed over unread."""
+
+import logging
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from soar_mega.data.caption_lists import CAPTION_KEYS, json_object, score_of
+from soar_mega.data.images import Picture
+from soar_mega.data.items import Item, Reject
+from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
+from soar_mega.data.text_files import decode
+from soar_mega.user_files import is_text
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first that a sample has, and whose text is not empty
+LARGEST_TEXT = 2**20  # bytes
+
+log = logging.getLogger(__name__)
+
+
+def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
+    """The samples of a tar. The members KEY.jpg, KEY.txt and KEY.json are one sample.
+
+    Args:
+        label: what the names of samples begin with.
+    """
+    pictures: dict[str, Picture] = {}
+    texts: dict[str, dict[str, bytes]] = {}
+    passed_over = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # the library would keep all
+                key, suffix = _key(member.name)
+                if not member.isreg() or member.issparse():
+                    continue
+                if suffix in IMAGE_SUFFIXES:
+                    pictures[key] = Picture(path, member.offset_data, member.size)
+                elif suffix in CAPTION_SUFFIXES and member.size <= LARGEST_TEXT:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    texts.setdefault(key, {})[suffix] = file.read()
+                else:
+                    passed_over += 1
+    except (tarfile.TarError, OSError, ValueError) as error:
+        yield Reject(name=label, reason=f"cannot be read as an uncompressed tar: {error}", kind="damaged tar")
+    if passed_over:
+        log.info("%s: %d members are neither images nor captions and are passed over", path, passed_over)
+    for key, picture in pictures.items():
+        name = f"{label}/{key}"
+        try:
+            caption, score = _caption(texts.get(key, {}), score_key)
+        except ValueError as error:
+            yield Reject(name=name, reason=str(error), kind="no caption")
+        else:
+            yield Item(name=name, image=picture, caption=caption, score=score)
+    for key in sorted(texts.keys() - pictures.keys()):
+        yield Reject(
+            name=f"{label}/{key}", reason="is a caption without an image", kind="caption without an image"
+        )
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Of a member, as webdataset splits it: at the first dot of its last part."""
+    path = PurePosixPath(name)
+    stem, dot, suffix = path.name.partition(".")
+    return str(path.with_name(stem)) if stem else name, (dot + suffix).lower()
+
+
+def _caption(texts: dict[str, bytes], score_key: str) -> tuple[str, float | None]:
+    """(caption, score). ValueError where there is no caption."""
+    row = json_object(decode(texts[".json"])) if ".json" in texts else {}
+    plain = next((decode(texts[s]) for s in (".txt", ".caption") if texts.get(s, b"").strip()), None)
+    caption = plain or next((row[k] for k in (*CAPTION_KEYS, "caption_en") if row.get(k)), None)
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError("has no caption: no .txt, no .caption and no caption in its .json")
+    if not is_text(caption):
+        raise ValueError("its caption is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)")
+    return caption.strip(), score_of(row, score_key)

@@ -1,0 +1,59 @@
+"""Random small FLUX models on CUDA against diffusers on the CPU in float64: forward and every gradient."""
+
+import flux_peer
+import pytest
+import torch
+from peer import gradient_errors, relative_error, to_peer_names
+
+from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.convert import load_weights
+from soar_mega.distributed import device, start_world
+from soar_mega.models.common.build import build_model
+from soar_mega.models.family import read_sizes
+
+HEADS_OF_128 = {"num_attention_heads": 2, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+
+
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """tf32 is off by default; what a process has set before must not decide."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def errors(folder, seed, settings, **changes):
+    """Relative errors of the velocity and of the worst parameter's gradient."""
+    drawn, size, batch, text = flux_peer.random_case(seed)
+    peer = flux_peer.save_peer(folder, seed, **(drawn | changes))
+    start_world(ParallelConfig())
+    model = build_model(read_sizes(folder), settings, ParallelConfig())
+    load_weights(model, folder)
+    inputs = flux_peer.make_inputs(model.sizes, size, batch, text)
+    ours, theirs = model(*(x.to(device()) for x in inputs)), flux_peer.run_peer(peer, inputs)
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights.to(device())).sum().backward()
+    (theirs * weights).sum().backward()
+    found = {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+    wanted = {name: p.grad for name, p in peer.named_parameters()}
+    gradients = gradient_errors(to_peer_names(model.sizes, found), wanted)
+    return relative_error(ours.detach().cpu(), theirs), max(gradients.values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_fp32_equals_diffusers(seed, fused, tmp_path):
+    velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
+    # of gradients the divisor may be as small as 1e-3 of the model's largest entry
+    assert velocity < 1e-5 and gradient < 1e-4, (velocity, gradient)
+
+
+@pytest.mark.parametrize(
+    ("layers", "backend"), [("local", "sdpa"), ("transformer_engine", "sdpa"), ("transformer_engine", "auto")]
+)
+@pytest.mark.parametrize("seed", [4, 5])  # with and without guidance
+def test_heads_of_128_in_bf16(seed, layers, backend, tmp_path):
+    """As wide as a head of FLUX; over torch's layers and, where it is installed, over Transformer Engine's."""
+    if layers == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    settings = ModelConfig(dtype="bf16", transformer_impl=layers, attention_backend=backend)
+    velocity, gradient = errors(tmp_path, seed, settings, **HEADS_OF_128)
+    assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)

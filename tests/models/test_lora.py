@@ -1,0 +1,177 @@
+"""Adapters against diffusers' transformer with adapters made by hand, and against PEFT where it is installed."""
+
+import pytest
+import te_stand_in
+import torch
+from lora_peer import adapt_peer, peer_gradients, random_factors
+from peer import SMALL, gradient_errors, make_inputs, random_case, relative_error, run_peer, save_peer
+
+from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
+from soar_mega.convert import load_diffusers, load_weights
+from soar_mega.models.common.build import build_model
+from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
+from soar_mega.models.sd3.mapping import entries
+from soar_mega.models.sd3.presets import PRESETS
+from soar_mega.models.sd3.sizes import SD3Sizes
+
+EVERY_LINEAR = ["*"]
+CONFIGS = [
+    LoraConfig(rank=3, alpha=5.0),
+    LoraConfig(rank=2, targets=["*.attn.to_q", "*.attn.to_v", "*.attn2.to_k"]),
+    LoraConfig(rank=2, alpha=1.0, targets=EVERY_LINEAR),
+]
+
+
+def with_adapters(model, config: LoraConfig) -> Adapters:
+    """Adapters on a single-process model, everything else frozen."""
+    model.requires_grad_(False)
+    return add_adapters([model], config, seed=1)
+
+
+def set_factors(model, pairs, config, factors) -> None:
+    held = dict(model.named_parameters())
+    with torch.no_grad():
+        for pair in pairs:
+            for entry in pair.entries(config.rank):
+                held[entry.name].copy_(factors[entry.keys[0]])
+
+
+def gradients(model, pairs, config):
+    held = dict(model.named_parameters())
+    return {e.keys[0]: held[e.name].grad for pair in pairs for e in pair.entries(config.rank)}
+
+
+def adapted(folder, config, **changes):
+    """Our model and the peer, with the same adapters."""
+    peer = save_peer(folder, **{"dual_attention_layers": (0,), **changes})
+    model = load_diffusers(folder)
+    adapters = with_adapters(model, config)
+    factors = random_factors(adapters.pairs, config.rank)
+    set_factors(model, adapters.pairs, config, factors)
+    return model, peer, adapters, factors
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["published", "some-of-qkv", "every-linear"])
+@pytest.mark.parametrize("seed", [1, 4])
+def test_forward_and_every_gradient_equal_adapters_by_hand(config, seed, tmp_path):
+    changes, size, batch, text = random_case(seed)
+    model, peer, adapters, factors = adapted(tmp_path, config, **{**changes, "dual_attention_layers": (0,)})
+    adapt_peer(peer, adapters.pairs, factors, config)
+    inputs = make_inputs(model.sizes, size, batch, text)
+    ours, theirs = model(*inputs), run_peer(peer, inputs)
+    assert relative_error(ours, theirs) < 1e-5
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    errors = gradient_errors(gradients(model, adapters.pairs, config), peer_gradients(peer, adapters.pairs))
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def test_forward_equals_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = CONFIGS[0]
+    model, peer, adapters, factors = adapted(tmp_path, config)
+    modules = [pair.module for pair in adapters.pairs]
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
+    peer = peft.inject_adapter_in_model(settings, peer)
+    loaded = peft.set_peft_model_state_dict(peer, factors)
+    assert not loaded.unexpected_keys
+    inputs = make_inputs(model.sizes)
+    assert relative_error(model(*inputs), run_peer(peer, inputs)) < 1e-5
+
+
+def test_the_published_targets_of_sd35_medium():
+    sizes = PRESETS["sd35_medium"]
+    model = build_model(sizes, ModelConfig(), ParallelConfig(), meta=True)
+    adapters = with_adapters(model, LoraConfig(rank=32, alpha=64.0))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(trained) == sorted(adapters.names)
+    assert len(trained) == 382
+    assert sum(p.numel() for p in trained.values()) == 18_776_064
+    assert not any("dual_attention" in name for name in trained)
+
+
+def test_without_adapters_the_model_is_the_one_before(tmp_path):
+    """Fresh adapters change nothing; trained ones are switched off to the bit, and back on."""
+    save_peer(tmp_path)
+    model = load_diffusers(tmp_path)
+    inputs = make_inputs(model.sizes)
+    before = model(*inputs)
+    adapters = with_adapters(model, CONFIGS[0])
+    assert torch.equal(model(*inputs), before)
+    pairs = adapter_pairs(entries(model.sizes), CONFIGS[0].targets)
+    set_factors(model, pairs, CONFIGS[0], random_factors(pairs, CONFIGS[0].rank))
+    with_them = model(*inputs)
+    assert relative_error(with_them, before) > 0.01
+    with adapters.switched(False):
+        assert torch.equal(model(*inputs), before)
+        with adapters.switched(True):
+            assert torch.equal(model(*inputs), with_them)
+        assert torch.equal(model(*inputs), before)
+    assert torch.equal(model(*inputs), with_them)
+
+
+def test_a_target_that_matches_nothing_is_named():
+    with pytest.raises(
+        ValueError, match=r"lora.targets: 'to_q' matches no linear.*transformer_blocks.\*.attn.to_q"
+    ):
+        adapter_pairs(entries(SD3Sizes(**SMALL)), ["to_q"])
+
+
+def test_merged_weights_are_the_adapted_model(tmp_path):
+    model, _, adapters, _ = adapted(tmp_path, CONFIGS[2])
+    tensors = adapters.merged(dict(model.named_parameters()).__getitem__)
+    plain = load_diffusers(tmp_path)
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            weight.copy_(tensors(name))
+    inputs = make_inputs(model.sizes)
+    assert relative_error(model(*inputs), plain(*inputs)) < 1e-5
+
+
+def test_dropout_leaves_out_features_of_a_step(tmp_path):
+    """A share of each pair's input features, others at each step, in training alone, with the sum kept on average."""
+    config = LoraConfig(rank=2, dropout=0.25)
+    save_peer(tmp_path)
+    model = load_diffusers(tmp_path)
+    adapters = with_adapters(model, config)
+    pairs = adapter_pairs(entries(model.sizes), config.targets)
+    set_factors(model, pairs, config, random_factors(pairs, config.rank))
+    inputs = make_inputs(model.sizes)
+    without = model(*inputs).detach()
+    adapters.drop(seed=1, step=7)
+    first = [one.kept.clone() for one in adapters.members.values()]
+    dropped = model(*inputs)
+    assert relative_error(dropped, without) > 1e-3
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), without)
+    # by hand: A without the features, and the rest counts more
+    held = dict(model.named_parameters())
+    with torch.no_grad():
+        for one, kept in zip(adapters.members.values(), first, strict=True):
+            for pair, mask in zip(one.pairs, kept, strict=True):
+                held[pair.entries(2)[0].name].mul_(mask / 0.75)
+        assert relative_error(dropped, model(*inputs)) < 1e-5
+    adapters.drop(seed=1, step=8)
+    second = [one.kept.clone() for one in adapters.members.values()]
+    adapters.drop(seed=1, step=7)
+    assert all(torch.equal(one.kept, was) for one, was in zip(adapters.members.values(), first, strict=True))
+    a, b = torch.cat([m.flatten() for m in first]), torch.cat([m.flatten() for m in second])
+    assert not torch.equal(a, b)
+    assert a.mean() == pytest.approx(0.75, abs=0.05)
+    rows = torch.cat([m for m in first if m.shape[1] == first[0].shape[1]])
+    assert len(rows.unique(dim=0)) == len(rows)  # each pair has its own
+
+
+def test_adapters_on_transformer_engine_s_linears(tmp_path, monkeypatch):
+    """Over the stand-in: adapters compute beside what FP8 casts, as they do beside torch's linears."""
+    config = CONFIGS[0]
+    model, _, adapters, factors = adapted(tmp_path, config)
+    te_stand_in.install(monkeypatch)
+    settings = ModelConfig(dtype="fp32", transformer_impl="transformer_engine")
+    other = build_model(model.sizes, settings, ParallelConfig())
+    load_weights(other, tmp_path)
+    with_adapters(other, config)
+    set_factors(other, adapters.pairs, config, factors)
+    inputs = make_inputs(model.sizes)
+    torch.testing.assert_close(other(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)

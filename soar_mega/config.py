@@ -1,7 +1,7 @@
 """The settings of a run: typed groups, with their defaults. Names are Megatron's where Megatron has one."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
 
 from soar_mega.rules import Rule, above, at_least
 
@@ -52,6 +52,10 @@ class StageConfig:
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
+
+    def asking(self, is_told: bool) -> Self:
+        """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""
+        return replace(self, guidance_scale=1.0) if is_told else self
 
 
 @dataclass(kw_only=True)

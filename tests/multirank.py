@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["torch", "megatron.core", "megatron.core.optimizer", "deepspeed", "soar_mega.platform"]
 )
 
@@ -44,9 +44,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     )
     processes, receivers = [], []
     for rank in range(world_size):
-        receiver, sender = _SERVER.Pipe(duplex=False)
+        receiver, sender = SERVER.Pipe(duplex=False)
         arguments = (sender, function, args, rank, world_size, store.port, timeout)
-        process = _SERVER.Process(target=_run_rank, args=arguments)
+        process = SERVER.Process(target=_run_rank, args=arguments)
         process.start()
         sender.close()
         processes.append(process)

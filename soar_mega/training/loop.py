@@ -1,7 +1,5 @@
 """A whole step of a run: answer, learn, update. Engine, data and progress are here, and nothing is written."""
 
-from dataclasses import replace
-
 from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -60,12 +58,10 @@ class Steps:
         """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
         size = latent_shape[1:]
         if size not in self._stages:
-            settings, shift = self.recipe.stage, self.recipe.stage.shift
+            shift = self.recipe.stage.shift
             if shift is None:
                 shift, _ = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
-            if sizes.guidance_embeds:  # the engine tells the model the scale, and the stage asks it once
-                settings = replace(settings, guidance_scale=1.0)
-            self._stages[size] = make_stage(settings, shift)
+            self._stages[size] = make_stage(self.recipe.stage.asking(sizes.guidance_embeds), shift)
         return self._stages[size]
 
     def _keep_average(self) -> None:

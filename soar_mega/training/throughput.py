@@ -24,7 +24,7 @@ class Throughput:
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
-        self._forwards = recipe.stage.forwards()
+        self._forwards = recipe.stage.asking(sizes.guidance_embeds).forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._peaks = peaks(recipe, device_name)
         self._steps: dict[Tokens, Work] = {}  # by bucket

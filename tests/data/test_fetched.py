@@ -60,7 +60,7 @@ def test_sources_of_all_kinds_are_one_set(tmp_path, monkeypatch):
     mixed, plain = open_shards("out"), open_shards("same")
     for index in range(6):
         for part in ("latents", "text"):
-            found, expected = mixed._tensors(part, index), plain._tensors(part, index)
+            found, expected = mixed.stored(part, index), plain.stored(part, index)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     names = [name.split(" (shard")[0] for name in mixed.names(range(6))]
     assert names[:2] == ["images: 0.png", "images: 1.tar/1"] and names[5] == "list.jsonl: listed/5.png"

@@ -50,7 +50,7 @@ def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
         image = np.array(Image.open(images / f"{index}.png"))
         mean, std = encoders.encode_images(to_model_range(torch.from_numpy(image).permute(2, 0, 1)[None]))
         text, pooled = encoders.encode_prompts([f"a red {index}"])
-        stored = shards._tensors("latents", index)
+        stored = shards.stored("latents", index)
         torch.testing.assert_close(stored["mean"], mean[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(stored["std"], std[0], rtol=0, atol=1e-5)
         batch = shards.batch([index], seed=0)
@@ -232,7 +232,7 @@ def test_flips_are_further_samples(images, tmp_path):
     assert prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True)).samples == 2 * COUNT
     shards = open_shards(tmp_path / "out")
     assert [name.split(" (shard")[0] for name in shards.names([4, 5])] == ["2.png", "2.png (mirrored)"]
-    plain, mirrored = (shards._tensors("latents", index)["mean"] for index in (4, 5))
+    plain, mirrored = (shards.stored("latents", index)["mean"] for index in (4, 5))
     image = torch.from_numpy(np.array(Image.open(images / "2.png"))).permute(2, 0, 1).flip(2)
     expected, _ = Encoders.from_pipeline(BASE).encode_images(to_model_range(image[None]))
     torch.testing.assert_close(mirrored, expected[0], rtol=0, atol=1e-5)
@@ -346,7 +346,7 @@ def test_out_of_memory_it_goes_on_with_a_smaller_batch(images, tmp_path, monkeyp
     whole, out = (open_shards(tmp_path / name) for name in ("whole", "out"))
     assert whole.names(range(COUNT)) == out.names(range(COUNT))
     for index in range(COUNT):
-        expected, found = whole._tensors("latents", index), out._tensors("latents", index)
+        expected, found = whole.stored("latents", index), out.stored("latents", index)
         torch.testing.assert_close(found["mean"], expected["mean"], rtol=0, atol=1e-5)
 
 

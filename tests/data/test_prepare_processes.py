@@ -1,7 +1,6 @@
 """prepare by several processes: the same bytes however many there are, and whenever they are killed."""
 
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from multirank import SERVER
 from PIL import Image
 
 from soar_mega.data.prepare import prepare
@@ -19,8 +19,6 @@ from soar_mega.data.selection import Wishes
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 COUNT, WORLD = 30, 4
 PATIENCE = 120  # seconds
-# forked from here, where everything is imported, a process starts at once
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,9 @@ def _process(rank, port, images, out):
 def start(images, out):
     """The store, which lives as long as it is held, and the processes."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [FORK.Process(target=_process, args=(rank, store.port, images, out)) for rank in range(WORLD)]
+    processes = [
+        SERVER.Process(target=_process, args=(rank, store.port, images, out)) for rank in range(WORLD)
+    ]
     for process in processes:
         process.start()
     return store, processes
@@ -102,6 +102,7 @@ def kill_and_go_on(images, out, undisturbed, moments, seed):
             assert contents(folder) == undisturbed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(images, undisturbed, tmp_path):
     assert {json.loads(line)["kind"] for line in undisturbed["rejects.jsonl"].splitlines()} == {
         "picture cannot be read"
@@ -118,8 +119,8 @@ def test_killed_at_thirty_random_moments(images, undisturbed, tmp_path):
 def test_what_one_process_cannot_do_all_of_them_say(images, tmp_path):
     """None waits for the others then."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    results = FORK.Queue()
-    processes = [FORK.Process(target=_failing, args=(rank, store.port, results)) for rank in range(2)]
+    results = SERVER.Queue()
+    processes = [SERVER.Process(target=_failing, args=(rank, store.port, results)) for rank in range(2)]
     for process in processes:
         process.start()
     words = sorted(results.get(timeout=PATIENCE) for _ in processes)

@@ -102,10 +102,10 @@ def expected():
     ("ranks", "settings"),
     [
         (1, {}),
-        (2, {"layout": (1, 2)}),
+        pytest.param(2, {"layout": (1, 2)}, marks=pytest.mark.slow),
         (2, {"layout": (1, 2), "overlap_rollout": True}),
-        (2, {"layout": (1, 2)} | VPP2),
-        (2, {"layout": (2, 1), "sequence_parallel": True}),
+        pytest.param(2, {"layout": (1, 2)} | VPP2, marks=pytest.mark.slow),
+        pytest.param(2, {"layout": (2, 1), "sequence_parallel": True}, marks=pytest.mark.slow),
     ],
     ids=["one", "batched", "overlapped", "two-chunks", "tensor-parallel"],
 )

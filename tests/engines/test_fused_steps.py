@@ -35,7 +35,7 @@ def test_kernels_do_what_plain_calls_do(monkeypatch):
         called.append(True)
         return losses_of(*args, **options)
 
-    monkeypatch.setattr("soar_mega.stages.sources.losses_of", counted)
+    monkeypatch.setattr("soar_mega.stages.latent_sources.losses_of", counted)
     plain, plain_gradients = step(fused=False)
     assert not called
     fused, fused_gradients = step(fused=True)

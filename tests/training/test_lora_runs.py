@@ -100,7 +100,10 @@ def test_resumed_it_is_the_same_run(shards: Path, run: Path, halfway: Path, worl
 @pytest.mark.parametrize(
     "layout",
     [
-        {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": "true"},
+        pytest.param(
+            {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": "true"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"parallel__pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
     ],
     ids=["tp2-sp", "pp2"],

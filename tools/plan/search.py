@@ -135,7 +135,13 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
             answering = max((n for n in asked if 2 * n <= max(size, 2)), default=1)
             train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
             recipe = replace(base, train=train)
-            work = workload(recipe, data_size, case.latent_size, case.text_length)
+            work = workload(
+                recipe,
+                data_size,
+                case.latent_size,
+                case.text_length,
+                is_told=case.sizes.guidance_embeds,
+            )
             memory = largest_rank(case.sizes, recipe, work, data_size)
             if memory.total > case.room:
                 refused[f"need more than {case.room / 2**30:.0f} GiB"] += 1

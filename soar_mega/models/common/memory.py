@@ -73,12 +73,22 @@ class Memory:
 
 
 def workload(
-    recipe: Recipe, data_size: int, latent_size: tuple[int, int], text_length: int, points: int | None = None
+    recipe: Recipe,
+    data_size: int,
+    latent_size: tuple[int, int],
+    text_length: int,
+    points: int | None = None,
+    is_told: bool = False,
 ) -> Workload:
-    """The share of one of `data_size` replicas in a step of a recipe; `points` in place of the recipe's."""
+    """The share of one of `data_size` replicas in a step of a recipe.
+
+    Args:
+        points: of a forward, in place of the recipe's.
+        is_told: whether the model is told a guidance scale (`Sizes.guidance_embeds`).
+    """
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
-    answers, points_of_sample = stage.forwards()
+    answers, points_of_sample = stage.asking(is_told).forwards()
     total = samples * points_of_sample
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
     asked = min(train.micro_batch_size, samples) * answers
@@ -266,7 +276,7 @@ def is_recomputed(model: ModelConfig, number: int) -> bool:
 def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     """Bytes of latents and answers on the first and the last rank, and of text on the first."""
     latent = 4 * sizes.in_channels * math.prod(work.latent_size)
-    answers = recipe.stage.forwards().answers if work.rows else 0
+    answers = recipe.stage.asking(sizes.guidance_embeds).forwards().answers if work.rows else 0
     ranks = recipe.parallel.pipeline_model_parallel_size
     per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
     if rank == 0:

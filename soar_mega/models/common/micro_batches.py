@@ -71,7 +71,7 @@ def _fewest(
             model=replace(recipe.model, recompute_granularity=granularity),
             train=replace(recipe.train, points_per_micro_batch=size, micro_batch_size=asked),
         )
-        work = workload(tried, data_size, latent_size, text_length)
+        work = workload(tried, data_size, latent_size, text_length, is_told=sizes.guidance_embeds)
         memory = largest_rank(sizes, tried, work, data_size)
         if memory.total <= room:
             return MicroBatches(size, asked, granularity, work.micro_batches, memory)

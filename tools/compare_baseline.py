@@ -90,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument(
-        "--recompute", action="store_true", help="activation recomputation; on a GPU in the published rows alone"
+        "--recompute",
+        action="store_true",
+        help="activation recomputation; on a GPU in the published rows alone",
     )
     parser.add_argument(
         "--repeats", type=int, default=7, help="rounds in which every arm makes one step (default: 7)"

@@ -10,10 +10,10 @@ import torch
 from tiny_runs import ROOT
 
 
-def assert_golden(recorded_in: Path, losses: list[float]) -> None:
-    """The losses of a run from recipes/tiny/base; SOAR_MEGA_RECORD_GOLDEN=1 records them."""
-    base = ROOT / "recipes/tiny/base/transformer/diffusion_pytorch_model.safetensors"
-    model = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
+def assert_golden(recorded_in: Path, losses: list[float], base: str = "base") -> None:
+    """The losses of a run from a pipeline in recipes/tiny; SOAR_MEGA_RECORD_GOLDEN=1 records them."""
+    weights = ROOT / "recipes/tiny" / base / "transformer/diffusion_pytorch_model.safetensors"
+    model = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
     version = torch.__version__.split("+")[0]
     if os.environ.get("SOAR_MEGA_RECORD_GOLDEN") == "1":
         known = json.loads(recorded_in.read_text()) if recorded_in.exists() else {}
@@ -25,5 +25,5 @@ def assert_golden(recorded_in: Path, losses: list[float]) -> None:
     recorded = json.loads(recorded_in.read_text()).get(version)
     if recorded is None:
         pytest.skip(f"no losses recorded for torch {version}: {how}")
-    assert recorded["model"] == model, f"recipes/tiny/base was trained anew: {how}"
+    assert recorded["model"] == model, f"recipes/tiny/{base} was trained anew: {how}"
     assert losses == pytest.approx(recorded["losses"], rel=1e-3), how

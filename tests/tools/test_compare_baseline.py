@@ -58,7 +58,7 @@ def test_the_work_is_that_of_the_method(measured: dict[str, Measured]) -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match="choose tiny, wide or a preset: sd35"):
+    with pytest.raises(ValueError, match="choose tiny, wide or a preset: flux_dev"):
         make_case("huge", stage=SoarConfig(), batch_size=1)
 
 

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from step_profile.recorder import Recorder
 
+from soar_mega.engines.channel import Messages
 from soar_mega.engines.engine import Engine
 from soar_mega.phases import phases
 
@@ -41,7 +42,7 @@ def marked(recorder: Recorder, engine: Engine, micro_batches: dict[str, int]) ->
         for name in MESSAGES:
             mark(P2PCommunicator, name, "messages")
         if engine._channel is not None:
-            mark(engine._channel, "wait", "messages")
+            mark(Messages, "wait", "messages")
         if config.finalize_model_grads_func is not None:
             mark(config, "finalize_model_grads_func", "gradient reduction")
         for chunk in pipeline.chunks:

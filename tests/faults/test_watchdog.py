@@ -17,7 +17,7 @@ import pytest
 import tiny_runs
 import torch.distributed as dist
 from guilty_rank import act_in_step_3, die, refuse, spin, stop, stop_readers
-from multirank import _SERVER, run_ranks
+from multirank import SERVER, run_ranks
 from tiny_runs import tiny_recipe
 
 from soar_mega import distributed, platform
@@ -99,7 +99,7 @@ def end_of(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [(recipe, rank, size, port, folder, guilty, act, phase) for rank in range(size)]
-    ranks = [_SERVER.Process(target=one_rank, args=each) for each in arguments]
+    ranks = [SERVER.Process(target=one_rank, args=each) for each in arguments]
     for process in ranks:
         process.start()
     log = folder / "run" / "train.log"

@@ -36,7 +36,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed-tp2": (2, {"parallel__tensor_model_parallel_size": 2, "parallel__engine": "deepspeed"}),
     "deepspeed-zero3": (2, {"parallel__zero_stage": 3, "parallel__engine": "deepspeed"}),
 }
-FAST = ("tp2-sp",)
 
 
 def flux_recipe(shards: Path, folder: Path, **overrides: Any) -> Recipe:
@@ -89,9 +88,8 @@ def test_resumed_it_is_the_same_run(flux_shards: Path, run: Path, tmp_path: Path
     assert logged(halfway) == {i: values for i, values in logged(run).items() if i > 3}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_training_does_not_depend_on_the_layout(
     name: str, flux_shards: Path, run: Path, tmp_path: Path
 ) -> None:

@@ -43,11 +43,14 @@ def test_the_library_called_kernels_looks_absent_from_the_root() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_starting_the_command_imports_nothing_heavy() -> None:
-    """--help answers at once."""
+@pytest.mark.parametrize(
+    "act", ["build_parser()", "main(['convert', 'no', 'out'])", "main(['evaluate', 'no'])"]
+)
+def test_the_command_imports_nothing_heavy_for_its_first_words(act: str) -> None:
+    """--help answers at once, and so does who hears that a path is wrong."""
     result = run_python(
         "import sys, soar_mega.cli, soar_mega.__main__\n"
-        "soar_mega.cli.build_parser()\n"
+        f"soar_mega.cli.{act}\n"
         "print(*{'torch', 'numpy', 'megatron', 'diffusers', 'transformers'} & set(sys.modules))",
         ROOT,
     )

@@ -14,13 +14,14 @@ from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
-from soar_mega.convert.lora import own_tensors, save_adapters
+from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import without_room
 from soar_mega.engines.weights import sharded_copy
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.lora import Adapters, add_adapters, alpha, is_adapter
+from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import refuse_overlap
@@ -93,8 +94,8 @@ def adapted_model(
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
     tensors = _read(folder, description, model, ema)
-    own = own_tensors(model)
-    return model, adapters.merged(lambda name: tensors[name] if name in tensors else own(name))
+    own = named_tensors(model)
+    return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
 
 
 @torch.no_grad()

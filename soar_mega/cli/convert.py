@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soar_mega.cli.adapted import split_adapted
+
 if TYPE_CHECKING:
     from soar_mega.convert import WeightFiles
 
@@ -71,8 +73,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.convert.lora import split_adapted
-
     named, adapters = split_adapted(arguments.source)
     source = Path(named)
     if not source.exists():

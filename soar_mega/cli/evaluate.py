@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from soar_mega.cli.adapted import split_adapted
+
 MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
 Measure pipeline folders and compare them.
@@ -101,8 +103,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _named(pipelines: list[str]) -> dict[str, tuple[str, str]]:
     """{name: (folder, adapters)} of NAME=FOLDER+ADAPTERS or less; a ValueError names what is missing or given twice."""
-    from soar_mega.convert.lora import split_adapted
-
     named: dict[str, tuple[str, str]] = {}
     for text in pipelines:
         name, equals, folder = text.partition("=")

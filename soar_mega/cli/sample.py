@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soar_mega.cli.adapted import split_adapted
+
 if TYPE_CHECKING:
     from soar_mega.data.prompts import EncodedPrompts
     from soar_mega.evaluation.generate import Generator
@@ -92,7 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
     start_process()
 
     from soar_mega.convert import is_pipeline
-    from soar_mega.convert.lora import split_adapted
     from soar_mega.data.info import bucket_size
     from soar_mega.distributed import is_rank_zero
     from soar_mega.evaluation.generate import check_image_path, image_grid, save_image
@@ -123,7 +124,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
     """What a pipeline folder draws with, in one process."""
-    from soar_mega.convert.lora import split_adapted
     from soar_mega.evaluation.generate import Generator
 
     if arguments.ema or arguments.pipeline_dir or max(_layout(arguments)) > 1:

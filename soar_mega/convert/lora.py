@@ -23,9 +23,9 @@ from soar_mega.convert.export import replacing, save_pipeline, save_transformer
 from soar_mega.convert.load import load_diffusers
 from soar_mega.convert.pipeline_folder import is_pipeline
 from soar_mega.convert.save import on_rank_zero
-from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
+from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import refuse_overlap
 from soar_mega.user_files import lfs_advice, read_object
@@ -247,20 +247,9 @@ def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype:
     """
     refuse_overlap(out, {"the pipeline": folder, "the adapters": lora})
     model, adapters = load_adapted(folder, lora, dtype)
-    tensors = adapters.merged(own_tensors(model))
+    tensors = adapters.merged(named_tensors(model).__getitem__)
     if is_pipeline(folder):
         save_pipeline(model, folder, out, tensors)
     else:
         save_transformer(model, out, tensors)
     return is_pipeline(folder)
-
-
-def split_adapted(text: str) -> tuple[str, str]:
-    """The parts of PIPELINE+ADAPTERS; a name that is there as a whole, or has no +, is a pipeline without adapters."""
-    folder, plus, lora = text.rpartition("+")
-    return (folder, lora) if plus and not Path(text).exists() else (text, "")
-
-
-def own_tensors(model: Transformer | ModelChunks) -> Callable[[str], Tensor]:
-    """A model's tensors by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}.__getitem__

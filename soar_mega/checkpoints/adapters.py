@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
 from soar_mega.checkpoints.checkpoint import Json
 from soar_mega.checkpoints.reading import read_tensors
+from soar_mega.checkpoints.recipes import model_settings
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
@@ -55,31 +55,30 @@ def checkpoint_to_adapters(source: str | Path, out: str | Path, ema: bool = Fals
     run = RunFolder(folder.parent)
     refuse_overlap(out, {"the checkpoint": folder} | ({} if run.is_export(out) else {"the run": run.path}))
     start_world(ParallelConfig())
-    resume.verify(folder)
-    description = resume.read_description(folder)
+    description = resume.verified(folder, ema)
     if ADAPTERS not in description["model"]:
         raise ValueError(f"{folder} is of a run that trained the weights themselves: leave out --adapters")
-    settings = run_config(folder)
+    settings = model_settings(folder)
     dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
     model = build_model(read_sizes(description["model"]), dtype, ParallelConfig(), meta=True)
     config = _config(description)
     adapters = add_adapters([model], config, seed=0)
-    tensors = _read(folder, description, model, ema)
+    tensors = _read(folder, model, ema)
     save_adapters(model, adapters, config, out, tensors.__getitem__, settings.get("pipeline_dir", ""))
 
 
 def adapted_model(
-    folder: Path, settings: dict[str, Any], ema: bool
+    folder: Path, description: Json, settings: dict[str, Any], ema: bool
 ) -> tuple[Transformer, Callable[[str], Tensor]]:
     """The model that a checkpoint's adapters were trained on, and its tensors with them by name.
 
     Args:
+        description: of the checkpoint, which has been verified.
         settings: the model group of the run.
 
     Raises:
         ValueError: the base is not there, or has other weights than those that were trained on.
     """
-    description = resume.read_description(folder)
     base = settings.get("pipeline_dir")
     if not base or settings.get("init") != "pretrained":
         raise ValueError(
@@ -93,16 +92,14 @@ def adapted_model(
             f"{known}, that of the folder {found}): put these back, or write the adapters alone with --adapters"
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
-    tensors = _read(folder, description, model, ema)
+    tensors = _read(folder, model, ema)
     own = named_tensors(model)
     return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
 
 
 @torch.no_grad()
-def _read(folder: Path, description: Json, model: Transformer, ema: bool) -> dict[str, Tensor]:
+def _read(folder: Path, model: Transformer, ema: bool) -> dict[str, Tensor]:
     """The adapters of a checkpoint in the model's type."""
-    if ema and "ema" not in description["kept_weights"]:
-        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
     state = {name: tensor for name, tensor in model.sharded_state_dict().items() if is_adapter(name)}
     state = sharded_copy(state, "ema", without_room) if ema else state
     for tensor in state.values():
@@ -114,12 +111,3 @@ def _read(folder: Path, description: Json, model: Transformer, ema: bool) -> dic
 def _config(description: Json) -> LoraConfig:
     known = description["model"][ADAPTERS]
     return LoraConfig(rank=known["rank"], alpha=known["alpha"], targets=known["targets"])
-
-
-def run_config(folder: Path) -> dict[str, Any]:
-    """The model group of the run that wrote a checkpoint; empty where its run_config.yaml is not beside it."""
-    path = folder.parent / "run_config.yaml"
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
-    return settings

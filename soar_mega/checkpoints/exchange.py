@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from soar_mega.checkpoints import resume
-from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model, run_config
+from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model
 from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
+from soar_mega.checkpoints.recipes import model_settings
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.checkpoints.strict import check_keys
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
@@ -64,7 +65,7 @@ def checkpoint_to_folder(
             did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    parts = None if only_transformer else _parts(pipeline_dir, run_config(folder).get("pipeline_dir"))
+    parts = None if only_transformer else _parts(pipeline_dir, model_settings(folder).get("pipeline_dir"))
     _check_place(out, folder, parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
@@ -98,24 +99,15 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
         dtype: that they will be written in; None is that of the run.
     """
     start_world(ParallelConfig())
-    description = _verified(folder, ema)
-    settings = run_config(folder)
+    description = resume.verified(folder, ema)
+    settings = model_settings(folder)
     if ADAPTERS in description["model"]:
-        return adapted_model(folder, settings, ema)
+        return adapted_model(folder, description, settings, ema)
     name = settings.get("dtype", "fp32") if dtype is None else "fp32"
     model = build_model(
         read_sizes(description["model"]), ModelConfig(dtype=name), ParallelConfig(), meta=True
     )
     return model, StoredTensors(folder, model, ema)
-
-
-def _verified(folder: Path, ema: bool) -> dict[str, Any]:
-    """What a checkpoint says of itself, when its files are as they were written and it has an EMA if wanted."""
-    resume.verify(folder)
-    description = resume.read_description(folder)
-    if ema and "ema" not in description["kept_weights"]:
-        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
-    return description
 
 
 def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
@@ -125,7 +117,7 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
     """
     folder = resume.find_checkpoint(source)
     start_world(parallel)
-    description = _verified(folder, ema)
+    description = resume.verified(folder, ema)
     if ADAPTERS in description["model"]:
         raise ValueError(
             f"{folder} holds adapters without their base: convert it with `soar-mega convert`, then draw with what "
@@ -145,7 +137,7 @@ def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
     Raises:
         ValueError: there is none.
     """
-    folder = named or run_config(resume.find_checkpoint(source)).get("pipeline_dir")
+    folder = named or model_settings(resume.find_checkpoint(source)).get("pipeline_dir")
     if not folder or not is_pipeline(folder):
         raise ValueError(
             f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"

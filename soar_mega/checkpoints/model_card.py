@@ -8,12 +8,10 @@ import yaml
 
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
-from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.user_files import read_object
-
-RECIPE = "run_config.yaml"
 
 
 def card_of_run(run: RunFolder, products: str, iteration: int, weights: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +27,15 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
         changes = "\n  ".join(differences(_settings(before), _settings(text)))
         logger.warning("the recipe is not that of the last start, which is kept as %s:\n  %s", kept, changes)
     write_durably(path, text)
+
+
+def model_settings(checkpoint: Path) -> dict[str, Any]:
+    """The model group of the run that wrote a checkpoint; empty where its recipe is not beside it."""
+    path = checkpoint.parent / RECIPE
+    if not path.is_file():
+        return {}
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
+    return settings
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

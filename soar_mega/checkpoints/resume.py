@@ -115,6 +115,22 @@ def verify(folder: Path) -> None:
         on_rank_zero(lambda: _refuse(f"{folder} is damaged", [*found, advice]))
 
 
+def verified(folder: Path, ema: bool) -> Json:
+    """What a checkpoint says of itself, when its files are as they were written. Collective.
+
+    Args:
+        ema: it must have an EMA.
+
+    Raises:
+        ValueError: as `verify` and `read_description`, or there is no EMA.
+    """
+    verify(folder)
+    description = read_description(folder)
+    if ema and "ema" not in description["kept_weights"]:
+        raise ValueError(f"{folder} holds no EMA weights: the run was trained with train.ema_decay=0")
+    return description
+
+
 def _problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, the same on all ranks. Collective."""
     world = dist.get_world_size()

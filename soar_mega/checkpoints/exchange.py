@@ -22,9 +22,8 @@ from soar_mega.convert import (
     WeightFiles,
     is_pipeline,
     pipeline_parts,
+    save_folder,
     save_original_file,
-    save_pipeline,
-    save_transformer,
 )
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
@@ -72,10 +71,7 @@ def checkpoint_to_folder(
     iteration = resume.read_description(folder)["iteration"]
     products, name = model.sizes.family.products, "ema" if ema else "current"
     card = card_of_run(RunFolder(folder.parent), products, iteration, name)
-    if parts:
-        save_pipeline(model, parts, out, tensors, files, card)
-    else:
-        save_transformer(model, out, tensors, files, card)
+    save_folder(model, out, tensors, files, card, parts)
     return bool(parts)
 
 

@@ -1,6 +1,6 @@
 """Weights between diffusers folders and megatron layouts."""
 
-from soar_mega.convert.export import save_original_file, save_pipeline, save_transformer
+from soar_mega.convert.export import save_folder, save_original_file
 from soar_mega.convert.load import load_diffusers, load_weights
 from soar_mega.convert.pipeline_folder import (
     is_pipeline,
@@ -16,8 +16,7 @@ __all__ = [
     "load_diffusers",
     "load_weights",
     "pipeline_parts",
+    "save_folder",
     "save_original_file",
-    "save_pipeline",
-    "save_transformer",
     "scheduler_shift",
 ]

@@ -18,38 +18,15 @@ from soar_mega.outputs import OutputFolder, in_place_of
 CARD = "README.md"
 
 
-def save_transformer(
+def save_folder(
     model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
     card: str = "",
+    pipeline_dir: str | Path | None = None,
 ) -> None:
-    """Write a transformer folder, as `write_transformer` does, in the place of what this program wrote there before.
-
-    A collective over the whole world. The folder appears under its name only when it is complete.
-
-    Args:
-        card: the text of a README.md; "" writes none.
-
-    Raises:
-        ValueError: the folder holds what this program did not write.
-        OSError: rank 0 could not write. Both are raised on every rank.
-    """
-    with replacing(folder) as new:
-        write_transformer(model, new, tensors, files)
-        on_rank_zero(lambda: _write_card(new, card), folder)
-
-
-def save_pipeline(
-    model: Transformer | ModelChunks,
-    source_pipeline: str | Path,
-    folder: str | Path,
-    tensors: Callable[[str], Tensor] | None = None,
-    files: WeightFiles = AS_STORED,
-    card: str = "",
-) -> None:
-    """Write a pipeline folder: our transformer, the other parts copied from `source_pipeline`.
+    """Write a transformer folder, or a pipeline folder: our transformer, the other parts copied from `pipeline_dir`.
 
     A collective over the whole world. The folder appears under its name only when it is complete; an older one that
     this program wrote is replaced.
@@ -60,13 +37,15 @@ def save_pipeline(
         card: the text of a README.md; "" writes none.
 
     Raises:
-        ValueError: the folder holds what this program did not write, or the source is not complete.
+        ValueError: the folder holds what this program did not write, or the pipeline is not complete.
         OSError: rank 0 could not write. Both are raised on every rank.
     """
-    source = Path(source_pipeline)
     with replacing(folder) as new:
-        on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
-        write_transformer(model, new / "transformer", tensors, files)
+        transformer = new
+        if pipeline_dir:
+            source, transformer = Path(pipeline_dir), new / "transformer"
+            on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
+        write_transformer(model, transformer, tensors, files)
         on_rank_zero(lambda: _write_card(new, card), folder)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from soar_mega.config import LoraConfig
-from soar_mega.convert.export import replacing, save_pipeline, save_transformer
+from soar_mega.convert.export import replacing, save_folder
 from soar_mega.convert.load import load_diffusers
 from soar_mega.convert.pipeline_folder import is_pipeline
 from soar_mega.convert.save import on_rank_zero
@@ -243,13 +243,10 @@ def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype:
         Whether a whole pipeline was written.
 
     Raises:
-        ValueError, OSError: as `load_adapted` and `save_pipeline`; or the output is, or lies in, what is read.
+        ValueError, OSError: as `load_adapted` and `save_folder`; or the output is, or lies in, what is read.
     """
     refuse_overlap(out, {"the pipeline": folder, "the adapters": lora})
     model, adapters = load_adapted(folder, lora, dtype)
-    tensors = adapters.merged(named_tensors(model).__getitem__)
-    if is_pipeline(folder):
-        save_pipeline(model, folder, out, tensors)
-    else:
-        save_transformer(model, out, tensors)
+    parts = folder if is_pipeline(folder) else None
+    save_folder(model, out, adapters.merged(named_tensors(model).__getitem__), pipeline_dir=parts)
     return is_pipeline(folder)

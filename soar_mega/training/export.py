@@ -10,7 +10,7 @@ from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.convert import is_pipeline, pipeline_parts, save_pipeline, save_transformer
+from soar_mega.convert import is_pipeline, pipeline_parts, save_folder
 from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
@@ -87,10 +87,8 @@ def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
         card = card_of_run(
             RunFolder(recipe.checkpoint.save), engine.model.sizes.family.products, iteration, weights
         )
-        if is_pipeline(source):
-            save_pipeline(engine.model, source, place, tensors, card=card)
-        else:
-            save_transformer(engine.model, place, tensors, card=card)
+        parts = source if is_pipeline(source) else None
+        save_folder(engine.model, place, tensors, card=card, pipeline_dir=parts)
         logger.info("wrote %s", place)
         if engine.adapters is not None:
             alone = Path(recipe.checkpoint.save, _adapters(name))

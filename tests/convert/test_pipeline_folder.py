@@ -14,8 +14,7 @@ from soar_mega.convert import (
     WeightFiles,
     load_diffusers,
     pipeline_parts,
-    save_pipeline,
-    save_transformer,
+    save_folder,
     scheduler_shift,
 )
 from soar_mega.convert.weight_files import INDEX, SINGLE
@@ -43,7 +42,7 @@ def test_only_the_transformer_is_new(tmp_path):
         return torch.full_like(held[name], 0.25) if name == "proj_out.bias" else held[name]
 
     for _ in range(2):  # the second time an older folder is replaced
-        save_pipeline(model, BASE, tmp_path / "export", tensors=changed)
+        save_folder(model, tmp_path / "export", tensors=changed, pipeline_dir=BASE)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
     written = files_below(tmp_path / "export")
     assert len(json.loads(written.pop(MARKER))["files"]) == len(written) + 2  # config and weights
@@ -56,10 +55,10 @@ def test_only_the_transformer_is_new(tmp_path):
 
 def test_an_older_folder_survives_a_failed_export(tmp_path):
     model = load_diffusers(BASE)
-    save_pipeline(model, BASE, tmp_path / "export")
+    save_folder(model, tmp_path / "export", pipeline_dir=BASE)
     before = files_below(tmp_path / "export")
     with pytest.raises(ValueError, match="nowhere"):
-        save_pipeline(model, tmp_path / "nowhere", tmp_path / "export")
+        save_folder(model, tmp_path / "export", pipeline_dir=tmp_path / "nowhere")
     assert files_below(tmp_path / "export") == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -67,14 +66,14 @@ def test_an_older_folder_survives_a_failed_export(tmp_path):
 def test_nothing_of_the_users_is_replaced(tmp_path):
     """Folders of the names that a conversion uses for itself, one of an unrelated model, and an export with a note."""
     model = load_diffusers(BASE)
-    save_pipeline(model, BASE, tmp_path / "export")
+    save_folder(model, tmp_path / "export", pipeline_dir=BASE)
     for name in ("models/note", "out.partial/note", "out.old/note", "export/note", ".x.soar_mega-new/note"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    save_pipeline(model, BASE, tmp_path / "out")
+    save_folder(model, tmp_path / "out", pipeline_dir=BASE)
     for target in ("models", "export", "x"):
         with pytest.raises(ValueError, match="did not write"):
-            save_pipeline(model, BASE, tmp_path / target)
+            save_folder(model, tmp_path / target, pipeline_dir=BASE)
     for name in ("models/note", "out.partial/note", "out.old/note", "export/note", ".x.soar_mega-new/note"):
         assert (tmp_path / name).read_text() == name
 
@@ -85,10 +84,10 @@ def test_no_mix_with_weights_of_another_layout(tmp_path):
     model = load_diffusers(tmp_path)
     before = read_tensors(tmp_path / "transformer")
     with pytest.raises(ValueError, match="did not write"):
-        save_transformer(model, tmp_path / "transformer", lambda name: torch.zeros(()))
+        save_folder(model, tmp_path / "transformer", lambda name: torch.zeros(()))
     assert read_tensors(tmp_path / "transformer").keys() == before.keys()
     for size in (50_000, 10**9, 50_000):
-        save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=size))
+        save_folder(model, tmp_path / "ours", files=WeightFiles(max_shard_size=size))
         assert (tmp_path / "ours" / INDEX).exists() == (size == 50_000)
         assert (tmp_path / "ours" / SINGLE).exists() == (size != 50_000)
 
@@ -107,7 +106,7 @@ def test_only_what_the_index_names_is_copied(tmp_path):
     index = json.loads((source / "model_index.json").read_text())
     index["text_encoder_3"] = index["tokenizer_3"] = [None, None]
     (source / "model_index.json").write_text(json.dumps(index))
-    save_pipeline(load_diffusers(source), source, tmp_path / "export")
+    save_folder(load_diffusers(source), tmp_path / "export", pipeline_dir=source)
     there = {path.name for path in (tmp_path / "export").iterdir()}
     named = {name for name, kind in index.items() if isinstance(kind, list) and None not in kind}
     assert there == named | {"model_index.json", MARKER}
@@ -120,7 +119,7 @@ def test_permissions_are_the_umasks(tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o400)
     old = os.umask(0o027)
     try:
-        save_pipeline(load_diffusers(source), source, tmp_path / "export")
+        save_folder(load_diffusers(source), tmp_path / "export", pipeline_dir=source)
     finally:
         os.umask(old)
     modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "export").rglob("*")}

@@ -13,7 +13,7 @@ from multirank import run_ranks
 from peer_folder import SMALL, read_tensors, save_small
 
 from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert import WeightFiles, load_diffusers, load_weights, save_transformer
+from soar_mega.convert import WeightFiles, load_diffusers, load_weights, save_folder
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.models.common.build import build_model
@@ -37,7 +37,7 @@ def test_round_trip_is_bitwise(dtype, shard_in, shard_out, tmp_path):
     save_small(tmp_path, dtype=dtype, max_shard_size=shard_in)
     assert (tmp_path / "transformer" / INDEX).exists() == (shard_in != "5GB")
     model = load_diffusers(tmp_path, dtype=dtype)
-    save_transformer(model, tmp_path / "ours", files=WeightFiles(max_shard_size=shard_out))
+    save_folder(model, tmp_path / "ours", files=WeightFiles(max_shard_size=shard_out))
     assert (tmp_path / "ours" / INDEX).exists() == (shard_out < 10**9)
     assert equal(read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "transformer"))
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "ours", torch_dtype=torch.bfloat16)
@@ -64,9 +64,9 @@ def save_from_layout(folder, parallel):
     Reader.read = counting
     load_weights(model, folder)
     held = [*model.parameters(), *model.buffers()]
-    save_transformer(model, folder / "ours", files=WeightFiles(max_shard_size=50_000))
+    save_folder(model, folder / "ours", files=WeightFiles(max_shard_size=50_000))
     ours = named_tensors(model)
-    save_transformer(
+    save_folder(
         model, folder / "ema", lambda name: torch.full_like(ours[name], 0.5) if "mlp" in name else ours[name]
     )
     return sum(sizes), sum(t.numel() for t in held), max(sizes)
@@ -107,7 +107,7 @@ def fail_to_save(folder):
     for attempt in (limit_file_size, lambda: None):
         attempt()
         try:
-            save_transformer(model, folder / ("ours" if attempt is limit_file_size else "file/below"))
+            save_folder(model, folder / ("ours" if attempt is limit_file_size else "file/below"))
         except OSError as error:
             messages.append(str(error))
     return messages

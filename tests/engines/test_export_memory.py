@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from soar_mega.checkpoints import reading
 from soar_mega.checkpoints.rank_file import save_tensors
-from soar_mega.convert import save_transformer
+from soar_mega.convert import save_folder
 from soar_mega.convert.weight_files import SINGLE
 from soar_mega.models.common.names import global_parameter_names
 
@@ -37,7 +37,7 @@ def export(recipes, folder) -> list[int]:
         engine.load_weights({"model": {name: torch.zeros(p.shape) for name, p in shapes.items()}})
         for weights in ("current", "ema"):
             with LiveBytes() as live:
-                save_transformer(
+                save_folder(
                     engine.model, folder / f"{number}-{weights}", patient(engine.tensors(weights), live)
                 )
             peaks.append(live.peak)

@@ -57,7 +57,9 @@ def checkpoint_to_adapters(source: str | Path, out: str | Path, ema: bool = Fals
     start_world(ParallelConfig())
     description = resume.verified(folder, ema)
     if ADAPTERS not in description["model"]:
-        raise ValueError(f"{folder} is of a run that trained the weights themselves: leave out --adapters")
+        raise ValueError(
+            f"{folder} is of a run that trained the weights themselves: give another form with --to"
+        )
     settings = model_settings(folder)
     dtype = ModelConfig(dtype=settings.get("dtype", "fp32"))
     model = build_model(read_sizes(description["model"]), dtype, ParallelConfig(), meta=True)
@@ -82,14 +84,14 @@ def adapted_model(
     base = settings.get("pipeline_dir")
     if not base or settings.get("init") != "pretrained":
         raise ValueError(
-            f"{folder} holds adapters alone, and their base is no pipeline folder: write them with --adapters"
+            f"{folder} holds adapters alone, and their base is no pipeline folder: write them with --to adapters"
         )
     model = load_diffusers(base, settings["dtype"])
     known, found = description["model"][ADAPTERS]["base"], fingerprint(model)
     if found != known:
         raise ValueError(
             f"{base} does not hold the weights that the adapters in {folder} were trained on (their fingerprint is "
-            f"{known}, that of the folder {found}): put these back, or write the adapters alone with --adapters"
+            f"{known}, that of the folder {found}): put these back, or write the adapters alone with --to adapters"
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
     tensors = _read(folder, model, ema)

@@ -15,7 +15,7 @@ Write weights in another form: diffusers folders, single files in the layout of 
   soar-mega convert runs/x out/                         the latest checkpoint of a run, as a pipeline
   soar-mega convert runs/x/iter_0000500 out/ --ema      the EMA weights of a certain one
   soar-mega convert runs/x out/ --pipeline-dir P        encoders and scheduler copied from P
-  soar-mega convert runs/x out/ --adapters              the adapters alone of a run that trains them (LoRA)
+  soar-mega convert runs/x out/ --to adapters           the adapters alone of a run that trains them (LoRA)
   soar-mega convert P+runs/x/export_lora out/           a pipeline with adapters in its weights
   soar-mega convert runs/x x.safetensors                a single file, as sd3.5_large.safetensors is
   soar-mega convert sd3.5_medium.safetensors out/ --pipeline-dir P
@@ -31,11 +31,11 @@ names with or without model.diffusion_model. and hold other parts of a pipeline,
 converted whatever layout it was trained at; a run that is complete has its pipeline in export/ already.
 
 Where --to is not given, OUT is a single file if it ends in .safetensors. Else a checkpoint becomes a pipeline, or where
-its run had none a transformer folder; a diffusers folder becomes a checkpoint; and a single file a pipeline if
---pipeline-dir is given, else a transformer folder. Weights are converted a few rows at a time. An older output is
-replaced when it holds nothing but what this program wrote.
+its run had none a transformer folder; a diffusers folder becomes a checkpoint, and with adapters a folder of its own
+kind; and a single file a pipeline if --pipeline-dir is given, else a transformer folder. Weights are converted a few
+rows at a time. An older output is replaced when it holds nothing but what this program wrote.
 """
-FORMS = ("pipeline", "transformer", "original", "checkpoint")
+FORMS = ("pipeline", "transformer", "original", "checkpoint", "adapters")
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -48,6 +48,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument(
         "source",
+        metavar="SOURCE[+ADAPTERS]",
         help="run folder, iter_ folder, diffusers pipeline or transformer folder, or .safetensors file",
     )
     parser.add_argument("out", help="folder or .safetensors file to write")
@@ -65,9 +66,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--prefix", default="", help="of the names in a single file: model.diffusion_model.")
     parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
-    parser.add_argument(
-        "--adapters", action="store_true", help="of a checkpoint of adapters (LoRA): these alone"
-    )
     parser.add_argument("--pipeline-dir", help="copy encoders and scheduler from this pipeline folder")
     parser.set_defaults(run=run)
 
@@ -80,27 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
     is_weights = source.is_file() or any(
         (source / name).is_file() for name in ("model_index.json", "config.json")
     )
-    if is_weights and (arguments.ema or arguments.adapters):
-        raise ValueError(f"{source} holds one set of weights: --ema and --adapters go with a checkpoint")
-    form = arguments.to or _usual_form(arguments, is_weights)
-    _check(arguments, form, is_weights)
+    form = arguments.to or _usual_form(arguments, source, is_weights, adapters)
+    _check(arguments, form, is_weights, adapters)
 
     from soar_mega.cli.process import start_process
 
     start_process()
-
-    if adapters:
-        from soar_mega.convert.lora import merge_adapters
-
-        whole = merge_adapters(source, adapters, arguments.out)
-        print(f"wrote {arguments.out}, a diffusers {'pipeline' if whole else 'transformer'} folder")
-        return 0
-    if arguments.adapters:
-        from soar_mega.checkpoints.adapters import checkpoint_to_adapters
-
-        checkpoint_to_adapters(source, arguments.out, arguments.ema)
-        print(f"wrote {arguments.out}, adapters in PEFT's and in diffusers' format")
-        return 0
 
     from soar_mega.convert import WeightFiles
     from soar_mega.convert.safetensors_reader import DTYPES as BY_NAME
@@ -108,27 +91,37 @@ def run(arguments: argparse.Namespace) -> int:
     files = WeightFiles(
         int(arguments.max_shard_size * 10**9), arguments.variant, BY_NAME.get(arguments.dtype or "")
     )
-    convert = _from_weights if is_weights else _from_checkpoint
+    convert = _from_adapted if adapters else _from_weights if is_weights else _from_checkpoint
     print(f"wrote {convert(arguments, form, files)}")
     return 0
 
 
-def _usual_form(arguments: argparse.Namespace, is_weights: bool) -> str:
+def _usual_form(arguments: argparse.Namespace, source: Path, is_weights: bool, adapters: str) -> str:
     if arguments.out.endswith(".safetensors"):
         return "original"
-    if is_weights and Path(arguments.source).is_dir():
+    if is_weights and source.is_dir() and not adapters:
         return "checkpoint"
-    if is_weights and not arguments.pipeline_dir:
+    if is_weights and not arguments.pipeline_dir and not (source / "model_index.json").is_file():
         return "transformer"
     return "pipeline"
 
 
-def _check(arguments: argparse.Namespace, form: str, is_weights: bool) -> None:
+def _check(arguments: argparse.Namespace, form: str, is_weights: bool, adapters: str) -> None:
     """ValueError for options that the form has no use for."""
+    if is_weights and (arguments.ema or form == "adapters"):
+        raise ValueError(
+            f"{arguments.source} holds one set of weights: --ema and --to adapters go with a checkpoint"
+        )
     if form == "checkpoint" and not is_weights:
         raise ValueError(f"{arguments.source} is a checkpoint already: give another form with --to")
+    if form == "checkpoint" and adapters:
+        raise ValueError(
+            f"{arguments.source}: write a folder with the adapters first, and a checkpoint of that"
+        )
     if form == "checkpoint" and arguments.dtype == "fp16":
         raise ValueError("--dtype: a checkpoint holds fp32 or bf16, which are trained in")
+    if form == "adapters" and arguments.dtype:
+        raise ValueError("--dtype: adapters are written in the type of their run")
     if arguments.variant and form not in ("pipeline", "transformer"):
         raise ValueError(f"--variant goes with a pipeline or transformer folder, not with --to {form}")
     if arguments.prefix and form != "original":
@@ -144,9 +137,13 @@ def _check(arguments: argparse.Namespace, form: str, is_weights: bool) -> None:
 
 
 def _from_checkpoint(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
+    from soar_mega.checkpoints.adapters import checkpoint_to_adapters
     from soar_mega.checkpoints.exchange import checkpoint_to_folder, checkpoint_to_original_file
 
     source, out = arguments.source, arguments.out
+    if form == "adapters":
+        checkpoint_to_adapters(source, out, arguments.ema)
+        return f"{out}, adapters in PEFT's and in diffusers' format"
     if form == "original":
         checkpoint_to_original_file(source, out, arguments.ema, files, arguments.prefix)
         return f"{out}, a single file"
@@ -171,4 +168,20 @@ def _from_weights(arguments: argparse.Namespace, form: str, files: "WeightFiles"
             to_pipeline_folder(weights, arguments.pipeline_dir or source, out, files)
         else:
             to_transformer_folder(weights, out, files)
+    return f"{out}, a diffusers {form} folder"
+
+
+def _from_adapted(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
+    from soar_mega.convert import save_folder, save_original_file
+    from soar_mega.convert.lora import merged_model
+    from soar_mega.outputs import refuse_overlap
+
+    folder, adapters = split_adapted(arguments.source)
+    out, parts = arguments.out, arguments.pipeline_dir or folder
+    refuse_overlap(out, {"the weights": folder, "the adapters": adapters, "the pipeline": parts})
+    model, tensors = merged_model(folder, adapters)
+    if form == "original":
+        save_original_file(model, out, tensors, files, arguments.prefix)
+        return f"{out}, a single file"
+    save_folder(model, out, tensors, files, pipeline_dir=parts if form == "pipeline" else None)
     return f"{out}, a diffusers {form} folder"

@@ -19,15 +19,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from soar_mega.config import LoraConfig
-from soar_mega.convert.export import replacing, save_folder
+from soar_mega.convert.export import replacing
 from soar_mega.convert.load import load_diffusers
-from soar_mega.convert.pipeline_folder import is_pipeline
 from soar_mega.convert.save import on_rank_zero
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
-from soar_mega.outputs import refuse_overlap
 from soar_mega.user_files import lfs_advice, read_object
 
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -236,17 +234,11 @@ def load_adapted(folder: str | Path, lora: str | Path, dtype: str = "fp32") -> t
     return model, adapters
 
 
-def merge_adapters(folder: str | Path, lora: str | Path, out: str | Path, dtype: str = "fp32") -> bool:
-    """Write a pipeline, or a transformer folder, whose weights have adapters in them.
-
-    Returns:
-        Whether a whole pipeline was written.
+def merged_model(folder: str | Path, lora: str | Path) -> tuple[Transformer, Callable[[str], Tensor]]:
+    """A pipeline's transformer, and its tensors by name with adapters in the weights that they hang on.
 
     Raises:
-        ValueError, OSError: as `load_adapted` and `save_folder`; or the output is, or lies in, what is read.
+        ValueError: as `load_adapted`.
     """
-    refuse_overlap(out, {"the pipeline": folder, "the adapters": lora})
-    model, adapters = load_adapted(folder, lora, dtype)
-    parts = folder if is_pipeline(folder) else None
-    save_folder(model, out, adapters.merged(named_tensors(model).__getitem__), pipeline_dir=parts)
-    return is_pipeline(folder)
+    model, adapters = load_adapted(folder, lora)
+    return model, adapters.merged(named_tensors(model).__getitem__)

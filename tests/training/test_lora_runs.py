@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, steps, tiny_recipe
 
-from soar_mega.checkpoints.adapters import checkpoint_to_adapters
 from soar_mega.checkpoints.exchange import checkpoint_to_folder
 from soar_mega.cli import main
 from soar_mega.convert import load_diffusers
 from soar_mega.convert.lora import load_adapted, open_lora
+from soar_mega.convert.weights import open_weights
 from soar_mega.distributed import stop_world
 
 GOLDEN = Path(__file__).with_name("golden_lora_losses.json")
@@ -143,7 +143,7 @@ def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: 
     assert {key.replace("base_model.model.", "transformer."): t.sum().item() for key, t in peft.items()} == {
         key: t.sum().item() for key, t in theirs.items()
     }
-    checkpoint_to_adapters(run, tmp_path / "adapters", ema=True)
+    assert main(["convert", str(run), str(tmp_path / "adapters"), "--to", "adapters", "--ema"]) == 0
     ema = load_file(run / "export_lora_ema/adapter_model.safetensors")
     again = load_file(tmp_path / "adapters/adapter_model.safetensors")
     assert ema.keys() == again.keys() == peft.keys()
@@ -155,6 +155,14 @@ def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: 
     assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(tmp_path / "by_hand")]) == 0
     ours = load_file(tmp_path / "by_hand" / TRANSFORMER)
     assert all(torch.equal(ours[key], exported[key]) for key in exported)
+    options = ["--to", "transformer", "--dtype", "bf16"]
+    assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(tmp_path / "half"), *options]) == 0
+    ours = load_file(tmp_path / "half" / Path(TRANSFORMER).name)
+    assert all(torch.equal(ours[key], exported[key].bfloat16()) for key in exported)
+    file = tmp_path / "one.safetensors"
+    assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(file)]) == 0
+    with open_weights(file, BASE) as weights:
+        assert all(torch.equal(weights.read(key, torch.float32), exported[key]) for key in exported)
 
 
 def test_diffusers_and_peft_load_the_files(run: Path, world: None) -> None:

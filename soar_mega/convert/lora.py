@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
@@ -21,12 +20,13 @@ from torch.nn import Module
 from soar_mega.config import LoraConfig
 from soar_mega.convert.export import replacing
 from soar_mega.convert.load import load_diffusers
+from soar_mega.convert.safetensors_reader import open_file
 from soar_mega.convert.save import on_rank_zero
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
-from soar_mega.user_files import lfs_advice, read_object
+from soar_mega.user_files import read_object
 
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 DIFFUSERS_FILE, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
@@ -78,13 +78,9 @@ def open_lora(path: str | Path) -> LoraFile:
         ValueError: no such file, one that is damaged, or adapters of another kind; the message names it.
     """
     file = _file(Path(path))
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        why = lfs_advice(file) or f"it may be truncated: {error}"
-        raise ValueError(f"{file} cannot be read, {why}") from error
+    with open_file(file) as opened:
+        metadata = opened.metadata() or {}
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     keys = {key.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX): key for key in shapes}
     strange = [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if strange or not keys:
@@ -153,9 +149,9 @@ def load_adapters(model: Module, adapters: Adapters, config: LoraConfig, path: s
         ]
         raise ValueError(f"lora.load: {stored.path} does not fit lora.targets; {'; '.join(parts)}")
     held = dict(model.named_parameters())
-    with safe_open(stored.path, framework="pt") as handle:
+    with open_file(stored.path) as opened:
         for key, entry in wanted.items():
-            tensor = handle.get_tensor(stored.keys[key])
+            tensor = opened.get_tensor(stored.keys[key])
             if tuple(tensor.shape) != entry.shape:
                 raise ValueError(
                     f"lora.load: {key} in {stored.path} is {tuple(tensor.shape)}, this model has {entry.shape}"

@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,21 @@ class _Place:
     type_name: str
     shape: tuple[int, ...]
     offset: int  # in bytes from the beginning of the file
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, whose header has been compared with its length.
+
+    Raises:
+        ValueError: it is missing or damaged, or reading it fails; names it.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        why = lfs_advice(file) or f"it may be truncated: {error}"
+        raise ValueError(f"{file} cannot be read, {why}") from error
 
 
 class Reader:
@@ -116,15 +131,9 @@ def _row_bytes(place: _Place) -> int:
 
 def _places(file: Path) -> dict[str, _Place]:
     """Where the tensors of a file are, by its header."""
-    try:
-        with safe_open(file, framework="pt"):  # which compares the header with the length of the file
-            pass
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-    except (OSError, SafetensorError) as error:
-        why = lfs_advice(file) or f"it may be truncated: {error}"
-        raise ValueError(f"{file} cannot be read, {why}") from error
+    with open_file(file), open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
     for key, entry in header.items():
         if entry["dtype"] not in TYPES:

@@ -27,8 +27,7 @@ def initialize(model: Transformer, seed: int) -> None:
 
 def _draw(name: str, parameter: Tensor, seed: int) -> Tensor:
     shape = full_shape(parameter)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_of(seed, name)
     full = torch.empty(shape[0], torch.Size(shape[1:]).numel())
     if "timestep_embedder" in name:
         full.normal_(0.0, 0.02, generator=generator)
@@ -37,3 +36,9 @@ def _draw(name: str, parameter: Tensor, seed: int) -> Tensor:
         bound = (6.0 / (fan_out + full.shape[1])) ** 0.5
         full.uniform_(-bound, bound, generator=generator)
     return local_shard(full.view(shape), parameter)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Where a parameter's random numbers come from, on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

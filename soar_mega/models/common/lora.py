@@ -9,7 +9,6 @@ Dropout leaves out input features: those of one pair of A and B are drawn once p
 it, keyed by (seed, step, pair). PEFT draws them for each token anew, which no layout would repeat at a bearable price.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from soar_mega.config import LORA_TARGETS, LoraConfig
 from soar_mega.flow import uniform
 from soar_mega.models.common.gather import full_shape, local_shard, partition_dim
 from soar_mega.models.common.groups import tensor_parallel_group
+from soar_mega.models.common.initialize import generator_of
 from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 
@@ -364,8 +364,6 @@ def _initialize(adapter: Adapter, linear: str, seed: int) -> None:
             factor.zero_()
         elif factor.device.type != "meta":
             full = torch.empty(full_shape(factor), device="cpu")
-            digest = hashlib.sha256(f"{seed}/{linear}.{CHILD}.{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             bound = 1.0 / math.sqrt(full.shape[1])  # kaiming_uniform_ with a = sqrt(5)
-            full.uniform_(-bound, bound, generator=generator)
+            full.uniform_(-bound, bound, generator=generator_of(seed, f"{linear}.{CHILD}.{name}"))
             factor.copy_(local_shard(full, factor))

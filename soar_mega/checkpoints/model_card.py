@@ -42,7 +42,7 @@ def _sampling(info: DatasetInfo | None) -> list[str]:
     arguments, options, lines = ['"..."'], "", []
     if info is not None:
         length = info.max_sequence_length
-        width, height = bucket_size(max(info.buckets, key=lambda bucket: info.buckets[bucket]))
+        width, height = bucket_size(info.largest_bucket)
         arguments += [f"width={width}", f"height={height}", f"max_sequence_length={length}"]
         options = f" --size {width}x{height} --max-sequence-length {length}"
         lines.append(

@@ -28,9 +28,6 @@ it again; 1 an error, which the message explains (SOAR_MEGA_TRACEBACK=1 shows wh
 """
 
 
-PLACE = {"RANK": "0", "WORLD_SIZE": "1"}  # as torchrun says it
-
-
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "train",
@@ -68,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.scale_down:
         from soar_mega.training.scale_down import scale_down
 
-        rank, processes = (int(os.environ.get(name, default)) for name, default in PLACE.items())
-        recipe = scale_down(arguments.recipe, arguments.overrides, processes, writes=rank == 0)
+        # as torchrun says it; the world starts later
+        processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+        recipe = scale_down(recipe, int(processes), writes=rank == "0")
 
     if arguments.replay_step is not None:
         from soar_mega.training.replay import as_text, replay

@@ -32,6 +32,11 @@ class DatasetInfo:
     def samples(self) -> int:
         return sum(self.buckets.values())
 
+    @property
+    def largest_bucket(self) -> str:
+        """The one with most samples."""
+        return max(self.buckets, key=self.buckets.__getitem__)
+
     def latent_shape(self, bucket: str) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a bucket."""
         width, height = bucket_size(bucket)

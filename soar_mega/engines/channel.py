@@ -82,8 +82,8 @@ class RolloutChannel(ABC):
     def _warm_up(self) -> None:
         """An answer of one number: at the first message NCCL makes a communicator, and the host waits for both ends."""
         messages = self.open(1, torch.zeros(1, 1, device=device()))
-        self.send(messages, 0)
-        self.end_pass(messages)
+        messages.send(0)
+        messages.end_pass()
         messages.close()
 
 
@@ -133,6 +133,18 @@ class Messages:
         self.moved = 0  # answers that are in a message by now
         self._channel, self._answers, self._tag = channel, answers, tag
         self._works: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
+
+    def send(self, i: int) -> None:
+        """On the last rank, with answer i in its place."""
+        self._channel.send(self, i)
+
+    def advance(self, forwards: int) -> None:
+        """On the first rank, after `forwards` forwards of the pass."""
+        self._channel.advance(self, forwards)
+
+    def end_pass(self) -> None:
+        """This rank's part of the answer pass is over."""
+        self._channel.end_pass(self)
 
     def move(self, until: int) -> None:
         """One message of the answers before `until` that are in none yet; nothing on the ranks in between."""
@@ -189,7 +201,6 @@ class Answers:
     ) -> None:
         self.count, self.micro_batch_size, self.unconditional = count, micro_batch_size, unconditional
         self._rows = micro_batch_size * (2 if unconditional else 1)
-        self._channel = channel
         self._ready: set[int] = set()
         self._all: Tensor | None = None  # [count + 1, rows, C, H, W]
         if channel is None or channel.is_end:
@@ -201,20 +212,20 @@ class Answers:
         """Answer i, as the last pipeline rank has computed it."""
         assert self._all is not None
         self._all[i].copy_(velocity)
-        if self._channel is None or self._messages is None:
+        if self._messages is None:
             self._ready.add(i)
         else:
-            self._channel.send(self._messages, i)
+            self._messages.send(i)
 
     def advance(self, forwards: int) -> None:
         """On the first rank, after `forwards` forwards of the pass."""
-        if self._channel is not None and self._messages is not None:
-            self._channel.advance(self._messages, forwards)
+        if self._messages is not None:
+            self._messages.advance(forwards)
 
     def end_pass(self) -> None:
         """This rank's part of the answer pass is over."""
-        if self._channel is not None and self._messages is not None:
-            self._channel.end_pass(self._messages)
+        if self._messages is not None:
+            self._messages.end_pass()
 
     def get(self, i: int) -> Tensor:
         """Answer i, waiting for its message where there are several pipeline ranks."""
@@ -231,7 +242,7 @@ class Answers:
         """Finish the messages and free everything; again, it does nothing."""
         if self._messages is not None:
             self._messages.close()
-        self._messages = self._channel = self._all = None
+        self._messages = self._all = None
         self._ready.clear()
 
     def rows_of(self, query: Tensor, wanted: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ class Sft:
         )
 
     def _sigma0(self, batch: Batch) -> Tensor:
-        return self.schedule.sigma(self._time(batch)).clamp(min=self.schedule.sigma_min)
+        return self._sigma_at(self._time(batch))
+
+    def _sigma_at(self, u0: Tensor) -> Tensor:
+        return self.schedule.sigma(u0).clamp(min=self.schedule.sigma_min)
 
     def _dropped(self, batch: Batch) -> Tensor:
         return uniform(batch.seed, "dropout", batch.position)[:, 0] < self.config.condition_dropout

@@ -60,8 +60,9 @@ class SftMulti(Sft):
         per_path, paths = self.config.num_auxiliary_points, self.config.num_rollout_paths
         sample = torch.arange(len(batch)).repeat_interleave(paths * per_path)
         path = torch.arange(paths).repeat_interleave(per_path).repeat(len(batch))
-        sigma0, sigma1, has_step = (values[sample] for values in self._rollout_span(batch))
-        sigma = self._auxiliary_sigmas(batch).flatten()
+        span = self._rollout_span(batch)
+        sigma = self._auxiliary_sigmas(batch, span[1]).flatten()
+        sigma0, sigma1, has_step = (values[sample] for values in span)
         state_rows, target_rows = self._rows(sigma0, sigma1, sigma, path)
         present = (batch.valid[sample] & (has_step | (path == 0))).to(torch.float64)
         scale = present * self.config.auxiliary_weight
@@ -88,14 +89,14 @@ class SftMulti(Sft):
     def _rollout_span(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """sigma0, sigma1 [B] and whether the step ends above time zero [B]."""
         steps = self.config.sampling_steps
-        u0, sigma0 = self._time(batch), self._sigma0(batch)
+        u0 = self._time(batch)
+        sigma0 = self._sigma_at(u0)
         sigma1 = torch.minimum(self.schedule.rollout_end(u0, steps), sigma0)
         return sigma0, sigma1, u0 > 1.0 / steps
 
-    def _auxiliary_sigmas(self, batch: Batch) -> Tensor:
+    def _auxiliary_sigmas(self, batch: Batch, sigma1: Tensor) -> Tensor:
         """s' ~ U[s1, s1 + ratio (1 - s1)] -> [B, paths, N]; the same draws for SOAR and its control arm."""
         per_path, paths = self.config.num_auxiliary_points, self.config.num_rollout_paths
-        _, sigma1, _ = self._rollout_span(batch)
         draws = [uniform(batch.seed, "auxiliary", batch.position, path, per_path) for path in range(paths)]
         start = sigma1[:, None, None]
         return start + self.config.sigma_upper_ratio * (1.0 - start) * torch.stack(draws, dim=1)

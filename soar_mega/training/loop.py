@@ -40,7 +40,7 @@ class Steps:
         self.loader = loader
         self._stages: dict[tuple[int, int], Stage] = {}  # by the latents' size
         info = loader.info
-        self.stage = self._stage_of(info.latent_shape(max(info.buckets, key=info.buckets.__getitem__)), sizes)
+        self.stage = self._stage_of(info.latent_shape(info.largest_bucket), sizes)
         self.engine = make_engine(recipe, sizes)
         self._keep_average()
         if (

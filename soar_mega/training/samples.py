@@ -63,7 +63,7 @@ class SampleGrid:
         self._prompts = prompts
         self._guidance_scale = settings.sample_guidance_scale
         self._sigmas = schedule.inference_sigmas(settings.sample_steps)
-        self._latent_shape = info.latent_shape(max(info.buckets, key=lambda bucket: info.buckets[bucket]))
+        self._latent_shape = info.latent_shape(info.largest_bucket)
         self._weights = weights
         self._decoder: Decoder | None = None
         on_rank_zero(lambda: self._load_decoder(pipeline_dir))

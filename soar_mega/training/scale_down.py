@@ -1,26 +1,26 @@
 """Any recipe on a laptop: its stage, its layout and all of its layers and heads, but narrow, on noise, four steps."""
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
 from soar_mega.config import ModelConfig, Recipe
+from soar_mega.config_checks import check_recipe
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.distributed import check_layout
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
-from soar_mega.stages import load_recipe
 
 ITERATIONS, SAMPLES_PER_REPLICA, POINTS = 4, 2, 4
 BUCKETS, TEXT_LENGTH = ("128x128", "192x128"), 12
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
-def scale_down(path: str | Path, overrides: Sequence[str], processes: int, writes: bool) -> Recipe:
+def scale_down(recipe: Recipe, processes: int, writes: bool) -> Recipe:
     """The recipe of a short run of a narrow model, in a folder beside the recipe's own.
 
     The folder is `<checkpoint.save>_scaled_down`: `inputs` has sizes and shards of noise, which are made anew at each
@@ -31,9 +31,8 @@ def scale_down(path: str | Path, overrides: Sequence[str], processes: int, write
         writes: whether this process writes the inputs: rank 0.
 
     Raises:
-        ValueError: as `load_recipe` does, or the processes do not fit the recipe's layout.
+        ValueError: the processes do not fit the recipe's layout, or the folder holds what this program did not write.
     """
-    recipe = load_recipe(path, overrides)
     parallel = recipe.parallel
     layout = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     check_layout(processes, *layout, parallel.context_parallel_size)
@@ -41,50 +40,56 @@ def scale_down(path: str | Path, overrides: Sequence[str], processes: int, write
     folder = Path(f"{Path(recipe.checkpoint.save)}_scaled_down")
     if writes:
         _write_inputs(recipe, folder / "inputs", SAMPLES_PER_REPLICA * replicas)
-    words = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in _numbers(recipe, replicas).items()
-    ]
-    return load_recipe(path, [*overrides, *words, *_places(recipe, folder)])
+    small = _small(recipe, folder, replicas)
+    check_recipe(small)
+    return small
 
 
-def _numbers(recipe: Recipe, replicas: int) -> dict[str, Any]:
-    train, logging = recipe.train, recipe.logging
-    return {
-        "model.init": "random",
-        "train.train_iters": ITERATIONS,
-        "train.global_batch_size": SAMPLES_PER_REPLICA * replicas,
-        "train.micro_batch_size": 1,
-        "train.points_per_micro_batch": min(train.points_per_micro_batch or train.micro_batch_size, POINTS),
-        "optimizer.lr_warmup_iters": min(recipe.optimizer.lr_warmup_iters, 1),
-        "optimizer.lr_decay_iters": None,
-        "optimizer.lr_decay_start": None,
-        "data.encode": "shards",
-        "data.num_workers": min(recipe.data.num_workers, 1),
-        "checkpoint.finetune": False,
-        "checkpoint.load_ema": False,
-        "checkpoint.save_interval": ITERATIONS // 2,
-        "checkpoint.save_retain_interval": 0,
-        "logging.log_interval": 1,
-        "logging.eval_interval": min(logging.eval_interval, ITERATIONS // 2),
-        "logging.eval_samples": SAMPLES_PER_REPLICA,
-        "logging.drift_interval": min(logging.drift_interval, ITERATIONS // 2),
-        "logging.drift_samples": SAMPLES_PER_REPLICA,
-        "logging.sample_interval": 0,  # there are no encoders
-    }
-
-
-def _places(recipe: Recipe, folder: Path) -> list[str]:
-    inputs = folder / "inputs"
-    held_out = inputs / "heldout" if recipe.data.validation_path else ""
-    return [
-        "model.preset=",
-        f"model.pipeline_dir={inputs / 'pipeline'}",
-        f"data.path={inputs / 'train'}",
-        f"data.validation_path={held_out}",
-        "checkpoint.load=",
-        f"checkpoint.save={folder / 'run'}",
-    ]
+def _small(recipe: Recipe, folder: Path, replicas: int) -> Recipe:
+    train, data, logging, inputs = recipe.train, recipe.data, recipe.logging, folder / "inputs"
+    often = ITERATIONS // 2
+    return replace(
+        recipe,
+        model=replace(recipe.model, preset="", pipeline_dir=str(inputs / "pipeline"), init="random"),
+        train=replace(
+            train,
+            train_iters=ITERATIONS,
+            global_batch_size=SAMPLES_PER_REPLICA * replicas,
+            micro_batch_size=1,
+            points_per_micro_batch=min(train.points_per_micro_batch or train.micro_batch_size, POINTS),
+        ),
+        optimizer=replace(
+            recipe.optimizer,
+            lr_warmup_iters=min(recipe.optimizer.lr_warmup_iters, 1),
+            lr_decay_iters=None,
+            lr_decay_start=None,
+        ),
+        data=replace(
+            data,
+            path=str(inputs / "train"),
+            validation_path=str(inputs / "heldout") if data.validation_path else "",
+            encode="shards",
+            num_workers=min(data.num_workers, 1),
+        ),
+        checkpoint=replace(
+            recipe.checkpoint,
+            save=str(folder / "run"),
+            load="",
+            finetune=False,
+            load_ema=False,
+            save_interval=often,
+            save_retain_interval=0,
+        ),
+        logging=replace(
+            logging,
+            log_interval=1,
+            eval_interval=min(logging.eval_interval, often),
+            eval_samples=SAMPLES_PER_REPLICA,
+            drift_interval=min(logging.drift_interval, often),
+            drift_samples=SAMPLES_PER_REPLICA,
+            sample_interval=0,  # there are no encoders
+        ),
+    )
 
 
 def _write_inputs(recipe: Recipe, folder: Path, samples: int) -> None:

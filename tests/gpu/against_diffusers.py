@@ -1,10 +1,12 @@
 """One small random model on this process's device against diffusers on the CPU in float64."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from peer import gradient_errors, make_inputs, random_case, relative_error, run_peer, save_peer, to_peer_names
+from peer import gradient_errors, relative_error, to_peer_names
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_weights
@@ -13,15 +15,29 @@ from soar_mega.models.common.build import build_model
 from soar_mega.models.family import read_sizes
 
 
-def errors(folder: Path, seed: int, settings: ModelConfig, **changes: Any) -> tuple[float, float]:
-    """Relative errors of the velocity and of the worst parameter's gradient; `changes` are sizes that must hold."""
-    drawn, size, batch, text = random_case(seed)
-    peer = save_peer(folder, seed, **(drawn | changes))
+def errors(
+    peers: ModuleType,
+    folder: Path,
+    seed: int,
+    settings: ModelConfig,
+    prepare: Callable[[Any], object] = lambda peer: None,
+    **changes: Any,
+) -> tuple[float, float]:
+    """Relative errors of the velocity and of the worst parameter's gradient.
+
+    Args:
+        peers: `peer` or `flux_peer`, which make diffusers' model.
+        prepare: called with that before it runs.
+        changes: sizes that must hold.
+    """
+    drawn, size, batch, text = peers.random_case(seed)
+    peer = peers.save_peer(folder, seed, **(drawn | changes))
     start_world(ParallelConfig())
     model = build_model(read_sizes(folder), settings, ParallelConfig())
     load_weights(model, folder)
-    inputs = make_inputs(model.sizes, size, batch, text)
-    ours, theirs = model(*(x.to(device()) for x in inputs)), run_peer(peer, inputs)
+    prepare(peer)
+    inputs = peers.make_inputs(model.sizes, size, batch, text)
+    ours, theirs = model(*(x.to(device()) for x in inputs)), peers.run_peer(peer, inputs)
     assert ours.device.type == device().type and ours.dtype == torch.float32
     weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
     (ours * weights.to(device())).sum().backward()

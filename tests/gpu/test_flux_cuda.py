@@ -3,13 +3,10 @@
 import flux_peer
 import pytest
 import torch
-from peer import gradient_errors, relative_error, to_peer_names
+from against_diffusers import errors
 
-from soar_mega.config import ModelConfig, ParallelConfig
-from soar_mega.convert import load_weights
-from soar_mega.distributed import device, start_world
-from soar_mega.models.common.build import build_model
-from soar_mega.models.family import read_sizes
+from soar_mega.config import ModelConfig
+from soar_mega.distributed import device
 
 HEADS_OF_128 = {"num_attention_heads": 2, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
 
@@ -20,36 +17,22 @@ def whole_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def take_waves_on(where, peer):
+def take_waves_on_our_device(peer):
     """The peer's waves from where ours come from: one rounding of exp is 4e-4 in an angle at a guidance of 7.25."""
     waves = peer.time_text_embed.time_proj
     forward = waves.forward
-    waves.forward = lambda steps: forward(steps.to(where)).to(steps.device)
+    waves.forward = lambda steps: forward(steps.to(device())).to(steps.device)
 
 
-def errors(folder, seed, settings, **changes):
+def flux_errors(folder, seed, settings, **changes):
     """Relative errors of the velocity and of the worst parameter's gradient."""
-    drawn, size, batch, text = flux_peer.random_case(seed)
-    peer = flux_peer.save_peer(folder, seed, **(drawn | changes))
-    start_world(ParallelConfig())
-    model = build_model(read_sizes(folder), settings, ParallelConfig())
-    load_weights(model, folder)
-    take_waves_on(device(), peer)
-    inputs = flux_peer.make_inputs(model.sizes, size, batch, text)
-    ours, theirs = model(*(x.to(device()) for x in inputs)), flux_peer.run_peer(peer, inputs)
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
-    (ours * weights.to(device())).sum().backward()
-    (theirs * weights).sum().backward()
-    found = {name: p.grad.float().cpu() for name, p in model.named_parameters()}
-    wanted = {name: p.grad for name, p in peer.named_parameters()}
-    gradients = gradient_errors(to_peer_names(model.sizes, found), wanted)
-    return relative_error(ours.detach().cpu(), theirs), max(gradients.values())
+    return errors(flux_peer, folder, seed, settings, take_waves_on_our_device, **changes)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_fp32_equals_diffusers(seed, fused, tmp_path):
-    velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
+    velocity, gradient = flux_errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
     # of gradients the divisor may be as small as 1e-3 of the model's largest entry
     assert velocity < 1e-5 and gradient < 1e-4, (velocity, gradient)
 
@@ -63,5 +46,5 @@ def test_heads_of_128_in_bf16(seed, layers, backend, tmp_path):
     if layers == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
     settings = ModelConfig(dtype="bf16", transformer_impl=layers, attention_backend=backend)
-    velocity, gradient = errors(tmp_path, seed, settings, **HEADS_OF_128)
+    velocity, gradient = flux_errors(tmp_path, seed, settings, **HEADS_OF_128)
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)

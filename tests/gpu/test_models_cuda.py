@@ -1,5 +1,6 @@
 """Random small models on CUDA against diffusers on the CPU in float64: forward and every gradient."""
 
+import peer
 import pytest
 import torch
 from against_diffusers import errors
@@ -18,14 +19,14 @@ def whole_float32(monkeypatch):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("seed", range(6))
 def test_fp32_equals_diffusers(seed, fused, tmp_path):
-    velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
+    velocity, gradient = errors(peer, tmp_path, seed, ModelConfig(dtype="fp32", fused_kernels=fused))
     # of gradients the divisor may be as small as 1e-3 of the model's largest entry
     assert velocity < 1e-5 and gradient < 1e-4, (velocity, gradient)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_bf16_stays_near_diffusers(seed, tmp_path):
-    velocity, gradient = errors(tmp_path, seed, ModelConfig(dtype="bf16"))
+    velocity, gradient = errors(peer, tmp_path, seed, ModelConfig(dtype="bf16"))
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)
 
 
@@ -38,5 +39,5 @@ def test_heads_of_64_in_bf16(seed, layers, backend, tmp_path):
     if layers == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
     settings = ModelConfig(dtype="bf16", transformer_impl=layers, attention_backend=backend)
-    velocity, gradient = errors(tmp_path, seed, settings, **WIDE)
+    velocity, gradient = errors(peer, tmp_path, seed, settings, **WIDE)
     assert velocity < 0.03 and gradient < 0.15, (velocity, gradient)

@@ -1,11 +1,11 @@
 """diffusers' FLUX transformer as the peer that ours must equal."""
 
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer import random_peer
 from torch import Tensor
 
 SMALL: dict[str, Any] = {
@@ -40,16 +40,7 @@ def random_case(seed: int) -> tuple[dict[str, Any], tuple[int, int], int, int]:
 
 def make_peer(seed: int = 0, **changes: Any) -> Any:
     """A diffusers transformer with no weight at a special value."""
-    from diffusers import FluxTransformer2DModel
-
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peer = FluxTransformer2DModel(**{**SMALL, **changes})
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return peer
+    return random_peer("FluxTransformer2DModel", seed, **{**SMALL, **changes})
 
 
 def save_peer(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **changes: Any) -> Any:

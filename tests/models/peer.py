@@ -52,12 +52,17 @@ def random_case(seed: int) -> tuple[dict[str, Any], tuple[int, int], int, int]:
 
 def make_peer(seed: int = 0, **changes: Any) -> Any:
     """A diffusers transformer with no weight at a special value."""
-    from diffusers import SD3Transformer2DModel
+    return random_peer("SD3Transformer2DModel", seed, **{**SMALL, **changes})
+
+
+def random_peer(kind: str, seed: int, **sizes: Any) -> Any:
+    """A transformer of one of diffusers' classes, with no weight at a special value."""
+    import diffusers
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peer = SD3Transformer2DModel(**{**SMALL, **changes})
+        peer = getattr(diffusers, kind)(**sizes)
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

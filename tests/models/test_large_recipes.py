@@ -64,3 +64,9 @@ def test_peaks_on_one_h100_are_those_that_were_measured(points, granularity, pea
     recipe = load_recipe(RECIPES / "sd35_medium/soar.yaml", words)
     predicted = largest_rank(presets()["sd35_medium"], recipe, workload(recipe, 1, (64, 64), 154, points), 1)
     assert predicted.total / 2**30 == pytest.approx(peak, rel=0.02 if granularity == "none" else 0.08)
+
+
+def test_a_model_that_is_told_its_guidance_scale_is_asked_in_one_branch():
+    recipe = load_recipe(RECIPES / "flux_dev/soar.yaml")
+    one, two = (workload(recipe, 2, (64, 64), 512, is_told=told).rows for told in (True, False))
+    assert (one, two) == (recipe.train.micro_batch_size, 2 * recipe.train.micro_batch_size)

@@ -15,7 +15,8 @@ LARGE = RECIPES / "sd35_large/soar.yaml"
 
 def test_layers_heads_layout_and_stage_stay(tmp_path):
     whole = load_recipe(LARGE)
-    small = scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 16, writes=True)
+    words = [f"checkpoint.save={tmp_path}/run"]
+    small = scale_down(load_recipe(LARGE, words), 16, writes=True)
     sizes = model_sizes(small.model)
     assert (sizes.num_layers, sizes.num_attention_heads, sizes.hidden_size) == (38, 38, 152)
     assert (small.stage, small.parallel, small.optimizer.lr) == (
@@ -26,17 +27,18 @@ def test_layers_heads_layout_and_stage_stay(tmp_path):
     assert (small.train.train_iters, small.train.global_batch_size) == (4, 4)  # two replicas
     assert small.checkpoint.save == f"{tmp_path}/run_scaled_down/run"
     first = {path: path.read_bytes() for path in Path(small.data.path).iterdir()}
-    scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 16, writes=True)
+    scale_down(load_recipe(LARGE, words), 16, writes=True)
     assert first == {path: path.read_bytes() for path in Path(small.data.path).iterdir()}
 
 
 def test_nothing_of_the_user_is_replaced(tmp_path):
     (tmp_path / "run_scaled_down/inputs").mkdir(parents=True)
     (tmp_path / "run_scaled_down/inputs/mine.txt").write_text("mine")
+    recipe = load_recipe(LARGE, [f"checkpoint.save={tmp_path}/run"])
     with pytest.raises(ValueError, match=r"mine\.txt"):
-        scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 8, writes=True)
+        scale_down(recipe, 8, writes=True)
     with pytest.raises(ValueError, match="12"):
-        scale_down(LARGE, [f"checkpoint.save={tmp_path}/run"], 12, writes=True)
+        scale_down(recipe, 12, writes=True)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """What the sizes of every family say."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from soar_mega.models.family import Family
 
 LARGEST = 2**31  # of sizes
+S = TypeVar("S")
 
 
 class Sizes(Protocol):
@@ -71,3 +73,19 @@ def check_whole(name: str, value: Any) -> None:
     """Raise a ValueError unless `value`, of the setting `name`, can be a size."""
     if type(value) is not int or not 1 <= value < LARGEST:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def refuse_unknown(kind: type[Any], settings: dict[str, Any], name: str) -> None:
+    """Raise a ValueError for settings, of the config.json called `name`, that sizes of a kind do not have."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
+
+
+def make_sizes(kind: type[S], settings: dict[str, Any], name: str) -> S:
+    """Sizes of a kind; a ValueError says in which config.json they cannot be."""
+    try:
+        return kind(**settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -13,7 +14,7 @@ from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.linear import add_bias
 from soar_mega.models.common.modulation import Modulation
-from soar_mega.models.common.sequence_shards import heads_to_tokens, pad, tokens_to_heads
+from soar_mega.models.common.sequence_shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
 @dataclass
@@ -106,6 +107,34 @@ class AttentionProjections(torch.nn.Module):
         return self.linear_proj(context)
 
 
+def build_attention(
+    config: TransformerConfig, submodules: LayerSubmodules, layer_number: int
+) -> torch.nn.Module:
+    """The backend's attention of a layer, without a mask."""
+    return build_module(
+        submodules.core_attention,
+        config=attention_config(config),
+        layer_number=layer_number + 1,
+        attn_mask_type=AttnMaskType.no_mask,
+        attention_type="self",
+    )
+
+
+def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries, keys and values [S, B, local heads, D] -> [S, B, local heads x D]."""
+    return attention(query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+
+
+def build_mlp(config: TransformerConfig, submodules: LayerSubmodules) -> MLP:
+    """The backend's MLP of a stream."""
+    return build_module(
+        submodules.mlp,
+        config=config,
+        ffn_hidden_size=config.ffn_hidden_size,
+        tp_group=tensor_parallel_group(),
+    )
+
+
 class Stream(torch.nn.Module):
     """The weights of one modality in a layer. Before the model's end the text needs no more than its q, k and v."""
 
@@ -121,14 +150,7 @@ class Stream(torch.nn.Module):
         self.modulation = Modulation(config, 2 if is_pre_only else 9 if is_dual else 6)
         self.attention = AttentionProjections(config, submodules, layer_number, has_output=not is_pre_only)
         self.dual_attention = AttentionProjections(config, submodules, layer_number) if is_dual else None
-        self.mlp: MLP | None = None
-        if not is_pre_only:
-            self.mlp = build_module(
-                submodules.mlp,
-                config=config,
-                ffn_hidden_size=config.ffn_hidden_size,
-                tp_group=tensor_parallel_group(),
-            )
+        self.mlp = None if is_pre_only else build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
 
     def add_mlp(

@@ -4,17 +4,21 @@ Both take the two streams and return the two, this rank's tokens of each, so tha
 """
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
-from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.lengths import Lengths
 from soar_mega.models.common.modulation import Modulation
-from soar_mega.models.common.sequence_shards import attention_config, sequence_shards
-from soar_mega.models.common.stream import AttentionProjections, LayerSubmodules, Stream
+from soar_mega.models.common.sequence_shards import sequence_shards
+from soar_mega.models.common.stream import (
+    AttentionProjections,
+    LayerSubmodules,
+    Stream,
+    attend,
+    build_attention,
+    build_mlp,
+)
 from soar_mega.models.flux.joined import join
 from soar_mega.models.flux.rope import rotation
 
@@ -30,13 +34,7 @@ class RotaryAttention(torch.nn.Module):
         axes: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.core_attention = build_module(
-            submodules.core_attention,
-            config=attention_config(config),
-            layer_number=layer_number + 1,
-            attn_mask_type=AttnMaskType.no_mask,
-            attention_type="self",
-        )
+        self.core_attention = build_attention(config, submodules, layer_number)
         self.qk_norm_rope = submodules.qk_norm_rope
         self.head_size = config.kv_channels
         self.axes = axes
@@ -45,9 +43,7 @@ class RotaryAttention(torch.nn.Module):
         """-> [text + image, B, local heads x D], its tokens in the order of those of the streams together."""
         tables = rotation(self.axes, lengths.text, lengths.grid, order, streams[0].mixed.device)
         query, key, value = self.qk_norm_rope(streams, self.head_size, *tables)
-        return self.core_attention(
-            query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask
-        )
+        return attend(self.core_attention, query, key, value)
 
 
 class DoubleLayer(torch.nn.Module):
@@ -102,12 +98,7 @@ class SingleLayer(torch.nn.Module):
         self.modulation = Modulation(config, 3)
         self.attention = AttentionProjections(config, submodules, layer_number, has_output_bias=False)
         self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
-        self.mlp = build_module(
-            submodules.mlp,
-            config=config,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=tensor_parallel_group(),
-        )
+        self.mlp = build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
 
     def forward(

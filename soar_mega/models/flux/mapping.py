@@ -1,11 +1,18 @@
 """The tensors of diffusers' FluxTransformer2DModel and ours."""
 
-from soar_mega.models.common.tensor_map import Entry, linear
+from soar_mega.models.common.tensor_map import (
+    ADDED_NORMS,
+    ADDED_QKV,
+    NORMS,
+    QKV,
+    Entry,
+    attention_inputs,
+    feed_forward,
+    linear,
+    two_layers,
+)
 from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS
 from soar_mega.models.flux.sizes import FluxSizes
-
-IMAGE = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
-TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
 
 
 def entries(sizes: FluxSizes) -> list[Entry]:
@@ -17,8 +24,7 @@ def entries(sizes: FluxSizes) -> list[Entry]:
     widths["text_embedder"] = sizes.pooled_projection_dim
     table = []
     for name, width in widths.items():
-        first, second = (f"time_text_embed.{name}.linear_{number}" for number in (1, 2))
-        table += linear(first, first, hidden, width) + linear(second, second, hidden, hidden)
+        table += two_layers(f"time_text_embed.{name}", hidden, width)
     table += linear("context_embedder", "context_embedder", hidden, sizes.joint_attention_dim)
     table += linear("x_embedder", "x_embedder", hidden, patch)
     for number in range(sizes.num_double_layers):
@@ -35,14 +41,13 @@ def _double_layer(sizes: FluxSizes, ours: str, theirs: str) -> list[Entry]:
     table = linear(f"{ours}.image.modulation.linear", f"{theirs}.norm1.linear", 6 * hidden, hidden)
     table += linear(f"{ours}.text.modulation.linear", f"{theirs}.norm1_context.linear", 6 * hidden, hidden)
     for stream, keys, output, key in (
-        ("image", IMAGE, "to_out.0", "ff"),
-        ("text", TEXT, "to_add_out", "ff_context"),
+        ("image", (QKV, NORMS), "to_out.0", "ff"),
+        ("text", (ADDED_QKV, ADDED_NORMS), "to_add_out", "ff_context"),
     ):
-        attention, mlp = f"{ours}.{stream}.attention", f"{ours}.{stream}.mlp"
-        table += _qkv(sizes, attention, f"{theirs}.attn", *keys)
+        attention, head_dim = f"{ours}.{stream}.attention", sizes.attention_head_dim
+        table += attention_inputs(attention, f"{theirs}.attn", hidden, head_dim, *keys)
         table += linear(f"{attention}.linear_proj", f"{theirs}.attn.{output}", hidden, hidden)
-        table += linear(f"{mlp}.linear_fc1", f"{theirs}.{key}.net.0.proj", 4 * hidden, hidden)
-        table += linear(f"{mlp}.linear_fc2", f"{theirs}.{key}.net.2", hidden, 4 * hidden)
+        table += feed_forward(f"{ours}.{stream}.mlp", f"{theirs}.{key}", hidden)
     return table
 
 
@@ -53,22 +58,10 @@ def _single_layer(sizes: FluxSizes, ours: str, theirs: str) -> list[Entry]:
     output = (f"{theirs}.proj_out.weight",)  # of attention and MLP side by side
     return [
         *table,
-        *_qkv(sizes, f"{ours}.attention", f"{theirs}.attn", *IMAGE),
+        *attention_inputs(
+            f"{ours}.attention", f"{theirs}.attn", hidden, sizes.attention_head_dim, QKV, NORMS
+        ),
         Entry(f"{ours}.attention.linear_proj.weight", output, (hidden, hidden), range(hidden)),
         Entry(f"{ours}.mlp.linear_fc2.weight", output, (hidden, 4 * hidden), range(hidden, 5 * hidden)),
         Entry(f"{ours}.mlp.linear_fc2.bias", (f"{theirs}.proj_out.bias",), (hidden,)),
     ]
-
-
-def _qkv(
-    sizes: FluxSizes, ours: str, theirs: str, qkv: tuple[str, ...], norms: tuple[str, ...]
-) -> list[Entry]:
-    hidden = sizes.hidden_size
-    keys = [f"{theirs}.{key}" for key in qkv]
-    table = [
-        Entry(f"{ours}.linear_qkv.weight", tuple(f"{key}.weight" for key in keys), (hidden, hidden)),
-        Entry(f"{ours}.linear_qkv.bias", tuple(f"{key}.bias" for key in keys), (hidden,)),
-    ]
-    for name, key in zip(("q_layernorm", "k_layernorm"), norms, strict=True):
-        table.append(Entry(f"{ours}.{name}.weight", (f"{theirs}.{key}.weight",), (sizes.attention_head_dim,)))
-    return table

@@ -11,9 +11,8 @@ from soar_mega.models.common.original_layout import (
     renamed,
     swapped,
 )
+from soar_mega.models.common.tensor_map import ADDED_QKV, QKV
 
-QKV = ("to_q", "to_k", "to_v")
-ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 AXES = [16, 56, 56]  # of all published models; no tensor tells
 EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soar_mega.models.common.sizes import check_whole
+from soar_mega.models.common.sizes import check_whole, make_sizes, refuse_unknown
 
 if TYPE_CHECKING:
     from soar_mega.models.family import Family
@@ -118,18 +118,12 @@ def read_sizes(content: dict[str, Any], name: str) -> FluxSizes:
     """The sizes in the content of a config.json called `name`; a ValueError where they cannot be."""
     settings = {NAMES.get(key, key): value for key, value in content.items() if not key.startswith("_")}
     _take_patches(settings, name)
-    known = {field.name for field in dataclasses.fields(FluxSizes)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
+    refuse_unknown(FluxSizes, settings, name)
     axes = settings.get("axes_dims_rope", FluxSizes.axes_dims_rope)
     if not isinstance(axes, list | tuple):
         raise ValueError(f"{name}: axes_dims_rope is {axes!r}: it must be a list of numbers")
     settings["axes_dims_rope"] = tuple(axes)
-    try:
-        return FluxSizes(**settings)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return make_sizes(FluxSizes, settings, name)
 
 
 def _take_patches(settings: dict[str, Any], name: str) -> None:

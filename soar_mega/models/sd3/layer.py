@@ -1,15 +1,12 @@
 """One layer: text and image with their own weights, meeting in one attention (SD3, arXiv 2403.03206)."""
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.lengths import Lengths
-from soar_mega.models.common.sequence_shards import attention_config
-from soar_mega.models.common.stream import LayerSubmodules, Stream
+from soar_mega.models.common.stream import LayerSubmodules, Stream, attend, build_attention
 
 
 class MMDiTLayer(torch.nn.Module):
@@ -31,13 +28,7 @@ class MMDiTLayer(torch.nn.Module):
         super().__init__()
         self.image = Stream(config, submodules, layer_number, is_dual=is_dual)
         self.text = Stream(config, submodules, layer_number, is_pre_only=is_last)
-        self.core_attention = build_module(
-            submodules.core_attention,
-            config=attention_config(config),
-            layer_number=layer_number + 1,
-            attn_mask_type=AttnMaskType.no_mask,
-            attention_type="self",
-        )
+        self.core_attention = build_attention(config, submodules, layer_number)
         self.adaln = submodules.adaln
         self.qk_norm_rope = submodules.qk_norm_rope
         self.head_size = config.kv_channels
@@ -75,6 +66,4 @@ class MMDiTLayer(torch.nn.Module):
 
     def _attend(self, *streams: Projected) -> Tensor:
         query, key, value = self.qk_norm_rope(streams, self.head_size)
-        return self.core_attention(
-            query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask
-        )
+        return attend(self.core_attention, query, key, value)

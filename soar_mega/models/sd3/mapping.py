@@ -1,6 +1,17 @@
 """The tensors of diffusers' SD3Transformer2DModel and ours."""
 
-from soar_mega.models.common.tensor_map import Entry, linear, weight_and_bias
+from soar_mega.models.common.tensor_map import (
+    ADDED_NORMS,
+    ADDED_QKV,
+    NORMS,
+    QKV,
+    Entry,
+    attention_inputs,
+    feed_forward,
+    linear,
+    two_layers,
+    weight_and_bias,
+)
 from soar_mega.models.common.vector_embeddings import TIMESTEP_CHANNELS
 from soar_mega.models.sd3.sizes import SD3Sizes
 
@@ -16,10 +27,7 @@ def entries(config: SD3Sizes) -> list[Entry]:
         ("timestep_embedder", TIMESTEP_CHANNELS),
         ("text_embedder", config.pooled_projection_dim),
     ):
-        table += linear(f"time_text_embed.{name}.linear_1", f"time_text_embed.{name}.linear_1", hidden, width)
-        table += linear(
-            f"time_text_embed.{name}.linear_2", f"time_text_embed.{name}.linear_2", hidden, hidden
-        )
+        table += two_layers(f"time_text_embed.{name}", hidden, width)
     table += linear("context_embedder", "context_embedder", hidden, config.joint_attention_dim)
     for number in range(config.num_layers):
         table += _layer(config, number)
@@ -38,20 +46,16 @@ def _layer(config: SD3Sizes, number: int) -> list[Entry]:
     table += linear(
         f"{ours}.text.modulation.linear", f"{theirs}.norm1_context.linear", parts * hidden, hidden
     )
-    image_keys = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0"
-    text_keys = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"), "to_add_out"
+    image_keys, text_keys = (QKV, NORMS, "to_out.0"), (ADDED_QKV, ADDED_NORMS, "to_add_out")
     table += _attention(config, f"{ours}.image.attention", f"{theirs}.attn", *image_keys)
     table += _attention(
         config, f"{ours}.text.attention", f"{theirs}.attn", *text_keys, has_output=not is_last
     )
     if is_dual:
         table += _attention(config, f"{ours}.image.dual_attention", f"{theirs}.attn2", *image_keys)
-    for stream, key in (("image", "ff"), ("text", "ff_context")):
-        if stream == "image" or not is_last:
-            table += linear(
-                f"{ours}.{stream}.mlp.linear_fc1", f"{theirs}.{key}.net.0.proj", 4 * hidden, hidden
-            )
-            table += linear(f"{ours}.{stream}.mlp.linear_fc2", f"{theirs}.{key}.net.2", hidden, 4 * hidden)
+    table += feed_forward(f"{ours}.image.mlp", f"{theirs}.ff", hidden)
+    if not is_last:
+        table += feed_forward(f"{ours}.text.mlp", f"{theirs}.ff_context", hidden)
     return table
 
 
@@ -65,15 +69,8 @@ def _attention(
     has_output: bool = True,
 ) -> list[Entry]:
     hidden = config.hidden_size
-    keys = [f"{theirs}.{key}" for key in qkv]
-    table = [
-        Entry(f"{ours}.linear_qkv.weight", tuple(f"{key}.weight" for key in keys), (hidden, hidden)),
-        Entry(f"{ours}.linear_qkv.bias", tuple(f"{key}.bias" for key in keys), (hidden,)),
-    ]
-    if config.qk_norm is not None:
-        for name, key in zip(("q_layernorm", "k_layernorm"), norms):
-            shape = (config.attention_head_dim,)
-            table.append(Entry(f"{ours}.{name}.weight", (f"{theirs}.{key}.weight",), shape))
+    head_dim = config.attention_head_dim if config.qk_norm is not None else None
+    table = attention_inputs(ours, theirs, hidden, head_dim, qkv, norms)
     if has_output:
         table += linear(f"{ours}.linear_proj", f"{theirs}.{output}", hidden, hidden)
     return table

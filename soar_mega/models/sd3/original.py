@@ -11,10 +11,9 @@ from soar_mega.models.common.original_layout import (
     renamed,
     swapped,
 )
+from soar_mega.models.common.tensor_map import ADDED_QKV, QKV
 
 HEAD_DIM = 64  # of all published models; files without QK norms do not tell
-QKV = ("to_q", "to_k", "to_v")
-ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def _config(shapes: Shapes, told: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from soar_mega.models.common.sizes import check_whole
+from soar_mega.models.common.sizes import check_whole, make_sizes, refuse_unknown
 
 if TYPE_CHECKING:
     from soar_mega.models.family import Family
@@ -104,18 +104,12 @@ def narrowed(sizes: SD3Sizes) -> SD3Sizes:
 
 def read_sizes(content: dict[str, Any], name: str) -> SD3Sizes:
     """The sizes in the content of a config.json called `name`; a ValueError where they cannot be."""
-    known = {field.name for field in dataclasses.fields(SD3Sizes)}
     settings = {key: value for key, value in content.items() if not key.startswith("_")}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise ValueError(f"{name} has settings that this model does not know: {', '.join(unknown)}")
+    refuse_unknown(SD3Sizes, settings, name)
     dual = settings.get("dual_attention_layers") or ()
     if not isinstance(dual, list | tuple):
         raise ValueError(f"{name}: dual_attention_layers is {dual!r}: it must be a list of layers")
     settings["dual_attention_layers"] = tuple(dual)
     if settings.get("out_channels", 0) is None:
         settings["out_channels"] = settings.get("in_channels", SD3Sizes.in_channels)
-    try:
-        return SD3Sizes(**settings)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return make_sizes(SD3Sizes, settings, name)

@@ -332,6 +332,8 @@ def test_diffusers_to_checkpoint_and_back_is_bitwise(
         == 1
     )
     assert "no EMA weights" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "start"), str(tmp_path / "lora"), "--to", "adapters"]) == 1
+    assert "is of a run that trained the weights themselves" in capsys.readouterr().err
     assert main(["convert", BASE, str(tmp_path / "start")]) == 1
     assert "holds checkpoints already" in capsys.readouterr().err
 

@@ -274,7 +274,12 @@ def test_damaged_adapters_are_refused(
 
 
 def test_other_adapters_and_another_base_are_refused(
-    shards: Path, run: Path, halfway: Path, tmp_path: Path, world: None
+    shards: Path,
+    run: Path,
+    halfway: Path,
+    tmp_path: Path,
+    world: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapters = {"lora__rank": RANK, "lora__alpha": ALPHA}
     with pytest.raises(ValueError, match=r"set lora.rank=8"):
@@ -295,3 +300,13 @@ def test_other_adapters_and_another_base_are_refused(
     save_file(tensors, other / TRANSFORMER, {"format": "pt"})
     with pytest.raises(ValueError, match="checkpoint of another model: _lora is .*'base'"):
         first_state(shards, halfway, model__pipeline_dir=other, **adapters)
+    recipe = halfway / "run_config.yaml"
+    recipe.write_text(recipe.read_text().replace(f"pipeline_dir: {BASE}\n", f"pipeline_dir: {other}\n"))
+    for verb, words in {
+        "convert": f"{other} does not hold the weights that the adapters in {halfway}/iter_0000003 were trained on",
+        "sample": f"{halfway}/iter_0000003 holds adapters without their base",
+    }.items():
+        options = [str(tmp_path / "out")] if verb == "convert" else ["--prompt", "a red 3"]
+        assert main([verb, str(halfway), *options]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from soar_mega.checkpoints import resume
 from soar_mega.checkpoints.checkpoint import Json
 from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.checkpoints.recipes import model_settings
-from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.checkpoints.run_folder import check_place
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
 from soar_mega.convert.lora import save_adapters
@@ -24,7 +24,6 @@ from soar_mega.models.common.lora import Adapters, add_adapters, alpha, is_adapt
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
-from soar_mega.outputs import refuse_overlap
 
 ADAPTERS = (
     "_lora"  # beside the sizes of a transformer in checkpoint.json, whose readers skip what begins with _
@@ -52,8 +51,7 @@ def checkpoint_to_adapters(source: str | Path, out: str | Path, ema: bool = Fals
             this program did not write, or what is read lies in it or around it.
     """
     folder = resume.find_checkpoint(source)
-    run = RunFolder(folder.parent)
-    refuse_overlap(out, {"the checkpoint": folder} | ({} if run.is_export(out) else {"the run": run.path}))
+    check_place(out, folder)
     start_world(ParallelConfig())
     description = resume.verified(folder, ema)
     if ADAPTERS not in description["model"]:

@@ -14,7 +14,7 @@ from soar_mega.checkpoints.checkpoint import Progress, Saver
 from soar_mega.checkpoints.model_card import card_of_run
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.recipes import model_settings
-from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.checkpoints.run_folder import RunFolder, check_place
 from soar_mega.checkpoints.strict import check_keys
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import (
@@ -65,7 +65,10 @@ def checkpoint_to_folder(
     """
     folder = resume.find_checkpoint(source)
     parts = None if only_transformer else _parts(pipeline_dir, model_settings(folder).get("pipeline_dir"))
-    _check_place(out, folder, parts)
+    check_place(out, folder)
+    if parts:
+        refuse_overlap(out, {"the pipeline": parts})
+        pipeline_parts(parts)
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
     iteration = resume.read_description(folder)["iteration"]
@@ -83,7 +86,7 @@ def checkpoint_to_original_file(
     Raises what `checkpoint_to_folder` does.
     """
     folder = resume.find_checkpoint(source)
-    _check_place(out, folder, None)
+    check_place(out, folder)
     model, tensors = _open(folder, ema, files.dtype)
     save_original_file(model, out, tensors, files, prefix)
 
@@ -151,16 +154,6 @@ def _parts(pipeline_dir: str | Path | None, of_run: str | None) -> str | Path | 
     raise ValueError(
         f"{named} is not a diffusers pipeline folder: name the one to copy encoders from with --pipeline-dir"
     )
-
-
-def _check_place(out: str | Path, checkpoint: Path, parts: str | Path | None) -> None:
-    """Nothing is read yet, and nothing that is to be read is replaced. A run's own exports may be made anew."""
-    run = RunFolder(checkpoint.parent)
-    refuse_overlap(out, {"the checkpoint": checkpoint, "the pipeline": parts or ""})
-    if run.is_one() and not run.is_export(out):
-        refuse_overlap(out, {"the run": run.path})
-    if parts:
-        pipeline_parts(parts)
 
 
 def weights_to_checkpoint(weights: Weights, source: str | Path, out: str | Path, dtype: str = "fp32") -> Path:

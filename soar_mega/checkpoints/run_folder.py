@@ -26,7 +26,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from soar_mega.outputs import sync
+from soar_mega.outputs import refuse_overlap, sync
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,14 @@ class RunFolder:
                 f"{self.path} holds {foreign[0]}, which this program did not write: give this run a folder of its own "
                 f"with checkpoint.save=... (if it is a run of this program, make an empty file {LOCK} in it)"
             )
+
+
+def check_place(out: str | Path, checkpoint: Path) -> None:
+    """ValueError where what is made of a checkpoint would replace a part of its run, other than an export."""
+    refuse_overlap(out, {"the checkpoint": checkpoint})
+    run = RunFolder(checkpoint.parent)
+    if run.is_one() and not run.is_export(out):
+        refuse_overlap(out, {"the run": run.path})
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, steps, tiny_recipe
 
+from soar_mega.checkpoints.adapters import checkpoint_to_adapters
 from soar_mega.checkpoints.exchange import checkpoint_to_folder
 from soar_mega.cli import main
 from soar_mega.convert import load_diffusers
@@ -149,6 +150,11 @@ def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: 
     assert ema.keys() == again.keys() == peft.keys()
     assert all(torch.equal(again[key], ema[key]) for key in ema)
     assert not all(torch.equal(ema[key], peft[key]) for key in ema)
+    shutil.copytree(
+        run / "iter_0000006", tmp_path / "alone"
+    )  # of which nothing but the checkpoint is in the way
+    checkpoint_to_adapters(tmp_path / "alone", tmp_path / "beside", ema=True)
+    assert load_file(tmp_path / "beside/adapter_model.safetensors").keys() == peft.keys()
     assert checkpoint_to_folder(run, tmp_path / "merged")
     ours, exported = load_file(tmp_path / "merged" / TRANSFORMER), load_file(run / "export" / TRANSFORMER)
     assert all(torch.equal(ours[key], exported[key]) for key in exported)

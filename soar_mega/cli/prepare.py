@@ -2,6 +2,8 @@
 
 import argparse
 
+from soar_mega.cli.srun import adopt_srun
+
 HELP = """\
 Encode captioned images once, into shards that training reads: latents, text embeddings, captions, and an index.
 
@@ -83,12 +85,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.data.processes import adopt_srun
-
-    adopt_srun()
-
     from soar_mega.cli.process import start_process
 
+    adopt_srun()
     start_process()
 
     from soar_mega.data.prepare import prepare

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from multirank import SERVER
 from PIL import Image
 
+from soar_mega.cli.srun import adopt_srun
 from soar_mega.data.prepare import prepare
-from soar_mega.data.processes import Processes, adopt_srun
+from soar_mega.data.processes import Processes
 from soar_mega.data.selection import Wishes
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"

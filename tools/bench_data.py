@@ -34,6 +34,7 @@ from safetensors.torch import load, save_file
 
 from soar_mega.config import DataConfig
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.json_files import write_json
 from soar_mega.data.loader import Loader
 from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.data.order import Order, Place
@@ -45,7 +46,6 @@ from soar_mega.data.shard_writer import (
     ShardWriter,
     shard_name,
     write_dataset_file,
-    write_json,
 )
 from soar_mega.data.shards import open_shards
 

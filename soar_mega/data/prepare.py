@@ -6,7 +6,6 @@ the settings alone, so a prepare that was interrupted goes on behind its complet
 dataset.json comes last, and only when rejects are allowed or there are none.
 """
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -28,34 +27,39 @@ from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.items import Item, Reject
+from soar_mega.data.json_files import read_json, write_bytes
 from soar_mega.data.plan import Plan, PlannedShard
 from soar_mega.data.prepare_folder import (
-    DUPLICATES_FILE,
     FETCHED_FOLDER,
     HELD_OUT_FOLDER,
-    REJECTS_FILE,
     SURVEY_FOLDER,
     Lock,
     complete_shard,
     index_file,
 )
 from soar_mega.data.processes import Processes
+from soar_mega.data.rejects import (
+    REJECTS_FILE,
+    read_rejects,
+    rejects_of,
+    table,
+    write_duplicates,
+    write_rejects,
+)
 from soar_mega.data.selection import Selection, Wishes
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import (
     DATASET_FILE,
     EMPTY_FILE,
     FORMAT_VERSION,
-    write_bytes,
     write_dataset_file,
 )
-from soar_mega.data.shards import read_dataset_file, read_json
+from soar_mega.data.shards import read_dataset_file
 from soar_mega.data.survey import Survey
 from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # rejects named in a message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -267,9 +271,8 @@ class _Preparation:
             log.info("%s is finished already", self.folder)
             return 0
         rejects = self._listed_rejects + selection.rejects
-        prepare_folder.write_rejects(self.folder, rejects)
-        self._tell_duplicates(selection.duplicates)
-        self._judge(rejects, plan.source_samples)
+        write_duplicates(self.folder, selection.duplicates, self.wishes.drop_duplicates)
+        write_rejects(self.folder, rejects, plan.source_samples, self.skip_invalid)
         if not plan.of(""):
             raise ValueError(
                 f"none of the {plan.source_samples} samples can be used (see {self.folder / REJECTS_FILE})"
@@ -282,34 +285,6 @@ class _Preparation:
         for shard in plan.shards:
             (self.folder / shard.folder).mkdir(exist_ok=True)
         return len(plan.shards)
-
-    def _tell_duplicates(self, duplicates: Sequence[tuple[str, str]]) -> None:
-        rows = [json.dumps({"name": name, "same_as": first}) + "\n" for name, first in duplicates]
-        path = self.folder / DUPLICATES_FILE
-        if not duplicates:
-            path.unlink(missing_ok=True)
-            return
-        write_bytes(path, "".join(rows).encode())
-        done = "left out" if self.wishes.drop_duplicates else "kept"
-        log.warning(
-            "%d samples have the same image file as an earlier one and are %s, such as %s and %s (all in %s)",
-            len(duplicates),
-            done,
-            *duplicates[0],
-            path,
-        )
-
-    def _judge(self, rejects: Sequence[Reject], total: int) -> None:
-        """ValueError where something is wrong with samples and that is not allowed."""
-        wrong = [reject for reject in rejects if not reject.by_choice]
-        if not wrong or self.skip_invalid:
-            return
-        named = "\n".join(f"  {reject.name}: {reject.reason}" for reject in wrong[:NAMED])
-        more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise ValueError(
-            f"{len(wrong)} of {total} samples cannot be used (all are listed in {self.folder / REJECTS_FILE}):\n{named}"
-            f"{more}\nRepair or remove them and run the same command again, or leave them out with --skip-invalid"
-        )
 
     def _encode(self) -> None:
         """Write shards that are not there yet."""
@@ -361,16 +336,15 @@ class _Preparation:
     def _finish(self) -> int:
         """Judge all rejects, then write the dataset files, that of the training set last."""
         plan = Plan.read(self.folder / SURVEY_FOLDER)
-        rejects = prepare_folder.read_rejects(self.folder)
+        rejects = read_rejects(self.folder)
         for shard in plan.shards:
             path = index_file(self.folder / shard.folder, shard.number)
-            rejects += prepare_folder.rejects_of(read_json(path), path)
-        prepare_folder.write_rejects(self.folder, rejects)
-        self._judge(rejects, plan.source_samples)
+            rejects += rejects_of(read_json(path), path)
+        write_rejects(self.folder, rejects, plan.source_samples, self.skip_invalid)
         for folder in (HELD_OUT_FOLDER, ""):
             if shards := plan.of(folder):
                 self._finish_set(self.folder / folder, [shard.digest for shard in shards], len(rejects))
-        for line in _table(rejects):
+        for line in table(rejects):
             log.info("%s", line)
         plan.remove()
         self._survey.remove_list()
@@ -415,7 +389,7 @@ class _Preparation:
 
     def _result(self) -> Prepared:
         info = DatasetInfo.from_json(read_dataset_file(self.folder), self.folder / DATASET_FILE)
-        rejects = prepare_folder.read_rejects(self.folder)
+        rejects = read_rejects(self.folder)
         return Prepared(folder=self.folder, samples=info.samples, buckets=info.buckets, rejects=rejects)
 
 
@@ -423,9 +397,3 @@ def _bucket_choice(buckets: Sequence[str], resolution: int | None, facts: Encode
     if buckets:
         return check_buckets(buckets, facts.size_multiple, facts.largest_side)
     return generate_buckets(resolution or facts.default_resolution, facts.size_multiple, facts.largest_side)
-
-
-def _table(rejects: Sequence[Reject]) -> list[str]:
-    """What was left out, by kind, the most frequent first."""
-    counts = Counter(reject.kind for reject in rejects)
-    return [f"{count:10d}  {kind}" for kind, count in counts.most_common()]

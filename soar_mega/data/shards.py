@@ -22,10 +22,10 @@ from torch import Tensor
 from soar_mega.data.batch import Batch
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.json_files import json_bytes, read_json
 from soar_mega.data.sample_index import INDEX_FILE, SampleIndex, index_content, map_index
-from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION, json_bytes
+from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
 from soar_mega.flow import normal
-from soar_mega.user_files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -346,11 +346,6 @@ def read_index(path: Path) -> dict[str, Any]:
         if not _is_sample(sample):
             raise ValueError(f"{path}: its sample {number} has no name, bucket and places: prepare again")
     return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file when it is missing or damaged."""
-    return read_object(path, "prepare again")
 
 
 def _replace(path: Path, content: bytes) -> None:

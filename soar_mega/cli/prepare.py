@@ -1,6 +1,7 @@
 """soar-mega prepare"""
 
 import argparse
+from pathlib import Path
 
 from soar_mega.cli.srun import adopt_srun
 
@@ -38,7 +39,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--pipeline-dir", required=True, help="diffusers pipeline folder whose encoders are used"
     )
-    parser.add_argument("--images", metavar="FOLDER", help="where the images of a JSONL list are")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSONL list are")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--resolution", type=int, help="edge of the square bucket; others have about its area (default: "
                        "the transformer's own sample size)")  # fmt: skip
@@ -91,12 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     start_process()
 
     from soar_mega.data.prepare import prepare
+    from soar_mega.data.prepare_options import Options
     from soar_mega.data.selection import Wishes
 
-    prepare(
-        arguments.source,
-        arguments.out,
-        arguments.pipeline_dir,
+    options = Options(
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,
@@ -116,4 +115,5 @@ def run(arguments: argparse.Namespace) -> int:
         samples_per_shard=arguments.samples_per_shard,
         threads=arguments.threads,
     )
+    prepare(arguments.source, arguments.out, arguments.pipeline_dir, options)
     return 0

@@ -1,7 +1,9 @@
 """Which items go into which shard: settled by the first process and written down for all."""
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +11,6 @@ from soar_mega.data.items import Item
 from soar_mega.data.json_files import line_bytes, lines_of, read_json, write_bytes, write_json
 from soar_mega.data.prepare_folder import HELD_OUT_FOLDER
 from soar_mega.data.selection import Chosen
-from soar_mega.data.shard_job import digest
 
 PLAN_FILE = "plan.json"
 
@@ -77,8 +78,14 @@ class Plan:
         self._numbers[folder] += 1
         rows = ([one.sha256, one.item.to_row()] for one in chosen)
         write_bytes(self._file(folder, number), line_bytes(rows))
-        shard = PlannedShard(folder=folder, number=number, samples=len(chosen), digest=digest(chosen))
+        shard = PlannedShard(folder=folder, number=number, samples=len(chosen), digest=_digest(chosen))
         self.shards.append(shard)
 
     def _file(self, folder: str, number: int) -> Path:
         return self.folder / f"{folder or 'training'}-{number:06d}.plan"
+
+
+def _digest(chosen: Sequence[Chosen]) -> str:
+    """Changes with the names, captions, buckets and contents of a shard's items."""
+    rows = [[c.item.name, c.item.caption, c.item.bucket, c.item.mirrored, c.sha256] for c in chosen]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -30,7 +30,7 @@ class Lock:
         self._folder = folder
         self._file: IO[str] = open(folder / LOCK_FILE, "a")  # noqa: SIM115 open as long as it is held
 
-    def take(self) -> int:
+    def take(self) -> None:
         """By the first process alone. ValueError when another `prepare` holds it."""
         try:
             self._flock(fcntl.LOCK_EX)
@@ -39,7 +39,6 @@ class Lock:
                 f"another `soar-mega prepare` is writing {self._folder}: wait, or give another folder"
             ) from error
         self._flock(fcntl.LOCK_SH)
-        return 0
 
     def share(self) -> None:
         """By the others, when the first one has taken it."""

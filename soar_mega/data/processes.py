@@ -71,14 +71,16 @@ class Processes:
             raise ValueError(self._store.get(f"error {self._steps} of {failed}").decode())
         return result
 
-    def first_alone(self, work: Callable[[], int]) -> int:
-        """A step that the first process does while the others wait; its result on all. Collective; raises what
-        `together` does."""
+    def first_alone(self, work: Callable[[], int | None]) -> int:
+        """A step that the first process does while the others wait; its result on all, 0 where it has none.
+
+        Collective; raises what `together` does.
+        """
         name = f"result {self._steps}"
 
         def of_the_first() -> None:
             if self.rank == 0:
-                self._store.set(name, str(int(work())))
+                self._store.set(name, str(int(work() or 0)))
 
         self.together(of_the_first)
         return int(self._store.get(name))

@@ -34,9 +34,9 @@ from soar_mega.data.prepare_options import DTYPES, Options
 from soar_mega.data.processes import Processes
 from soar_mega.data.rejects import REJECTS_FILE, read_rejects, write_duplicates, write_rejects
 from soar_mega.data.selection import Selection
+from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
-from soar_mega.data.shards import read_dataset_file
 from soar_mega.data.survey import Survey
 from soar_mega.outputs import refuse_overlap
 

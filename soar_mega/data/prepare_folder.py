@@ -10,8 +10,8 @@ from typing import IO, Any
 from soar_mega.data.items import Reject
 from soar_mega.data.json_files import read_json, write_json
 from soar_mega.data.rejects import rejects_of
+from soar_mega.data.shard_files import read_index
 from soar_mega.data.shard_writer import DATASET_FILE, shard_name
-from soar_mega.data.shards import read_index
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soar_mega.data.caption_lists import list_rows
-from soar_mega.data.image_folder import IMAGE_SUFFIXES, list_folder
+from soar_mega.data.image_folder import list_folder
 from soar_mega.data.items import Item, Reject
+from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
 from soar_mega.data.sample_tars import list_tar
 
 

@@ -11,7 +11,7 @@ from soar_mega.data.info import DatasetInfo
 from soar_mega.data.json_files import read_json
 from soar_mega.data.plan import Plan
 from soar_mega.data.prepare_folder import HELD_OUT_FOLDER, index_file, remove_leftover_shards
-from soar_mega.data.rejects import REJECTS_FILE, read_rejects, rejects_of, table, write_rejects
+from soar_mega.data.rejects import REJECTS_FILE, read_rejects, rejects_of, write_rejects
 from soar_mega.data.shard_writer import write_dataset_file
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,6 @@ def finish(
             captions_cut=dict(counted.cut),
         )
         _tell(folder / name, counted, len(digests), len(rejects))
-    for line in table(rejects):
-        log.info("%s", line)
 
 
 def _tell(folder: Path, counted: _Counts, shards: int, rejected: int) -> None:

@@ -23,12 +23,14 @@ NAMED = 5  # rejects named in a message
 
 
 def write_rejects(folder: Path, rejects: Sequence[Reject], total: int, skip_invalid: bool) -> None:
-    """Write down all that was left out of `total` samples.
+    """Write down all that was left out of `total` samples, and tell how many of each kind.
 
     ValueError where something is wrong with any of them and that is not allowed.
     """
     path = folder / REJECTS_FILE
     write_bytes(path, line_bytes(map(asdict, rejects)))
+    for kind, count in Counter(reject.kind for reject in rejects).most_common():
+        log.info("%10d  %s", count, kind)
     wrong = [reject for reject in rejects if not reject.by_choice]
     if not wrong or skip_invalid:
         return
@@ -55,12 +57,6 @@ def read_rejects(folder: Path) -> list[Reject]:
 def rejects_of(index: Mapping[str, Any], path: Path) -> list[Reject]:
     """Those of a shard; ValueError where its index, read from `path`, does not list them."""
     return [_reject(row, path) for row in index.get("rejects", [None])]
-
-
-def table(rejects: Sequence[Reject]) -> list[str]:
-    """What was left out, by kind, the most frequent first."""
-    counts = Counter(reject.kind for reject in rejects)
-    return [f"{count:10d}  {kind}" for kind, count in counts.most_common()]
 
 
 def write_duplicates(folder: Path, duplicates: Sequence[tuple[str, str]], dropped: bool) -> None:

@@ -104,13 +104,17 @@ def test_an_unfinished_folder_with_other_settings_is_refused(images, tmp_path):
         prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=4))
 
 
-def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path):
+def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path, caplog):
     whole = (images / "2.png").read_bytes()
     (images / "2.png").write_bytes(whole[:100])
     (images / "4.txt").unlink()
     out = tmp_path / "out"
-    with pytest.raises(ValueError) as error:
+    with (
+        caplog.at_level(logging.INFO, logger="soar_mega"),
+        pytest.raises(ValueError) as error,
+    ):
         prepare(images, out, BASE, Options(samples_per_shard=2))
+    assert "         1  no caption\n" in caplog.text
     message = str(error.value)
     assert "2 of 7 samples cannot be used" in message and "--skip-invalid" in message
     assert (

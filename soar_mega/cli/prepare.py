@@ -39,7 +39,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--pipeline-dir", required=True, help="diffusers pipeline folder whose encoders are used"
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a JSONL list are")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a list are")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--resolution", type=int, help="edge of the square bucket; others have about its area (default: "
                        "the transformer's own sample size)")  # fmt: skip

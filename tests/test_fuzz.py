@@ -24,6 +24,7 @@ from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, image_size, read_image
 from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
+from soar_mega.data.prepare_options import Options
 from soar_mega.data.shards import open_shards
 from soar_mega.models.family import read_sizes
 from soar_mega.stages import load_recipe
@@ -229,7 +230,7 @@ def test_a_folder_that_is_prepared_again(name: str, tmp_path: Path, rng: random.
         Image.new("RGB", (16, 16)).save(tmp_path / f"images/{index}.png")
     (tmp_path / "images/0.txt").write_text("a red 0")
     call = (tmp_path / "images", tmp_path / "out", BASE)
-    prepare(*call, skip_invalid=True)
+    prepare(*call, Options(skip_invalid=True))
     contents = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     if name in ("shard-000000.json", "prepare.json"):
         del contents["dataset.json"]  # they are read again while it is unfinished
@@ -239,7 +240,7 @@ def test_a_folder_that_is_prepared_again(name: str, tmp_path: Path, rng: random.
         for file, content in contents.items():
             (tmp_path / "out" / file).write_bytes(content)
         (tmp_path / "out" / name).write_text(damaged_json(contents[name].decode(), rng))
-        only_value_errors(lambda: prepare(*call, skip_invalid=True))
+        only_value_errors(lambda: prepare(*call, Options(skip_invalid=True)))
 
 
 CONFIGS = [

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from safetensors.torch import load, save_file
 
 from soar_mega.config import DataConfig
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.json_files import write_json
 from soar_mega.data.loader import Loader
 from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.data.order import Order, Place
@@ -45,11 +46,11 @@ from soar_mega.data.shard_writer import (
     ShardWriter,
     shard_name,
     write_dataset_file,
-    write_json,
 )
 from soar_mega.data.shards import open_shards
 
 Json = dict[str, Any]
+Batches = Generator[Any, None, None]
 SIZES = ["1024x1024", "896x1152", "1152x896", "768x1344", "1344x768"]
 PER_SHARD = 1000
 PART_BYTES = 1 << 19  # of a sample's latents, and of its text
@@ -171,7 +172,7 @@ def write_feed(folder: Path, samples: int, tokens: tuple[int, int], side: int) -
     write_dataset_file(folder, info, FEED_SHARDS)
 
 
-def loader_batches(folder: Path, workers: int, batch: int) -> Iterator[Any]:
+def loader_batches(folder: Path, workers: int, batch: int) -> Batches:
     """As a run reads them."""
     loader = Loader(DataConfig(path=str(folder), num_workers=workers), 42, batch)
     try:
@@ -181,7 +182,7 @@ def loader_batches(folder: Path, workers: int, batch: int) -> Iterator[Any]:
         loader.close()
 
 
-def webdataset_batches(folder: Path, workers: int, batch: int) -> Iterator[Any]:
+def webdataset_batches(folder: Path, workers: int, batch: int) -> Batches:
     """Its usual pipeline, without end."""
     import webdataset
 
@@ -212,7 +213,7 @@ def fed(folder: Path, way: str, workers: int, batch: int, steps: int, step_secon
         before = time.perf_counter()
         next(batches)
         waited += time.perf_counter() - before
-    getattr(batches, "close", lambda: None)()
+    batches.close()
     share = waited / (waited + steps * step_seconds)
     return {"samples_per_second": steps * batch / seconds, "wait_share": share}
 

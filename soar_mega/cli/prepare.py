@@ -1,6 +1,9 @@
 """soar-mega prepare"""
 
 import argparse
+from pathlib import Path
+
+from soar_mega.cli.srun import adopt_srun
 
 HELP = """\
 Encode captioned images once, into shards that training reads: latents, text embeddings, captions, and an index.
@@ -36,7 +39,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--pipeline-dir", required=True, help="diffusers pipeline folder whose encoders are used"
     )
-    parser.add_argument("--images", metavar="FOLDER", help="where the images of a JSONL list are")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where the images of a list are")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--resolution", type=int, help="edge of the square bucket; others have about its area (default: "
                        "the transformer's own sample size)")  # fmt: skip
@@ -83,21 +86,16 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from soar_mega.data.processes import adopt_srun
-
-    adopt_srun()
-
     from soar_mega.cli.process import start_process
 
+    adopt_srun()
     start_process()
 
     from soar_mega.data.prepare import prepare
+    from soar_mega.data.prepare_options import Options
     from soar_mega.data.selection import Wishes
 
-    prepare(
-        arguments.source,
-        arguments.out,
-        arguments.pipeline_dir,
+    options = Options(
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,
@@ -117,4 +115,5 @@ def run(arguments: argparse.Namespace) -> int:
         samples_per_shard=arguments.samples_per_shard,
         threads=arguments.threads,
     )
+    prepare(arguments.source, arguments.out, arguments.pipeline_dir, options)
     return 0

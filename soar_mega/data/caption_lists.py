@@ -11,17 +11,14 @@ from typing import Any
 from soar_mega.data.images import Picture
 from soar_mega.data.info import bucket_name
 from soar_mega.data.items import Item, Reject
-from soar_mega.data.text_files import decode
+from soar_mega.data.text_files import NO_TEXT, decode
 from soar_mega.user_files import is_text
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_KEYS = ("text", "caption", "prompt")  # the first that a row has
+PUBLISHED_KEY = "caption_en"  # of the published lists, and of what was made of them
 KIND = "line of a list"
 SHOWN = 60  # characters of an impossible file name in a message
-
-
-class _Invalid(ValueError):
-    """Why one sample of a list cannot be used."""
 
 
 def list_rows(path: Path, images: Path, score_key: str) -> Iterator[Item | Reject]:
@@ -50,9 +47,9 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _Invalid(f"is not valid JSON: {error}") from error
+        raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise _Invalid("is not a JSON object")
+        raise ValueError("is not a JSON object")
     return row
 
 
@@ -79,34 +76,32 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.reader.line_num, _Invalid(f"is not valid CSV: {error}")
+            yield reader.reader.line_num, ValueError(f"is not valid CSV: {error}")
         else:
             yield reader.line_num, row
 
 
 def _item(row: dict[str, Any], images: Path, score_key: str) -> Item:
     if "md5" in row:
-        name, caption_key = f"{row['md5']}.jpg", "caption_en"
+        name, caption_key = f"{row['md5']}.jpg", PUBLISHED_KEY
         bucket = bucket_name(_pixels(row, "bw"), _pixels(row, "bh"))
     elif "file_name" in row:
         name, bucket = str(row["file_name"]), None
         caption_key = next((key for key in CAPTION_KEYS if key in row), CAPTION_KEYS[0])
     else:
-        raise _Invalid("has neither md5 nor file_name")
+        raise ValueError("has neither md5 nor file_name")
     caption = row.get(caption_key)
     if not isinstance(caption, str) or not caption.strip():
-        raise _Invalid(f"{name} has no caption ({caption_key} is missing or empty)")
+        raise ValueError(f"{name} has no caption ({caption_key} is missing or empty)")
     if not is_text(caption):
-        raise _Invalid(
-            f"the caption of {name} is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)"
-        )
+        raise ValueError(f"the caption of {name} {NO_TEXT}")
     path = _inside(images, name)
     try:
         there = path.is_file()
     except OSError as error:  # no file can have such a name
-        raise _Invalid(f"image {_shortened(name)} cannot be opened: {error.strerror}") from error
+        raise ValueError(f"image {_shortened(name)} cannot be opened: {error.strerror}") from error
     if not there:
-        raise _Invalid(f"image {path} is missing")
+        raise ValueError(f"image {path} is missing")
     return Item(
         name=name,
         image=Picture(path),
@@ -119,10 +114,10 @@ def _item(row: dict[str, Any], images: Path, score_key: str) -> Item:
 def _inside(images: Path, name: str) -> Path:
     """A list may come from elsewhere: it names nothing but what is in the folder of its images."""
     if not is_text(name):
-        raise _Invalid("its file_name is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)")
+        raise ValueError(f"its file_name {NO_TEXT}")
     path = Path(os.path.normpath(images / name))
     if not path.is_relative_to(os.path.normpath(images)):
-        raise _Invalid(
+        raise ValueError(
             f"image {_shortened(name)} is not in {images}: --images names the folder that all are in"
         )
     return images / name
@@ -131,7 +126,7 @@ def _inside(images: Path, name: str) -> Path:
 def _pixels(row: dict[str, Any], key: str) -> int:
     value = row.get(key)
     if type(value) is not int or value <= 0:  # true is an int too
-        raise _Invalid(f"{row['md5']}: {key} is {value!r}, a width or height in pixels is expected")
+        raise ValueError(f"{row['md5']}: {key} is {value!r}, a width or height in pixels is expected")
     return value
 
 

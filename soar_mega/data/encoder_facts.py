@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from soar_mega.data.info import DatasetInfo
 from soar_mega.models.family import family_in
 from soar_mega.user_files import lfs_advice, number, read_object, whole
 
@@ -54,6 +56,26 @@ class EncoderFacts:
     max_sequence_length: int  # T5 tokens among the text tokens
     texts: tuple[TextPart, ...]
     join: Callable[[Sequence[TextOutput], "EncoderFacts"], tuple[Tensor, Tensor]]
+
+    def dataset_info(
+        self, buckets: dict[str, int], text_dtype: torch.dtype, encoders: dict[str, str]
+    ) -> DatasetInfo:
+        """Of samples that these encoders make.
+
+        Args:
+            buckets: name -> samples.
+            encoders: their fingerprints.
+        """
+        return DatasetInfo(
+            buckets=buckets,
+            latent_channels=self.latent_channels,
+            vae_scale_factor=self.vae_scale_factor,
+            text_shape=self.text_shape,
+            pooled_size=self.pooled_size,
+            max_sequence_length=self.max_sequence_length,
+            text_dtype=str(text_dtype).removeprefix("torch."),
+            encoders=encoders,
+        )
 
 
 def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) -> EncoderFacts:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
-from soar_mega.data.caption_lists import CAPTION_KEYS
+from soar_mega.data.caption_lists import CAPTION_KEYS, PUBLISHED_KEY
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
 from soar_mega.user_files import is_text
 
@@ -110,7 +110,7 @@ def _repack(source: Path, file: BinaryIO) -> None:
     try:
         table = parquet.ParquetFile(source)
         columns = set(table.schema_arrow.names)
-        caption = next((key for key in (*CAPTION_KEYS, "caption_en") if key in columns), None)
+        caption = next((key for key in (*CAPTION_KEYS, PUBLISHED_KEY) if key in columns), None)
         if "image" not in columns or caption is None:
             raise ValueError(f"it has the columns {', '.join(sorted(columns))}: image and text are expected")
         with tarfile.open(fileobj=file, mode="w") as tar:

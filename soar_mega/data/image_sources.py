@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soar_mega.data.caption_lists import list_rows
-from soar_mega.data.image_folder import IMAGE_SUFFIXES, list_folder
+from soar_mega.data.image_folder import list_folder
 from soar_mega.data.items import Item, Reject
+from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
 from soar_mega.data.sample_tars import list_tar
 
 
@@ -17,8 +18,8 @@ def list_items(
     Args:
         source: a folder of images with a NAME.txt or NAME.caption beside each NAME.png (.jpg, ...), or with a
             metadata.jsonl or metadata.csv (file_name, text), and the .tar files in it; a .jsonl or .csv file with
-            either md5, caption_en, bw, bh (images named MD5.jpg) or file_name, text; a .tar file as webdataset
-            writes it.
+            file_name, text, or a .jsonl file with md5, caption_en, bw, bh (images named MD5.jpg); a .tar file as
+            webdataset writes it.
         images: the folder of the images of a list; None: the folder that the list is in.
         score_key: where a list, or the .json of a sample in a tar, has the score of an image.
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from soar_mega.data.encoder_facts import class_name, encoder_facts, loading
-from soar_mega.data.info import DatasetInfo
+from soar_mega.data.encoder_facts import TextPart, encoder_facts
 from soar_mega.data.shards import SampleError, ShardSet
+from soar_mega.data.text_encoder import count_tokens, load_tokenizer
 from soar_mega.data.vae import Decoder
 
 THUMBNAIL = 256  # pixels a side, of a contact sheet's pictures
@@ -48,30 +47,6 @@ class LatentStatistics:
         return {"mean": mean, "std": std, "not_finite": not_finite, "unreadable": self.failures}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """What one text encoder takes of a caption."""
-
-    part: str
-    tokenizer: Any
-    length: int  # tokens
-
-    def tokens(self, caption: str) -> int:
-        return len(self.tokenizer(caption, verbose=False).input_ids)
-
-
-def windows(pipeline_dir: Path, info: DatasetInfo) -> list[Window]:
-    """Of the text encoders of a pipeline folder, from its tokenizers alone. ValueError: one cannot be loaded."""
-    found = []
-    for text in encoder_facts(pipeline_dir, info.max_sequence_length).texts:
-        name = text.part.replace("text_encoder", "tokenizer")
-        with loading(pipeline_dir / name):
-            kind = getattr(transformers, class_name(pipeline_dir, name) or "")
-            tokenizer = kind.from_pretrained(pipeline_dir / name)
-        found.append(Window(part=text.part, tokenizer=tokenizer, length=text.length))
-    return found
-
-
 def spread(members: Sequence[int] | NDArray[Any], count: int) -> list[int]:
     """At most `count` of these samples, evenly spread over all of them."""
     take = min(count, len(members))
@@ -85,7 +60,7 @@ def inspect(shards: ShardSet, samples: int, pipeline_dir: str = "") -> dict[str,
         pipeline_dir: its tokenizers count the captions' tokens; "" counts characters alone.
     """
     info = shards.info
-    encoders = windows(Path(pipeline_dir), info) if pipeline_dir else []
+    tokenizers = _tokenizers(Path(pipeline_dir), info.max_sequence_length) if pipeline_dir else []
     latents, captions = {}, []
     for bucket, count in info.buckets.items():
         statistics = LatentStatistics()
@@ -109,7 +84,7 @@ def inspect(shards: ShardSet, samples: int, pipeline_dir: str = "") -> dict[str,
         "captions": {
             "empty": sum(not caption.strip() for caption in captions),
             "characters": _lengths(map(len, captions)),
-            "tokens": {encoder.part: _tokens(encoder, captions) for encoder in encoders},
+            "tokens": {facts.part: _tokens(facts, tokenizer, captions) for facts, tokenizer in tokenizers},
         },
         "captions_cut": shards.captions_cut,
     }
@@ -149,10 +124,16 @@ def _thumbnail(image: Tensor) -> Tensor:
     return image[0].nan_to_num().clamp(0, 1)
 
 
-def _tokens(encoder: Window, captions: Sequence[str]) -> dict[str, Any]:
-    lengths = [encoder.tokens(caption) for caption in captions]
-    cut = sum(length > encoder.length for length in lengths)
-    return {**_lengths(lengths), "window": encoder.length, "cut": cut}
+def _tokenizers(pipeline_dir: Path, max_sequence_length: int) -> list[tuple[TextPart, Any]]:
+    """Of the text encoders of a pipeline folder, and what each of these takes. ValueError: one cannot be loaded."""
+    texts = encoder_facts(pipeline_dir, max_sequence_length).texts
+    return [(facts, load_tokenizer(pipeline_dir, facts)) for facts in texts]
+
+
+def _tokens(facts: TextPart, tokenizer: Any, captions: Sequence[str]) -> dict[str, Any]:
+    lengths = [count_tokens(tokenizer, caption) for caption in captions]
+    cut = sum(length > facts.length for length in lengths)
+    return {**_lengths(lengths), "window": facts.length, "cut": cut}
 
 
 def _lengths(lengths: Iterable[int]) -> dict[str, int]:

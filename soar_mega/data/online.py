@@ -15,7 +15,7 @@ from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
-from soar_mega.data.info import DatasetInfo, bucket_size
+from soar_mega.data.info import bucket_size
 from soar_mega.data.shards import Read
 from soar_mega.flow import normal
 
@@ -56,16 +56,8 @@ class OnlineImages:
             )
         self._text = text
         self._encoders: Encoders | None = None
-        self.info = DatasetInfo(
-            buckets={bucket: self._buckets.count(bucket) for bucket in dict.fromkeys(self._buckets)},
-            latent_channels=facts.latent_channels,
-            vae_scale_factor=facts.vae_scale_factor,
-            text_shape=facts.text_shape,
-            pooled_size=facts.pooled_size,
-            max_sequence_length=facts.max_sequence_length,
-            text_dtype="float32",
-            encoders=fingerprints(self._pipeline),
-        )
+        buckets = {bucket: self._buckets.count(bucket) for bucket in dict.fromkeys(self._buckets)}
+        self.info = facts.dataset_info(buckets, torch.float32, fingerprints(self._pipeline))
 
     def open(self) -> None:
         """Load the encoders, on this process's device."""

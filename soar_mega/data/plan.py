@@ -1,17 +1,16 @@
 """Which items go into which shard: settled by the first process and written down for all."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from soar_mega.data.items import Item
+from soar_mega.data.json_files import line_bytes, lines_of, read_json, write_bytes, write_json
 from soar_mega.data.prepare_folder import HELD_OUT_FOLDER
 from soar_mega.data.selection import Chosen
-from soar_mega.data.shard_job import digest
-from soar_mega.data.shard_writer import write_bytes, write_json
-from soar_mega.data.shards import read_json
 
 PLAN_FILE = "plan.json"
 
@@ -39,10 +38,11 @@ class Plan:
     def add(self, chosen: Iterable[Chosen], samples_per_shard: int) -> None:
         """Cut further items, as they come, into shards."""
         for one in chosen:
-            waiting = self._waiting.setdefault(HELD_OUT_FOLDER if one.held_out else "", [])
+            folder = HELD_OUT_FOLDER if one.held_out else ""
+            waiting = self._waiting.setdefault(folder, [])
             waiting.append(one)
             if len(waiting) == samples_per_shard:
-                self._close_shard(HELD_OUT_FOLDER if one.held_out else "")
+                self._close_shard(folder)
 
     def finish(self) -> None:
         """Close the last shards, and write down what `read` reads."""
@@ -63,7 +63,7 @@ class Plan:
 
     def items(self, shard: PlannedShard) -> list[Chosen]:
         """What goes into a shard."""
-        rows = map(json.loads, self._file(shard.folder, shard.number).read_text().splitlines())
+        rows = lines_of(self._file(shard.folder, shard.number).read_bytes())
         held_out = shard.folder == HELD_OUT_FOLDER
         return [Chosen(item=Item.from_row(row), sha256=sha256, held_out=held_out) for sha256, row in rows]
 
@@ -76,10 +76,16 @@ class Plan:
         chosen = self._waiting.pop(folder)
         number = self._numbers[folder]
         self._numbers[folder] += 1
-        rows = [json.dumps([one.sha256, one.item.to_row()]) for one in chosen]
-        write_bytes(self._file(folder, number), "\n".join(rows).encode())
-        shard = PlannedShard(folder=folder, number=number, samples=len(chosen), digest=digest(chosen))
+        rows = ([one.sha256, one.item.to_row()] for one in chosen)
+        write_bytes(self._file(folder, number), line_bytes(rows))
+        shard = PlannedShard(folder=folder, number=number, samples=len(chosen), digest=_digest(chosen))
         self.shards.append(shard)
 
     def _file(self, folder: str, number: int) -> Path:
         return self.folder / f"{folder or 'training'}-{number:06d}.plan"
+
+
+def _digest(chosen: Sequence[Chosen]) -> str:
+    """Changes with the names, captions, buckets and contents of a shard's items."""
+    rows = [[c.item.name, c.item.caption, c.item.bucket, c.item.mirrored, c.sha256] for c in chosen]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

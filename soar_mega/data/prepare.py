@@ -6,10 +6,8 @@ the settings alone, so a prepare that was interrupted goes on behind its complet
 dataset.json comes last, and only when rejects are allowed or there are none.
 """
 
-import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,38 +23,26 @@ from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fetched import copy_of, expand, fetch, is_copied, is_remote
 from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.finishing import finish
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.items import Item, Reject
+from soar_mega.data.json_files import write_bytes
 from soar_mega.data.plan import Plan, PlannedShard
-from soar_mega.data.prepare_folder import (
-    DUPLICATES_FILE,
-    FETCHED_FOLDER,
-    HELD_OUT_FOLDER,
-    REJECTS_FILE,
-    SURVEY_FOLDER,
-    Lock,
-    complete_shard,
-    index_file,
-)
+from soar_mega.data.prepare_folder import FETCHED_FOLDER, HELD_OUT_FOLDER, SURVEY_FOLDER, Lock, complete_shard
+from soar_mega.data.prepare_options import DTYPES, Options
 from soar_mega.data.processes import Processes
-from soar_mega.data.selection import Selection, Wishes
+from soar_mega.data.rejects import REJECTS_FILE, read_rejects, write_duplicates, write_rejects
+from soar_mega.data.selection import Selection
+from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_job import ShardJob
-from soar_mega.data.shard_writer import (
-    DATASET_FILE,
-    EMPTY_FILE,
-    FORMAT_VERSION,
-    write_bytes,
-    write_dataset_file,
-)
-from soar_mega.data.shards import read_dataset_file, read_json
+from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
 from soar_mega.data.survey import Survey
 from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # rejects named in a message
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEFAULTS = Options()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +59,7 @@ def prepare(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     pipeline_dir: str | Path,
-    *,
-    images: str | Path | None = None,
-    buckets: Sequence[str] = (),
-    resolution: int | None = None,
-    wishes: Wishes | None = None,
-    score_key: str = "score",
-    skip_invalid: bool = False,
-    max_sequence_length: int | None = None,
-    dtype: str = "fp32",
-    batch_size: int = 8,
-    samples_per_shard: int = 1000,
-    threads: int = 4,
+    options: Options = DEFAULTS,
 ) -> Prepared:
     """Encode captioned images with the encoders of a pipeline into shards in `out`.
 
@@ -92,104 +67,64 @@ def prepare(
     the processes that torchrun's environment names, which share the folder.
 
     Args:
-        sources, images, score_key: see `image_sources.list_items`; several sources are taken one after the other.
-        buckets: sizes "WIDTHxHEIGHT" to choose from; empty generates them from `resolution`, the edge of the square one
-            (None: the transformer's own sample size). A size that the source gives is taken as it is.
-        wishes: which images are taken, held out for validation (in `out`/held_out) and mirrored.
-        skip_invalid: finish without the samples that cannot be used, instead of failing.
-        max_sequence_length: T5 tokens; None takes the smaller of 256 and what the T5 tokenizer allows.
-        dtype: fp32 | bf16, of the text encoders and their embeddings.
-        batch_size: images per forward of the encoders. It may change between calls; latents differ by rounding then.
-        threads: of each process, that read and decode images.
+        sources: see `image_sources.list_items`; several are taken one after the other.
 
     Raises:
         ValueError: bad arguments, a folder made with others or by others, one that the source lies in or around, or
             samples that cannot be used, by name.
     """
+    given = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
     processes = Processes()
     try:
         preparation = processes.together(
-            lambda: _Preparation(
-                processes=processes,
-                sources=expand([str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]),
-                folder=Path(out),
-                pipeline_dir=Path(pipeline_dir),
-                images=Path(images) if images is not None else None,
-                buckets=buckets,
-                resolution=resolution,
-                wishes=wishes or Wishes(),
-                score_key=score_key,
-                skip_invalid=skip_invalid,
-                max_sequence_length=max_sequence_length,
-                dtype=dtype,
-                batch_size=batch_size,
-                samples_per_shard=samples_per_shard,
-                threads=threads,
-            )
+            lambda: _Preparation(processes, expand(given), Path(out), Path(pipeline_dir), options)
         )
         return preparation.run()
     finally:
         processes.close()
 
 
-@dataclass(kw_only=True)
 class _Preparation:
-    processes: Processes
-    sources: list[str]
-    folder: Path
-    pipeline_dir: Path
-    images: Path | None
-    buckets: Sequence[str]
-    resolution: int | None
-    wishes: Wishes
-    score_key: str
-    skip_invalid: bool
-    max_sequence_length: int | None
-    dtype: str
-    batch_size: int
-    samples_per_shard: int
-    threads: int
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, processes: Processes, sources: list[str], folder: Path, pipeline_dir: Path, options: Options
+    ) -> None:
+        self._processes = processes
+        self._sources = sources
+        self._folder = folder
+        self._pipeline_dir = pipeline_dir
+        self._options = options
         self._check()
-        self._facts = encoder_facts(self.pipeline_dir, self.max_sequence_length)
-        self._buckets = _bucket_choice(self.buckets, self.resolution, self._facts)
+        self._facts = encoder_facts(pipeline_dir, options.max_sequence_length)
+        self._buckets = _bucket_choice(options, self._facts)
+        self._info = self._facts.dataset_info({}, DTYPES[options.dtype], fingerprints(pipeline_dir))
         self._settings = {
             "format_version": FORMAT_VERSION,
-            "encoders": fingerprints(self.pipeline_dir),
+            "encoders": self._info.encoders,
             "buckets": self._buckets,
-            **asdict(self.wishes),
-            "score_key": self.score_key,
+            **asdict(options.wishes),
+            "score_key": options.score_key,
             "max_sequence_length": self._facts.max_sequence_length,
-            "dtype": self.dtype,
-            "samples_per_shard": self.samples_per_shard,
+            "dtype": options.dtype,
+            "samples_per_shard": options.samples_per_shard,
         }
-        self._parts = 0
-        self._survey = Survey(self.folder / SURVEY_FOLDER)
+        self._survey = Survey(folder / SURVEY_FOLDER)
         self._listed_rejects: list[Reject] = []
         self._encoders: Encoders | None = None
 
     def _check(self) -> None:
-        local = [source for source in self.sources if not is_remote(source)]
-        inputs: dict[str, str | Path] = {"the folder of images": self.images or ""}
+        local = [source for source in self._sources if not is_remote(source)]
+        inputs: dict[str, str | Path] = {"the folder of images": self._options.images or ""}
         for source in local:
             inputs["the source" if len(local) == 1 else f"the source {source}"] = source
-        refuse_overlap(self.folder, inputs | {"the pipeline": self.pipeline_dir})
+        refuse_overlap(self._folder, inputs | {"the pipeline": self._pipeline_dir})
         if missing := [source for source in local if not Path(source).exists()]:
             raise ValueError(f"there is no source {missing[0]}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        for name in ("batch_size", "samples_per_shard", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"resolution is {self.resolution}: it must be at least 1 pixel")
-        self.wishes.check()
+        self._options.check()
 
     def run(self) -> Prepared:
         """All steps; each begins when all processes are done with the one before."""
-        processes = self.processes
-        lock = processes.together(lambda: Lock(self.folder))
+        processes = self._processes
+        lock = processes.together(lambda: Lock(self._folder))
         try:
             processes.first_alone(lock.take)
             processes.together(lock.share)
@@ -198,7 +133,7 @@ class _Preparation:
             processes.together(self._fetch)
             parts = processes.first_alone(self._list)
             processes.together(lambda: self._look(parts))
-            if processes.first_alone(self._settle):
+            if processes.first_alone(lambda: self._settle(parts)):
                 processes.together(self._encode)
                 processes.first_alone(self._finish)
             return processes.together(self._result)
@@ -207,145 +142,119 @@ class _Preparation:
 
     def _begin(self) -> bool:
         """Whether the folder is finished and there is nothing on this machine to compare it with."""
-        if not prepare_folder.is_finished(self.folder):
-            prepare_folder.begin(self.folder, self._settings)
+        if not prepare_folder.is_finished(self._folder):
+            prepare_folder.begin(self._folder, self._settings)
             return False
-        values = read_dataset_file(self.folder)
-        path = self.folder / DATASET_FILE
+        values = read_dataset_file(self._folder)
+        path = self._folder / DATASET_FILE
         if not isinstance(values.get("settings"), dict):
             raise ValueError(f"{path} names no settings: `soar-mega prepare` did not write it")
-        prepare_folder.refuse_other_settings(self.folder, values["settings"], self._settings)
-        remote = any(is_remote(source) for source in self.sources)
+        prepare_folder.refuse_other_settings(self._folder, values["settings"], self._settings)
+        remote = any(is_remote(source) for source in self._sources)
         if remote:
-            log.info("%s is finished already; its remote sources are not looked at again", self.folder)
+            log.info("%s is finished already; its remote sources are not looked at again", self._folder)
         return remote
 
     def _fetch(self) -> None:
-        copied = [source for source in self.sources if is_copied(source)]
-        for number in self.processes.shares("sources", len(copied)):
+        copied = [source for source in self._sources if is_copied(source)]
+        for number in self._processes.shares("sources", len(copied)):
             fetch(copied[number], self._local(copied[number]))
 
     def _local(self, source: str) -> Path:
-        return copy_of(source, self.folder / FETCHED_FOLDER) if is_copied(source) else Path(source)
+        return copy_of(source, self._folder / FETCHED_FOLDER) if is_copied(source) else Path(source)
 
     def _list(self) -> int:
         """Write down all items of the sources; how many parts these are to be looked at in."""
         listed: list[Item] = []
-        for source in self.sources:
-            items, rejects = list_items(self._local(source), self.images, self.score_key)
-            if len(self.sources) > 1:
+        for source in self._sources:
+            items, rejects = list_items(self._local(source), self._options.images, self._options.score_key)
+            if len(self._sources) > 1:
                 items = [replace(item, name=f"{source}: {item.name}") for item in items]
                 rejects = [replace(reject, name=f"{source}: {reject.name}") for reject in rejects]
             listed += items
             self._listed_rejects += rejects
-        self._parts = self._survey.write_list(listed)
-        return self._parts
+        return self._survey.write_list(listed)
 
     def _look(self, parts: int) -> None:
-        for part in self.processes.shares("parts", parts):
-            self._survey.look(part, self.threads)
+        for part in self._processes.shares("parts", parts):
+            self._survey.look(part, self._options.threads)
 
-    def _settle(self) -> int:
+    def _settle(self, parts: int) -> int:
         """What goes where: how many shards; 0 for a finished folder, of which all is still the same."""
-        survey = self._survey
-        selection = Selection(self.wishes, self._buckets, self._facts)
-        plan = Plan(folder=self.folder / SURVEY_FOLDER)
-        for part in range(self._parts):
-            pairs = list(zip(survey.items(part), survey.seen(part), strict=True))
-            plan.source_samples += len(pairs)
-            plan.add(selection.choose(pairs), self.samples_per_shard)
-        plan.source_samples += len(self._listed_rejects)
-        plan.finish()
-        if prepare_folder.is_finished(self.folder):
-            plan.remove()
-            self._survey.remove_list()
-            shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
-            if read_dataset_file(self.folder).get("digests") != [shard.digest for shard in plan.of("")]:
+        wishes = self._options.wishes
+        selection = Selection(wishes, self._buckets, self._facts)
+        plan = self._planned(parts, selection)
+        if prepare_folder.is_finished(self._folder):
+            self._tidy(plan)
+            if read_dataset_file(self._folder).get("digests") != [shard.digest for shard in plan.of("")]:
                 raise ValueError(
-                    f"{self.folder} was made of other images or captions: remove it or give another folder"
+                    f"{self._folder} was made of other images or captions: remove it or give another folder"
                 )
-            log.info("%s is finished already", self.folder)
+            log.info("%s is finished already", self._folder)
             return 0
         rejects = self._listed_rejects + selection.rejects
-        prepare_folder.write_rejects(self.folder, rejects)
-        self._tell_duplicates(selection.duplicates)
-        self._judge(rejects, plan.source_samples)
+        write_duplicates(self._folder, selection.duplicates, wishes.drop_duplicates)
+        write_rejects(self._folder, rejects, plan.source_samples, self._options.skip_invalid)
         if not plan.of(""):
             raise ValueError(
-                f"none of the {plan.source_samples} samples can be used (see {self.folder / REJECTS_FILE})"
+                f"none of the {plan.source_samples} samples can be used (see {self._folder / REJECTS_FILE})"
             )
-        if self.wishes.held_out_share is not None and not plan.of(HELD_OUT_FOLDER):
+        if wishes.held_out_share is not None and not plan.of(HELD_OUT_FOLDER):
             raise ValueError(
-                f"held_out_share {self.wishes.held_out_share} of {plan.source_samples} samples holds none: give a "
+                f"held_out_share {wishes.held_out_share} of {plan.source_samples} samples holds none: give a "
                 "larger one"
             )
         for shard in plan.shards:
-            (self.folder / shard.folder).mkdir(exist_ok=True)
+            (self._folder / shard.folder).mkdir(exist_ok=True)
         return len(plan.shards)
 
-    def _tell_duplicates(self, duplicates: Sequence[tuple[str, str]]) -> None:
-        rows = [json.dumps({"name": name, "same_as": first}) + "\n" for name, first in duplicates]
-        path = self.folder / DUPLICATES_FILE
-        if not duplicates:
-            path.unlink(missing_ok=True)
-            return
-        write_bytes(path, "".join(rows).encode())
-        done = "left out" if self.wishes.drop_duplicates else "kept"
-        log.warning(
-            "%d samples have the same image file as an earlier one and are %s, such as %s and %s (all in %s)",
-            len(duplicates),
-            done,
-            *duplicates[0],
-            path,
-        )
-
-    def _judge(self, rejects: Sequence[Reject], total: int) -> None:
-        """ValueError where something is wrong with samples and that is not allowed."""
-        wrong = [reject for reject in rejects if not reject.by_choice]
-        if not wrong or self.skip_invalid:
-            return
-        named = "\n".join(f"  {reject.name}: {reject.reason}" for reject in wrong[:NAMED])
-        more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        raise ValueError(
-            f"{len(wrong)} of {total} samples cannot be used (all are listed in {self.folder / REJECTS_FILE}):\n{named}"
-            f"{more}\nRepair or remove them and run the same command again, or leave them out with --skip-invalid"
-        )
+    def _planned(self, parts: int, selection: Selection) -> Plan:
+        """What `selection` chooses of all parts, in shards."""
+        survey = self._survey
+        plan = Plan(folder=self._folder / SURVEY_FOLDER)
+        for part in range(parts):
+            pairs = list(zip(survey.items(part), survey.seen(part), strict=True))
+            plan.source_samples += len(pairs)
+            plan.add(selection.choose(pairs), self._options.samples_per_shard)
+        plan.source_samples += len(self._listed_rejects)
+        plan.finish()
+        return plan
 
     def _encode(self) -> None:
         """Write shards that are not there yet."""
-        plan = Plan.read(self.folder / SURVEY_FOLDER)
-        if self.processes.rank == 0:
+        plan = Plan.read(self._folder / SURVEY_FOLDER)
+        if self._processes.rank == 0:
             self._write_empty(plan)
         total = sum(shard.samples for shard in plan.shards)
         # disable=None: silent when nobody looks
-        hidden = None if self.processes.rank == 0 else True
+        hidden = None if self._processes.rank == 0 else True
         with tqdm(total=total, desc="prepare", unit="sample", disable=hidden, smoothing=0.02) as bar:
 
             def advance(samples: int) -> None:
-                bar.update(self.processes.count("samples", samples) - bar.n)
+                bar.update(self._processes.count("samples", samples) - bar.n)
 
-            for number in self.processes.shares("shards", len(plan.shards)):
+            for number in self._processes.shares("shards", len(plan.shards)):
                 shard = plan.shards[number]
-                old = complete_shard(self.folder / shard.folder, shard.number, shard.digest)
+                old = complete_shard(self._folder / shard.folder, shard.number, shard.digest)
                 # what was rejected may have been repaired since
-                if old is not None and (self.skip_invalid or not old):
+                if old is not None and (self._options.skip_invalid or not old):
                     advance(shard.samples)
                 else:
                     self._write_shard(plan, shard, advance)
 
     def _write_shard(self, plan: Plan, shard: PlannedShard, advance: Callable[[int], None]) -> None:
-        first_key = shard.number * self.samples_per_shard
-        folder = self.folder / shard.folder
-        job = ShardJob(folder, shard.number, first_key, self._loaded(), self.batch_size, self.threads)
+        first_key = shard.number * self._options.samples_per_shard
+        folder, batch_size = self._folder / shard.folder, self._options.batch_size
+        job = ShardJob(folder, shard.number, first_key, self._loaded(), batch_size, self._options.threads)
         try:
-            job.run(plan.items(shard), advance)
+            job.run(plan.items(shard), shard.digest, advance)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"out of memory with --batch-size {self.batch_size}: the same command with a smaller one goes on"
+                f"out of memory with --batch-size {batch_size}: the same command with a smaller one goes on"
             ) from error
 
     def _write_empty(self, plan: Plan) -> None:
-        for folder in {self.folder / shard.folder for shard in plan.shards}:
+        for folder in {self._folder / shard.folder for shard in plan.shards}:
             if not (folder / EMPTY_FILE).is_file():
                 text, pooled = self._loaded().encode_prompts([""])
                 # not save_file: what that writes only its owner can read, whatever the umask
@@ -354,78 +263,32 @@ class _Preparation:
     def _loaded(self) -> Encoders:
         if self._encoders is None:
             self._encoders = Encoders.from_pipeline(
-                self.pipeline_dir, distributed.device(), DTYPES[self.dtype], self._facts.max_sequence_length
+                self._pipeline_dir,
+                distributed.device(),
+                DTYPES[self._options.dtype],
+                self._facts.max_sequence_length,
             )
         return self._encoders
 
-    def _finish(self) -> int:
-        """Judge all rejects, then write the dataset files, that of the training set last."""
-        plan = Plan.read(self.folder / SURVEY_FOLDER)
-        rejects = prepare_folder.read_rejects(self.folder)
-        for shard in plan.shards:
-            path = index_file(self.folder / shard.folder, shard.number)
-            rejects += prepare_folder.rejects_of(read_json(path), path)
-        prepare_folder.write_rejects(self.folder, rejects)
-        self._judge(rejects, plan.source_samples)
-        for folder in (HELD_OUT_FOLDER, ""):
-            if shards := plan.of(folder):
-                self._finish_set(self.folder / folder, [shard.digest for shard in shards], len(rejects))
-        for line in _table(rejects):
-            log.info("%s", line)
+    def _finish(self) -> None:
+        plan = Plan.read(self._folder / SURVEY_FOLDER)
+        finish(self._folder, plan, self._info, self._settings, self._options.skip_invalid)
+        self._tidy(plan)
+
+    def _tidy(self, plan: Plan) -> None:
+        """Remove what a finished folder needs no longer."""
         plan.remove()
         self._survey.remove_list()
-        shutil.rmtree(self.folder / FETCHED_FOLDER, ignore_errors=True)
-        return 0
-
-    def _finish_set(self, folder: Path, digests: list[str], rejected: int) -> None:
-        buckets: Counter[str] = Counter()
-        cut: Counter[str] = Counter()
-        for number in range(len(digests)):
-            index = read_json(index_file(folder, number))
-            buckets.update(sample["bucket"] for sample in index["samples"])
-            cut.update(index.get("captions_cut", {}))
-        if not buckets:
-            raise ValueError(f"none of the samples can be used (see {self.folder / REJECTS_FILE})")
-        info = DatasetInfo(
-            buckets=dict(buckets),
-            latent_channels=self._facts.latent_channels,
-            vae_scale_factor=self._facts.vae_scale_factor,
-            text_shape=self._facts.text_shape,
-            pooled_size=self._facts.pooled_size,
-            max_sequence_length=self._facts.max_sequence_length,
-            text_dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
-            encoders=fingerprints(self.pipeline_dir),
-        )
-        prepare_folder.remove_leftover_shards(folder, len(digests))
-        write_dataset_file(
-            folder,
-            info,
-            len(digests),
-            settings=self._settings,
-            digests=digests,
-            rejected=rejected,
-            captions_cut=dict(cut),
-        )
-        for part, count in cut.items():
-            if count:
-                log.warning(
-                    "%d of %d captions are longer than %s takes and were cut", count, info.samples, part
-                )
-        log.info("%s: %d samples in %d shards, %d left out", folder, info.samples, len(digests), rejected)
+        shutil.rmtree(self._folder / FETCHED_FOLDER, ignore_errors=True)
 
     def _result(self) -> Prepared:
-        info = DatasetInfo.from_json(read_dataset_file(self.folder), self.folder / DATASET_FILE)
-        rejects = prepare_folder.read_rejects(self.folder)
-        return Prepared(folder=self.folder, samples=info.samples, buckets=info.buckets, rejects=rejects)
+        info = DatasetInfo.from_json(read_dataset_file(self._folder), self._folder / DATASET_FILE)
+        rejects = read_rejects(self._folder)
+        return Prepared(folder=self._folder, samples=info.samples, buckets=info.buckets, rejects=rejects)
 
 
-def _bucket_choice(buckets: Sequence[str], resolution: int | None, facts: EncoderFacts) -> list[str]:
-    if buckets:
-        return check_buckets(buckets, facts.size_multiple, facts.largest_side)
-    return generate_buckets(resolution or facts.default_resolution, facts.size_multiple, facts.largest_side)
-
-
-def _table(rejects: Sequence[Reject]) -> list[str]:
-    """What was left out, by kind, the most frequent first."""
-    counts = Counter(reject.kind for reject in rejects)
-    return [f"{count:10d}  {kind}" for kind, count in counts.most_common()]
+def _bucket_choice(options: Options, facts: EncoderFacts) -> list[str]:
+    if options.buckets:
+        return check_buckets(options.buckets, facts.size_multiple, facts.largest_side)
+    resolution = options.resolution or facts.default_resolution
+    return generate_buckets(resolution, facts.size_multiple, facts.largest_side)

@@ -1,24 +1,22 @@
 """The folder that `prepare` writes: who may write into it, with which settings it was begun, and what is done in it."""
 
 import fcntl
-import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from soar_mega.data.items import Reject
-from soar_mega.data.shard_writer import DATASET_FILE, shard_name, write_bytes, write_json
-from soar_mega.data.shards import read_index, read_json
+from soar_mega.data.json_files import read_json, write_json
+from soar_mega.data.rejects import rejects_of
+from soar_mega.data.shard_files import read_index
+from soar_mega.data.shard_writer import DATASET_FILE, shard_name
 
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "prepare.json"  # written first: where it is, what is named here is this program's
 LOCK_FILE = ".lock"
-REJECTS_FILE = "rejects.jsonl"
-DUPLICATES_FILE = "duplicates.jsonl"
 SURVEY_FOLDER = ".survey"
 FETCHED_FOLDER = ".fetched"
 HELD_OUT_FOLDER = "held_out"
@@ -32,7 +30,7 @@ class Lock:
         self._folder = folder
         self._file: IO[str] = open(folder / LOCK_FILE, "a")  # noqa: SIM115 open as long as it is held
 
-    def take(self) -> int:
+    def take(self) -> None:
         """By the first process alone. ValueError when another `prepare` holds it."""
         try:
             self._flock(fcntl.LOCK_EX)
@@ -41,7 +39,6 @@ class Lock:
                 f"another `soar-mega prepare` is writing {self._folder}: wait, or give another folder"
             ) from error
         self._flock(fcntl.LOCK_SH)
-        return 0
 
     def share(self) -> None:
         """By the others, when the first one has taken it."""
@@ -104,11 +101,6 @@ def complete_shard(folder: Path, number: int, digest: str) -> list[Reject] | Non
     return rejects
 
 
-def rejects_of(index: Mapping[str, Any], path: Path) -> list[Reject]:
-    """Those of a shard; ValueError where its index, read from `path`, does not list them."""
-    return [_reject(row, path) for row in index.get("rejects", [None])]
-
-
 def remove_leftover_shards(folder: Path, count: int) -> None:
     """Those behind the last one: the folder was begun with more images."""
     for path in sorted(folder.iterdir()):
@@ -118,27 +110,6 @@ def remove_leftover_shards(folder: Path, count: int) -> None:
             path.unlink()
 
 
-def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
-    lines = [json.dumps(asdict(reject)) + "\n" for reject in rejects]
-    write_bytes(folder / REJECTS_FILE, "".join(lines).encode())
-
-
-def read_rejects(folder: Path) -> list[Reject]:
-    path = folder / REJECTS_FILE
-    try:
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [_reject(json.loads(line), path) for line in lines]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: remove it ({error})") from error
-
-
 def is_finished(folder: Path) -> bool:
     """Whether the last thing that is written is there."""
     return (folder / DATASET_FILE).is_file()
-
-
-def _reject(row: Any, path: Path) -> Reject:
-    words = ("name", "reason", "kind")
-    if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in words):
-        return Reject(**{key: row[key] for key in words}, by_choice=row.get("by_choice") is True)
-    raise ValueError(f"{path} holds {str(row)[:60]} where a rejected sample's name and reason belong")

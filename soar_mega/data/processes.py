@@ -4,7 +4,6 @@ They share a folder and a store of counters; nothing but numbers and messages tr
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -12,25 +11,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from soar_mega.distributed import START_TIMEOUT
+
 T = TypeVar("T")
 
-START_TIMEOUT = timedelta(minutes=10)
 WORK_TIMEOUT = timedelta(days=30)  # a process that is done waits for the slowest; a dead one is seen at once
-FIRST_PORT, PORTS = 20_000, 20_000  # for processes that srun started, by the job's number
 GONE = "another process of this prepare has ended: its own message says why. The same command goes on"
-
-
-def adopt_srun() -> None:
-    """Where srun started the processes itself, gives them the environment that torchrun would."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"])
-    assert first_node is not None
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_ADDR", first_node[1] + (first_node[2] or ""))
-    os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS))
 
 
 class Processes:
@@ -85,14 +71,16 @@ class Processes:
             raise ValueError(self._store.get(f"error {self._steps} of {failed}").decode())
         return result
 
-    def first_alone(self, work: Callable[[], int]) -> int:
-        """A step that the first process does while the others wait; its result on all. Collective; raises what
-        `together` does."""
+    def first_alone(self, work: Callable[[], int | None]) -> int:
+        """A step that the first process does while the others wait; its result on all, 0 where it has none.
+
+        Collective; raises what `together` does.
+        """
         name = f"result {self._steps}"
 
         def of_the_first() -> None:
             if self.rank == 0:
-                self._store.set(name, str(int(work())))
+                self._store.set(name, str(int(work() or 0)))
 
         self.together(of_the_first)
         return int(self._store.get(name))

@@ -10,9 +10,7 @@ The indices of the shards (JSON, one beside each tar) say the same, and the file
 
 import json
 import mmap
-import zlib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,6 @@ INDEX_FILE = "index.bin"
 PLACE = [("offset", "<i8"), ("size", "<i8"), ("checksum", "<u4")]
 RECORD = np.dtype([("latents", PLACE), ("text", PLACE), ("words_end", "<i8"), ("bucket", "<u4")])
 MEMBER = np.dtype("<u4")
-BLOCK = 1 << 24  # bytes read at once
 
 
 class SampleIndex:
@@ -91,21 +88,3 @@ def join(buckets: list[str], records: NDArray[Any], words: bytes) -> bytes:
     header = {"samples": len(records), "buckets": dict(zip(buckets, counts, strict=True))}
     members = np.argsort(records["bucket"], kind="stable").astype(MEMBER)
     return b"".join((json.dumps(header).encode() + b"\n", records.tobytes(), members.tobytes(), words))
-
-
-def map_index(folder: Path, dataset: Mapping[str, Any]) -> SampleIndex | None:
-    """The file in a folder of shards; None when there is none, or not the one that dataset.json names."""
-    path = folder / INDEX_FILE
-    if not path.is_file() or _checksum(path) != dataset.get("index_crc32"):
-        return None
-    with open(path, "rb") as file:
-        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file; read, for what is read through a map counts as memory of this process."""
-    checksum = 0
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum

@@ -6,11 +6,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from soar_mega.data.caption_lists import CAPTION_KEYS, json_object, score_of
+from soar_mega.data.caption_lists import CAPTION_KEYS, PUBLISHED_KEY, json_object, score_of
 from soar_mega.data.images import Picture
 from soar_mega.data.items import Item, Reject
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
-from soar_mega.data.text_files import decode
+from soar_mega.data.text_files import NO_TEXT, decode
 from soar_mega.user_files import is_text
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first that a sample has, and whose text is not empty
@@ -72,9 +72,9 @@ def _caption(texts: dict[str, bytes], score_key: str) -> tuple[str, float | None
     """(caption, score). ValueError where there is no caption."""
     row = json_object(decode(texts[".json"])) if ".json" in texts else {}
     plain = next((decode(texts[s]) for s in (".txt", ".caption") if texts.get(s, b"").strip()), None)
-    caption = plain or next((row[k] for k in (*CAPTION_KEYS, "caption_en") if row.get(k)), None)
+    caption = plain or next((row[k] for k in (*CAPTION_KEYS, PUBLISHED_KEY) if row.get(k)), None)
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError("has no caption: no .txt, no .caption and no caption in its .json")
     if not is_text(caption):
-        raise ValueError("its caption is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)")
+        raise ValueError(f"its caption {NO_TEXT}")
     return caption.strip(), score_of(row, score_key)

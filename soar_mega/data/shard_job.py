@@ -1,7 +1,6 @@
 """The items of one shard through the encoders."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -17,12 +16,6 @@ from soar_mega.data.items import UNREADABLE, Item, Reject
 from soar_mega.data.selection import Chosen
 from soar_mega.data.shard_writer import EncodedSample, ShardWriter
 from soar_mega.data.threads import in_order
-
-
-def digest(chosen: Sequence[Chosen]) -> str:
-    """Changes with the names, captions, buckets and contents of a shard's items."""
-    rows = [[c.item.name, c.item.caption, c.item.bucket, c.item.mirrored, c.sha256] for c in chosen]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +46,18 @@ class ShardJob:
         self._rejects: list[Reject] = []
         self._cut = dict.fromkeys((encoder.facts.part for encoder in encoders.texts), 0)
 
-    def run(self, chosen: Sequence[Chosen], advance: Callable[[int], None]) -> None:
-        """Write the shard; `advance` is told how many further items are done."""
+    def run(self, chosen: Sequence[Chosen], digest: str, advance: Callable[[int], None]) -> None:
+        """Write the shard; `advance` is told how many further items are done.
+
+        Args:
+            digest: of `chosen`, for the shard's index.
+        """
         keyed = [(f"{self._first_key + place:09d}", one) for place, one in enumerate(chosen)]
         keyed.sort(key=lambda pair: pair[1].item.bucket or "")
         for batch in self._batches(in_order(self._threads, _open, keyed), advance):
             self._encode(batch)
         self._writer.close(
-            digest=digest(chosen),
+            digest=digest,
             captions_cut=self._cut,
             rejects=[asdict(reject) for reject in self._rejects],
         )

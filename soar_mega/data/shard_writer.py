@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.json_files import read_json, write_bytes, write_json
 from soar_mega.data.sample_index import INDEX_FILE, index_content
 
 FORMAT_VERSION = 2
@@ -95,7 +96,7 @@ def write_dataset_file(folder: Path, info: DatasetInfo, shards: int, **extra: An
 
     def samples() -> Iterator[list[dict[str, Any]]]:
         for number in range(shards):
-            index = json.loads((folder / f"{shard_name(number)}.json").read_text())
+            index = read_json(folder / f"{shard_name(number)}.json")
             listed.append(
                 {"name": shard_name(number), "samples": len(index["samples"]), "bytes": index["bytes"]}
             )
@@ -117,22 +118,3 @@ def write_dataset_file(folder: Path, info: DatasetInfo, shards: int, **extra: An
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object as `write_bytes` does."""
-    write_bytes(path, json_bytes(values))
-
-
-def json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,8 +1,6 @@
 """Random access to shards: which samples there are, and their tensors by number."""
 
-import logging
 import os
-import socket
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,7 +8,6 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +19,11 @@ from torch import Tensor
 from soar_mega.data.batch import Batch
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
-from soar_mega.data.sample_index import INDEX_FILE, SampleIndex, index_content, map_index
-from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION, json_bytes
+from soar_mega.data.open_index import open_index
+from soar_mega.data.sample_index import SampleIndex
+from soar_mega.data.shard_files import read_dataset_file
+from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE
 from soar_mega.flow import normal
-from soar_mega.user_files import read_object
-
-log = logging.getLogger(__name__)
 
 OPEN_FILES = 32  # shards kept open for reading
 
@@ -72,17 +68,8 @@ class ShardSet:
 
     def open(self) -> None:
         """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
-        if self._index is not None:
-            return
-        for shard in self._dataset["shards"]:
-            self._check_shard(shard)
-        index = map_index(self.path, self._dataset)
-        if index is None:
-            content = index_content(map(self._read_index, self._dataset["shards"]))
-            self._check_counts(SampleIndex(content))
-            index = self._keep(content)
-        self._check_counts(index)
-        self._index = index
+        if self._index is None:
+            self._index = open_index(self.path, self._dataset, self.info.buckets)
 
     def bucket_of(self, index: int) -> str:
         """The bucket of sample `index`."""
@@ -261,45 +248,6 @@ class ShardSet:
         assert self._index is not None
         return self._index
 
-    def _check_shard(self, shard: Mapping[str, Any]) -> None:
-        path = self.path / f"{shard['name']}.tar"
-        if not path.is_file():
-            raise ValueError(f"shard {path} is missing: copy it again or prepare again")
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise ValueError(
-                f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again"
-            )
-
-    def _read_index(self, shard: Mapping[str, Any]) -> list[dict[str, Any]]:
-        path = self.path / f"{shard['name']}.json"
-        samples: list[dict[str, Any]] = read_index(path)["samples"]
-        if len(samples) != shard["samples"]:
-            raise ValueError(f"{path} does not belong to this {DATASET_FILE}: prepare again")
-        return samples
-
-    def _check_counts(self, index: SampleIndex) -> None:
-        if index.buckets != self.info.buckets or len(index) != sum(
-            s["samples"] for s in self._dataset["shards"]
-        ):
-            raise ValueError(
-                f"{self.path / DATASET_FILE} counts {self.info.buckets}, the shards hold {index.buckets}: prepare again"
-            )
-
-    def _keep(self, content: bytes) -> SampleIndex:
-        """Write an index that was made anew beside the shards, where that is allowed: the next one opens it."""
-        dataset = {**self._dataset, "index_crc32": zlib.crc32(content)}
-        try:
-            _replace(self.path / INDEX_FILE, content)
-            _replace(self.path / DATASET_FILE, json_bytes(dataset))
-        except OSError as error:
-            log.warning(
-                "%s cannot be written (%s): every reading process makes it for itself, which takes memory",
-                self.path / INDEX_FILE,
-                error.strerror,
-            )
-        return map_index(self.path, dataset) or SampleIndex(content)
-
 
 class SampleError(Exception):
     """One sample cannot be read; the others can."""
@@ -314,91 +262,6 @@ def open_shards(path: str | Path, pipeline_dir: str = "") -> ShardSet:
     shards.open()
     check_compatible(shards.info, str(path), pipeline_dir)
     return shards
-
-
-def read_dataset_file(folder: Path) -> dict[str, Any]:
-    """dataset.json of a folder of shards. ValueError when it is not there or of another format version."""
-    path = folder / DATASET_FILE
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: give the folder that `soar-mega prepare` wrote")
-    if not path.is_file():
-        if any(folder.glob("shard-*")):
-            raise ValueError(
-                f"{folder} is unfinished (no {DATASET_FILE}): run `soar-mega prepare` into it again"
-            )
-        raise ValueError(f"{folder} holds no shards: give a folder that `soar-mega prepare` wrote")
-    values = _read_version(path)
-    shards = values.get("shards")
-    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
-        raise ValueError(f"{path}: shards is not a list of names, samples and bytes: prepare again")
-    return values
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """The index of a shard. ValueError naming it when it is missing, damaged or of another format version."""
-    index = _read_version(path)
-    samples = index.get("samples")
-    cut = index.get("captions_cut", {})
-    counts = [index.get("bytes"), *(cut.values() if isinstance(cut, dict) else [None])]
-    if not isinstance(samples, list) or not all(type(count) is int for count in counts):
-        raise ValueError(f"{path} is not the index of a shard: prepare again")
-    for number, sample in enumerate(samples):
-        if not _is_sample(sample):
-            raise ValueError(f"{path}: its sample {number} has no name, bucket and places: prepare again")
-    return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file when it is missing or damaged."""
-    return read_object(path, "prepare again")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step. Ranks may all do so at once: each goes through a file of its own."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_version(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}: prepare again"
-        )
-    return values
-
-
-def _is_shard(entry: Any) -> bool:
-    """Whether an entry of dataset.json is one; its name stays within the folder."""
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and Path(entry["name"]).name == entry["name"]
-        and type(entry.get("samples")) is type(entry.get("bytes")) is int
-    )
-
-
-def _is_sample(entry: Any) -> bool:
-    """Whether an entry of an index is one: offset, size and CRC-32 of each part are there."""
-    return (
-        isinstance(entry, dict)
-        and all(isinstance(entry.get(key), str) for key in ("key", "name", "bucket"))
-        and all(_is_place(entry.get(part)) for part in ("latents", "text"))
-    )
-
-
-def _is_place(value: Any) -> bool:
-    limits = (2**62, 2**62, 2**32)
-    return (
-        isinstance(value, list)
-        and len(value) == len(limits)
-        and all(type(n) is int and 0 <= n < limit for n, limit in zip(value, limits, strict=True))
-    )
 
 
 def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from soar_mega.data.images import ImageError, Picture, image_size
 from soar_mega.data.items import Item
-from soar_mega.data.shard_writer import write_bytes
+from soar_mega.data.json_files import line_bytes, lines_of, write_bytes
 from soar_mega.data.threads import in_order
 
 PART = 1000  # items
@@ -42,8 +42,8 @@ class Survey:
         self._folder.mkdir(exist_ok=True)
         parts = range(0, len(items), PART)
         for part, first in enumerate(parts):
-            rows = [json.dumps(item.to_row()) for item in items[first : first + PART]]
-            write_bytes(self._list(part), "\n".join(rows).encode())
+            rows = (item.to_row() for item in items[first : first + PART])
+            write_bytes(self._list(part), line_bytes(rows))
         for path in self._folder.iterdir():  # of a longer list
             if path.stem.isdecimal() and int(path.stem) >= len(parts):
                 path.unlink()
@@ -61,19 +61,17 @@ class Survey:
         if self._known(part, state):
             return
         seen = in_order(threads, _look, [item.image for item in items])
-        rows = [json.dumps([one.sha256, one.width, one.height, one.problem]) for one in seen]
-        body = "\n".join(rows).encode()
+        body = line_bytes([one.sha256, one.width, one.height, one.problem] for one in seen)
         write_bytes(self._seen(part), f"{state} {zlib.crc32(body)}\n".encode() + body)
 
     def items(self, part: int) -> list[Item]:
         """The items of a part, as they were written down."""
-        lines = self._list(part).read_text().splitlines()
-        return [Item.from_row(json.loads(line)) for line in lines]
+        return [Item.from_row(row) for row in lines_of(self._list(part).read_bytes())]
 
     def seen(self, part: int) -> list[Seen]:
         """What was seen of the items of a part."""
-        rows = map(json.loads, self._seen(part).read_text().splitlines()[1:])
-        return [Seen(sha256=s, width=w, height=h, problem=p) for s, w, h, p in rows]
+        _, _, body = self._seen(part).read_bytes().partition(b"\n")
+        return [Seen(sha256=s, width=w, height=h, problem=p) for s, w, h, p in lines_of(body)]
 
     def _known(self, part: int, state: str) -> bool:
         try:

@@ -25,13 +25,11 @@ class TextEncoder:
     def load(folder: Path, facts: TextPart, device: torch.device, dtype: torch.dtype) -> "TextEncoder":
         """From a pipeline folder. ValueError: it or its tokenizer cannot be loaded."""
         part = facts.part
-        tokenizer = part.replace("text_encoder", "tokenizer")
         with _no_progress_bars(), loading(folder / part):
             model, told = _class(folder, part).from_pretrained(
                 folder / part, dtype=dtype, output_loading_info=True
             )
-        with loading(folder / tokenizer):
-            tokens = _class(folder, tokenizer).from_pretrained(folder / tokenizer)
+        tokenizer = load_tokenizer(folder, facts)
         if missing := sorted(told["missing_keys"]):  # which transformers would fill with random numbers
             config = folder / part / "config.json"
             raise ValueError(
@@ -40,11 +38,11 @@ class TextEncoder:
             )
         model = model.to(device).eval().requires_grad_(False)
         check_finite(model, folder / part)
-        return TextEncoder(facts=facts, model=model, tokenizer=tokens)
+        return TextEncoder(facts=facts, model=model, tokenizer=tokenizer)
 
     def cuts(self, prompt: str) -> bool:
         """Whether `encode` takes the beginning of a prompt only."""
-        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.facts.length
+        return count_tokens(self.tokenizer, prompt) > self.facts.length
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextOutput:
@@ -55,6 +53,18 @@ class TextEncoder:
         )
         ids = tokens.input_ids.to(self.model.device)
         return facts.read(self.model(ids, output_hidden_states=facts.hidden_states))
+
+
+def load_tokenizer(folder: Path, facts: TextPart) -> Any:
+    """That of one text encoder of a pipeline folder. ValueError: it cannot be loaded."""
+    part = facts.part.replace("text_encoder", "tokenizer")
+    with loading(folder / part):
+        return _class(folder, part).from_pretrained(folder / part)
+
+
+def count_tokens(tokenizer: Any, prompt: str) -> int:
+    """Of the whole prompt, before it is cut."""
+    return len(tokenizer(prompt, verbose=False).input_ids)
 
 
 def _class(folder: Path, part: str) -> Any:

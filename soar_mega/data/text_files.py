@@ -1,5 +1,8 @@
 """Text that a user wrote."""
 
+# what is wrong with a string that JSON could spell and that `user_files.is_text` refuses
+NO_TEXT = "is no text: it holds half of a UTF-16 pair (\\ud800 to \\udfff)"
+
 
 def decode(content: bytes) -> str:
     """UTF-8 as text, without the byte order mark that some editors put first. ValueError when it is not UTF-8."""

@@ -16,6 +16,7 @@ from test_prepare import BASE, contents
 from soar_mega.data import fetched
 from soar_mega.data.fetched import expand
 from soar_mega.data.prepare import prepare
+from soar_mega.data.prepare_options import Options
 from soar_mega.data.shards import open_shards
 
 
@@ -109,7 +110,7 @@ def test_parquet_as_hugging_face_keeps_it(tmp_path):
     rows = [{"image": {"bytes": pixels(i), "path": None}, "text": f"a red {i}", "score": i} for i in range(3)]
     rows.append({"image": None, "text": "nothing", "score": 9})
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "0.parquet")
-    result = prepare(tmp_path / "set", tmp_path / "out", BASE, skip_invalid=True)
+    result = prepare(tmp_path / "set", tmp_path / "out", BASE, Options(skip_invalid=True))
     assert result.samples == 3 and [reject.kind for reject in result.rejects] == ["picture cannot be read"]
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "set" / "0.parquet").read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as parquet"):

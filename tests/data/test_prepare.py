@@ -16,6 +16,7 @@ from soar_mega.data import prepare as prepare_module
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import to_model_range
 from soar_mega.data.prepare import prepare
+from soar_mega.data.prepare_options import Options
 from soar_mega.data.selection import Wishes
 from soar_mega.data.shards import open_shards
 
@@ -41,7 +42,7 @@ def contents(folder):
 
 
 def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
-    result = prepare(images, tmp_path / "out", BASE, samples_per_shard=3, batch_size=2)
+    result = prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=3, batch_size=2))
     assert result.samples == COUNT and result.buckets == {"16x16": 6, "20x12": 1} and not result.rejects
     shards = open_shards(tmp_path / "out")
     encoders = Encoders.from_pipeline(BASE)
@@ -61,7 +62,7 @@ def test_samples_are_what_the_encoders_make_of_the_images(images, tmp_path):
 
 
 def test_the_same_input_gives_the_same_bytes_interrupted_or_not(images, tmp_path, monkeypatch):
-    prepare(images, tmp_path / "whole", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "whole", BASE, Options(samples_per_shard=2))
     calls = []
     real = Encoders.encode_images
 
@@ -73,10 +74,10 @@ def test_the_same_input_gives_the_same_bytes_interrupted_or_not(images, tmp_path
 
     monkeypatch.setattr(Encoders, "encode_images", failing)
     with pytest.raises(KeyboardInterrupt):
-        prepare(images, tmp_path / "cut", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "cut", BASE, Options(samples_per_shard=2))
     with pytest.raises(ValueError, match="unfinished"):
         open_shards(tmp_path / "cut")
-    prepare(images, tmp_path / "cut", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "cut", BASE, Options(samples_per_shard=2))
     # Shard 0 was complete, the second one was cut between its two buckets.
     assert sum(calls[3:]) == COUNT - 2
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
@@ -89,7 +90,7 @@ def test_a_finished_folder_is_left_alone(images, tmp_path, monkeypatch):
     assert prepare(images, tmp_path / "out", BASE) == first
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="begun with flip False, not True"):
-        prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True))
+        prepare(images, tmp_path / "out", BASE, Options(wishes=Wishes(flip=True)))
     (images / "3.txt").write_text("another caption")
     with pytest.raises(ValueError, match="other images or captions"):
         prepare(images, tmp_path / "out", BASE)
@@ -100,16 +101,20 @@ def test_an_unfinished_folder_with_other_settings_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="1 of 7"):
         prepare(images, tmp_path / "out", BASE)
     with pytest.raises(ValueError, match="begun with samples_per_shard 1000, not 4"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=4))
 
 
-def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path):
+def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp_path, caplog):
     whole = (images / "2.png").read_bytes()
     (images / "2.png").write_bytes(whole[:100])
     (images / "4.txt").unlink()
     out = tmp_path / "out"
-    with pytest.raises(ValueError) as error:
-        prepare(images, out, BASE, samples_per_shard=2)
+    with (
+        caplog.at_level(logging.INFO, logger="soar_mega"),
+        pytest.raises(ValueError) as error,
+    ):
+        prepare(images, out, BASE, Options(samples_per_shard=2))
+    assert "         1  no caption\n" in caplog.text
     message = str(error.value)
     assert "2 of 7 samples cannot be used" in message and "--skip-invalid" in message
     assert (
@@ -123,7 +128,7 @@ def test_invalid_samples_fail_the_preparation_by_name_unless_skipped(images, tmp
     }
     assert not list(out.glob("shard-*"))  # what is wrong at first sight is said before anything is encoded
 
-    result = prepare(images, out, BASE, samples_per_shard=2, skip_invalid=True)
+    result = prepare(images, out, BASE, Options(samples_per_shard=2, skip_invalid=True))
     assert result.samples == 5 and {reject.name for reject in result.rejects} == {"2.png", "4.png"}
     names = [name.split()[0] for name in open_shards(out).names(range(5))]
     assert names == ["0.png", "1.png", "3.png", "5.png", "6.png"]
@@ -137,9 +142,9 @@ def test_a_damaged_picture_costs_nothing_but_itself(images, tmp_path, monkeypatc
         (images / f"{kind}.jpg").write_bytes(content)
         (images / f"{kind}.txt").write_text("a red 1")
     with pytest.raises(ValueError, match="4 of 11 samples cannot be used"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     monkeypatch.setattr(Encoders, "from_pipeline", None)
-    result = prepare(images, tmp_path / "out", BASE, samples_per_shard=2, skip_invalid=True)
+    result = prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2, skip_invalid=True))
     assert result.samples == COUNT and {reject.name for reject in result.rejects} == {
         f"{k}.jpg" for k in damaged
     }
@@ -149,11 +154,11 @@ def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):
     whole = (images / "2.png").read_bytes()
     (images / "2.png").write_bytes(bytes(len(whole)))
     with pytest.raises(ValueError, match="1 of 7"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     (images / "2.png").write_bytes(whole)
     (images / "5.txt").write_text("a green 5")  # in a shard that had no rejects
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
-    prepare(images, tmp_path / "fresh", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
+    prepare(images, tmp_path / "fresh", BASE, Options(samples_per_shard=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -164,35 +169,35 @@ def test_an_image_that_was_replaced_by_one_of_the_same_size_is_encoded_anew(imag
         path.unlink()
     (images / "6.bmp").rename(images / "6.gif")
     with pytest.raises(ValueError, match="1 of 7"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     Image.new("RGB", (16, 16), "red").save(images / "0.bmp")
     (images / "6.gif").rename(images / "6.bmp")
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     shutil.copytree(images, tmp_path / "copy")
-    prepare(tmp_path / "copy", tmp_path / "fresh", BASE, samples_per_shard=2)
+    prepare(tmp_path / "copy", tmp_path / "fresh", BASE, Options(samples_per_shard=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     shutil.copy(images / "0.bmp", images / "1.bmp")
     with pytest.raises(ValueError, match="other images or captions"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
-    prepare(tmp_path / "copy", tmp_path / "out", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
+    prepare(tmp_path / "copy", tmp_path / "out", BASE, Options(samples_per_shard=2))
 
 
 def test_shards_of_a_larger_source_go(images, tmp_path):
     (images / "0.png").rename(images / "0.gif")
     with pytest.raises(ValueError, match="1 of 7"):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     for index in (0, 4, 5, 6):
         (images / f"{index}.txt").unlink()
         next(images.glob(f"{index}.*")).unlink()
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=2)
-    prepare(images, tmp_path / "fresh", BASE, samples_per_shard=2)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
+    prepare(images, tmp_path / "fresh", BASE, Options(samples_per_shard=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_captions_that_an_encoder_cuts_are_counted(images, tmp_path, caplog):
     for index in (2, 5):
         (images / f"{index}.txt").write_text("a red 3 left of a green 7 above a blue 2 left of a white 1")
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=3)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=3))
     cut = json.loads((tmp_path / "out" / "dataset.json").read_text())["captions_cut"]
     assert cut == {"text_encoder": 2, "text_encoder_2": 2, "text_encoder_3": 2}
     assert "2 of 7 captions are longer than text_encoder_3 takes and were cut" in caplog.text
@@ -221,15 +226,15 @@ def test_the_published_list_brings_its_own_buckets(images, tmp_path):
     source = tmp_path / "list.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=r"2\.jpg: bucket 30x16: width and height must be multiples of 4"):
-        prepare(source, tmp_path / "out", BASE, images=jpegs)
-    assert prepare(source, tmp_path / "out", BASE, images=jpegs, skip_invalid=True).buckets == {
+        prepare(source, tmp_path / "out", BASE, Options(images=jpegs))
+    assert prepare(source, tmp_path / "out", BASE, Options(images=jpegs, skip_invalid=True)).buckets == {
         "16x16": 1,
         "20x12": 1,
     }
 
 
 def test_flips_are_further_samples(images, tmp_path):
-    assert prepare(images, tmp_path / "out", BASE, wishes=Wishes(flip=True)).samples == 2 * COUNT
+    assert prepare(images, tmp_path / "out", BASE, Options(wishes=Wishes(flip=True))).samples == 2 * COUNT
     shards = open_shards(tmp_path / "out")
     assert [name.split(" (shard")[0] for name in shards.names([4, 5])] == ["2.png", "2.png (mirrored)"]
     plain, mirrored = (shards.stored("latents", index)["mean"] for index in (4, 5))
@@ -240,10 +245,10 @@ def test_flips_are_further_samples(images, tmp_path):
 
 
 def test_buckets_can_be_given(images, tmp_path):
-    assert prepare(images, tmp_path / "out", BASE, buckets=["12x12"]).buckets == {"12x12": COUNT}
+    assert prepare(images, tmp_path / "out", BASE, Options(buckets=["12x12"])).buckets == {"12x12": COUNT}
     assert open_shards(tmp_path / "out").info.latent_shape("12x12") == (4, 6, 6)
     with pytest.raises(ValueError, match="multiples of 4 pixels"):
-        prepare(images, tmp_path / "other", BASE, buckets=["13x12"])
+        prepare(images, tmp_path / "other", BASE, Options(buckets=["13x12"]))
 
 
 def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch):
@@ -259,7 +264,7 @@ def test_nothing_usable_is_an_error(images, tmp_path):
     for path in images.glob("*.png"):
         path.write_text("broken")
     with pytest.raises(ValueError, match="none of the 7 samples"):
-        prepare(images, tmp_path / "out", BASE, skip_invalid=True)
+        prepare(images, tmp_path / "out", BASE, Options(skip_invalid=True))
 
 
 def test_a_folder_without_encoders_is_refused(images, tmp_path):
@@ -299,11 +304,11 @@ def test_nothing_of_the_users_is_written_over(images, tmp_path, out, words):
 
 @pytest.mark.parametrize("content", ["[]", "{", "{}", '{"format_version": 1, "samples": [1], "bytes": 3}'])
 def test_a_damaged_index_costs_one_shard(images, tmp_path, content):
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=4))
     whole = contents(tmp_path / "out")
     (tmp_path / "out" / "dataset.json").unlink()
     (tmp_path / "out" / "shard-000000.json").write_text(content)
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=4)
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=4))
     assert contents(tmp_path / "out") == whole
 
 
@@ -335,13 +340,13 @@ def test_out_of_memory_it_goes_on_with_a_smaller_batch(images, tmp_path, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, batch)
 
-    prepare(images, tmp_path / "whole", BASE, samples_per_shard=3)
+    prepare(images, tmp_path / "whole", BASE, Options(samples_per_shard=3))
     monkeypatch.setattr(Encoders, "encode_images", small_memory)
     with pytest.raises(
         ValueError, match="out of memory with --batch-size 8: the same command with a smaller"
     ):
-        prepare(images, tmp_path / "out", BASE, samples_per_shard=3)
-    prepare(images, tmp_path / "out", BASE, samples_per_shard=3, batch_size=1)
+        prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=3))
+    prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=3, batch_size=1))
     assert sizes == [3, 2, 1, 1, 1, 1]
     whole, out = (open_shards(tmp_path / name) for name in ("whole", "out"))
     assert whole.names(range(COUNT)) == out.names(range(COUNT))
@@ -356,7 +361,7 @@ def test_filters_duplicates_and_the_held_out_set(images, tmp_path, caplog):
     Image.new("RGB", (8, 8)).save(images / "small.png")
     (images / "small.txt").write_text("small")
     wishes = Wishes(min_side=10, aspect=1.5, drop_duplicates=True, held_out_share=0.5, flip=True)
-    result = prepare(images, tmp_path / "out", BASE, wishes=wishes)
+    result = prepare(images, tmp_path / "out", BASE, Options(wishes=wishes))
     assert {(reject.name, reject.kind) for reject in result.rejects} == {
         ("3.png", "too long"),
         ("7.png", "duplicate"),
@@ -373,7 +378,7 @@ def test_filters_duplicates_and_the_held_out_set(images, tmp_path, caplog):
     assert result.samples == 2 * (6 - len(names)) and 0 < len(names) < 6
     assert torch.equal(held_out.empty_prompt()[0], open_shards(tmp_path / "out").empty_prompt()[0])
     with pytest.raises(ValueError, match="holds none: give a larger one"):
-        prepare(images, tmp_path / "other", BASE, wishes=Wishes(held_out_share=1e-9))
+        prepare(images, tmp_path / "other", BASE, Options(wishes=Wishes(held_out_share=1e-9)))
 
 
 def is_low(path):
@@ -387,10 +392,10 @@ def test_scores_of_a_list(images, tmp_path, caplog):
     )
     wishes = Wishes(min_score=4.5)
     with pytest.raises(ValueError, match=r"1 of 7 .*\n +6\.png: the source gives it no score"):
-        prepare(images, tmp_path / "out", BASE, wishes=wishes, score_key="aesthetic")
+        prepare(images, tmp_path / "out", BASE, Options(wishes=wishes, score_key="aesthetic"))
     with caplog.at_level(logging.INFO, logger="soar_mega"):
         result = prepare(
-            images, tmp_path / "out", BASE, wishes=wishes, score_key="aesthetic", skip_invalid=True
+            images, tmp_path / "out", BASE, Options(wishes=wishes, score_key="aesthetic", skip_invalid=True)
         )
     assert result.samples == 1 and "         5  score too low\n" in caplog.text
     assert "         1  no score\n" in caplog.text
@@ -402,4 +407,4 @@ def test_scores_of_a_list(images, tmp_path, caplog):
 )
 def test_wishes_that_no_image_fulfils(images, tmp_path, wishes, words):
     with pytest.raises(ValueError, match=words):
-        prepare(images, tmp_path / "out", BASE, wishes=Wishes(**wishes))
+        prepare(images, tmp_path / "out", BASE, Options(wishes=Wishes(**wishes)))

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from multirank import SERVER
 from PIL import Image
 
+from soar_mega.cli.srun import adopt_srun
 from soar_mega.data.prepare import prepare
-from soar_mega.data.processes import Processes, adopt_srun
+from soar_mega.data.prepare_options import Options
+from soar_mega.data.processes import Processes
 from soar_mega.data.selection import Wishes
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
@@ -38,7 +40,9 @@ def images(tmp_path_factory):
 
 def run(images, out):
     wishes = Wishes(held_out_share=0.3)
-    return prepare(images, out, BASE, samples_per_shard=2, skip_invalid=True, wishes=wishes, batch_size=2)
+    return prepare(
+        images, out, BASE, Options(samples_per_shard=2, skip_invalid=True, wishes=wishes, batch_size=2)
+    )
 
 
 def contents(folder):

@@ -1,0 +1,22 @@
+"""Processes that srun started itself, without torchrun."""
+
+import os
+import re
+
+FIRST_PORT, PORTS = 20_000, 20_000  # by the job's number
+
+
+def adopt_srun() -> None:
+    """Where srun started the processes itself, gives them the environment that torchrun would.
+
+    To be called before `start_process`, which looks at this environment.
+    """
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"])
+    assert first_node is not None
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("MASTER_ADDR", first_node[1] + (first_node[2] or ""))
+    os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS))

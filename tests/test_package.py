@@ -44,10 +44,16 @@ def test_the_library_called_kernels_looks_absent_from_the_root() -> None:
 
 
 @pytest.mark.parametrize(
-    "act", ["build_parser()", "main(['convert', 'no', 'out'])", "main(['evaluate', 'no'])"]
+    "act",
+    [
+        "build_parser()",
+        "main(['convert', 'no', 'out'])",
+        "main(['evaluate', 'no'])",
+        "main(['train', 'recipes/tiny/soar.yaml', 'train.sede=1'])",
+    ],
 )
 def test_the_command_imports_nothing_heavy_for_its_first_words(act: str) -> None:
-    """--help answers at once, and so does who hears that a path is wrong."""
+    """--help answers at once, and so does who hears that a path or a recipe is wrong."""
     result = run_python(
         "import sys, soar_mega.cli, soar_mega.__main__\n"
         f"soar_mega.cli.{act}\n"

@@ -26,7 +26,8 @@ from soar_mega.engines import channel, plan
 from soar_mega.engines.channel import Answers
 from soar_mega.engines.pipeline import query_states
 from soar_mega.engines.statistics import masks_of
-from soar_mega.stages import SoarConfig, Stage, make_stage
+from soar_mega.stages import SoarConfig, make_stage
+from soar_mega.stages.points import Stage
 
 GPU = torch.device("meta")
 # memory is set aside, or a tensor is looked at in another way

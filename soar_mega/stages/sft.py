@@ -1,45 +1,15 @@
 """Supervised fine-tuning: plain flow matching on the ideal ray, one point per sample.
 
-What the other methods that train on samples have too is here: base points, their draws and their settings.
+What the other methods that train on samples have too is here: base points and their draws.
 """
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from soar_mega.config import Forwards, StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.flow import Schedule, base_rows, loss_weight, sample_time, uniform
-from soar_mega.rules import Rule, above, one_of, within
 from soar_mega.stages.points import Points, Queries, squared_error
-
-
-@dataclass(kw_only=True)
-class SftConfig(StageConfig):
-    """Which points of the ray are trained on."""
-
-    name: str = "sft"
-    condition_dropout: float = 0.0  # share of samples trained on the empty prompt
-    timesteps: str = "continuous"  # continuous | grid (the published table)
-    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
-    fused_kernels: bool = True  # states and losses as one kernel each; false: as plain torch calls
-
-    rules: ClassVar[dict[str, Rule]] = StageConfig.rules | {
-        "condition_dropout": within(0, 1),
-        "timesteps": one_of("continuous", "grid"),
-        "timestep_density": one_of("logit_normal", "uniform", "mode"),
-        "logit_std": above(0),
-        "loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
-    }
-
-    def forwards(self) -> Forwards:
-        return Forwards(answers=0, points=1)
+from soar_mega.stages.settings import SftConfig
 
 
 class Sft:

@@ -3,41 +3,14 @@
 Every state lies on the ideal ray, so the rollout is the only difference between the two arms.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from soar_mega.config import Forwards
 from soar_mega.data.batch import Batch
 from soar_mega.flow import base_rows, loss_weight, uniform
-from soar_mega.rules import Rule, at_least, within
 from soar_mega.stages.points import Points, concatenate
-from soar_mega.stages.sft import Sft, SftConfig
-
-
-@dataclass(kw_only=True)
-class SftMultiConfig(SftConfig):
-    """How many auxiliary points there are, and where (defaults: the published SOAR recipe)."""
-
-    name: str = "sft_multi"
-    num_auxiliary_points: int = 6  # N, per rollout path
-    num_rollout_paths: int = 1
-    auxiliary_weight: float = 1.0  # lambda
-    sampling_steps: int = 40  # K: the rollout is one step of a K-step sampler
-    sigma_upper_ratio: float = 1.0  # s' ~ U[s1, s1 + ratio (1 - s1)]
-
-    rules: ClassVar[dict[str, Rule]] = SftConfig.rules | {
-        "num_auxiliary_points": at_least(0),
-        "num_rollout_paths": at_least(1),
-        "auxiliary_weight": at_least(0),
-        "sampling_steps": at_least(1),
-        "sigma_upper_ratio": within(0, 1),
-    }
-
-    def forwards(self) -> Forwards:
-        return Forwards(answers=0, points=1 + self.num_auxiliary_points * self.num_rollout_paths)
+from soar_mega.stages.settings import SftMultiConfig
+from soar_mega.stages.sft import Sft
 
 
 class SftMulti(Sft):

@@ -5,38 +5,16 @@ without a gradient, and N auxiliary points per path between sigma1 and 1 whose t
 v_corr = (z' - z0) / s'. Loss: (sum base + lambda sum auxiliary) / (n_base + lambda n_auxiliary). arXiv 2604.12617.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from soar_mega.config import Forwards
 from soar_mega.data.batch import Batch
 from soar_mega.flow import auxiliary_rows, base_rows, correction_strength, rollout_coefficients
-from soar_mega.rules import Rule, at_least, one_of
 from soar_mega.stages.points import Points, Queries
-from soar_mega.stages.sft_multi import SftMulti, SftMultiConfig
-
-
-@dataclass(kw_only=True)
-class SoarConfig(SftMultiConfig):
-    """How the rollout goes (defaults: the published recipe)."""
-
-    name: str = "soar"
-    rollout_variant: str = "flow_sde"  # of the paths after the first (the ODE): simple | sde | flow_sde | cps
-    eta: float = 0.5  # noise of the stochastic paths
-    fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
-    guidance_scale: float = 4.5  # of the rollout; a guidance-distilled model is told it at all points
-
-    rules: ClassVar[dict[str, Rule]] = SftMultiConfig.rules | {
-        "rollout_variant": one_of("simple", "sde", "flow_sde", "cps"),
-        "eta": at_least(0),
-    }
-
-    def forwards(self) -> Forwards:
-        branches = 2 if self.guidance_scale != 1.0 else 1
-        return super().forwards()._replace(answers=branches if self.num_auxiliary_points else 0)
+from soar_mega.stages.settings import SoarConfig
+from soar_mega.stages.sft_multi import SftMulti
 
 
 class Soar(SftMulti):

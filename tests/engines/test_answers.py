@@ -10,7 +10,8 @@ from multirank import run_ranks
 from soar_mega.flow import normal
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.names import global_parameter_names
-from soar_mega.stages import Queries, make_stage
+from soar_mega.stages import make_stage
+from soar_mega.stages.points import Queries
 
 SAMPLE = torch.tensor([5, 0, 0, 7, 2, 6, 6, 1, 4, 2, 5])  # not one query per sample, and in no order
 PATH = torch.tensor([0, 0, 1, 3, 2, 0, 1, 0, 0, 0, 1])

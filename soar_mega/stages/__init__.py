@@ -1,4 +1,4 @@
-"""Training methods: each a stage, three pure functions of a batch, with its settings. To read a recipe takes no torch."""
+"""Training methods: each a stage, three pure functions of a batch, with its settings, which need no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path

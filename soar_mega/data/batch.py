@@ -27,6 +27,8 @@ class Batch:
     pooled: Tensor | None = None  # [B, P]
     empty_text: Tensor | None = None  # [S, D] the empty prompt
     empty_pooled: Tensor | None = None  # [P]
+    prompt: Tensor | None = None  # [B] int64, the row of text and pooled that a sample has; None: its own
+    collected: dict[str, Tensor] = field(default_factory=dict)  # [B] on the CPU, what a method drew itself
     names: list[str] = field(default_factory=list)  # the samples' keys, for messages
 
     def __len__(self) -> int:

@@ -201,7 +201,9 @@ class ShardSet:
             empty_text=empty_text,
             empty_pooled=empty_pooled,
             names=read.names,
-            **read.tensors,
+            latents=read.tensors["latents"],
+            text=read.tensors["text"],
+            pooled=read.tensors["pooled"],
         )
 
     def one_bucket_groups(self, count: int, size: int) -> list[list[int]]:

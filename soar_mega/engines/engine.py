@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,16 @@ class Engine(ABC):
     @abstractmethod
     def _sync(self) -> None:
         """Have all parameters complete before they are read outside a forward."""
+
+    @overload
+    def answer(
+        self, queries: Callable[[Batch], Queries], batch: Batch, weights: str = "current"
+    ) -> Answers: ...
+
+    @overload
+    def answer(
+        self, queries: Callable[[Batch], Queries | None], batch: Batch, weights: str = "current"
+    ) -> Answers | None: ...
 
     def answer(
         self, queries: Callable[[Batch], Queries | None], batch: Batch, weights: str = "current"

@@ -6,6 +6,7 @@ size exist only for the micro-batch that an engine is working on. Rows and posit
 where latents are.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -99,12 +100,21 @@ class Points:
 PER_POINT = [f.name for f in fields(Points) if f.type in ("Tensor", Tensor)]
 
 
+class Further(NamedTuple):
+    """An answer that only a loss reads; `Points.reads` says which of its queries is a point's."""
+
+    weights: str  # that answer: current, or a name of `Stage.keeps`
+    queries: Callable[[Batch], Queries]
+
+
 class Stage(Protocol):
     """One training method: three pure functions that know nothing of parallelism, devices or optimizers."""
 
     kinds: tuple[str, ...]  # of its points; steps are compared by the loss of the first
     schedule: Schedule
     answer_weights: str  # which weights answer the queries: current, or a name given to Engine.keep_weights
+    further: Mapping[str, Further]  # what its loss reads beside that answer, by name
+    keeps: tuple[str, ...]  # the copies of the weights that it wants kept, from the first step on
 
     def queries(self, batch: Batch) -> Queries | None: ...
 

@@ -3,12 +3,14 @@
 What the other methods that train on samples have too is here: base points and their draws.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.flow import Schedule, base_rows, loss_weight, sample_time, uniform
-from soar_mega.stages.points import Points, Queries, squared_error
+from soar_mega.stages.points import Further, Points, Queries, squared_error
 from soar_mega.stages.settings import SftConfig
 
 
@@ -17,6 +19,8 @@ class Sft:
 
     kinds: tuple[str, ...] = ("base",)
     answer_weights = "current"
+    further: Mapping[str, Further] = {}
+    keeps: tuple[str, ...] = ()
 
     def __init__(self, config: SftConfig, shift: float) -> None:
         self.config = config

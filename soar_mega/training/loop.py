@@ -76,9 +76,13 @@ class Steps:
         self.batch = next(self.loader)
         self.stage = self._stage_of(self.batch.latent_shape, self.engine.model.sizes)
         phases.enter("answer")
-        answers = self.engine.answer(self.stage.queries, self.batch, weights=self.stage.answer_weights)
+        stage, answer = self.stage, self.engine.answer
+        answers = answer(stage.queries, self.batch, weights=stage.answer_weights)
+        further = {
+            name: answer(queries, self.batch, weights) for name, (weights, queries) in stage.further.items()
+        }
         phases.enter("learn")
-        return self.engine.learn(self.stage.points, self.stage.loss, self.batch, answers)
+        return self.engine.learn(stage.points, stage.loss, self.batch, answers, **further)
 
     def update(self) -> StepResult:
         """The second half: the weights, and the progress."""

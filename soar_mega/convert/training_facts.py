@@ -5,7 +5,7 @@ leaves files that it does not know alone.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from soar_mega.user_files import read_object
@@ -35,6 +35,20 @@ class TrainingFacts:
     def to_json(self) -> str:
         """The content of the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def facts_of_copy(folder: str | Path, dtype: str | None, is_changed: bool) -> TrainingFacts | None:
+    """Those of what is made of an export.
+
+    Args:
+        dtype: of the new numbers; None is that of the old ones.
+        is_changed: by a training that is not known here; what was trained before it stays true of texts and sizes.
+    """
+    facts = read_facts(folder)
+    if facts is None:
+        return None
+    facts = replace(facts, dtype=dtype or facts.dtype)
+    return replace(facts, stage=None, iteration=None, weights=None) if is_changed else facts
 
 
 def read_facts(folder: str | Path) -> TrainingFacts | None:

@@ -12,7 +12,9 @@ from tiny_runs import tiny_recipe
 from torch import Tensor
 
 from soar_mega.checkpoints.exchange import checkpoint_to_folder
-from soar_mega.config import Recipe
+from soar_mega.checkpoints.resume import resume
+from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.config import CheckpointConfig, Recipe
 from soar_mega.convert import WeightFiles
 from soar_mega.convert.save import write_transformer
 from soar_mega.distributed import start_world
@@ -25,11 +27,15 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def started(recipe: Recipe, out: Path) -> None:
-    """Writes the weights that a run has at its start, in float32."""
+    """Writes the weights that runs have at their start, in float32: from an export, and from a checkpoint."""
     start_world(recipe.parallel)
-    engine = make_engine(recipe, model_sizes(recipe.model))
-    exact = WeightFiles(dtype=torch.float32)
-    write_transformer(engine.model, out / "transformer", engine.exported(exact=True), exact)
+    sizes, exact = model_sizes(recipe.model), WeightFiles(dtype=torch.float32)
+    for place, load in (("export", ""), ("checkpoint", str(Path(recipe.model.pipeline_dir).parent))):
+        engine = make_engine(recipe, sizes)
+        if load and not recipe.lora.rank:
+            config = CheckpointConfig(save=recipe.checkpoint.save, load=load, finetune=True)
+            resume(RunFolder(config.save), config, engine, sizes.to_diffusers())
+        write_transformer(engine.model, out / place / "transformer", engine.exported(exact=True), exact)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,9 @@ def started(recipe: Recipe, out: Path) -> None:
             id="zero3",
             marks=pytest.mark.slow,
         ),
-        pytest.param({"lora__rank": 2, "lora__alpha": 64}, ("export", "export_ema"), id="lora"),
+        pytest.param(
+            {"lora__rank": 2, "lora__alpha": 64}, ("export", "export_ema"), id="lora", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_float32_from_the_main_weights(
@@ -63,18 +71,21 @@ def test_float32_from_the_main_weights(
     }
     run, out = tmp_path / "run", tmp_path / "gone_on"
     first = tiny_recipe(shards, run, **settings)
-    again = settings | {"model__pipeline_dir": run / "export", "lora__rank": 0}
+    again = settings | {"model__pipeline_dir": run / "export"}
     assert run_ranks(tiny_runs.run, 2, first) == [0, 0]
     run_ranks(started, 2, tiny_recipe(shards, tmp_path / "second", **again), out)
     found = weights(run / "export")
     rounded = {key: tensor.bfloat16().float() for key, tensor in found.items()}
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    adapted = "lora__rank" in layout  # then the weights themselves stay in the model's type
     finer = sum(int((rounded[key] != tensor).sum()) for key, tensor in found.items())
     assert finer > 0.5 * sum(
-        tensor.numel() for key, tensor in found.items() if "lora" not in str(layout) or ".attn.to_q." in key
+        tensor.numel() for key, tensor in found.items() if not adapted or ".attn.to_q." in key
     )
-    goes_on = weights(out)
-    assert all(torch.equal(goes_on[key], tensor) for key, tensor in found.items())
+    for start in ("export", "checkpoint"):
+        goes_on = weights(out / start)
+        wanted = {key: tensor.bfloat16() if adapted else tensor for key, tensor in found.items()}
+        assert all(torch.equal(goes_on[key], tensor) for key, tensor in wanted.items())
     for name in names:
         converted = tmp_path / f"{name}_converted"
         exact = WeightFiles(dtype=torch.float32)

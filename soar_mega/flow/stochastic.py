@@ -28,7 +28,7 @@ class SampledStep(NamedTuple):
         log_probability: [B] float32 under the velocity that led there; NaN where the step is deterministic.
     """
 
-    index: int
+    step: int
     state: Tensor
     following: Tensor
     log_probability: Tensor

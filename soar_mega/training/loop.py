@@ -1,5 +1,7 @@
 """A whole step of a run: answer, learn, update. Engine, data and progress are here, and nothing is written."""
 
+from typing import cast
+
 from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -13,13 +15,20 @@ from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
+from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
+from soar_mega.training.collecting import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
 
 
-def make_loader(recipe: Recipe) -> Loader:
+def make_loader(recipe: Recipe) -> Loader | Collector:
     """The samples of a run, from its first on."""
     model, train = recipe.model, recipe.train
+    if recipe.stage.collects:
+        # its rewards bring what most runs do not need
+        from soar_mega.training.collector_inputs import make_collector
+
+        return make_collector(recipe)
     sizes = model_sizes(model)
     return Loader(
         recipe.data, train.seed, train.global_batch_size, pipeline_dir=model.pipeline_dir, sizes=sizes
@@ -34,7 +43,7 @@ class Steps:
         loader: as `make_loader` made it.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, loader: Loader) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, loader: Loader | Collector) -> None:
         self.recipe = recipe
         sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
@@ -48,10 +57,13 @@ class Steps:
             self.engine.base is not None
         ):  # a checkpoint holds adapters alone, and loading compares what they are
             self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
-        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
-        if self.progress.loader is not None:
-            self.loader.load_state_dict(self.progress.loader)
-        else:
+        self.collector = loader if isinstance(loader, Collector) else None
+        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes, self.collector)
+        if isinstance(loader, Collector):
+            loader.serve(self.engine, cast(CollectingStage, self.stage))
+        elif self.progress.loader is not None:
+            loader.load_state_dict(self.progress.loader)
+        if self.progress.loader is None:
             self._keep_average()  # from weights that checkpoint.finetune may have put in
         self.rate = 0.0  # of the last step
 
@@ -69,6 +81,15 @@ class Steps:
         """Starts the EMA from the weights of now, where the recipe wants one."""
         if self.recipe.train.ema_decay > 0:
             self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+
+    def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
+        """What comes before a step that has nothing left to learn from: the next collection.
+
+        None where there is something, where samples come from a loader, or where `watch` says to stop.
+        """
+        if self.collector is None or not self.collector.is_empty:
+            return None
+        return self.collector.collect(watch)
 
     def learn(self) -> StepStatistics:
         """The first half of a step: its batch, what the model says now, and the gradients."""

@@ -24,7 +24,8 @@ from soar_mega.data.prompt_order import PromptOrder
 from soar_mega.data.ranks import Ranks, this_rank
 from soar_mega.distributed import device
 from soar_mega.engines import Engine
-from soar_mega.evaluation.drift import at_scale
+from soar_mega.evaluation.drift import branches
+from soar_mega.flow import guided
 from soar_mega.flow.samplers import Velocity
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.phases import phases
@@ -259,10 +260,9 @@ class Collector:
             yield places, _first(trajectories, len(places))
 
     def _velocity(self, group: Tensor, row: Tensor, guidance_scale: float) -> Velocity:
-        """At the prompts `row` [B] of the collection."""
+        """At the prompts `row` [B] of the collection; a guidance-distilled model is told its scale by the engine."""
         asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in self._conditions(group, row))
-        is_told = self._engine.model.sizes.guidance_embeds
-        return at_scale(self._engine.velocity, asked, empty, guidance_scale, is_told)
+        return guided(*branches(self._engine.velocity, asked, empty), guidance_scale)
 
     def _conditions(self, group: Tensor, row: Tensor) -> tuple[Conditions, Conditions]:
         """Of prompts, and of the empty one: their values on the first stage, their shapes everywhere."""

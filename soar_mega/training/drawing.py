@@ -6,7 +6,7 @@ from torch import Tensor
 from soar_mega.distributed import device
 from soar_mega.flow import TIMESTEPS, normal, sample, sample_steps
 from soar_mega.flow.samplers import Velocity
-from soar_mega.stages.collecting import SamplingPlan, Trajectories
+from soar_mega.stages.collecting import START_NOISE, STEP_NOISE, SamplingPlan, Trajectories
 
 
 @torch.no_grad()
@@ -24,17 +24,17 @@ def draw(
         position: [B] int64, places in the training sequence, on the CPU.
         start: [B] int64, the place whose starting noise a sample has: its own, or that of the first of its group.
     """
-    latents = normal(seed, "collect", start, 0, latent_shape, device())
+    latents = normal(seed, START_NOISE, start, 0, latent_shape, device())
+    kept = _Kept(position, plan.kept, latent_shape)
     told = plan.timesteps / TIMESTEPS
     if not bool(plan.stochastic.any()):
         assert plan.kept.shape[1] == 0, "only stochastic steps are learned from"
         clean = sample(velocity, latents, plan.sigmas, plan.solver, told)
-        return _Kept(plan.kept, latent_shape).trajectories(clean)
+        return kept.trajectories(clean)
 
     def noise(step: int, samples: Tensor) -> Tensor:
-        return normal(seed, "collect_step", position[samples], step, latent_shape, device())
+        return normal(seed, STEP_NOISE, position[samples], step, latent_shape, device())
 
-    kept = _Kept(plan.kept, latent_shape)
     for step in sample_steps(
         velocity, latents, plan.sigmas, plan.variant, plan.eta, plan.stochastic, noise, told
     ):
@@ -46,8 +46,8 @@ def draw(
 class _Kept:
     """The steps that a plan keeps, on the CPU."""
 
-    def __init__(self, steps: Tensor, latent_shape: tuple[int, int, int]) -> None:
-        self._steps = steps  # [B, T]
+    def __init__(self, position: Tensor, steps: Tensor, latent_shape: tuple[int, int, int]) -> None:
+        self._position, self._steps = position, steps  # [B], [B, T]
         self._state = torch.empty(*steps.shape, *latent_shape)
         self._following = torch.empty(*steps.shape, *latent_shape)
         self._log_probability = torch.empty(steps.shape, dtype=torch.float64)
@@ -63,6 +63,7 @@ class _Kept:
     def trajectories(self, clean: Tensor) -> Trajectories:
         """With the clean latents [B, C, H, W]."""
         return Trajectories(
+            position=self._position,
             clean=clean.cpu().float(),
             step=self._steps,
             state=self._state,

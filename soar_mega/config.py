@@ -29,10 +29,12 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample: without a gradient, and with a backward."""
+    """Forwards of a sample, both branches of guidance counted."""
 
-    answers: int
-    points: int
+    answers: int  # without a gradient
+    points: int  # with a backward
+    query_branches: int = 1  # of the answers' forwards, those of one query: 2 where it is guided
+    point_branches: int = 1  # likewise of a point
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class StageConfig:
         collects: whether it learns from samples of its own, drawn for data.prompts.
     """
 
-    name: str  # of the method: soar | sft | sft_multi
+    name: str  # of the method: soar | sft | sft_multi | flow_grpo | diffusion_nft
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
@@ -54,6 +56,9 @@ class StageConfig:
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
+
+    def check(self, global_batch_size: int) -> None:
+        """Raise a ValueError that names the setting and what would be right, where settings do not fit each other."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""

@@ -87,6 +87,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_model,
         _check_data,
         _check_batch,
+        _check_stage,
         _check_parallel,
         _check_deepspeed,
         _check_optimizer,
@@ -155,6 +156,10 @@ def _check_batch(recipe: Recipe) -> None:
         f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
         f"({train.micro_batch_size}) times the number of data-parallel replicas",
     )
+
+
+def _check_stage(recipe: Recipe) -> None:
+    recipe.stage.check(recipe.train.global_batch_size)
 
 
 def check_replicas(global_batch_size: int, replicas: int) -> None:

@@ -17,6 +17,7 @@ from soar_mega.phases import phases
 from soar_mega.stages import make_stage
 from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
+from soar_mega.stages.settings import CollectingConfig
 from soar_mega.training.collecting import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
 
@@ -71,10 +72,15 @@ class Steps:
         """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
         size = latent_shape[1:]
         if size not in self._stages:
-            shift = self.recipe.stage.shift
+            config, is_dynamic, updates = self.recipe.stage.asking(sizes.guidance_embeds), False, 1
+            shift = config.shift
             if shift is None:
-                shift, _ = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
-            self._stages[size] = make_stage(self.recipe.stage.asking(sizes.guidance_embeds), shift)
+                shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
+            if isinstance(config, CollectingConfig):
+                updates = config.updates_per_collection(self.recipe.train.global_batch_size)
+            self._stages[size] = make_stage(
+                config, shift, is_dynamic=is_dynamic, updates_per_collection=updates
+            )
         return self._stages[size]
 
     def _keep_average(self) -> None:

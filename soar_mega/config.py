@@ -29,10 +29,12 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample: without a gradient, and with a backward."""
+    """Forwards of a sample, both branches of guidance counted."""
 
-    answers: int
-    points: int
+    answers: int  # without a gradient
+    points: int  # with a backward
+    query_branches: int = 1  # of the answers' forwards, those of one query: 2 where it is guided
+    point_branches: int = 1  # likewise of a point
 
 
 @dataclass(kw_only=True)

@@ -296,7 +296,7 @@ class Collector:
             batch = self._batch(0, update)
             measured = self._engine.measure(self._stage.points, self._stage.log_probability, batch)
             sample = self._samples_of_rows[self._stage.points(batch).sample]
-            by_sample = measured[sample.argsort(stable=True)]
+            by_sample = measured.cpu()[sample.argsort(stable=True)]
             self._held.replace_log_probability(update, by_sample.view(self._share.count, -1))
 
     def _batch(self, number: int, update: int) -> Batch:

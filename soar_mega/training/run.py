@@ -188,6 +188,9 @@ class Trainer(Steps):
             found = self.collect(watch)
         if found is not None:
             self.interval.seconds += found.seconds
+            info = self.loader.info
+            latents = info.latent_shape(info.largest_bucket)[1:]
+            self.throughput.drew(latents, info.text_shape[0], len(found.advantages), found.seconds)
             self.collections.report(found, self.progress.iteration + 1)
 
     def step(self) -> float:

@@ -161,8 +161,8 @@ def _check_kept(folder: Path, saved: set[str], wanted: set[str]) -> None:
     if extra:
         differs = f"holds {', '.join(extra)} weights, which this recipe does not keep"
     raise ValueError(
-        f"{folder}: {differs} (train.ema_decay): resume it as it was, or start from its weights with checkpoint.load "
-        "and checkpoint.finetune=true"
+        f"{folder}: {differs} (ema: train.ema_decay, others: stage.name): resume it as it was, or start from its "
+        "weights with checkpoint.load and checkpoint.finetune=true"
     )
 
 

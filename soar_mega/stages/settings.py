@@ -76,8 +76,10 @@ class SoarConfig(SftMultiConfig):
     }
 
     def forwards(self) -> Forwards:
+        if not self.num_auxiliary_points:
+            return super().forwards()
         branches = 2 if self.guidance_scale != 1.0 else 1
-        return super().forwards()._replace(answers=branches if self.num_auxiliary_points else 0)
+        return super().forwards()._replace(answers=branches, query_branches=branches)
 
 
 SETTINGS: dict[str, type[StageConfig]] = {

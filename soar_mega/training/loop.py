@@ -43,7 +43,7 @@ class Steps:
         info = loader.info
         self.stage = self._stage_of(info.latent_shape(info.largest_bucket), sizes)
         self.engine = make_engine(recipe, sizes)
-        self._keep_average()
+        self._keep_weights()
         if (
             self.engine.base is not None
         ):  # a checkpoint holds adapters alone, and loading compares what they are
@@ -52,7 +52,7 @@ class Steps:
         if self.progress.loader is not None:
             self.loader.load_state_dict(self.progress.loader)
         else:
-            self._keep_average()  # from weights that checkpoint.finetune may have put in
+            self._keep_weights()  # those that checkpoint.finetune may have put in
         self.rate = 0.0  # of the last step
 
     def _stage_of(self, latent_shape: tuple[int, int, int], sizes: Sizes) -> Stage:
@@ -65,10 +65,13 @@ class Steps:
             self._stages[size] = make_stage(self.recipe.stage.asking(sizes.guidance_embeds), shift)
         return self._stages[size]
 
-    def _keep_average(self) -> None:
-        """Starts the EMA from the weights of now, where the recipe wants one."""
+    def _keep_weights(self) -> None:
+        """Keeps the weights of now: as the EMA, where the recipe wants one, and as what the stage keeps."""
         if self.recipe.train.ema_decay > 0:
             self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+        for name in self.stage.keeps:
+            if not (name == "reference" and self.engine.adapters):  # the model without them
+                self.engine.keep_weights(name)
 
     def learn(self) -> StepStatistics:
         """The first half of a step: its batch, what the model says now, and the gradients."""
@@ -82,7 +85,9 @@ class Steps:
             name: answer(queries, self.batch, weights) for name, (weights, queries) in stage.further.items()
         }
         phases.enter("learn")
-        return self.engine.learn(stage.points, stage.loss, self.batch, answers, **further)
+        return self.engine.learn(
+            stage.points, stage.loss, self.batch, answers, observes=stage.observes, **further
+        )
 
     def update(self) -> StepResult:
         """The second half: the weights, and the progress."""
@@ -93,6 +98,8 @@ class Steps:
         progress.iteration += 1
         progress.consumed_samples = self.loader.consumed_samples
         progress.skipped_steps += not result.ok
+        for name, decay in self.stage.blends(progress.iteration).items():
+            self.engine.blend_weights(name, decay)
         return result
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from rl_case import FIRST, REFERENCE, REWARDS, SAMPLES, SEED, SHAPE, THETA, Case, collect, with_guidance
 from rl_trainers import TRAINERS, advantages_of, nft_decay
 
+from soar_mega.config import Recipe, TrainConfig
 from soar_mega.flow import Schedule, normal
 from soar_mega.kernels import STREAMS
 from soar_mega.stages import DiffusionNftConfig, make_stage
@@ -142,4 +143,5 @@ def test_positions_alone_key_levels_and_noise():
 )
 def test_settings_that_do_not_fit_are_named(changed, words):
     with pytest.raises(ValueError, match=words):
-        replace(PRESETS["diffusion_nft_ocr"], **changed).check(576)
+        config = replace(PRESETS["diffusion_nft_ocr"], **changed)
+        config.check(Recipe(stage=config, train=TrainConfig(global_batch_size=576)))

@@ -20,6 +20,7 @@ from rl_case import (
 )
 from rl_trainers import TRAINERS, Step, advantages_of
 
+from soar_mega.config import LoraConfig, Recipe, TrainConfig
 from soar_mega.flow import SOURCES, Schedule, normal
 from soar_mega.stages import FlowGrpoConfig, make_stage
 from soar_mega.stages.collecting import STEP_NOISE
@@ -28,6 +29,11 @@ from soar_mega.stages.stochastic_steps import learned_steps, stochastic_steps
 
 PRESETS = {name: p.stage for name, p in PUBLISHED.items() if isinstance(p.stage, FlowGrpoConfig)}
 NOW = THETA + torch.tensor([0.03, -0.02, 0.01, 0.02], dtype=torch.float64)  # after some updates
+
+
+def with_batch(config: FlowGrpoConfig, global_batch_size: int) -> None:
+    """Checks a stage's settings in a recipe."""
+    config.check(Recipe(stage=config, train=TrainConfig(global_batch_size=global_batch_size)))
 
 
 def published_loss(case: Case, trainer, theta: torch.Tensor) -> torch.Tensor:
@@ -247,4 +253,13 @@ def test_guard_measures_from_the_mean_that_a_sample_was_drawn_around():
 )
 def test_settings_that_do_not_fit_are_named(changed, words):
     with pytest.raises(ValueError, match=words):
-        replace(PRESETS["flow_grpo_ocr"], **changed).check(576)
+        with_batch(replace(PRESETS["flow_grpo_ocr"], **changed), 576)
+
+
+def test_dropout_of_adapters_has_no_place_beside_a_ratio():
+    config = PRESETS["flow_grpo_ocr"]
+    recipe = Recipe(
+        stage=config, train=TrainConfig(global_batch_size=576), lora=LoraConfig(rank=4, dropout=0.1)
+    )
+    with pytest.raises(ValueError, match="set lora.dropout=0"):
+        config.check(recipe)

@@ -22,6 +22,7 @@ class CollectingConfig(StageConfig):
     updates_per_sample: int = 1  # how often a collection is learned from
     collect_micro_batch_size: int = 8  # samples of one forward while they are drawn
     rewards: dict[str, float] = field(default_factory=dict)  # name -> weight
+    scorer_weights_dir: str = ""  # of rewards that are published scorers (soar-mega fetch-weights)
     sampling_steps: int = 10
     sigma_grid: str = "diffusers"  # diffusers (its scheduler's) | linear (equal steps of unshifted time)
     integer_timesteps: bool = False  # the model is told whole timesteps, cut off, while samples are drawn

@@ -23,9 +23,22 @@ class Published(NamedTuple):
 
 
 def _others(
-    global_batch_size: int, lr: float, weight_decay: float = 1e-4, text_length: int = 128
+    global_batch_size: int,
+    lr: float,
+    *,
+    weight_decay: float = 1e-4,
+    text_length: int = 128,
+    ema_interval: int = 0,
 ) -> dict[str, Any]:
-    """Of the trainers for SD3.5-M: all train the same adapters by AdamW at a constant rate, on 512 pixels."""
+    """Of the trainers for SD3.5-M: all train the same adapters by AdamW at a constant rate, on 512 pixels.
+
+    ema_interval: steps between those of an EMA with the decay .9, warmed up; 0: there is none.
+    """
+    averaged = {
+        "train.ema_decay": 0.9,
+        "train.ema_update_interval": ema_interval,
+        "train.ema_warm_up": True,
+    }
     return {
         "train.global_batch_size": global_batch_size,
         "optimizer.lr": lr,
@@ -35,7 +48,7 @@ def _others(
         "lora.alpha": 64,
         "data.resolution": 512,
         "data.max_sequence_length": text_length,
-    }
+    } | (averaged if ema_interval else {})
 
 
 _FLOW_GRPO = FlowGrpoConfig(rewards={"ocr": 1.0})  # general_ocr_sd3; 1152 samples in two updates
@@ -104,32 +117,41 @@ _DANCE = FlowGrpoConfig(
 )
 
 PUBLISHED: dict[str, Published] = {
-    "flow_grpo_ocr": Published(_FLOW_GRPO, _others(576, 3e-4)),
-    "flow_grpo_geneval": Published(replace(_FLOW_GRPO, rewards={"gen_eval_rl": 1.0}), _others(576, 3e-4)),
+    "flow_grpo_ocr": Published(_FLOW_GRPO, _others(576, 3e-4, ema_interval=8)),
+    "flow_grpo_geneval": Published(
+        replace(_FLOW_GRPO, rewards={"gen_eval_rl": 1.0}), _others(576, 3e-4, ema_interval=8)
+    ),
     "flow_grpo_pickscore": Published(
-        replace(_FLOW_GRPO, rewards={"pick_score_rl": 1.0}, kl_beta=0.01), _others(576, 3e-4)
+        replace(_FLOW_GRPO, rewards={"pick_score_rl": 1.0}, kl_beta=0.01), _others(576, 3e-4, ema_interval=8)
     ),
     "flow_grpo_clipscore": Published(
-        replace(_FLOW_GRPO, rewards={"clip_score": 1.0}, kl_beta=0.02, same_start=True), _others(576, 3e-4)
+        replace(_FLOW_GRPO, rewards={"clip_score": 1.0}, kl_beta=0.02, same_start=True),
+        _others(576, 3e-4, ema_interval=8),
     ),
     "flow_grpo_geneval_fast": Published(
-        replace(_FLOW_GRPO_FAST, rewards={"gen_eval_rl": 1.0}), _others(576, 3e-4)
+        replace(_FLOW_GRPO_FAST, rewards={"gen_eval_rl": 1.0}), _others(576, 3e-4, ema_interval=8)
     ),
     "flow_grpo_pickscore_fast": Published(
         replace(
             _FLOW_GRPO_FAST, images_per_prompt=18, prompts_per_collection=64, rewards={"pick_score_rl": 1.0}
         ),
-        _others(576, 3e-4),
+        _others(576, 3e-4, ema_interval=8),
     ),
-    "grpo_guard_ocr": Published(_GUARD, _others(576, 1e-4)),
-    "grpo_guard_geneval": Published(replace(_GUARD, rewards={"gen_eval_rl": 1.0}), _others(576, 1e-4)),
+    "grpo_guard_ocr": Published(_GUARD, _others(576, 1e-4, ema_interval=8)),
+    "grpo_guard_geneval": Published(
+        replace(_GUARD, rewards={"gen_eval_rl": 1.0}), _others(576, 1e-4, ema_interval=8)
+    ),
     "grpo_guard_pickscore": Published(
         replace(_GUARD, images_per_prompt=16, clip_range=4e-6, rewards={"pick_score_rl": 1.0}),
-        _others(384, 1e-4),
+        _others(384, 1e-4, ema_interval=8),
     ),
-    "diffusion_nft_geneval": Published(_NFT, _others(1152, 3e-4)),
-    "diffusion_nft_pickscore": Published(replace(_NFT, rewards={"pick_score_rl": 1.0}), _others(1152, 3e-4)),
-    "diffusion_nft_hpsv2": Published(replace(_NFT, rewards={"hps": 1.0}), _others(1152, 3e-4)),
+    "diffusion_nft_geneval": Published(_NFT, _others(1152, 3e-4, ema_interval=1)),
+    "diffusion_nft_pickscore": Published(
+        replace(_NFT, rewards={"pick_score_rl": 1.0}), _others(1152, 3e-4, ema_interval=1)
+    ),
+    "diffusion_nft_hpsv2": Published(
+        replace(_NFT, rewards={"hps": 1.0}), _others(1152, 3e-4, ema_interval=1)
+    ),
     "diffusion_nft_ocr": Published(
         replace(
             _NFT,
@@ -139,7 +161,7 @@ PUBLISHED: dict[str, Published] = {
             old_decay_rate=0.0075,
             old_decay_max=0.999,
         ),
-        _others(576, 3e-4),
+        _others(576, 3e-4, ema_interval=1),
     ),
     "diffusion_nft_multi_reward": Published(
         replace(
@@ -149,7 +171,7 @@ PUBLISHED: dict[str, Published] = {
             sampling_steps=25,
             num_levels=24,
         ),
-        _others(1152, 3e-4),
+        _others(1152, 3e-4, ema_interval=1),
     ),
     "unirl_grpo": Published(
         FlowGrpoConfig(

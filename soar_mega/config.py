@@ -57,8 +57,8 @@ class StageConfig:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
 
-    def check(self, global_batch_size: int) -> None:
-        """Raise a ValueError that names the setting and what would be right, where settings do not fit each other."""
+    def check(self, recipe: "Recipe") -> None:
+        """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""

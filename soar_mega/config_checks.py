@@ -159,7 +159,7 @@ def _check_batch(recipe: Recipe) -> None:
 
 
 def _check_stage(recipe: Recipe) -> None:
-    recipe.stage.check(recipe.train.global_batch_size)
+    recipe.stage.check(recipe)
 
 
 def check_replicas(global_batch_size: int, replicas: int) -> None:

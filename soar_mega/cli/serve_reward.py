@@ -1,7 +1,6 @@
 """soar-mega serve-reward"""
 
 import argparse
-from pathlib import Path
 
 HELP = """\
 Judge images for other processes: a reward worker that speaks JSON over HTTP.
@@ -46,21 +45,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= arguments.port <= 65535:
         raise ValueError(f"--port must be from 0 to 65535, not {arguments.port}")
-    if arguments.url_file and not Path(arguments.url_file).absolute().parent.is_dir():
-        raise ValueError(f"--url-file {arguments.url_file}: there is no such folder")
-
-    from soar_mega.rewards.tokens import read_token
-
-    token = read_token(arguments.token_file) if arguments.token_file else ""
 
     from soar_mega.cli.process import start_logging
 
     start_logging()
 
+    from soar_mega.outputs import check_file
     from soar_mega.rewards.registry import make_scorers
-    from soar_mega.rewards.server import RewardServer, serve
+    from soar_mega.rewards.server import MARK, RewardServer, serve
+    from soar_mega.rewards.tokens import read_token
     from soar_mega.rewards.worker import Limits, Worker
 
+    if arguments.url_file:
+        check_file(arguments.url_file, MARK)  # before models are read
+    token = read_token(arguments.token_file) if arguments.token_file else ""
     limits = Limits(
         body=arguments.max_mebibytes * 2**20,
         images=arguments.max_images,

@@ -34,7 +34,7 @@ class Patience:
 
 
 class Peer:
-    """A worker, by its URL up to /score or /compute, or by file:PATH where the file holds that URL.
+    """A worker, by its URL up to /score or /compute, or by file:PATH where the first line of the file is that URL.
 
     The file is read again for every request: a worker that was started again may be on another machine.
     """
@@ -122,7 +122,7 @@ class Peer:
     def _url(self) -> str:
         if not self.place.startswith("file:"):
             return self.place
-        url = Path(self.place.removeprefix("file:")).read_text().strip()
+        url = Path(self.place.removeprefix("file:")).read_text().partition("\n")[0].strip()
         check_url(url)
         return url
 

@@ -1,22 +1,22 @@
 """Rewards by the names that a recipe has for them."""
 
+import importlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.combined import TOTAL, Rewards
-from soar_mega.rewards.digits import DigitsScorer
 from soar_mega.rewards.functions import FunctionScorer
-from soar_mega.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 log = logging.getLogger(__name__)
 
-BUILT_IN: dict[str, Callable[[], Scorer]] = {
-    "digits": DigitsScorer,
-    "jpeg_compressibility": JpegCompressibility,
-    "jpeg_incompressibility": JpegIncompressibility,
+# what each needs is imported when it is made
+BUILT_IN = {
+    "digits": "digits:DigitsScorer",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
 }
 
 
@@ -67,7 +67,9 @@ def make_scorer(key: str) -> Scorer:
     """
     source, _, entry = key.partition("#")
     if key in BUILT_IN:
-        return BUILT_IN[key]()
+        module, _, maker = BUILT_IN[key].partition(":")
+        scorer: Scorer = getattr(importlib.import_module(f"soar_mega.rewards.{module}"), maker)()
+        return scorer
     if source.startswith(("http://", "https://", "file:")):
         return WorkerScorer(key)
     if ":" in source:

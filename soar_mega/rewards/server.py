@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from soar_mega.outputs import write_file
 from soar_mega.rewards.tokens import matches
 from soar_mega.rewards.worker import BadRequest, Worker
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 2  # requests in memory: one is judged, the next one arrives
 SILENCE, ARRIVAL = 30, 120  # seconds: of a peer that sends nothing, and for a whole body
 PIECE = 2**16
+MARK = b"# soar-mega serve-reward is there while this file is\n"
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -62,6 +64,9 @@ def serve(server: RewardServer, url_file: str | Path = "", ready: Callable[[], N
     Args:
         url_file: where clients look for the server (`file:PATH#NAME`): it is there while the server is.
         ready: called when the server answers.
+
+    Raises:
+        ValueError: there is a file that this program did not write in the place of `url_file`.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -69,18 +74,16 @@ def serve(server: RewardServer, url_file: str | Path = "", ready: Callable[[], N
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    path = Path(url_file) if url_file else None
-    if path:
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(f"{server.url}\n")
-        new.replace(path)
-    ready()
+    announced = f"{server.url}\n".encode() + MARK
     try:
+        if url_file:
+            write_file(url_file, announced, MARK)
+        ready()
         server.serve_forever(poll_interval=0.1)
     finally:
         server.server_close()
-        if path and path.exists() and path.read_text() == f"{server.url}\n":
-            path.unlink()
+        if url_file and Path(url_file).is_file() and Path(url_file).read_bytes() == announced:
+            Path(url_file).unlink()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -79,7 +79,7 @@ class Served:
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
         assert first.startswith("ready: digits, jpeg_incompressibility, mean_red"), first
-        self.url = self.url_file.read_text().strip()
+        self.url = self.url_file.read_text().splitlines()[0]
         self.port = int(self.url.rpartition(":")[2])
 
     def ask(
@@ -337,8 +337,9 @@ def test_tokens_that_are_no_secret_are_refused(content: str, mode: int, why: str
         (["beauty"], "there is no reward 'beauty'"),
         (["digits", "--max-images", "0"], "--max-images must be at least 1"),
         (["digits", "--port", "70000"], "--port must be from 0 to 65535"),
-        (["digits", "--url-file", "nowhere/url"], "there is no such folder"),
+        (["digits", "--url-file", "/"], "is a folder"),
         (["digits", "--token-file", "nowhere"], "nowhere"),
+        (["jpeg_compressibility", "--port", "0", "--url-file", __file__], "was not written by this program"),
         (["jpeg_compressibility", "--host", "0.0.0.0"], "open to the whole network"),
     ],
 )

@@ -52,7 +52,9 @@ class Source:
             return said | {"weights": content_hash(self.path)}
         said |= {
             "encoders": fingerprints(self.pipeline_dir),
-            "max_sequence_length": encoder_facts(self.pipeline_dir, self.max_sequence_length).max_sequence_length,
+            "max_sequence_length": encoder_facts(
+                self.pipeline_dir, self.max_sequence_length
+            ).max_sequence_length,
         }
         if self.shift is None:
             said["scheduler"] = content_hash(self.pipeline_dir / "scheduler")
@@ -96,14 +98,14 @@ def find_source(
         if adapters:
             raise ValueError(f"{path} is no pipeline folder, and adapters are put on those")
         folder = pipeline_of(path, pipeline_dir)
-        return Source(
-            kind=CHECKPOINT, path=find_checkpoint(path), pipeline_dir=folder, ema=ema, **settings
-        )
+        return Source(kind=CHECKPOINT, path=find_checkpoint(path), pipeline_dir=folder, ema=ema, **settings)
     if ema or pipeline_dir:
         raise ValueError(f"{path} is a pipeline folder: --ema and --pipeline-dir go with a checkpoint")
     kind = PIPELINE if _is_known(Path(path)) else DIFFUSERS
     if kind == DIFFUSERS and (adapters or shift is not None):
-        raise ValueError(f"{path} is of another architecture, drawn by diffusers: without adapters and --shift")
+        raise ValueError(
+            f"{path} is of another architecture, drawn by diffusers: without adapters and --shift"
+        )
     return Source(kind=kind, path=Path(path), pipeline_dir=Path(path), adapters=adapters, **settings)
 
 
@@ -112,9 +114,7 @@ def _is_known(folder: Path) -> bool:
     return config.is_file() and read_object(config).get("_class_name") in families()
 
 
-def checkpoint_generator(
-    source: Source, dtype: str, parallel: ParallelConfig, decodes: bool
-) -> Generator:
+def checkpoint_generator(source: Source, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
     """What a checkpoint draws with; its model stays cut over the ranks. Collective.
 
     Args:

@@ -85,14 +85,12 @@ def read_prompt_set(settings: PromptSetSettings) -> PromptSet:
         ValueError: the file is missing or holds a line that is no prompt, or one with an unknown tag; names file and
             line.
     """
-    read = read_prompts(settings.prompts, settings.split)
+    read = read_prompts(settings.prompts, settings.split, repeats=True)
     items = []
     for prompt, metadata, lines in zip(read.prompts, read.metadata, read.places, strict=True):
         tag = metadata.get(TAG, "")
         if tag and tag not in TAGS:
-            raise ValueError(
-                f"{read.path}:{lines[0]}: unknown {TAG} {tag!r}; the tags are {', '.join(TAGS)}"
-            )
+            raise ValueError(f"{read.path}:{lines[0]}: unknown {TAG} {tag!r}; the tags are {', '.join(TAGS)}")
         digest = hashlib.sha256(prompt.encode()).digest()
         items.append(
             Item(

@@ -1,13 +1,13 @@
 """What an evaluation consists of, as a YAML file says it.
 
-    size: 512x512                        # pixels; left out: what each transformer draws by itself
-    guidance_scale: [4.5, 1]             # the first one is the table's
-    steps: [40]                          # likewise; further ones are drawn at the first guidance scale
-    sets:
-      geneval: {prompts: geneval, scorers: [geneval]}            # geneval/test_metadata.jsonl
-      drawbench: {prompts: drawbench, scorers: [clipscore, pickscore], noises: 2}
-    published:                           # rows of the table to compare with, by scorer
-      SD3.5-M: {geneval: 0.63}
+size: 512x512                        # pixels; left out: what each transformer draws by itself
+guidance_scale: [4.5, 1]             # the first one is the table's
+steps: [40]                          # likewise; further ones are drawn at the first guidance scale
+sets:
+  geneval: {prompts: geneval, scorers: [geneval]}            # geneval/test_metadata.jsonl
+  drawbench: {prompts: drawbench, scorers: [clipscore, pickscore], noises: 2}
+published:                           # rows of the table to compare with, by scorer
+  SD3.5-M: {geneval: 0.63}
 """
 
 import math

@@ -12,7 +12,6 @@ whole: whoever goes on after a kill finds each of them complete or not at all.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -28,7 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from soar_mega.outputs import MARKER, check_file, write_file
+from soar_mega.outputs import check_file, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
@@ -69,14 +68,16 @@ class Store:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for this evaluation. ValueError: another one is writing it."""
-        with open(self.path / ABOUT, "rb") as file:
-            # some network file systems have no locks
-            with contextlib.suppress(OSError):
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no locks on folders
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise ValueError(f"{self.path}: another evaluation is writing this folder") from None
             yield
+        finally:
+            os.close(folder)
 
     def write_json(self, name: str, content: Json) -> None:
         """Replaces a JSON file of the folder."""

@@ -1,4 +1,4 @@
-"""One model through a suite: draws and scores what is not there yet, each image and each score written as it is made."""
+"""One model through a suite: what is not there yet is drawn and scored, and written as it is made."""
 
 import logging
 import time
@@ -65,7 +65,10 @@ class Cell:
         for scorer in (None, *scorers):
             header = base | _identity(scorer)
             path = (
-                store.path / "scores" / folder / f"{prompt_set.name}.{header['scorer']}-{digest(header)}.jsonl"
+                store.path
+                / "scores"
+                / folder
+                / f"{prompt_set.name}.{header['scorer']}-{digest(header)}.jsonl"
             )
             self._files[header["scorer"]] = ScoreFile(path, header, rank)
 
@@ -135,7 +138,9 @@ def _judged(scorer: Scorer, tasks: Sequence[Task], images: Images) -> dict[str, 
     own = given.get(scorer.name)
     if own is None or any(value.shape != (len(tasks),) for value in given.values()):
         shapes = {name: list(value.shape) for name, value in given.items()}
-        raise ValueError(f"scorer {scorer.name} gave {shapes} for {len(tasks)} images: one value for each is expected")
+        raise ValueError(
+            f"scorer {scorer.name} gave {shapes} for {len(tasks)} images: one value for each is expected"
+        )
     if not bool(own.isfinite().all()):
         bad = tasks[int((~own.isfinite()).nonzero()[0])]
         raise ValueError(f"scorer {scorer.name} gave no finite value to {images.path(bad.name)}")
@@ -163,9 +168,7 @@ def run_model(
         cell.look()
     todo = [(cell, cell.unfinished(place)) for cell in cells]
     prompts = list(
-        dict.fromkeys(
-            task.item.prompt for cell, tasks in todo for task in tasks if not cell.is_drawn(task)
-        )
+        dict.fromkeys(task.item.prompt for cell, tasks in todo for task in tasks if not cell.is_drawn(task))
     )
     # all ranks have looked when the first one begins to write: those of one replica must agree on what to do
     if _any(bool(prompts)):

@@ -2,7 +2,6 @@
 architecture in diffusers' own classes."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.vae import Decoder
 from soar_mega.evaluation.generate import Generator, schedule_of
-from soar_mega.evaluation.suite.drawing import DiffusersDrawer, Drawer, Drawn, KeyedDrawer, encode_alone
 from soar_mega.models.family import families
 from soar_mega.user_files import read_object
 
@@ -63,21 +61,24 @@ class Source:
         adapters = content_hash(self.adapters) if self.adapters else ""
         return said | {"weights": content_hash(self.path / "transformer"), "adapters": adapters}
 
-    def drawer(self, prompts: Sequence[str], drawn: Drawn, parallel: ParallelConfig, decodes: bool) -> Drawer:
-        """Ready to draw prompts. Text encoders are gone before the transformer comes. Collective for a checkpoint.
+    def generator(self, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
+        """The transformer in our implementation, ready to draw. Collective for a checkpoint, which stays cut.
 
         Args:
             parallel: the layout of a checkpoint.
             decodes: whether this rank gets the images of a checkpoint.
         """
-        if self.kind == DIFFUSERS:
-            return DiffusersDrawer(self.path, drawn)
-        encoded = encode_alone(self.pipeline_dir, prompts, drawn.dtype, self.max_sequence_length)
+        assert self.kind != DIFFUSERS, "diffusers draws it"
         if self.kind == PIPELINE:
-            generator = Generator.load(self.path, drawn.dtype, self.shift, self.adapters)
-        else:
-            generator = checkpoint_generator(self, drawn.dtype, parallel, decodes)
-        return KeyedDrawer(generator, prompts, encoded, drawn)
+            return Generator.load(self.path, dtype, self.shift, self.adapters)
+        model = load_model(self.path, dtype, parallel, self.ema)
+        return Generator(
+            facts=encoder_facts(self.pipeline_dir),
+            velocity=model.velocity,
+            is_told=model.model.sizes.guidance_embeds,
+            decoder=Decoder.load(self.pipeline_dir) if decodes else None,
+            schedule=schedule_of(self.pipeline_dir, self.shift),
+        )
 
 
 def find_source(
@@ -112,22 +113,6 @@ def find_source(
 def _is_known(folder: Path) -> bool:
     config = folder / "transformer" / "config.json"
     return config.is_file() and read_object(config).get("_class_name") in families()
-
-
-def checkpoint_generator(source: Source, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
-    """What a checkpoint draws with; its model stays cut over the ranks. Collective.
-
-    Args:
-        decodes: whether this rank gets the images.
-    """
-    model = load_model(source.path, dtype, parallel, source.ema)
-    return Generator(
-        facts=encoder_facts(source.pipeline_dir),
-        velocity=model.velocity,
-        is_told=model.model.sizes.guidance_embeds,
-        decoder=Decoder.load(source.pipeline_dir) if decodes else None,
-        schedule=schedule_of(source.pipeline_dir, source.shift),
-    )
 
 
 SIZE = re.compile(r"(.+)@(\d+x\d+)")

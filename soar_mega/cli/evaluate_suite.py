@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from soar_mega.cli.adapted import split_adapted
 
 if TYPE_CHECKING:
+    from soar_mega.evaluation.suite.tables import Tables
     from soar_mega.training.evaluating import Model
 
 WAITING = timedelta(hours=2)  # of a rank for others that still draw
@@ -17,7 +19,13 @@ WAITING = timedelta(hours=2)  # of a rank for others that still draw
 
 def check(arguments: argparse.Namespace) -> None:
     """ValueError for what can be seen to be wrong without loading anything."""
-    for name in ("batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    for name in (
+        "batch_size",
+        "drift_samples",
+        "drift_steps",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    ):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if not arguments.out:
@@ -38,13 +46,17 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from soar_mega.distributed import device, is_rank_zero, start_world
     from soar_mega.evaluation.suite.prompts import read_prompt_set
     from soar_mega.evaluation.suite.scoring import make_scorers
-    from soar_mega.evaluation.suite.settings import load_suite, sampled_at
+    from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
     from soar_mega.evaluation.suite.store import Store
     from soar_mega.faults.agreement import on_rank_zero
     from soar_mega.training.evaluating import Evaluation
 
     suite = load_suite(arguments.suite, arguments.prompts)
     suite = sampled_at(suite, arguments.guidance_scale, arguments.steps)
+    drift = DriftSettings(
+        held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
+    )
+    suite = dataclasses.replace(suite, drift=drift)
     sets = [read_prompt_set(each) for each in suite.sets]
     models = [_model(text, arguments) for text in arguments.models]
     parallel = ParallelConfig(
@@ -68,9 +80,28 @@ def run_suite(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
     )
     with store.lock() if is_rank_zero() else contextlib.nullcontext(), _explained(arguments.out):
-        for model in models:
-            evaluation.run(model)
+        measured = [evaluation.measure(model) for model in models]
+        if is_rank_zero():
+            print("\n".join(table(evaluation.report(measured))))
+            print(
+                f"\nthe report is {arguments.out}/report.html, its numbers are in report.json and table.csv"
+            )
     return 0
+
+
+def table(tables: "Tables") -> list[str]:
+    """A line for each model and point: its scores, each with its standard error."""
+    columns = tables.columns()
+    width = max(len(model.name) for model in tables.models) + 2
+    lines = [f"{'':<{width}}{'':<24}" + "".join(f"{column.title:>24}" for column in columns)]
+    for model in tables.models:
+        for point in tables.suite.points:
+            cells = []
+            for column in columns:
+                found = tables.bootstrap(column.prompt_set).score(tables.outcomes(model, point, column))
+                cells.append(f"{f'{found.value:.4g} +- {found.standard_error:.2g}':>24}")
+            lines.append(f"{model.name:<{width}}{point!s:<24}" + "".join(cells))
+    return lines
 
 
 def _model(text: str, arguments: argparse.Namespace) -> "Model":

@@ -138,7 +138,7 @@ def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gener
 
 def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
     """What a checkpoint draws with; its model stays cut over the ranks. Collective."""
-    from soar_mega.checkpoints.drawing import checkpoint_generator, find_source
+    from soar_mega.checkpoints.drawing import find_source
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import data_size, is_rank_zero, start_world
     from soar_mega.faults.agreement import on_rank_zero
@@ -160,7 +160,7 @@ def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gen
             f"{tensor * pipeline} process(es), and more would draw the same again: start as many"
         )
     encoded = on_rank_zero(lambda: _encoded(arguments, source.pipeline_dir, prompts))
-    return checkpoint_generator(source, arguments.dtype, parallel, is_rank_zero()), encoded
+    return source.generator(arguments.dtype, parallel, is_rank_zero()), encoded
 
 
 def _layout(arguments: argparse.Namespace) -> tuple[int, int]:

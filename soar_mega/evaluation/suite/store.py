@@ -79,6 +79,11 @@ class Store:
         finally:
             os.close(folder)
 
+    def folder_of(self, images: str, name: str) -> str:
+        """The folder of images with this hash: the one that there is, whatever the model was called, or a new one."""
+        known = sorted((self.path / "images").glob(f"*-{images}"))
+        return known[0].name if known else f"{name}-{images}"
+
     def write_json(self, name: str, content: Json) -> None:
         """Replaces a JSON file of the folder."""
         self.write(name, json.dumps({"written_by": MARK.decode()} | content, indent=1) + "\n")

@@ -58,7 +58,7 @@ class Cell:
     ) -> None:
         self.prompt_set, self.point, self.scorers = prompt_set, point, scorers
         said = {**drawn, "guidance_scale": point.guidance_scale, "steps": point.steps}
-        folder = f"{name}-g{point.guidance_scale:g}-s{point.steps}-{digest(said)}"
+        folder = store.folder_of(digest(said), f"{name}-g{point.guidance_scale:g}-s{point.steps}")
         self.images = Images(store.path / "images" / folder / prompt_set.name)
         base = {"images": digest(said), "prompts": prompt_set.hash}
         self._files = {}

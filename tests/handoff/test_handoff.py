@@ -16,7 +16,7 @@ from soar_mega.cli import main
 from soar_mega.convert.training_facts import TrainingFacts
 from soar_mega.handoff import outside
 from soar_mega.handoff.check import check, handoff
-from soar_mega.handoff.trainers import TRAINERS, script
+from soar_mega.handoff.trainers import TRAINERS, Handoff, script
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
 STAND_IN = Path(__file__).parent / "stand_in_trainer.py"
@@ -132,6 +132,20 @@ def test_the_lines_are_for_bash_and_their_paths_absolute(
     assert "16" in lines and all(
         "export" not in word or str(tmp_path) in word for word in lines.split("=")[1:2]
     )
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_page_shows_the_lines(name: str) -> None:
+    folder = Path("/data/runs/x")
+    given = Handoff(pipeline=folder / "export", out=folder / name, resolution=512, tokens=77, shift=3.0)
+    commands = [line for line in script(TRAINERS[name], given).splitlines() if not line.startswith("#")]
+    page = one_line((BASE.parents[2] / "docs/handoff.md").read_text())
+    assert one_line("\n".join(commands)) in page
+    assert TRAINERS[name].how_to_set.format(tokens=77) in page
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.replace("\\\n", " ").split())
 
 
 def test_lines_into_a_file_and_a_configuration(

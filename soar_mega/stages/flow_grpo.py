@@ -160,9 +160,8 @@ class FlowGrpo(LearningFromSamples):
 
     def _coefficients(self, step: Tensor) -> Coefficients:
         """(A, B, C) of steps [P], each [P] float64."""
-        config, sigmas = self.config, self.sigmas
         return rollout_coefficients(
-            config.variant, sigmas[step], sigmas[step + 1], config.eta, sigmas[1].item()
+            self.config.variant, self.sigmas[step], self.sigmas[step + 1], self.config.eta
         )
 
 

@@ -50,6 +50,11 @@ def test_loss_and_gradient_are_the_trainers(name):
     both_gradients(collect(PRESETS[name]), TRAINERS[name])
 
 
+def test_advantages_are_cut_off():
+    config, trainer = replace(PRESETS["diffusion_nft_ocr"], advantage_clip=0.6), TRAINERS["diffusion_nft_ocr"]
+    both_gradients(collect(config), replace(trainer, loss=replace(trainer.loss, clip=0.6)))
+
+
 def test_it_can_learn_with_guidance():
     config = replace(PRESETS["diffusion_nft_ocr"], guidance_scale=2.0)
     case = collect(config)

@@ -96,9 +96,15 @@ def test_every_distance_from_the_reference_is_the_trainers(kl, variant):
     both_gradients(collect(config), replace(trainer, loss=loss))
 
 
-def test_learning_may_have_another_guidance_than_drawing():
-    config = replace(PRESETS["flow_grpo_ocr"], learning_guidance_scale=1.0)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_learning_may_have_another_guidance_than_drawing(scale):
+    config = replace(PRESETS["flow_grpo_ocr"], learning_guidance_scale=scale)
     both_gradients(collect(config), TRAINERS["flow_grpo_ocr"])
+
+
+def test_advantages_are_cut_off():
+    config, trainer = replace(PRESETS["flow_grpo_ocr"], advantage_clip=0.6), TRAINERS["flow_grpo_ocr"]
+    both_gradients(collect(config), replace(trainer, loss=replace(trainer.loss, advantage_clip=0.6)))
 
 
 @pytest.mark.parametrize("name", PRESETS)

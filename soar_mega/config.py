@@ -57,8 +57,8 @@ class StageConfig:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
 
-    def check(self, global_batch_size: int) -> None:
-        """Raise a ValueError that names the setting and what would be right, where settings do not fit each other."""
+    def check(self, recipe: "Recipe") -> None:
+        """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""
@@ -101,6 +101,8 @@ class TrainConfig:
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
     cuda_graphs: str = "layers"  # layers: each as a CUDA graph, on a GPU with the megatron engine | none
     ema_decay: float = 0.0  # 0: no EMA
+    ema_update_interval: int = 1  # the EMA moves after every n-th step
+    ema_warm_up: bool = False  # after n steps it moves with the decay min(n / (9 + n), ema_decay)
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (
         10.0  # a step that takes longer ends the run, with a report; null: any time

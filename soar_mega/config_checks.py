@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "train.points_per_micro_batch": at_least(1),
     "train.cuda_graphs": one_of("none", "layers"),
     "train.ema_decay": from_below(0, 1),
+    "train.ema_update_interval": at_least(1),
     "train.exit_duration_in_mins": above(0),
     "train.step_timeout_minutes": above(0),
     "train.phase_timeout_minutes": above(0),
@@ -156,10 +157,16 @@ def _check_batch(recipe: Recipe) -> None:
         f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
         f"({train.micro_batch_size}) times the number of data-parallel replicas",
     )
+    for key, default in (("ema_update_interval", 1), ("ema_warm_up", False)):
+        value = getattr(train, key)
+        _require(
+            train.ema_decay or value == default,
+            f"train.{key}={value} is about the EMA, which is kept with train.ema_decay above 0 (0.999, for example)",
+        )
 
 
 def _check_stage(recipe: Recipe) -> None:
-    recipe.stage.check(recipe.train.global_batch_size)
+    recipe.stage.check(recipe)
 
 
 def check_replicas(global_batch_size: int, replicas: int) -> None:

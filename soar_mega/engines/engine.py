@@ -97,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
-        """Clip, update the weights and every EMA. When the loss or the gradient is not finite, nothing changes."""
+        """Clip and update the weights. When the loss or the gradient is not finite, nothing changes."""
 
     @abstractmethod
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
@@ -264,11 +264,11 @@ class Engine(ABC):
         with self.using(weights):
             return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
-    def keep_weights(self, name: str, decay: float | None = None) -> None:
-        """Keep a float32 copy of the weights as they are now; with a decay, an EMA that each step updates."""
+    def keep_weights(self, name: str) -> None:
+        """Keep a float32 copy of the weights as they are now."""
         assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
-        self.weights[name] = KeptWeights(self._main, decay)
+        self.weights[name] = KeptWeights(self._main)
 
     def blend_weights(self, name: str, decay: float) -> None:
         """Move a kept copy toward the weights as they are now: decay of it and 1 - decay of them."""

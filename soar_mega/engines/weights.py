@@ -128,17 +128,11 @@ class MainWeights:
 
 
 class KeptWeights:
-    """One kept copy: an EMA where `decay` is given, else a snapshot."""
+    """A copy of the weights as they are now, which stays so until it is moved."""
 
-    def __init__(self, main: MainWeights, decay: float | None) -> None:
+    def __init__(self, main: MainWeights) -> None:
         self._main = main
-        self.decay = decay
         self.pieces = {name: piece.flat.float().clone() for name, piece in main.pieces.items()}
-
-    def update(self) -> None:
-        """Move the EMA toward the main weights; a snapshot stays as it is."""
-        if self.decay is not None:
-            self.blend(self.decay)
 
     @torch.no_grad()
     def blend(self, decay: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from soar_mega.config import Forwards, StageConfig
+from soar_mega.config import Forwards, Recipe, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
 
 
@@ -22,6 +22,7 @@ class CollectingConfig(StageConfig):
     updates_per_sample: int = 1  # how often a collection is learned from
     collect_micro_batch_size: int = 8  # samples of one forward while they are drawn
     rewards: dict[str, float] = field(default_factory=dict)  # name -> weight
+    scorer_weights_dir: str = ""  # of rewards that are published scorers (soar-mega fetch-weights)
     sampling_steps: int = 10
     sigma_grid: str = "diffusers"  # diffusers (its scheduler's) | linear (equal steps of unshifted time)
     integer_timesteps: bool = False  # the model is told whole timesteps, cut off, while samples are drawn
@@ -93,8 +94,8 @@ class CollectingConfig(StageConfig):
         """Optimizer steps that a collection is learned from in."""
         return self.samples_per_collection // global_batch_size * self.updates_per_sample
 
-    def check(self, global_batch_size: int) -> None:
-        samples = self.samples_per_collection
+    def check(self, recipe: Recipe) -> None:
+        samples, global_batch_size = self.samples_per_collection, recipe.train.global_batch_size
         if samples % global_batch_size:
             raise ValueError(
                 f"a collection of stage.prompts_per_collection ({self.prompts_per_collection}) times "
@@ -160,8 +161,8 @@ class FlowGrpoConfig(CollectingConfig):
     def trained_points(self) -> int:
         return self.candidates if self.num_learned_steps is None else self.num_learned_steps
 
-    def check(self, global_batch_size: int) -> None:
-        super().check(global_batch_size)
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
         if self.variant == "cps" and self.eta > 1:
             raise ValueError(f"stage.eta is {self.eta}: with stage.variant=cps it must be at most 1")
         if not self.stochastic_steps.startswith("all"):
@@ -170,6 +171,11 @@ class FlowGrpoConfig(CollectingConfig):
             raise ValueError(
                 f"stage.num_learned_steps is {self.num_learned_steps}: no more than {self.candidates} steps of a "
                 "sample are stochastic and can be learned from"
+            )
+        if recipe.lora.dropout > 0:
+            raise ValueError(
+                "stage.name=flow_grpo compares the probability of a step with that when it was drawn, without dropout: "
+                "set lora.dropout=0"
             )
         if self.ratio == "guard" and self.old_log_probabilities == "replayed":
             raise ValueError(
@@ -241,8 +247,8 @@ class DiffusionNftConfig(CollectingConfig):
         steps = self.sampling_steps
         return forwards // steps * (2 * steps - 1) if self.solver == "heun" else forwards
 
-    def check(self, global_batch_size: int) -> None:
-        super().check(global_batch_size)
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
         if self.num_levels > self.sampling_steps:
             raise ValueError(
                 f"stage.num_levels is {self.num_levels}: no more than stage.sampling_steps={self.sampling_steps} "

@@ -86,7 +86,7 @@ class Steps:
     def _keep_weights(self) -> None:
         """Keeps the weights of now: as the EMA, where the recipe wants one, and as what the stage keeps."""
         if self.recipe.train.ema_decay > 0:
-            self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+            self.engine.keep_weights("ema")
         for name in self.stage.keeps:
             if not (name == "reference" and self.engine.adapters):  # the model without them
                 self.engine.keep_weights(name)
@@ -125,9 +125,17 @@ class Steps:
         progress.iteration += 1
         progress.consumed_samples = self.loader.consumed_samples
         progress.skipped_steps += not result.ok
+        if result.ok and recipe.train.ema_decay > 0:
+            self._move_average()
         for name, decay in self.stage.blends(progress.iteration).items():
             self.engine.blend_weights(name, decay)
         return result
+
+    def _move_average(self) -> None:
+        train, steps = self.recipe.train, self.progress.iteration
+        decay = min(steps / (9 + steps), train.ema_decay) if train.ema_warm_up else train.ema_decay
+        if steps % train.ema_update_interval == 0:
+            self.engine.blend_weights("ema", decay)
 
     def close(self) -> None:
         """Ends reader processes."""

@@ -19,7 +19,7 @@ from engine_cases import (
 )
 
 from soar_mega.config import LoraConfig, Recipe
-from soar_mega.data.batch import Batch, on_device
+from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size
 from soar_mega.flow import Schedule, normal
 from soar_mega.models.common.names import global_parameter_names
@@ -142,7 +142,7 @@ def collected_batch() -> Batch:
     valid = sample != 1
     latents[~valid] = torch.nan
     empty = normal(11, "empty", torch.zeros(1, dtype=torch.int64), 0, (TEXT + 1, TEXT_DIM))[0]
-    batch = Batch(
+    return Batch(
         seed=5,
         position=sample,
         valid=valid,
@@ -161,7 +161,6 @@ def collected_batch() -> Batch:
             "old_log_probability": -0.1 * sample.double() - 0.3,
         },
     )
-    return on_device(batch)
 
 
 def with_kept_weights(recipe: Recipe):

@@ -78,3 +78,31 @@ def test_adapters_need_no_reference(shards, tmp_path):
     with tiny_runs.steps(shards, tmp_path / "run", name="sft", lora__rank=2) as run:
         assert set(run.engine.weights) == {"ema", "old"}
         assert pieces(run, "old").keys() == set(run.engine.adapters.names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decays"),
+    [
+        ({}, {1: 0.25, 3: 0.25, 4: 0.25}),
+        ({"train__ema_update_interval": 2, "train__ema_warm_up": "true"}, {4: 0.25}),
+        ({"train__ema_warm_up": "true"}, {1: 1 / 10, 3: 3 / 12, 4: 0.25}),
+    ],
+    ids=["always", "warmed-up-every-second", "warmed-up"],
+)
+def test_when_the_average_moves(shards, tmp_path, settings, decays):
+    """Step 2 is skipped: its loss is infinite."""
+    settings = {"name": "sft", "train__ema_decay": 0.25, "train__global_batch_size": 4, **settings}
+    with tiny_runs.steps(shards, tmp_path / "run", **settings) as run:
+        expected = pieces(run, "current")
+        plain = run.stage.loss
+        for step in range(1, 5):
+            factor = torch.inf if step == 2 else 1.0
+            run.stage.loss = lambda points, velocity, by=factor: by * plain(points, velocity)
+            run.learn()
+            assert run.update().ok == (step != 2)
+            if step in decays:
+                current = pieces(run, "current")
+                expected = {
+                    key: value.lerp(current[key], 1.0 - decays[step]) for key, value in expected.items()
+                }
+            assert_same(pieces(run, "ema"), expected)

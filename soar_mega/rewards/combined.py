@@ -37,7 +37,8 @@ class Rewards:
         """The values of each reward by its name, and "total", their sum by weight: [N] float64 on the CPU.
 
         A value does not depend on the other samples. Where a reward could not judge a sample its value is NaN, and the
-        total of the sample with it: such a sample is to be left out of learning. That is logged and counted.
+        total of the sample with it, unless the weight is 0: such a sample is to be left out of learning. That is logged
+        and counted.
 
         Args:
             images: [N, 3, H, W] in [0, 1]; one that is not finite is not judged.
@@ -65,7 +66,8 @@ class Rewards:
             values[scorer.name][chosen] = judged
             why = {i: "the image is not finite" for i, finite in enumerate(whole) if not finite}
             self._tell(scorer.name, len(whole), why | {chosen[i]: words for i, words in broken.items()})
-        values[TOTAL] = torch.stack([self.weights[name] * values[name] for name in self.names]).sum(dim=0)
+        counted = [name for name in self.names if self.weights[name]]
+        values[TOTAL] = torch.stack([self.weights[name] * values[name] for name in counted]).sum(dim=0)
         return values
 
     def examine(self, collection: Mapping[str, Tensor]) -> None:
@@ -81,7 +83,7 @@ class Rewards:
                     f"reward {name} could not judge one of the {len(collection[name])} samples of a collection"
                     f"{f': {self._last_words[name]}' if name in self._last_words else ''}"
                 )
-            if len(values) > 1 and values.min() == values.max():
+            if self.weights[name] and len(values) > 1 and values.min() == values.max():
                 self._constant[name] += 1
                 log.warning(
                     "reward %s is %g for all samples of a collection: there is nothing to learn from it "

@@ -13,6 +13,7 @@ from soar_mega.rewards.judging import judge
 
 log = logging.getLogger(__name__)
 TOTAL = "total"
+SAME = 1e-3  # relative: a model in bf16 on a GPU does not repeat its values to the last bit
 
 
 class Rewards:
@@ -27,6 +28,7 @@ class Rewards:
         self.names = tuple(scorer.name for scorer in scorers)
         self.weights = dict(zip(self.names, weights, strict=True))
         self._scorers = tuple(scorers)
+        self._seen_alone: set[str] = set()  # names of those that have judged a sample by itself too
         self._not_judged: Counter[str] = Counter()  # samples since the start
         self._constant: Counter[str] = Counter()  # collections since the start
         self._last_words: dict[str, str] = {}
@@ -62,6 +64,10 @@ class Rewards:
         values = {}
         for scorer in self._scorers:
             judged, broken = judge(scorer, images, prompts, metadata)
+            if len(images) > 1 and scorer.name not in self._seen_alone:
+                self._seen_alone.add(scorer.name)
+                alone, _ = judge(scorer, images[:1], prompts[:1], metadata[:1])
+                _compare(scorer.name, float(alone[0]), float(judged[0]))
             values[scorer.name] = torch.full((len(whole),), torch.nan, dtype=torch.float64)
             values[scorer.name][chosen] = judged
             why = {i: "the image is not finite" for i, finite in enumerate(whole) if not finite}
@@ -105,4 +111,15 @@ class Rewards:
             count,
             self._not_judged[name],
             self._last_words[name],
+        )
+
+
+def _compare(name: str, alone: float, among_others: float) -> None:
+    """Warns where a sample judged by itself is worth something else than among others."""
+    if abs(alone - among_others) > SAME * max(abs(alone), abs(among_others)):
+        log.warning(
+            "reward %s gives a sample %g by itself and %g among others: a run at another layout learns something else",
+            name,
+            alone,
+            among_others,
         )

@@ -57,6 +57,11 @@ def not_finite(images: Tensor, prompts: Sequence[str], _: object) -> list[float]
     return [float(prompt) for prompt in prompts]
 
 
+def among_others(images: Tensor, *_: object) -> Tensor:
+    red = images[:, 0].mean(dim=(1, 2))
+    return red - red.mean()
+
+
 def broken(*_: object) -> Tensor:
     raise RuntimeError("out of paint")
 
@@ -240,6 +245,16 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
     with pytest.raises(ValueError, match="reward broken could not judge one of the 3 samples.*out of paint"):
         rewards.examine(values)
     assert "reward mean_red is" in caplog.text and "nothing to learn from it (so far in 1 coll" in caplog.text
+
+
+def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("mean_red", "among_others"):
+        rewards = make_rewards({HERE + name: 1.0})
+        for _ in range(2):
+            rewards.score(pictures(2), ["a", "b"], [NOTHING] * 2)
+    assert [message.partition(" by itself")[0] for message in caplog.messages] == [
+        "reward among_others gives a sample 0"
+    ]
 
 
 # -- names

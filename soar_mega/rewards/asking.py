@@ -27,8 +27,8 @@ UNKNOWN_PAGE = (404, 405, 501)
 class Patience:
     """Seconds: for one request; in all, while a worker is away or late; until it is asked again, doubled each time."""
 
-    request: float = 180
-    in_all: float = 300
+    request: float = 300
+    in_all: float = 600
     pause: float = 1
     longest_pause: float = 30
 

@@ -1,16 +1,22 @@
 """Runs of reinforcement learning: resumed at any point of a collection, stopped, refused; and rewards that rise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_cases import STAGES, rl_recipe, rl_steps
+import torch
+from multirank import run_ranks
+from rl_cases import STAGES, rl_recipe, rl_steps, taken
+from torch import Tensor
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
+from soar_mega.data.info import DataError
 from soar_mega.distributed import stop_world
+from soar_mega.training.collection_report import best_median_worst
+from soar_mega.training.experience import Share, order_of_pass
 from soar_mega.training.loop import Steps
 
 ITERATIONS = 6  # of collections that are learned from in 4

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from rl_case import FIRST, REFERENCE, REWARDS, SAMPLES, SEED, SHAPE, THETA, Case, collect, with_guidance
-from rl_trainers import TRAINERS, advantages_of, nft_decay
+from rl_trainers import TRAINERS, advantages_of, dpm2, nft_decay
 
 from soar_mega.config import Recipe, TrainConfig
-from soar_mega.flow import Schedule, normal
+from soar_mega.flow import Schedule, normal, sample
 from soar_mega.kernels import STREAMS
 from soar_mega.stages import DiffusionNftConfig, make_stage
 from soar_mega.stages.published import PUBLISHED
@@ -75,6 +75,15 @@ def test_samples_are_drawn_by_the_old_policy_and_only_their_ends_are_kept():
     case = collect(PRESETS["diffusion_nft_geneval"])
     assert torch.equal(case.stage.points(case.batch).timestep.unique(), (1000 * plan.sigmas[:-1]).unique())
     assert torch.equal(case.batch.latents, case.drawn.clean) and len(case.batch) == SAMPLES
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_the_sampler_takes_the_steps_of_the_trainer(steps):
+    sigmas = Schedule(3.0).inference_sigmas(steps)
+    z = normal(0, "start", torch.arange(2), 0, SHAPE).double()
+    theirs = dpm2(lambda x, s: 0.7 * x + s * s - 0.4 * s * x.sin(), z, sigmas.tolist())
+    ours = sample(lambda x, s: 0.7 * x + s[0] ** 2 - 0.4 * s[0] * x.sin(), z, sigmas, "dpm++2m")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 def test_levels_are_those_of_the_settings():

@@ -73,6 +73,10 @@ class WorkerScorer:
         values = [torch.nan if isinstance(each, str) else each for each in given]
         return {self.name: torch.tensor(values, dtype=torch.float64)}
 
+    def close(self) -> None:
+        """Ends what another thread is asking, which raises WorkerError there."""
+        self._peer.close()
+
     def _ask_score(
         self, pictures: Sequence[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Given]:

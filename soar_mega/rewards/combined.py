@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.evaluation.scorer import Scorer
+from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.judging import judge
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,12 @@ class Rewards:
                     values[0],
                     self._constant[name],
                 )
+
+    def close(self) -> None:
+        """Ends what another thread is asking a worker, which raises OSError there: or a process would end after it."""
+        for scorer in self._scorers:
+            if isinstance(scorer, WorkerScorer):
+                scorer.close()
 
     def _tell(self, name: str, count: int, broken: Mapping[int, str]) -> None:
         if not broken:

@@ -512,6 +512,27 @@ def test_a_late_worker_ends_the_run() -> None:
         given(1.0, patience=Patience(request=0.2, in_all=0.1, pause=0.01))
 
 
+@pytest.mark.parametrize("answer", [30.0, (503, b"")])
+def test_a_worker_that_is_waited_for_keeps_no_process(answer: tuple[int, Any] | float) -> None:
+    script = Script(UP, answer)
+    rewards = make_rewards({f"{script.url}/compute": 1.0})  # patient for minutes
+    found: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            rewards.score(pictures(1), ["a"], [{}])
+        except OSError as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    time.sleep(0.1)
+    rewards.close()
+    asking.join(timeout=20)
+    assert not asking.is_alive() and "reward worker http://127.0.0.1" in str(found[0])
+    script.close()
+
+
 def test_a_worker_that_comes_back_is_used(caplog: pytest.LogCaptureFixture) -> None:
     script = Script((503, b""), UP, (503, b""), (500, b""), 0.0, (200, {"rewards": [2.0]}))
     scorer = WorkerScorer(f"{script.url}/compute", Patience(request=5, in_all=5, pause=0.01))

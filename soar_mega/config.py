@@ -165,6 +165,7 @@ class DataConfig:
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
     prompts: str = ""  # of stages that draw their samples: a .txt or .jsonl file, or a folder with train.txt
+    validation_prompts: str = ""  # held-out ones, or a folder with test.txt; empty: no rewards of them
     prompt_cache: str = ""  # where the prompts' embeddings are kept; empty: in the run folder
     resolution: int | list[int] | None = (
         None  # pixels of what they draw, or [width, height]; None: the transformer's own

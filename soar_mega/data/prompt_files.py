@@ -24,11 +24,12 @@ NAMED = 3  # places in a message
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Prompts that differ from each other, and what their file says beside each."""
+    """Prompts that differ from each other, what their file says beside each, and the numbers of its lines."""
 
     path: Path
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    places: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -39,19 +40,20 @@ class PromptSet:
         return hashlib.sha256(said.encode()).hexdigest()
 
 
-def read_prompts(path: str | Path, split: str = "train") -> PromptSet:
+def read_prompts(path: str | Path, split: str = "train", repeats: bool = False) -> PromptSet:
     """The prompts of a file, or of a split of a folder.
 
     Empty lines are left out and prompts that come again are kept once; both are told of, with their number and place.
 
     Args:
         path: a .txt or .jsonl file, or a folder with <split>_metadata.jsonl (which goes first) or <split>.txt.
+        repeats: a prompt that comes again is meant, and not told of.
 
     Raises:
         ValueError: there is no such file, a line is no prompt, or all are empty; names file and line.
     """
     file = _file(Path(path), split)
-    places: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
     metadata: list[dict[str, Any]] = []
     empty: list[int] = []
     repeated: list[int] = []
@@ -65,8 +67,9 @@ def read_prompts(path: str | Path, split: str = "train") -> PromptSet:
             empty.append(number)
         elif prompt in places:
             repeated.append(number)
+            places[prompt].append(number)
         else:
-            places[prompt] = number
+            places[prompt] = [number]
             metadata.append(beside)
     if not places:
         raise ValueError(f"{file} holds no prompt: write one a line")
@@ -76,7 +79,7 @@ def read_prompts(path: str | Path, split: str = "train") -> PromptSet:
     ):
         if numbers and is_rank_zero():
             log.warning("%s: %d lines %s (%s)", file, len(numbers), what, _named(file, numbers))
-    return PromptSet(path=file, prompts=list(places), metadata=metadata)
+    return PromptSet(path=file, prompts=list(places), metadata=metadata, places=list(places.values()))
 
 
 def _file(path: Path, split: str) -> Path:

@@ -128,7 +128,9 @@ class Trainer(Steps):
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
         self.events = Events(on_disk, self.progress.iteration)
         schedule, info = self.stage.schedule, self.loader.info
-        self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
+        self.measurements = Measurements(
+            recipe, run.path, self.engine, schedule, info, prompts, self.events, self.collector
+        )
         self.collections = None
         if self.collector is not None:
             self.collections = CollectionReport(self.collector, run.path, recipe.logging, self.events)

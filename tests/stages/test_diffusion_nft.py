@@ -4,8 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_case import FIRST, REFERENCE, REWARDS, SAMPLES, SEED, SHAPE, THETA, Case, collect, with_guidance
 from rl_trainers import TRAINERS, advantages_of, dpm2, nft_decay
+from small_collection import (
+    FIRST,
+    REFERENCE,
+    REWARDS,
+    SAMPLES,
+    SEED,
+    SHAPE,
+    THETA,
+    Case,
+    collect,
+    with_guidance,
+)
 
 from soar_mega.config import Recipe, TrainConfig
 from soar_mega.flow import Schedule, normal, sample

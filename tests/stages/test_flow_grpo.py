@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_case import (
+from rl_trainers import TRAINERS, Step, advantages_of
+from small_collection import (
     FIRST,
     IMAGES,
     PROMPTS,
@@ -18,7 +19,6 @@ from rl_case import (
     collect,
     with_guidance,
 )
-from rl_trainers import TRAINERS, Step, advantages_of
 
 from soar_mega.config import LoraConfig, Recipe, TrainConfig
 from soar_mega.flow import SOURCES, Schedule, normal

@@ -137,7 +137,10 @@ def test_old_policy_follows_after_each_collection_by_the_published_decay():
 
 def test_what_cannot_be_learned_from_counts_for_nothing():
     case = collect(PRESETS["diffusion_nft_ocr"])
-    case.batch.collected["advantage"][0] = torch.nan
+    case.drawn.clean[0] = torch.nan  # and so is its reward
+    advantages = case.batch.collected["advantage"].index_fill(0, torch.tensor([0]), torch.nan)
+    experience = case.stage.experience(case.drawn, advantages)
+    case.batch.latents, case.batch.collected = experience.latents, experience.collected
     case.batch.valid[2] = False
     points = case.points()
     gone = (points.sample == 0) | (points.sample == 2)

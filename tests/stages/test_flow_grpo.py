@@ -159,6 +159,21 @@ def test_what_cannot_be_learned_from_counts_for_nothing():
     assert bool((collect(kept).stage.points(collect(kept).batch).count == 1).all())
 
 
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "grpo_guard_ocr", "unirl_grpo"])
+def test_a_sample_that_ended_in_nan_harms_nothing(name):
+    case = collect(PRESETS[name])
+    advantages = case.stage.advantages(REWARDS.index_fill(0, torch.tensor([0]), torch.nan), case.prompt)
+    broken = replace(case.drawn)
+    losses = []
+    for value in (0.0, torch.nan):
+        for tensor in (broken.state, broken.following, broken.log_probability):
+            tensor[0] = value
+        experience = case.stage.experience(broken, advantages)
+        case.batch.latents, case.batch.collected = experience.latents, experience.collected
+        losses.append(case.loss(NOW, **({"reference": REFERENCE} if case.stage.keeps else {}))[0])
+    assert bool(losses[0].isfinite()) and torch.equal(losses[0], losses[1])
+
+
 def test_stochastic_steps_are_those_of_the_settings():
     position = torch.arange(FIRST, FIRST + 250 * SAMPLES)  # so many collections
     small = {"images_per_prompt": IMAGES, "prompts_per_collection": PROMPTS, "stochastic_range": [1, 8]}

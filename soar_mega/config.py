@@ -55,6 +55,11 @@ class StageConfig:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
 
+    @property
+    def kept_copies(self) -> tuple[str, ...]:
+        """The copies of the weights that the method wants kept."""
+        return ()
+
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""
         return replace(self, guidance_scale=1.0) if is_told else self
@@ -98,6 +103,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0: no EMA
     ema_update_interval: int = 1  # the EMA moves after every n-th step
     ema_warm_up: bool = False  # after n steps it moves with the decay min(n / (9 + n), ema_decay)
+    offload_kept_weights: bool = False  # the EMA and the other copies that are kept lie in the host's memory
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (
         10.0  # a step that takes longer ends the run, with a report; null: any time

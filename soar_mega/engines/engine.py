@@ -268,7 +268,7 @@ class Engine(ABC):
         """Keep a float32 copy of the weights as they are now."""
         assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
-        self.weights[name] = KeptWeights(self._main)
+        self.weights[name] = KeptWeights(self._main, self.recipe.train.offload_kept_weights)
 
     def blend_weights(self, name: str, decay: float) -> None:
         """Move a kept copy toward the weights as they are now: decay of it and 1 - decay of them."""
@@ -365,7 +365,7 @@ class Engine(ABC):
         wholes = {key: self._main.value(key).float().view(-1) for key in frozen}
         pieces = []
         for name, kept in self.weights.items():
-            pieces += self._saved_pieces(f"weights.{name}", kept.pieces)
+            pieces += self._saved_pieces(f"weights.{name}", kept.still())
             pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
         return pieces
 

@@ -34,9 +34,9 @@ class Throughput:
         """Counts one step, of whose samples this rank has `batch`."""
         tokens = Tokens(image_tokens(self._sizes, batch.latent_shape[1:]), batch.text_length)
         if tokens not in self._steps:
-            answers, points = self._forwards.answers, self._forwards.points
-            step = step_work(forward_work(self._sizes, tokens), answers, points)
-            self._steps[tokens] = self._samples * step
+            answers = round(self._samples * self._forwards.answers)
+            points = self._samples * self._forwards.points
+            self._steps[tokens] = step_work(forward_work(self._sizes, tokens), answers, points)
         self._work += self._steps[tokens]
         self._seconds += seconds
 

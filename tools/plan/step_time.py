@@ -14,8 +14,9 @@ from plan.hardware import Hardware
 from soar_mega.config import Recipe
 from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import is_sequence_parallel
-from soar_mega.models.common.memory import ITEM, Workload, is_recomputed, rank_elements
+from soar_mega.models.common.memory import ITEM, Workload, is_recomputed
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.common.sizes import Sizes
 
 # H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
@@ -217,7 +218,7 @@ class StepModel:
         replicas = self.data_size * self.context
         if replicas == 1:
             return 0.0
-        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
         scatter, gather = (self._over_replicas(size * elements, replicas) for size in (4, self.item))
         if parallel.engine == "deepspeed":
             # DeepSpeed reduces at each backward from stage 2 on, and at stage 3 gathers for each forward and backward
@@ -244,7 +245,7 @@ class StepModel:
 
     def _optimizer(self) -> float:
         parallel = self.recipe.parallel
-        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
         is_divided = parallel.engine == "deepspeed" or parallel.use_distributed_optimizer
         share = self.data_size * self.context if is_divided else 1
         return elements / share * self.hardware.optimizer / self.hardware.copy

@@ -43,13 +43,15 @@ class StageConfig:
 
     Attributes:
         rules: what its settings may be.
+        collects: whether it learns from samples of its own, drawn for data.prompts.
     """
 
-    name: str  # of the method: soar | sft | sft_multi
+    name: str  # of the method: soar | sft | sft_multi | flow_grpo | diffusion_nft
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
     rules: ClassVar[dict[str, Rule]] = {"shift": above(0), "guidance_scale": at_least(0)}
+    collects: ClassVar[bool] = False
 
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
@@ -59,6 +61,9 @@ class StageConfig:
     def kept_copies(self) -> tuple[str, ...]:
         """The copies of the weights that the method wants kept."""
         return ()
+
+    def check(self, recipe: "Recipe") -> None:
+        """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""
@@ -165,6 +170,12 @@ class DataConfig:
     path: str = ""  # shard folder written by `soar-mega prepare`, or with encode: online an image folder
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
+    prompts: str = ""  # of stages that draw their samples: a .txt or .jsonl file, or a folder with train.txt
+    prompt_cache: str = ""  # where the prompts' embeddings are kept; empty: in the run folder
+    resolution: int | list[int] | None = (
+        None  # pixels of what they draw, or [width, height]; None: the transformer's own
+    )
+    max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as diffusers
     num_workers: int = 0  # reader processes per data-parallel rank
     max_failed_share: float = (
         0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
@@ -205,6 +216,7 @@ class LoggingConfig:
     drift_samples: int = 32
     drift_spans: list[list[float]] = field(default_factory=lambda: [[0.9, 0.65], [0.75, 0.5], [0.5, 0.25]])
     drift_steps: int = 5  # guided Euler steps of a span
+    collection_interval: int = 1  # collections between pictures of their best, median and worst samples
     sample_interval: int = 0  # sample grids
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 20

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from soar_mega.config import Forwards, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
+from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
 
 
 @dataclass(kw_only=True)
@@ -81,4 +82,20 @@ class SoarConfig(SftMultiConfig):
         return super().forwards()._replace(answers=branches, query_branches=branches)
 
 
-SETTINGS: dict[str, type[StageConfig]] = {"soar": SoarConfig, "sft": SftConfig, "sft_multi": SftMultiConfig}
+SETTINGS: dict[str, type[StageConfig]] = {
+    "soar": SoarConfig,
+    "sft": SftConfig,
+    "sft_multi": SftMultiConfig,
+    "flow_grpo": FlowGrpoConfig,
+    "diffusion_nft": DiffusionNftConfig,
+}
+
+__all__ = [
+    "SETTINGS",
+    "CollectingConfig",
+    "DiffusionNftConfig",
+    "FlowGrpoConfig",
+    "SftConfig",
+    "SftMultiConfig",
+    "SoarConfig",
+]

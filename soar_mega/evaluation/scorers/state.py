@@ -1,0 +1,134 @@
+"""Weights of a scorer from its file into a model, or a message that says what does not fit."""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+Network = TypeVar("Network", bound=nn.Module)
+Model = TypeVar("Model", bound=PreTrainedModel)
+MAX_LISTED = 10
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError where it is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a file of torch.save, on the CPU; no code in it is run.
+
+    Raises:
+        ValueError: it is truncated or of another kind; names the file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason}); is the copy complete?") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return dict(content)
+
+
+def fill(network: Network, state: Mapping[str, Tensor], path: Path, device: torch.device) -> Network:
+    """A network in float32 with exactly these weights, ready to judge.
+
+    Args:
+        path: where the weights are from, for the message.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    wanted = network.state_dict()
+    problems = [
+        f"missing: {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in state
+    ]
+    problems += [f"unknown: {name}" for name in state if name not in wanted]
+    problems += [
+        _misshaped(name, state[name].shape, value.shape)
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    _complain(problems, path)
+    network.load_state_dict(state)
+    return network.float().eval().requires_grad_(False).to(device)
+
+
+def fill_model(
+    cls: type[Model],
+    config: PretrainedConfig,
+    state: Mapping[str, Tensor],
+    path: Path,
+    device: torch.device,
+    unneeded: tuple[str, ...] = (),
+    **arguments: Any,
+) -> Model:
+    """The same for a model of transformers, with weights under the names of its published checkpoints.
+
+    Those names are stable; the names of its modules are not, and transformers knows how they changed.
+
+    Args:
+        unneeded: beginnings of names that may be missing.
+        arguments: of the model beside `config`.
+    """
+    with _quiet():
+        model, report = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith(unneeded)]
+    problems = [f"missing: {name}" for name in sorted(missing)]
+    problems += [f"unknown: {name}" for name in sorted(report["unexpected_keys"])]
+    problems += [_misshaped(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
+    _complain(problems, path)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _misshaped(name: str, found: torch.Size, wanted: torch.Size) -> str:
+    return f"shape of {name} is {tuple(found)}, not {tuple(wanted)}"
+
+
+def _complain(problems: list[str], path: Path) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        listing = "\n  ".join(problems[:MAX_LISTED]) + more
+        raise ValueError(f"the weights in {path} are of another architecture:\n  {listing}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no report of transformers beside ours."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

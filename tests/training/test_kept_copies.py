@@ -32,7 +32,7 @@ class Keeping(Sft):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_stage", lambda config, shift: Keeping(config, shift))
+    monkeypatch.setattr(loop, "make_stage", lambda config, shift, **_: Keeping(config, shift))
     return tiny_runs.make_shards(tmp_path / "shards", samples=16, seed=0)
 
 

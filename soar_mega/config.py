@@ -58,6 +58,11 @@ class StageConfig:
         raise NotImplementedError
 
     @property
+    def drawn_rows(self) -> int:
+        """Rows of one forward that draws samples of its own."""
+        return 0
+
+    @property
     def kept_copies(self) -> tuple[str, ...]:
         """The copies of the weights that the method wants kept."""
         return ()

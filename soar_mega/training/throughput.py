@@ -26,6 +26,7 @@ class Throughput:
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
+        self._adapters = recipe.lora.rank > 0
         self._stage = recipe.stage.asking(sizes.guidance_embeds)
         self._forwards = self._stage.forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -39,7 +40,8 @@ class Throughput:
         if tokens not in self._steps:
             answers = round(self._samples * self._forwards.answers)
             points = self._samples * self._forwards.points
-            self._steps[tokens] = step_work(forward_work(self._sizes, tokens), answers, points)
+            forward = forward_work(self._sizes, tokens)
+            self._steps[tokens] = step_work(forward, answers, points, self._adapters)
         self._work += self._steps[tokens]
         self._seconds += seconds
 

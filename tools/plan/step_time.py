@@ -146,12 +146,13 @@ class StepModel:
             if stream or parts.text_goes_on:
                 shapes += attentions * [(m, hidden // tensor, hidden)]
                 shapes += [(m, hidden, 4 * hidden / tensor), (m, 4 * hidden // tensor, hidden)]
-        total = 0.0
-        for m, k, n in shapes:
-            total += self.gemm(m, k, n) if not backward else self.gemm(m, n, k) + self.gemm(n, m, k)
+        has_gradients = backward and not self.recipe.lora.rank  # adapters' own products are a hundredth
+        total = sum(self.gemm(m, n, k) if backward else self.gemm(m, k, n) for m, k, n in shapes)
+        if has_gradients:
+            total += sum(self.gemm(n, m, k) for m, k, n in shapes)
         # adaLN: one vector per sample; its weights are read
         weights = self.item * parts.modulation * hidden**2 / tensor
-        return total + (2 if backward else 1) * weights / self.hardware.copy
+        return total + (2 if has_gradients else 1) * weights / self.hardware.copy
 
     def gemm(self, m: float, k: float, n: float) -> float:
         """Seconds of a product [m, k] x [k, n]: whole waves of tiles, or its bytes where they take longer."""

@@ -40,7 +40,7 @@ class Workload:
         latent_size: (H, W) of the latents, an eighth of the pixels.
         text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
         points: of one training forward, both branches of guidance counted.
-        rows: of one forward of the answer pass, likewise; 0: there is none.
+        rows: of the largest forward without a gradient, likewise; 0: there is none.
         samples: of the rank's share of the global batch.
         micro_batches: training forwards of a step.
     """
@@ -103,7 +103,8 @@ def workload(
     total = samples * forwards.points // branches
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
     asked = min(train.micro_batch_size * forwards.query_branches, round(samples * forwards.answers))
-    return Workload(latent_size, text_length, size * branches, asked, samples, -(-total // size))
+    rows = max(asked, stage.drawn_rows)
+    return Workload(latent_size, text_length, size * branches, rows, samples, -(-total // size))
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:

@@ -1,4 +1,4 @@
-"""LAION's aesthetic score: a linear head on the image feature of OpenAI's CLIP ViT-L/14. It does not read the prompt."""
+"""LAION's aesthetic score: a linear head on the image feature of OpenAI's CLIP ViT-L/14, without the prompt."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,7 +5,8 @@ Names of the published file to those of transformers' `BlipVisionModel` and `Bli
     blip.visual_encoder.cls_token, pos_embed        embeddings.class_embedding, position_embedding
     blip.visual_encoder.patch_embed.proj            embeddings.patch_embedding
     blip.visual_encoder.blocks.N                    encoder.layers.N
-        norm1, norm2, attn.qkv, attn.proj, mlp          layer_norm1, layer_norm2, self_attn.qkv, self_attn.projection, mlp
+        norm1, norm2, mlp                               layer_norm1, layer_norm2, mlp
+        attn.qkv, attn.proj                             self_attn.qkv, self_attn.projection
     blip.visual_encoder.norm                        post_layernorm
     blip.text_encoder.*                             *
     mlp.*                                           the head

@@ -61,6 +61,11 @@ AESTHETIC_HEAD = WeightFile(
 HPS_WEIGHTS = WeightFile("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 IMAGE_REWARD_WEIGHTS = WeightFile("THUDM/ImageReward", "ImageReward.pt")
 BERT_VOCABULARY = WeightFile("google-bert/bert-base-uncased", "vocab.txt")
+DETECTOR = WeightFile(
+    "open-mmlab/mmdetection",
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    sha256="743b7d99",  # its name ends with the first digits
+)
 
 
 def missing(files: Iterable[WeightFile], weights_dir: Path) -> list[WeightFile]:

@@ -31,7 +31,7 @@ def run(engine, recipe, iterations) -> list[float]:
 
 def save_and_go_on(recipe, folder):
     engine = start_engine(recipe)
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     run(engine, recipe, range(2))
     save_tensors(engine.sharded_state_dict(), folder)
     return run(engine, recipe, range(2, 4)), ema(engine)
@@ -42,7 +42,7 @@ def load_and_go_on(recipe, folder):
     with torch.no_grad():
         for parameter in engine.parameters.values():
             parameter.zero_()
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     reading.READ_AT_ONCE = 2**14  # in several reads, of which the ranks of a pipeline need different numbers
     engine.load_state_dict(read_tensors(Path(folder), engine.sharded_state_dict(is_loading=True)))
     return run(engine, recipe, range(2, 4)), ema(engine)
@@ -68,12 +68,13 @@ def folder(tmp_path):
     "processes, saved, loaded",
     [
         (4, {"layout": (2, 1), "sequence_parallel": True}, {"layout": (1, 2), **VPP2}),
-        (2, {"layout": (1, 2), **VPP2}, {"layout": (1, 1)}),
-        (2, {"context_parallel_size": 2}, {"layout": (2, 1)}),
-        (
+        pytest.param(2, {"layout": (1, 2), **VPP2}, {"layout": (1, 1)}, marks=pytest.mark.slow),
+        pytest.param(2, {"context_parallel_size": 2}, {"layout": (2, 1)}, marks=pytest.mark.slow),
+        pytest.param(
             4,
             {"layout": (1, 2), "use_distributed_optimizer": False, **VPP2},
             {"layout": (2, 1), "use_distributed_optimizer": False},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["tp2dp2-to-pp2-vpp2", "pp2-vpp2-to-dp2", "cp2-to-tp2", "plain-optimizer-pp2-vpp2-dp2-to-tp2"],

@@ -1,0 +1,79 @@
+"""Rewards by the names that a recipe has for them."""
+
+import importlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+from soar_mega.evaluation.scorer import Scorer
+from soar_mega.rewards.client import WorkerScorer
+from soar_mega.rewards.combined import TOTAL, Rewards
+from soar_mega.rewards.functions import FunctionScorer
+
+log = logging.getLogger(__name__)
+
+# what each needs is imported when it is made
+BUILT_IN = {
+    "digits": "digits:DigitsScorer",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+}
+
+
+def make_rewards(weights: Mapping[str, float]) -> Rewards:
+    """The rewards of a recipe, ready to score.
+
+    Args:
+        weights: by what `make_scorer` takes.
+
+    Raises:
+        ValueError: one is not known, has no usable weight, or two have the same name.
+        OSError: a worker is not there.
+    """
+    if not weights:
+        raise ValueError(
+            "stage.rewards is empty: give at least one reward and its weight, as in {digits: 1.0}"
+        )
+    for key, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"stage.rewards: the weight of {key} is {weight!r}, a number is expected")
+    scorers = make_scorers(list(weights))
+    for scorer, weight in zip(scorers, weights.values(), strict=True):
+        log.info("reward %s (%s) x %g", scorer.name, scorer.version, weight)
+    return Rewards(scorers, [float(weight) for weight in weights.values()])
+
+
+def make_scorers(keys: Sequence[str]) -> list[Scorer]:
+    """Scorers of different names. ValueError where two have the same; else raises what `make_scorer` does."""
+    scorers: list[Scorer] = []
+    for key in keys:
+        scorer = make_scorer(key)
+        if scorer.name in (TOTAL, *(other.name for other in scorers)):
+            raise ValueError(f"{key} is called {scorer.name}, as another reward is: give one another name")
+        scorers.append(scorer)
+    return scorers
+
+
+def make_scorer(key: str) -> Scorer:
+    """A scorer by what a recipe calls it.
+
+    Args:
+        key: the name of a built-in scorer; module:function, with #NAME where the function gives several values;
+            http://host:port/score#NAME, http://host:port/compute or file:PATH#NAME for a worker, which is waited for.
+
+    Raises:
+        ValueError: there is none; says which there are.
+        OSError: the worker is not there.
+    """
+    source, _, entry = key.partition("#")
+    if key in BUILT_IN:
+        module, _, maker = BUILT_IN[key].partition(":")
+        scorer: Scorer = getattr(importlib.import_module(f"soar_mega.rewards.{module}"), maker)()
+        return scorer
+    if source.startswith(("http://", "https://", "file:")):
+        return WorkerScorer(key)
+    if ":" in source:
+        return FunctionScorer(source, entry)
+    raise ValueError(
+        f"there is no reward {key!r}: choose one of {', '.join(BUILT_IN)}, module:function of your own, or http://host:port/score#NAME"
+    )

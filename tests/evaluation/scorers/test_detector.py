@@ -94,5 +94,5 @@ def test_another_detector_is_refused(weights_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(path.with_name("config.json").read_text())
     with pytest.raises(ValueError, match=r"d.pth are of another architecture:\n  missing: ") as told:
         Detector(tmp_path / "d.pth", torch.device("cpu"))
-    for words in ("layers.1.blocks.1", "and 12 more", "unknown: backbone.layer1.0", "is (134,), not (81,)"):
+    for words in ("layers.1.blocks.1", "and 13 more", "unknown: backbone.layer1.0", "is (134,), not (81,)"):
         assert words in str(told.value)

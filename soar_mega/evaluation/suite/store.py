@@ -31,6 +31,7 @@ from soar_mega.outputs import check_file, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
+OWN_NAMES = ("images", "scores", "drift", "report.json", "report.html", "table.csv", "outcomes.csv")
 DEFECT = "Defect"  # of a PNG's texts: what was wrong with the image before it was rounded
 NOT_FINITE = "not finite"
 
@@ -42,7 +43,7 @@ class Store:
     """The folder.
 
     Args:
-        path: it is made; what is there already must be an evaluation of this program.
+        path: it is made. What is in it under names of ours must be an evaluation of this program.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,9 +58,11 @@ class Store:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: give the name of a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ABOUT).is_file():
+        foreign = [name for name in OWN_NAMES if (self.path / name).exists()]
+        if foreign and not (self.path / ABOUT).is_file():
             raise ValueError(
-                f"{self.path} holds what this program did not write: give the evaluation a folder of its own"
+                f"{self.path} holds {foreign[0]}, which this program did not write: give the evaluation a folder of "
+                "its own"
             )
         check_file(self.path / ABOUT, MARK)
         if not (self.path / ABOUT).exists():

@@ -181,7 +181,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        is_list = [typing.get_origin(kind) is list for kind in kinds]
+        chosen = is_list.index(isinstance(value, list)) if isinstance(value, list) in is_list else 0
+        return _convert(value, kinds[chosen], where)
     if origin is list and isinstance(value, list):
         return [_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):

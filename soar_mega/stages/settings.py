@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from soar_mega.config import Forwards, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
+from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
 
 
 @dataclass(kw_only=True)
@@ -75,8 +76,26 @@ class SoarConfig(SftMultiConfig):
     }
 
     def forwards(self) -> Forwards:
+        if not self.num_auxiliary_points:
+            return super().forwards()
         branches = 2 if self.guidance_scale != 1.0 else 1
-        return super().forwards()._replace(answers=branches if self.num_auxiliary_points else 0)
+        return super().forwards()._replace(answers=branches, query_branches=branches)
 
 
-SETTINGS: dict[str, type[StageConfig]] = {"soar": SoarConfig, "sft": SftConfig, "sft_multi": SftMultiConfig}
+SETTINGS: dict[str, type[StageConfig]] = {
+    "soar": SoarConfig,
+    "sft": SftConfig,
+    "sft_multi": SftMultiConfig,
+    "flow_grpo": FlowGrpoConfig,
+    "diffusion_nft": DiffusionNftConfig,
+}
+
+__all__ = [
+    "SETTINGS",
+    "CollectingConfig",
+    "DiffusionNftConfig",
+    "FlowGrpoConfig",
+    "SftConfig",
+    "SftMultiConfig",
+    "SoarConfig",
+]

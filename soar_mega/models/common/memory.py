@@ -35,8 +35,8 @@ class Workload:
     Attributes:
         latent_size: (H, W) of the latents, an eighth of the pixels.
         text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
-        points: of one training forward.
-        rows: of one forward of the answer pass, both branches of guidance counted; 0: there is none.
+        points: of one training forward, both branches of guidance counted.
+        rows: of one forward of the answer pass, likewise; 0: there is none.
         samples: of the rank's share of the global batch.
         micro_batches: training forwards of a step.
     """
@@ -88,11 +88,12 @@ def workload(
     """
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
-    answers, points_of_sample = stage.asking(is_told).forwards()
-    total = samples * points_of_sample
+    forwards = stage.asking(is_told).forwards()
+    branches = forwards.point_branches
+    total = samples * forwards.points // branches
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
-    asked = min(train.micro_batch_size, samples) * answers
-    return Workload(latent_size, text_length, size, asked, samples, -(-total // size))
+    asked = min(train.micro_batch_size * forwards.query_branches, samples * forwards.answers)
+    return Workload(latent_size, text_length, size * branches, asked, samples, -(-total // size))
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:

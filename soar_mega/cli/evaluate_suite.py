@@ -47,6 +47,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
     start_process()
 
+    from soar_mega.checkpoints.drawing import CHECKPOINT
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import device, is_rank_zero, start_world
     from soar_mega.evaluation.suite.prompts import read_prompt_set
@@ -69,6 +70,12 @@ def run_suite(arguments: argparse.Namespace) -> int:
     models = [_model(text, arguments) for text in arguments.models]
     if len({model.name for model in models}) < len(models):
         raise ValueError("two models have one name: tell them apart, as in before=MODEL after=MODEL")
+    whole = [model.name for model in models if model.source.kind != CHECKPOINT]
+    if whole and max(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size) > 1:
+        raise ValueError(
+            f"{whole[0]} is a pipeline folder, which lies whole on each process: evaluate checkpoints at a layout of "
+            "their own with the same --out before, then all models without one; nothing is drawn twice"
+        )
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
         pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,

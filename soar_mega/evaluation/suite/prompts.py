@@ -13,7 +13,15 @@ from soar_mega.data.prompt_files import read_prompts
 from soar_mega.evaluation.suite.settings import PromptSetSettings
 
 TAG = "tag"  # of a line of GenEval's: what kind of prompt it is
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TAGS = (
+    "single_object",
+    "two_object",
+    "counting",
+    "colors",
+    "position",
+    "color_attr",
+    "ocr",
+)  # the last of digits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,11 @@ from soar_mega.cli import build_parser, doctor, main
 from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
 from soar_mega.data.canvases import write_image_folder
+from soar_mega.data.info import DatasetInfo
+from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
+from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
+from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/tiny/base")
@@ -428,6 +432,47 @@ def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.
     assert report["real"]["verifier_accuracy"] > 0.95
     said = capsys.readouterr().out
     assert "soar " in said and "real canvases" in said and "0.90 -> 0.65" in said
+
+
+def test_a_suite_over_runs_with_drift_and_training(road: Path, tmp_path: Path) -> None:
+    """`--suite tiny` on a pipeline, an export and a checkpoint: their scores, drift, and the training behind them."""
+    out = tmp_path / "out"
+    models = [f"base={BASE}", f"soar={road}/run/export", f"same={road}/run"]
+    drift = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
+    sampling = ["--guidance-scale", "3", "--guidance-scale", "1", "--steps", "1"]
+    assert main(["evaluate", *models, "--suite", "tiny", *sampling, *drift, "--out", str(out)]) == 0
+    said = json.loads((out / "report.json").read_text())
+    base, soar, same = (said["models"][name] for name in ("base", "soar", "same"))
+    assert base["training"] == [] and soar["training"] == same["training"]
+    [run] = soar["training"]
+    assert (run["stage"], run["iterations"], run["samples"]) == ("soar", 2, 8)
+    info = DatasetInfo.from_json(json.loads((road / "shards/dataset.json").read_text()), road)
+    sizes = read_sizes(BASE)
+    tokens = Tokens(image_tokens(sizes, info.latent_shape("16x16")[1:]), info.text_shape[0])
+    forwards = load_recipe(road / "run/run_config.yaml").stage.forwards()
+    assert run["flops"] == 8 * step_work(forward_work(sizes, tokens), forwards.answers, forwards.points).total
+    # a checkpoint draws what its export does
+    images = {
+        path.parents[1].name.rpartition("-")[0]: path.parents[1] for path in out.glob("images/*/digits/*.png")
+    }
+    for drawn in (images["soar-g3-s1"] / "digits").iterdir():
+        assert drawn.read_bytes() == (images["same-g3-s1"] / "digits" / drawn.name).read_bytes()
+
+    metrics = tmp_path / "metrics.json"
+    command = [
+        "evaluate",
+        *models[:2],
+        *sampling,
+        *drift,
+        "--prompts-per-category",
+        "2",
+        "--out",
+        str(metrics),
+    ]
+    assert main(command) == 0
+    measured = json.loads(metrics.read_text())["pipelines"]
+    assert base["drift"]["scales"] == measured["base"]["drift"]["scales"]
+    assert soar["drift"]["scales"] == measured["soar"]["drift"]["scales"] != base["drift"]["scales"]
 
 
 def test_held_out_samples_of_other_encoders_are_refused(

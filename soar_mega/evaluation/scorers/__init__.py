@@ -11,8 +11,10 @@ from soar_mega.evaluation.scorers.weights import (
     BERT_VOCABULARY,
     CLIP_H_TOKENIZER,
     CLIP_L,
+    DETECTOR,
     HPS_WEIGHTS,
     IMAGE_REWARD_WEIGHTS,
+    PADDLE_OCR,
     PICK_SCORE,
     WeightFile,
     missing,
@@ -47,6 +49,12 @@ class Entry:
 
 SCORERS = {
     "clip_score": Entry("cosine of image and prompt, CLIP ViT-L/14", "clip_score:ClipScore", CLIP_L),
+    "ocr": Entry("text that can be read, by RapidOCR", "ocr:RapidReader", (), ("rapidocr", "onnxruntime")),
+    "ocr_paddle": Entry(
+        "text that can be read, by PaddleOCR 2", "ocr:PaddleReader", PADDLE_OCR, ("paddleocr", "paddle")
+    ),
+    "gen_eval": Entry("objects, counts, colours, positions", "gen_eval:GenEval", (DETECTOR, *CLIP_L)),
+    "gen_eval_rl": Entry("share of what GenEval demands", "gen_eval:GenEvalReward", (DETECTOR, *CLIP_L)),
     "pick_score": Entry("preference of people, logit scale x cosine", "pick_score:PickScore", PICK_SCORE),
     "pick_score_rl": Entry("pick_score / 26", "pick_score:PickScoreReward", PICK_SCORE),
     "hps": Entry("preference of people, HPS v2.1", "hps:HumanPreference", (HPS_WEIGHTS, *CLIP_H_TOKENIZER)),

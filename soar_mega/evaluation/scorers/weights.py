@@ -61,6 +61,23 @@ AESTHETIC_HEAD = WeightFile(
 HPS_WEIGHTS = WeightFile("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 IMAGE_REWARD_WEIGHTS = WeightFile("THUDM/ImageReward", "ImageReward.pt")
 BERT_VOCABULARY = WeightFile("google-bert/bert-base-uncased", "vocab.txt")
+DETECTOR = WeightFile(
+    "open-mmlab/mmdetection",
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    sha256="743b7d99",  # its name ends with the first digits
+)
+PADDLE_DETECTION, PADDLE_RECOGNITION = "en_PP-OCRv3_det_infer", "en_PP-OCRv4_rec_infer"
+PADDLE_DIRECTION = "ch_ppocr_mobile_v2.0_cls_infer"
+PADDLE_OCR = tuple(
+    WeightFile("PaddlePaddle/PaddleOCR", f"{folder}/inference.{kind}")
+    for folder in (PADDLE_DETECTION, PADDLE_RECOGNITION, PADDLE_DIRECTION)
+    for kind in ("pdmodel", "pdiparams")
+)
+INCEPTION = WeightFile(
+    "toshas/torch-fidelity",
+    "weights-inception-2015-12-05-6726825d.pth",
+    sha256="6726825d",  # its name ends with the first digits
+)
 
 
 def missing(files: Iterable[WeightFile], weights_dir: Path) -> list[WeightFile]:

@@ -160,5 +160,5 @@ def test_all_that_is_missing_is_named(tmp_path: Path) -> None:
         ValueError, match=r"(?s)PickScore_v1/config.json.*PickScore_v1/model.safe.*merges.txt"
     ):
         make_scorer("pick_score", tmp_path)
-    with pytest.raises(ValueError, match="no scorer 'pickscore'; there are clip_score, pick_score"):
+    with pytest.raises(ValueError, match="no scorer 'pickscore'; there are clip_score, gen_eval"):
         make_scorer("pickscore", tmp_path)

@@ -51,7 +51,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import device, is_rank_zero, start_world
     from soar_mega.evaluation.suite.prompts import read_prompt_set
-    from soar_mega.evaluation.suite.scoring import make_scorers
+    from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
     from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
     from soar_mega.evaluation.suite.store import Store
     from soar_mega.faults.agreement import on_rank_zero
@@ -87,6 +87,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     scorers = make_scorers(
         [name for each in suite.sets for name in each.scorers], arguments.weights, device()
     )
+    check_prompts(sets, scorers)
     evaluation = Evaluation(
         store=store,
         suite=suite,

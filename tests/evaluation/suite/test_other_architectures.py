@@ -47,7 +47,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _task(prompt: str, noise: int) -> Task:
-    item = Item(key=prompt, prompt=prompt, metadata={}, noises=2, position=0, category="", half=0)
+    item = Item(key=prompt, line=1, prompt=prompt, metadata={}, noises=2, position=0, category="", half=0)
     return Task(item, noise)
 
 

@@ -29,6 +29,10 @@ ALONE = Place(replica=0, replicas=1, writes=True, rank=0, world_size=1)
         ({"tag": "colours", "prompt": "a red 8"}, "unknown tag 'colours'; the tags are single_object,"),
         ({"prompt": "a red 8"}, "the tag is missing, which other lines have"),
         ({"tag": "colors", "include": []}, "is not a JSON object with 'prompt'"),
+        (
+            {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a red dog"},
+            "'dog' is no digit",
+        ),
     ],
 )
 def test_a_bad_line_is_told_by_file_and_line(
@@ -40,7 +44,7 @@ def test_a_bad_line_is_told_by_file_and_line(
     assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 1
     said = capsys.readouterr().err
     assert f"{file}:3" in said and words in said
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "images").exists()
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,7 @@ class CheckpointConfig:
     keep_last: int = 3  # newest checkpoints kept; 0 keeps all
     save_retain_interval: int = 0  # those of each n-th iteration are kept for ever as well; 0: none
     export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
+    export_dtype: str = "model"  # of their transformer: model | bf16 | fp32, the optimizer's own numbers
 
 
 @dataclass(kw_only=True)

@@ -107,6 +107,7 @@ class DeepSpeedEngine(Engine):
         for piece in self._pieces.values():
             _start_moments(optimizer, piece.owner)
         self._main = main_weights(self._deepspeed, self._stage, self.parameters, self._pieces)
+        self._take_exact()
         self._pipeline = Accumulation([self._deepspeed])
         if recipe.train.cuda_graphs != "none" and device().type == "cuda" and is_rank_zero():
             logger.warning(

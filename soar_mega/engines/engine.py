@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.config import Recipe
-from soar_mega.convert import load_weights
+from soar_mega.convert import exact_shards, load_weights
 from soar_mega.convert.lora import load_adapters
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
@@ -304,19 +304,23 @@ class Engine(ABC):
         with adapters, self.weights[name].swapped_in():
             yield
 
-    def tensors(self, weights: str = "current") -> Callable[[str], Tensor]:
+    def tensors(self, weights: str = "current", exact: bool = False) -> Callable[[str], Tensor]:
         """This rank's shard of a tensor by its global name, as `convert` asks for them one after another.
 
         A call is collective over the data-parallel group, for what the ranks of it hold in parts is put together then.
+
+        Args:
+            exact: in float32 as the optimizer keeps them, not as the model computes with them.
         """
         self._sync()
-        value = self._main.value if weights == "current" else self.weights[weights].value
+        held = self._main if weights == "current" else self.weights[weights]
+        value = held.exact if exact else held.value
         buffers = dict(self.model.named_buffers())
         return lambda name: buffers[name] if name in buffers else value(name)
 
-    def exported(self, weights: str = "current") -> Callable[[str], Tensor]:
+    def exported(self, weights: str = "current", exact: bool = False) -> Callable[[str], Tensor]:
         """`tensors` of a model without adapters: those are in the weights."""
-        tensors = self.tensors(weights)
+        tensors = self.tensors(weights, exact)
         return tensors if self.adapters is None else self.adapters.merged(tensors)
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
@@ -333,6 +337,18 @@ class Engine(ABC):
                 if key in self.parameters:
                     self._main.assign(key, tensor.to(device()))
         self.model.weights_changed()
+
+    def _take_exact(self) -> None:
+        """Have the main copies hold what the pipeline folder does, where it is float32 and the model rounds it.
+
+        Called by an engine as soon as there are main copies.
+        """
+        model = self.recipe.model
+        if model.init != "pretrained" or model.dtype == "fp32" or self.adapters is not None:
+            return
+        for name, shard in exact_shards(self.layout, model.pipeline_dir):
+            if name in self.parameters and self.parameters[name].requires_grad:
+                self._main.assign(name, shard.to(device()))
 
     def gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""

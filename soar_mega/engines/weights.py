@@ -5,7 +5,7 @@ of it per data-parallel rank. A kept copy has a piece for each of those, at the 
 copied.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.distributed import device
+from soar_mega.engines.on_demand import without_room
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class MainWeights:
     def value(self, name: str) -> Tensor:
         """A parameter as the model computes with it, whole. Collective over the data-parallel group."""
         return self.parameters[name].detach()
+
+    def exact(self, name: str) -> Tensor:
+        """A parameter as the optimizer has it, whole and float32. Collective over the data-parallel group."""
+        if not self.parameters[name].requires_grad:
+            return self.value(name).float()
+        return self.gather(lambda trained: self.pieces[trained].flat, name)
 
     @torch.no_grad()
     def assign(self, name: str, whole: Tensor) -> None:
@@ -167,6 +174,12 @@ class KeptWeights:
             return self._main.value(name)
         return self._main.gather(self.pieces.__getitem__, name, parameter.dtype)
 
+    def exact(self, name: str) -> Tensor:
+        """The same in float32, as it is kept."""
+        if not self._main.parameters[name].requires_grad:
+            return self._main.exact(name)
+        return self._main.gather(self.pieces.__getitem__, name)
+
     def assign(self, name: str, whole: Tensor) -> None:
         """Set this rank's piece from a whole tensor."""
         if name in self.pieces:
@@ -184,6 +197,26 @@ def _copy_of(flat: Tensor, on_host: bool) -> Tensor:
     return copy.copy_(flat)
 
 
+MAIN_COPIES = (
+    "optimizer.state.param",
+    "optimizer.state.fp32_param",
+)  # in checkpoints: cut over ranks, or whole
+
+
+def sharded_main_copies(model_state: dict[str, Any], held: Collection[str]) -> dict[str, Any]:
+    """The main copies that a checkpoint holds of a model, by the parameters' names; without data.
+
+    Args:
+        model_state: as for `sharded_copy`.
+        held: all names in the checkpoint.
+    """
+    found: dict[str, Any] = {}
+    for prefix in MAIN_COPIES:
+        copies = _copies(model_state, prefix, without_room)
+        found |= {name: copy for name, copy in copies.items() if copy.key in held}
+    return found
+
+
 def sharded_copy(
     model_state: dict[str, Any], name: str, whole: Callable[[Parameter], Tensor]
 ) -> dict[str, Any]:
@@ -193,6 +226,10 @@ def sharded_copy(
         model_state: the model's sharded_state_dict, whose tensors hold the parameters themselves.
         name: of the kept copy; part of the keys.
     """
+    return _copies(model_state, f"weights.{name}", whole)
+
+
+def _copies(model_state: dict[str, Any], prefix: str, whole: Callable[[Parameter], Tensor]) -> dict[str, Any]:
     tensors, _ = extract_sharded_tensors_and_factories(model_state)
     parameters = [t for t in nested_values(tensors) if isinstance(t.data, Parameter)]
-    return {t.key: make_sharded_optimizer_tensor(t, whole(t.data), f"weights.{name}") for t in parameters}
+    return {t.key: make_sharded_optimizer_tensor(t, whole(t.data), prefix) for t in parameters}

@@ -14,6 +14,7 @@ from soar_mega.cli import (
     data,
     doctor,
     evaluate,
+    fetch_weights,
     handoff,
     launch,
     prepare,
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"soar_mega {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
-    for module in (
+    modules = (
         prepare,
         data,
         train,
@@ -53,8 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
         launch,
         chain,
         serve_reward,
+        fetch_weights,
         doctor,
-    ):
+    )
+    for module in modules:
         module.add_parser(verbs)
     return parser
 

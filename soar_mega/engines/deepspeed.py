@@ -296,7 +296,9 @@ def _config(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     parallel = recipe.parallel
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "reduce_bucket_size": min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters())),
+        "reduce_bucket_size": min(
+            LARGEST_BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ),
         "stage3_param_persistence_threshold": 0,  # every parameter is cut, so that kept weights can take its place
     }
     on_cpu = {"device": "cpu", "pin_memory": device().type == "cuda"}

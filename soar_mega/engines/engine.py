@@ -245,22 +245,30 @@ class Engine(ABC):
 
     @torch.no_grad()
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditions: Conditions, weights: str = "current"
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        weights: str = "current",
+        micro_batch_size: int | None = None,
     ) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
 
         A forward may gather parameters from all replicas, so all must make the same number of them: the same number
-        of calls, each of at most micro_batch_size states, or of the same number of states on all. Shapes may differ.
+        of calls, each of at most train.micro_batch_size states, or of the same number of states on all. Shapes may
+        differ.
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
                 values on the first stage. A guidance-distilled model is told the scale of its training if they name
                 none.
+            micro_batch_size: most states of a forward; None: twice train.micro_batch_size.
         """
         if self._told_scale is not None and conditions.guidance is None:
             conditions = conditions.told(self._told_scale)
         # an interleaved pipeline would fill up few large micro-batches with empty ones
-        size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
+        most = micro_batch_size or 2 * self.recipe.train.micro_batch_size
+        size = min(most, -(-len(latents) // self._pipeline.group))
         with self.using(weights):
             return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
@@ -268,7 +276,7 @@ class Engine(ABC):
         """Keep a float32 copy of the weights as they are now."""
         assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
-        self.weights[name] = KeptWeights(self._main)
+        self.weights[name] = KeptWeights(self._main, self.recipe.train.offload_kept_weights)
 
     def blend_weights(self, name: str, decay: float) -> None:
         """Move a kept copy toward the weights as they are now: decay of it and 1 - decay of them."""
@@ -381,7 +389,7 @@ class Engine(ABC):
         wholes = {key: self._main.value(key).float().view(-1) for key in frozen}
         pieces = []
         for name, kept in self.weights.items():
-            pieces += self._saved_pieces(f"weights.{name}", kept.pieces)
+            pieces += self._saved_pieces(f"weights.{name}", kept.still())
             pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
         return pieces
 

@@ -119,7 +119,9 @@ class MainWeights:
     @torch.no_grad()
     def _show(self, part: Callable[[str], Tensor]) -> None:
         for name in self.pieces:
-            self._held(name).copy_(part(name))
+            held = self._held(name)
+            # from pinned memory on the host nobody waits for it; to the host one does
+            held.copy_(part(name), non_blocking=held.device == device())
         self._complete()
         self._shown = part
 
@@ -135,17 +137,32 @@ class MainWeights:
 
 
 class KeptWeights:
-    """A copy of the weights as they are now, which stays so until it is moved."""
+    """A copy of the weights as they are now, which stays so until it is moved.
 
-    def __init__(self, main: MainWeights) -> None:
+    Args:
+        on_host: it lies in the memory of the host, pinned where there is a GPU.
+    """
+
+    def __init__(self, main: MainWeights, on_host: bool = False) -> None:
         self._main = main
-        self.pieces = {name: piece.flat.float().clone() for name, piece in main.pieces.items()}
+        self.pieces = {name: _copy_of(piece.flat, on_host) for name, piece in main.pieces.items()}
 
     @torch.no_grad()
     def blend(self, decay: float) -> None:
         """Move the copy toward the main weights, of which it has 1 - decay then; at 0 it is them."""
         for name, kept in self.pieces.items():
-            kept.lerp_(self._main.pieces[name].flat, 1.0 - decay)
+            current = self._main.pieces[name].flat
+            here = kept.to(current.device, non_blocking=True)
+            here.lerp_(current, 1.0 - decay)
+            if here is not kept:
+                kept.copy_(here, non_blocking=True)
+
+    def still(self) -> dict[str, Tensor]:
+        """The pieces for a checkpoint, which copies what lies on a GPU: pinned ones would change with the next step."""
+        if not any(piece.is_pinned() for piece in self.pieces.values()):
+            return self.pieces
+        torch.cuda.current_stream().synchronize()
+        return {name: piece.clone() for name, piece in self.pieces.items()}
 
     def value(self, name: str) -> Tensor:
         """A parameter as the model would compute with it, whole: in the model's type, and a frozen one as it is.
@@ -171,6 +188,13 @@ class KeptWeights:
     def swapped_in(self) -> AbstractContextManager[None]:
         """The model computes with these weights inside the context. Collective over data parallelism."""
         return self._main.replaced(self.pieces.__getitem__)
+
+
+def _copy_of(flat: Tensor, on_host: bool) -> Tensor:
+    if not on_host:
+        return flat.float().clone()
+    copy = torch.empty(flat.shape, dtype=torch.float32, device="cpu", pin_memory=flat.is_cuda)
+    return copy.copy_(flat)
 
 
 MAIN_COPIES = (

@@ -6,7 +6,7 @@
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
-      - {name: evaluate, evaluate: [--steps, 10]}
+      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
       - {name: export, export: []}
       - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
@@ -52,6 +52,7 @@ class Link:
     parent: str | None  # the link whose product this one starts from; None: the chain's own pipeline
     after: str | None  # the link that must be done before this one begins; None: nothing
     recipe: Recipe | None  # of a train link
+    is_parallel: bool = False  # all ranks of its job run its command, as of train links and suites
     resources: Resources
 
 
@@ -147,7 +148,7 @@ class _Builder:
 
     def _link(self, settings: Any, kind: str, where: str, **values: Any) -> Link:
         wanted = {**self._slurm, **settings.get("slurm", {})}
-        if kind != "train":
+        if not values.get("is_parallel"):
             wanted |= {"nodes": 1, "processes_per_node": 1}
         parent = self._made_by or None
         named = {
@@ -198,6 +199,7 @@ class _Builder:
             arguments=arguments,
             product=folder / "export",
             recipe=recipe,
+            is_parallel=True,
         )
         self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
         return link
@@ -215,11 +217,21 @@ class _Builder:
             )
 
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
-        out = folder / "metrics.json"
+        asked = list(map(str, settings["evaluate"]))
+        has_suite = any(word == "--suite" or word.startswith("--suite=") for word in asked)
+        out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
-        arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out)]
-        arguments += map(str, settings["evaluate"])
-        return self._link(settings, "evaluate", where, folder=folder, arguments=arguments, product=out)
+        arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]
+        product = folder / "report.json" if has_suite else out
+        return self._link(
+            settings,
+            "evaluate",
+            where,
+            folder=folder,
+            arguments=arguments,
+            product=product,
+            is_parallel=has_suite,
+        )
 
     def _export(self, settings: Any, folder: Path, where: str) -> Link:
         if self._run is None:

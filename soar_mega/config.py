@@ -29,9 +29,9 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample: without a gradient, and with a backward."""
+    """Forwards of a sample: without a gradient (on average, where samples differ), and with a backward."""
 
-    answers: int
+    answers: float
     points: int
 
 
@@ -43,7 +43,7 @@ class StageConfig:
         rules: what its settings may be.
     """
 
-    name: str  # of the method: soar | sft | sft_multi
+    name: str  # of the method: soar | sft | sft_multi | mixflow
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
@@ -52,6 +52,13 @@ class StageConfig:
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
+
+    def branches(self) -> int:
+        """Forwards of a sample that stand side by side in a forward without a gradient, at most."""
+        return min(2, int(self.forwards().answers))
+
+    def check(self) -> None:
+        """Raise a ValueError that names the settings that do not fit each other."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""

@@ -81,6 +81,7 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value!r}: it must be {words}")
+    recipe.stage.check()
     for check in (
         _check_model,
         _check_batch,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from soar_mega.config import Recipe, StageConfig
 from soar_mega.recipe import read_recipe
-from soar_mega.stages.settings import SETTINGS, SftConfig, SftMultiConfig, SoarConfig
+from soar_mega.stages.settings import SETTINGS, MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig
 
 if TYPE_CHECKING:
     from soar_mega.stages.points import Stage
@@ -19,11 +19,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_stage(config: StageConfig, shift: float) -> "Stage":
     """The stage a recipe names; `shift` is used where the recipe leaves its own open."""
+    from soar_mega.stages.mixflow import MixFlow
     from soar_mega.stages.sft import Sft
     from soar_mega.stages.sft_multi import SftMulti
     from soar_mega.stages.soar import Soar
 
-    stages = {"soar": Soar, "sft": Sft, "sft_multi": SftMulti}
+    stages = {"soar": Soar, "sft": Sft, "sft_multi": SftMulti, "mixflow": MixFlow}
     if config.name not in stages:
         raise ValueError(f"stage.name: {config.name!r} is unknown; choose one of {', '.join(stages)}")
     wanted = SETTINGS[config.name]
@@ -31,4 +32,12 @@ def make_stage(config: StageConfig, shift: float) -> "Stage":
     return stages[config.name](config, shift if config.shift is None else config.shift)  # type: ignore[arg-type]
 
 
-__all__ = ["SETTINGS", "SftConfig", "SftMultiConfig", "SoarConfig", "load_recipe", "make_stage"]
+__all__ = [
+    "SETTINGS",
+    "MixFlowConfig",
+    "SftConfig",
+    "SftMultiConfig",
+    "SoarConfig",
+    "load_recipe",
+    "make_stage",
+]

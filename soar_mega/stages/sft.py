@@ -34,7 +34,7 @@ class Sft:
         """The base points, one per sample."""
         sigma = self._sigma0(batch)
         sample = torch.arange(len(batch))
-        state_rows, target_rows = base_rows(sigma)
+        state_rows, target_rows = base_rows(self._state_sigma(batch, sigma))
         present = batch.valid.to(torch.float64)
         return Points(
             kinds=self.kinds,
@@ -55,6 +55,10 @@ class Sft:
     def loss(self, points: Points, velocity: Tensor) -> Tensor:
         """Mean squared error of velocity [M, C, H, W] per point -> [M] float32."""
         return squared_error(points, velocity)
+
+    def _state_sigma(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """Where on the ray the states are of which the model is told `sigma` [B]."""
+        return sigma
 
     def _time(self, batch: Batch) -> Tensor:
         """Unshifted time u0 [B] of the base points."""

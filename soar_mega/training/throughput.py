@@ -34,7 +34,7 @@ class Throughput:
         """Counts one step, of whose samples this rank has `batch`."""
         tokens = Tokens(image_tokens(self._sizes, batch.latent_shape[1:]), batch.text_length)
         if tokens not in self._steps:
-            answers, points = (self._samples * each for each in self._forwards)
+            answers, points = (round(self._samples * each) for each in self._forwards)
             self._steps[tokens] = step_work(forward_work(self._sizes, tokens), answers, points)
         self._work += self._steps[tokens]
         self._seconds += seconds

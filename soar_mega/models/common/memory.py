@@ -88,10 +88,11 @@ def workload(
     """
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
-    answers, points_of_sample = stage.asking(is_told).forwards()
+    asking = stage.asking(is_told)
+    points_of_sample = asking.forwards().points
     total = samples * points_of_sample
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
-    asked = min(train.micro_batch_size, samples) * answers
+    asked = min(train.micro_batch_size, samples) * asking.branches()
     return Workload(latent_size, text_length, size, asked, samples, -(-total // size))
 
 
@@ -276,7 +277,7 @@ def is_recomputed(model: ModelConfig, number: int) -> bool:
 def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     """Bytes of latents and answers on the first and the last rank, and of text on the first."""
     latent = 4 * sizes.in_channels * math.prod(work.latent_size)
-    answers = recipe.stage.asking(sizes.guidance_embeds).forwards().answers if work.rows else 0
+    answers = recipe.stage.asking(sizes.guidance_embeds).branches() if work.rows else 0
     ranks = recipe.parallel.pipeline_model_parallel_size
     per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
     if rank == 0:

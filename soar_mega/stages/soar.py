@@ -1,8 +1,9 @@
 """SOAR: train on the model's own one-step rollout errors, re-noised toward the noise they came from.
 
-Per sample: a base point z_t on the ray at sigma0 (plain flow matching), one guided step (or several) of the current model
-to sigma1 without a gradient, and N auxiliary points per path between sigma1 and 1 whose target leads back to the clean latent:
-v_corr = (z' - z0) / s'. Loss: (sum base + lambda sum auxiliary) / (n_base + lambda n_auxiliary). arXiv 2604.12617.
+Per sample: a base point z_t on the ray at sigma0 (plain flow matching), one guided step (or several) of the current
+model to sigma1 without a gradient, and N auxiliary points per path between sigma1 and 1 whose target leads back to the
+clean latent: v_corr = (z' - z0) / s'. Loss: (sum base + lambda sum auxiliary) / (n_base + lambda n_auxiliary).
+arXiv 2604.12617.
 """
 
 from collections.abc import Iterator

@@ -185,6 +185,18 @@ def data_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
+def is_first_of_replica() -> bool:
+    """Whether this rank speaks for its replica of the model: the first of its tensor, pipeline and context ranks."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_rank()
+        == parallel_state.get_pipeline_model_parallel_rank()
+        == parallel_state.get_context_parallel_rank()
+        == 0
+    )
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run; also true where no world has been started."""
     return not dist.is_initialized() or dist.get_rank() == 0

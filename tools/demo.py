@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from walk.commands import Command, end_on_sigterm, run_together, soar_mega, torchrun
 from walk.data import prepare_data
+from walk.steps import Steps
 
 BASE = Path("recipes/tiny/base")
 ARMS = ("sft", "sft_multi", "soar")
@@ -57,16 +57,12 @@ class Demo:
         self.folder, self.size = folder, size
         self.cores = os.cpu_count() or 1
         self.tensor, self.pipeline = layout()
-        self._record = folder / "steps.json"
-        self.seconds: dict[str, float] = json.loads(self._record.read_text()) if self._record.exists() else {}
-        self._repeat = False
+        self.steps = Steps(folder, STEPS)
 
     def run(self) -> None:
-        pictures = self.size.canvases
-        self.step(
-            "data", f"drawing {pictures} captioned pictures and encoding them into shards", self.prepare
-        )
-        self.step(
+        pictures, step = self.size.canvases, self.steps.take
+        step("data", f"drawing {pictures} captioned pictures and encoding them into shards", self.prepare)
+        step(
             "sft", "training SFT and the control side by side, then measuring base and SFT", self.train_single
         )
         processes = self.tensor * self.pipeline
@@ -75,25 +71,11 @@ class Demo:
             if processes > 1
             else "one process"
         )
-        self.step("soar", f"training SOAR ({where})", self.train_soar)
-        self.step("evaluation", "measuring the control and SOAR", self.evaluate)
-        self.step("pictures", "drawing sample pictures", self.draw)
-        self.step("export", "loading the result in diffusers", self.check_export)
-        self.step("report", "writing the report", self.report)
-
-    def step(self, name: str, words: str, action: Callable[[], None]) -> None:
-        """Runs a step unless it was finished before and nothing ahead of it was repeated."""
-        number = f"[{list(STEPS).index(name) + 1}/{len(STEPS)}]"
-        if name in self.seconds and not self._repeat:
-            print(f"{number} {words}: done before", flush=True)
-            return
-        print(f"{number} {words} ...", flush=True)
-        self._repeat = True
-        started = time.monotonic()
-        action()
-        self.seconds[name] = time.monotonic() - started
-        self._record.write_text(json.dumps(self.seconds, indent=1) + "\n")
-        print(f"    {self.seconds[name]:.0f} s", flush=True)
+        step("soar", f"training SOAR ({where})", self.train_soar)
+        step("evaluation", "measuring the control and SOAR", self.evaluate)
+        step("pictures", "drawing sample pictures", self.draw)
+        step("export", "loading the result in diffusers", self.check_export)
+        step("report", "writing the report", self.report)
 
     def prepare(self) -> None:
         prepare_data(self.folder, BASE, self.size.canvases, self.size.held_out, self.threads(2))
@@ -221,7 +203,7 @@ class Demo:
             "runs": runs,
             "guidance_scale": GUIDANCE,
             "sample_prompts": SAMPLE_PROMPTS,
-            "seconds": self.seconds,
+            "seconds": self.steps.seconds,
             "export": {"folder": str(self.pipeline_of("soar")), "drawn": f"{len(SAMPLE_PROMPTS)} pictures"},
         }
 

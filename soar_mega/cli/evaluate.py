@@ -11,52 +11,93 @@ from soar_mega.cli.adapted import split_adapted
 
 MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
-Measure pipeline folders and compare them.
+Draw images with models, score them and compare.
 
-  soar-mega evaluate recipes/tiny/base runs/demo/soar/export --held-out runs/demo/shards/heldout
+  soar-mega evaluate base=sd35m soar=runs/x/export --suite paper --prompts dataset --weights scorers --out runs/table
+  soar-mega evaluate base=recipes/tiny/base run=runs/x --suite tiny --out runs/x_evaluation
+  soar-mega evaluate --watch runs/x --suite tiny --out runs/x_evaluation
+
+With --suite a MODEL is a pipeline folder, PIPELINE+ADAPTERS, a run or iter_ folder, or a pipeline of another
+architecture that diffusers draws; @WIDTHxHEIGHT behind it is a size of its own. All processes of torchrun or srun draw:
+each replica of a model has its share of the prompts. An image depends on its prompt and the number of its noise alone,
+not on the processes. Each image and each score is in the folder --out as soon as it is made: start a killed evaluation
+again and it goes on. report.html there compares all models; report.json, table.csv and outcomes.csv hold the numbers.
+
+Without --suite:
+
   soar-mega evaluate base=recipes/tiny/base soar=runs/x/export --guidance-scale 1 --guidance-scale 3 --out metrics.json
-  soar-mega evaluate base=recipes/tiny/base lora=recipes/tiny/base+runs/x/export_lora
+  soar-mega evaluate base=recipes/tiny/base lora=recipes/tiny/base+runs/x/export_lora --held-out runs/x/heldout
 
-Pipelines that draw the built-in canvases (16 x 16 pixels) get the benchmark score (six GenEval-like categories and OCR,
+pipelines that draw the built-in canvases (16 x 16 pixels) get the benchmark score (six GenEval-like categories and OCR,
 read by a verifier that is independent of the generator) and the energy distance to real held-out canvases, once per
 guidance scale. With --held-out, shards that no run was trained on, any pipeline gets its drift: the error of the
-velocity where the pipeline's own sampler leads, absolute and relative to the error on the ray. SOAR trains on something
-close to drift, so read it beside a metric that no method trains on.
+velocity where the pipeline's own sampler leads, absolute and relative to the error on the ray, at each guidance scale.
+SOAR trains on something close to drift, so read it beside a metric that no method trains on.
 """
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "evaluate",
-        help="measure pipeline folders and compare them",
+        help="draw with models, score the images, compare",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "pipelines", nargs="+", metavar="[NAME=]PIPELINE[+ADAPTERS]", help="diffusers pipeline folders"
-    )
-    parser.add_argument("--out", default="metrics.json", help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("models", nargs="*", metavar="[NAME=]MODEL", help="what is measured")
+    parser.add_argument("--out", help="with --suite the folder, else the JSON file (default: metrics.json)")
     parser.add_argument(
         "--held-out", default="", metavar="SHARDS", help="held-out shard folder: also measure drift"
     )
+    parser.add_argument("--guidance-scale", type=float, action="append", help="give it again for more")
     parser.add_argument(
-        "--guidance-scale", type=float, action="append", help="give it again for more (default: 1 and 4.5)"
+        "--steps", type=int, action="append", help="sampler steps; with --suite again for more"
     )
-    parser.add_argument("--steps", type=int, default=20, help="sampler steps (default: %(default)s)")
-    parser.add_argument("--prompts-per-category", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--drift-samples", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument(
         "--drift-steps", type=int, default=5, help="Euler steps of a span (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    built_in = parser.add_argument_group("without --suite")
+    built_in.add_argument("--prompts-per-category", type=int, default=60, help="(default: %(default)s)")
+    built_in.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    suite = parser.add_argument_group("with --suite")
+    suite.add_argument(
+        "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, tiny"
+    )
+    suite.add_argument(
+        "--prompts", metavar="DIR", help="where the suite's prompts lie (default: beside its file)"
+    )
+    suite.add_argument("--weights", default="", metavar="DIR", help="where the scorers' weights lie")
+    suite.add_argument("--watch", metavar="RUN", help="evaluate the checkpoints of a run as they appear")
+    suite.add_argument(
+        "--batch-size", type=int, default=8, help="images drawn together (default: %(default)s)"
+    )
+    suite.add_argument("--pipeline-dir", help="of checkpoints: take the encoders from this pipeline folder")
+    suite.add_argument("--ema", action="store_true", help="the EMA weights of checkpoints")
+    for name in ("tensor", "pipeline"):
+        suite.add_argument(
+            f"--{name}-model-parallel-size", type=int, default=1, help="of checkpoints (default: %(default)s)"
+        )
+    suite.add_argument("--max-sequence-length", type=int, help="T5 tokens of a prompt, as in training")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    pipelines = _named(arguments.pipelines)
-    for name in ("steps", "prompts_per_category", "drift_samples", "drift_steps"):
+    if arguments.suite:
+        from soar_mega.cli.evaluate_suite import run_suite
+
+        return run_suite(arguments)
+    if len(arguments.steps or []) > 1 or arguments.watch:
+        raise ValueError("several --steps, and --watch, go with --suite")
+    steps = arguments.steps[0] if arguments.steps else 20
+    out = arguments.out or "metrics.json"
+    if not arguments.models:
+        raise ValueError("no model: give [NAME=]PIPELINE[+ADAPTERS]")
+    pipelines = _named(arguments.models)
+    if steps < 1:
+        raise ValueError("--steps must be at least 1")
+    for name in ("prompts_per_category", "drift_samples", "drift_steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.seed < 0:
@@ -70,13 +111,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from soar_mega.outputs import check_file, write_file
 
-    check_file(arguments.out, MARK)  # before anything is computed
+    check_file(out, MARK)  # before anything is computed
 
     from soar_mega.evaluation.pipelines import Plan, evaluate_pipeline, evaluate_real
 
     plan = Plan(
         guidance_scales=arguments.guidance_scale or (1.0, 4.5),
-        steps=arguments.steps,
+        steps=steps,
         prompts_per_category=arguments.prompts_per_category,
         seed=arguments.seed,
         held_out=arguments.held_out,
@@ -96,8 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
     if any("guidance" in each for each in measured.values()):
         report["real"] = evaluate_real(plan)
     print("\n".join(table(report)))
-    write_file(arguments.out, json.dumps(report, indent=1).encode() + b"\n", MARK)
-    print(f"\nall numbers are in {arguments.out}")
+    write_file(out, json.dumps(report, indent=1).encode() + b"\n", MARK)
+    print(f"\nall numbers are in {out}")
     return 0
 
 

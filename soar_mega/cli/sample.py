@@ -138,16 +138,20 @@ def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gener
 
 def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
     """What a checkpoint draws with; its model stays cut over the ranks. Collective."""
-    from soar_mega.checkpoints.exchange import load_model, pipeline_of
+    from soar_mega.checkpoints.drawing import find_source
     from soar_mega.config import ParallelConfig
-    from soar_mega.data.encoder_facts import encoder_facts
-    from soar_mega.data.vae import Decoder
     from soar_mega.distributed import data_size, is_rank_zero, start_world
-    from soar_mega.evaluation.generate import Generator, schedule_of
     from soar_mega.faults.agreement import on_rank_zero
 
     tensor, pipeline = _layout(arguments)
-    folder = pipeline_of(arguments.source, arguments.pipeline_dir)
+    source = find_source(
+        arguments.source,
+        "",
+        arguments.pipeline_dir,
+        arguments.ema,
+        arguments.shift,
+        arguments.max_sequence_length,
+    )
     parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     start_world(parallel)
     if data_size() > 1:
@@ -155,16 +159,8 @@ def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gen
             f"--tensor-model-parallel-size {tensor} and --pipeline-model-parallel-size {pipeline} take "
             f"{tensor * pipeline} process(es), and more would draw the same again: start as many"
         )
-    encoded = on_rank_zero(lambda: _encoded(arguments, folder, prompts))
-    model = load_model(arguments.source, arguments.dtype, parallel, arguments.ema)
-    generator = Generator(
-        facts=encoder_facts(folder),
-        velocity=model.velocity,
-        is_told=model.model.sizes.guidance_embeds,
-        decoder=Decoder.load(folder) if is_rank_zero() else None,
-        schedule=schedule_of(folder, arguments.shift),
-    )
-    return generator, encoded
+    encoded = on_rank_zero(lambda: _encoded(arguments, source.pipeline_dir, prompts))
+    return source.generator(arguments.dtype, parallel, is_rank_zero()), encoded
 
 
 def _layout(arguments: argparse.Namespace) -> tuple[int, int]:

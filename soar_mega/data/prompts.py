@@ -36,6 +36,7 @@ def encode_prompts(
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
     negative_prompt: str = "",
+    batch_size: int = BATCH,
 ) -> EncodedPrompts:
     """Encode prompts with one text encoder of a pipeline folder after another, on this process's device.
 
@@ -45,6 +46,7 @@ def encode_prompts(
         dtype: of the text encoders and of the embeddings they make.
         negative_prompt: what guidance leads away from, in the place of the empty prompt.
         max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
+        batch_size: prompts that are encoded together; the last bits of an embedding may depend on it.
 
     Raises:
         ValueError: a prompt is no text, or a part of the folder is missing or damaged.
@@ -57,14 +59,16 @@ def encode_prompts(
     folder = Path(pipeline_dir)
     facts = encoder_facts(folder, max_sequence_length)
     every = [*prompts, negative_prompt]
-    outputs = [_encoded_by(part, folder, dtype, every) for part in facts.texts]
+    outputs = [_encoded_by(part, folder, dtype, every, batch_size) for part in facts.texts]
     text, pooled = (tensor.to(dtype) for tensor in facts.join(outputs, facts))
     return EncodedPrompts(
         conditions=Conditions(text[:-1], pooled[:-1]), empty=Conditions(text[-1:], pooled[-1:])
     )
 
 
-def _encoded_by(part: TextPart, folder: Path, dtype: torch.dtype, prompts: list[str]) -> TextOutput:
+def _encoded_by(
+    part: TextPart, folder: Path, dtype: torch.dtype, prompts: list[str], batch_size: int
+) -> TextOutput:
     """Tokens and pooled of all prompts by one text encoder, of which nothing is left on the device afterwards."""
     from soar_mega.data.text_encoder import TextEncoder  # brings transformers, which most runs do not need
 
@@ -73,8 +77,8 @@ def _encoded_by(part: TextPart, folder: Path, dtype: torch.dtype, prompts: list[
         log.warning("%d of %d prompts are longer than %s takes and are cut", cut, len(prompts) - 1, part.part)
     tokens: list[Tensor] = []
     pooled: list[Tensor] = []
-    for start in range(0, len(prompts), BATCH):
-        of_tokens, of_prompts = encoder.encode(prompts[start : start + BATCH])
+    for start in range(0, len(prompts), batch_size):
+        of_tokens, of_prompts = encoder.encode(prompts[start : start + batch_size])
         tokens += [] if of_tokens is None else [of_tokens.cpu()]
         pooled += [] if of_prompts is None else [of_prompts.cpu()]
     del encoder, of_tokens, of_prompts

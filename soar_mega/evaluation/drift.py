@@ -9,6 +9,7 @@ method trains on.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,18 @@ def held_out_drift(
         DriftResult(error=torch.cat([p.error for p in part]), on_ray=torch.cat([p.on_ray for p in part]))
         for part in parts
     ]
+
+
+def span_facts(span: Sequence[float], result: DriftResult) -> dict[str, Any]:
+    """The drift of one span as plain values for JSON, with each sample's: comparisons of models are paired."""
+    return {
+        "from": span[0],
+        "to": span[1],
+        "absolute": result.absolute,
+        "standard_error": result.standard_error,
+        "relative": result.relative,
+        "errors": result.error.tolist(),
+    }
 
 
 def at_scale(

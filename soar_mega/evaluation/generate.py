@@ -112,19 +112,29 @@ class Generator:
         """
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
-        patch = self.facts.size_multiple // self.facts.vae_scale_factor
-        sigmas = self.schedule(shape[1] * shape[2] // patch**2).inference_sigmas(steps)
-        empty = prompts.empty.map(lambda tensor: tensor.to(device()))
         images = []
         for position in torch.arange(len(prompts) * num_images_per_prompt).split(batch_size):
-            row = position // num_images_per_prompt
-            asked = prompts.conditions.rows(row).map(lambda tensor: tensor.to(device()))
-            velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
-            noise = normal(seed, "sample", position, 0, shape).to(device())
-            latents = sample(velocity, noise, sigmas, solver)
-            if self.decoder is not None:
-                images.append(self.decoder.decode(latents))
-        return torch.cat(images) if images else torch.empty(0)
+            asked = prompts.conditions.rows(position // num_images_per_prompt)
+            noise = normal(seed, "sample", position, 0, shape)
+            images.append(self.draw(asked, prompts.empty, noise, steps, guidance_scale, solver))
+        return torch.cat(images)
+
+    def draw(
+        self,
+        asked: Conditions,  # [B]
+        empty: Conditions,  # [1]
+        noise: Tensor,  # [B, C, H, W]
+        steps: int,
+        guidance_scale: float,
+        solver: str = "euler",
+    ) -> Tensor:
+        """The image that each noise becomes -> [B, 3, height, width] in [0, 1] on the CPU; [0] without a decoder."""
+        patch = self.facts.size_multiple // self.facts.vae_scale_factor
+        sigmas = self.schedule(noise.shape[-2] * noise.shape[-1] // patch**2).inference_sigmas(steps)
+        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (asked, empty))
+        velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
+        latents = sample(velocity, noise.to(device()), sigmas, solver)
+        return torch.empty(0) if self.decoder is None else self.decoder.decode(latents)
 
 
 def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:

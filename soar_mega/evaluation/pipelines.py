@@ -15,7 +15,7 @@ from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.data.shards import ShardSet, open_shards
 from soar_mega.evaluation.benchmark import Result, benchmark_prompts, real_canvases, score
-from soar_mega.evaluation.drift import held_out_drift
+from soar_mega.evaluation.drift import held_out_drift, span_facts
 from soar_mega.evaluation.energy import energy_to_real
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.verifier import Verifier
@@ -105,30 +105,17 @@ def _images(
 
 
 def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]:
+    """At each guidance scale, its spans."""
     groups = shards.one_bucket_groups(plan.drift_samples, DRIFT_BATCH)
-    scale = max(plan.guidance_scales)
-    results = held_out_drift(
-        generator.velocity,
-        (on_device(shards.batch(group, plan.seed)) for group in groups),
-        plan.drift_spans,
-        plan.drift_steps,
-        scale,
-        generator.is_told,
-    )
-    spans = [
-        {
-            "from": span[0],
-            "to": span[1],
-            "absolute": result.absolute,
-            "standard_error": result.standard_error,
-            "relative": result.relative,
-            "errors": result.error.tolist(),  # per sample: comparisons of pipelines are paired
-        }
-        for span, result in zip(plan.drift_spans, results)
-    ]
-    return {
-        "guidance_scale": scale,
-        "steps": plan.drift_steps,
-        "samples": sum(map(len, groups)),
-        "spans": spans,
-    }
+    scales = {}
+    for scale in plan.guidance_scales:
+        results = held_out_drift(
+            generator.velocity,
+            (on_device(shards.batch(group, plan.seed)) for group in groups),
+            plan.drift_spans,
+            plan.drift_steps,
+            scale,
+            generator.is_told,
+        )
+        scales[f"{scale:g}"] = [span_facts(span, result) for span, result in zip(plan.drift_spans, results)]
+    return {"steps": plan.drift_steps, "samples": sum(map(len, groups)), "scales": scales}

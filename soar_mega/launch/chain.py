@@ -9,6 +9,7 @@
       - {name: evaluate, evaluate: [--steps, 10]}
       - {name: export, export: []}
       - {name: rl, command: [bash, rl.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
+      - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
 
 Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
 """
@@ -45,6 +46,7 @@ class Link:
     arguments: list[str]  # of the soar-mega command, or the words of a command
     product: Path  # what the link is for: verified by its hash
     parent: str | None  # the link whose product this one starts from; None: the chain's own pipeline
+    after: str | None  # the link that must be done before this one begins; None: nothing
     recipe: Recipe | None  # of a train link
     resources: Resources
 
@@ -100,6 +102,8 @@ class _Builder:
         self._base = pipeline_dir
         self._pipeline, self._made_by = pipeline_dir, ""  # of now, and by which link
         self._run: Link | None = None  # the newest train link
+        self._states: dict[str, tuple[str, str, Link | None]] = {}  # these three after each link
+        self._after: str | None = None
         self.links: list[Link] = []
 
     def add(self, settings: Any, where: str) -> None:
@@ -108,7 +112,7 @@ class _Builder:
         if len(kinds) != 1:
             raise ValueError(f"{where}: needs exactly one of {', '.join(KINDS)}")
         kind = kinds[0]
-        types = {"name": str, kind: str if kind == "train" else list, "slurm": dict}
+        types = {"name": str, "from": str, kind: str if kind == "train" else list, "slurm": dict}
         _check(settings, types | {key: list if key == "overrides" else str for key in _KEYS[kind]}, where)
         name = settings.get("name", "")
         if not re.fullmatch(r"[\w.-]+", name) or name in {link.name for link in self.links}:
@@ -122,14 +126,33 @@ class _Builder:
             "export": self._export,
             "command": self._command,
         }
+        self._after = self.links[-1].name if self.links else None
+        if "from" in settings:
+            self._go_back(settings["from"], where)
         self.links.append(make[kind](settings, self._folder / name, where))
+        self._states[name] = self._pipeline, self._made_by, self._run
+
+    def _go_back(self, name: str, where: str) -> None:
+        """To how things were after the link `name`."""
+        if name not in self._states:
+            before = ", ".join(self._states) or "none"
+            raise ValueError(f"{where}: from: {name!r} is no link before this one; those are {before}")
+        self._pipeline, self._made_by, self._run = self._states[name]
+        self._after = name
 
     def _link(self, settings: Any, kind: str, where: str, **values: Any) -> Link:
         wanted = {**self._slurm, **settings.get("slurm", {})}
         if kind != "train":
             wanted |= {"nodes": 1, "processes_per_node": 1}
         parent = self._made_by or None
-        return Link(**{"name": settings["name"], "kind": kind, "parent": parent, "recipe": None} | values,
+        named = {
+            "name": settings["name"],
+            "kind": kind,
+            "parent": parent,
+            "after": self._after,
+            "recipe": None,
+        }
+        return Link(**named | values,
                     resources=resources(wanted, f"{where}: slurm"))  # fmt: skip
 
     def _train(self, settings: Any, folder: Path, where: str) -> Link:

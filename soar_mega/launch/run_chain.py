@@ -143,7 +143,7 @@ def job(chain: Chain, link: Link) -> slurm.Job:
 
 
 def submit(chain: Chain) -> list[tuple[Link, str]]:
-    """Submits what is not done, each link waiting for the one before. Returns links and job numbers.
+    """Submits what is not done, each link waiting for the one that it comes after. Returns links and job numbers.
 
     Raises:
         ValueError: a link is in the queue already, or could not run, or SLURM refuses one; then none stays submitted.
@@ -158,7 +158,7 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
     try:
         for link in links:
             (link.folder / "failure.txt").unlink(missing_ok=True)
-            before = submitted[-1][1] if submitted else None
+            before = next((number for other, number in submitted if other.name == link.after), None)
             submitted.append((link, slurm.submit(job(chain, link), link.resources, before)))
     except (ValueError, OSError):
         for _, number in reversed(submitted):
@@ -169,20 +169,24 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
 
 def status(chain: Chain, queued: Callable[[Link], str | None]) -> list[tuple[str, str]]:
     """(link, state) of all links; `queued` tells the job of a link that is in the queue."""
-    rows, stopped = [], ""
+    rows = []
+    stopped: dict[str, str] = {}  # by link, the failed one that keeps it from beginning
     for link in chain.links:
         try:
             why = why_not_done(chain, link)
         except ValueError as error:
             why = str(error)
         running, failed = queued(link), failure(link)
+        waits_for = stopped.get(link.after or "")
         if why is None:
             state = "complete"
         elif running:
             state = f"job {running}"
         elif failed:
-            state, stopped = f"failed: {failed}", stopped or link.name
+            state, stopped[link.name] = f"failed: {failed}", waits_for or link.name
+        elif waits_for:
+            state, stopped[link.name] = f"not started, because {waits_for} failed", waits_for
         else:
-            state = f"not started, because {stopped} failed" if stopped else why
+            state = why
         rows.append((link.name, state))
     return rows

@@ -89,6 +89,20 @@ def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> No
     assert c.model.pipeline_dir == str(chain.link("b").folder / "export_ema") and not c.checkpoint.load
 
 
+def test_a_chain_may_branch(tmp_path: Path) -> None:
+    links = [train("a"), train("b"), {"name": "judge", "evaluate": []}, train("c", **{"from": "a"})]
+    chain = load_chain(write(tmp_path, [*links, note("d", code=3) | {"from": "b"}, note("e")]))
+    a, c = chain.link("a"), chain.link("c")
+    assert c.recipe is not None and c.recipe.model.pipeline_dir == str(a.product)
+    assert [link.parent for link in chain.links] == [None, "a", "b", "a", "b", "b"]
+    assert [link.after for link in chain.links] == [None, "a", "b", "a", "b", "d"]
+    (chain.link("b").folder).mkdir(parents=True)
+    (chain.link("b").folder / "failure.txt").write_text("no room\n")
+    told = dict(status(chain, lambda link: None))
+    assert told["c"] == "not begun", "it does not wait for b"
+    assert [told[name] for name in ("judge", "d", "e")] == ["not started, because b failed"] * 3
+
+
 @pytest.mark.parametrize(
     ("links", "message"),
     [
@@ -103,6 +117,7 @@ def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> No
         ([{"name": "e", "export": []}], "needs a train link before"),
         ([{"name": "c", "command": ["true"]}], "proves nothing"),
         ([note("a") | {"prodct": "x"}], "unknown key 'prodct'"),
+        ([note("a"), note("b") | {"from": "c"}], "from: 'c' is no link before this one; those are a"),
         ([note("a") | {"slurm": {"time": 14400}}], "in quotes"),
         ([note("a") | {"slurm": {"node": 2}}], "unknown key 'node'"),
     ],

@@ -44,6 +44,7 @@ def test_kernels_do_what_plain_calls_do(monkeypatch):
     assert_gradients_agree(fused_gradients, plain_gradients)
 
 
+@pytest.mark.slow
 def test_the_interpreted_source_does_what_the_eager_twins_do(monkeypatch):
     eager, eager_gradients = step(fused=True)
     launched = []

@@ -28,9 +28,23 @@ def check(python: str, *architectures: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_variant_keeps_its_limits_on_hopper():
     table = check(sys.executable, "sm_90")
     assert table.count(" sm_90 ") == len(variants.all_variants())
+
+
+def test_a_kernel_keeps_its_limits_on_hopper():
+    """One of them; the slow tests compile all."""
+    code = """
+from soar_mega.kernels import aot, variants
+for variant in variants.rollout_renoise()[:1]:
+    found = aot.broken_limits(variant, aot.compile_variant(variant, "sm_90"))
+    assert not found, found
+print("compiled")
+"""
+    done = run(sys.executable, "-c", code)
+    assert done.stdout == "compiled\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

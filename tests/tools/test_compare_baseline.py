@@ -44,11 +44,13 @@ def measured() -> dict[str, Measured]:
     return results
 
 
+@pytest.mark.slow
 def test_ours_needs_less_memory(measured: dict[str, Measured]) -> None:
     """At equal sizes of a forward: the published procedure holds N + 1 graphs and the rollout's, ours one."""
     assert measured["ours"].peak < 0.75 * measured["published"].peak
 
 
+@pytest.mark.slow
 def test_the_work_is_that_of_the_method(measured: dict[str, Measured]) -> None:
     """Counted in forwards of one sample: base and auxiliary points with a backward (3 each), 2 guided forwards."""
     expected = 3 * (1 + POINTS) + 2

@@ -26,7 +26,9 @@ def run(recipe: Recipe) -> set[str]:
     "parallel",
     [
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        {"engine": "deepspeed", "zero_stage": 3, "tensor_model_parallel_size": 2},
+        pytest.param(
+            {"engine": "deepspeed", "zero_stage": 3, "tensor_model_parallel_size": 2}, marks=pytest.mark.slow
+        ),
     ],
     ids=["megatron", "deepspeed"],
 )

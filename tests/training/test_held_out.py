@@ -73,7 +73,9 @@ def expected(made: Path) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "deepspeed" else name for name in WORLDS]
+)
 def test_measurements_are_those_of_one_process(
     name: str, made: Path, expected: list[dict[str, float]]
 ) -> None:

@@ -1,0 +1,140 @@
+"""soar-mega evaluate --suite"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from soar_mega.cli.adapted import split_adapted
+
+if TYPE_CHECKING:
+    from soar_mega.evaluation.suite.tables import Tables
+    from soar_mega.training.evaluating import Model
+
+WAITING = timedelta(hours=2)  # of a rank for others that still draw
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError for what can be seen to be wrong without loading anything."""
+    for name in (
+        "batch_size",
+        "drift_samples",
+        "drift_steps",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    ):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if not arguments.out:
+        raise ValueError("--suite writes a folder of images, scores and a report: name it with --out DIR")
+    if not arguments.models and not arguments.watch:
+        raise ValueError("no model: give [NAME=]MODEL, or --watch RUN")
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """Draws, scores and reports. Collective over the processes of the command."""
+    check(arguments)
+
+    from soar_mega.cli.process import start_process
+
+    start_process()
+
+    from soar_mega.config import ParallelConfig
+    from soar_mega.distributed import device, is_rank_zero, start_world
+    from soar_mega.evaluation.suite.prompts import read_prompt_set
+    from soar_mega.evaluation.suite.scoring import make_scorers
+    from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
+    from soar_mega.evaluation.suite.store import Store
+    from soar_mega.faults.agreement import on_rank_zero
+    from soar_mega.training.evaluating import Evaluation
+
+    suite = load_suite(arguments.suite, arguments.prompts)
+    suite = sampled_at(suite, arguments.guidance_scale, arguments.steps)
+    drift = DriftSettings(
+        held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
+    )
+    suite = dataclasses.replace(suite, drift=drift)
+    sets = [read_prompt_set(each) for each in suite.sets]
+    models = [_model(text, arguments) for text in arguments.models]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+    )
+    start_world(parallel, WAITING)
+    store = Store(arguments.out)
+    on_rank_zero(store.check)
+    # before the first image: a scorer whose weights are missing is found now
+    scorers = make_scorers(
+        [name for each in suite.sets for name in each.scorers], arguments.weights, device()
+    )
+    evaluation = Evaluation(
+        store=store,
+        suite=suite,
+        sets=sets,
+        scorers=scorers,
+        parallel=parallel,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+    )
+    with store.lock() if is_rank_zero() else contextlib.nullcontext(), _explained(arguments.out):
+        measured = [evaluation.measure(model) for model in models]
+        if is_rank_zero():
+            print("\n".join(table(evaluation.report(measured))))
+            print(
+                f"\nthe report is {arguments.out}/report.html, its numbers are in report.json and table.csv"
+            )
+    return 0
+
+
+def table(tables: "Tables") -> list[str]:
+    """A line for each model and point: its scores, each with its standard error."""
+    columns = tables.columns()
+    width = max(len(model.name) for model in tables.models) + 2
+    lines = [f"{'':<{width}}{'':<24}" + "".join(f"{column.title:>24}" for column in columns)]
+    for model in tables.models:
+        for point in tables.suite.points:
+            cells = []
+            for column in columns:
+                found = tables.bootstrap(column.prompt_set).score(tables.outcomes(model, point, column))
+                cells.append(f"{f'{found.value:.4g} +- {found.standard_error:.2g}':>24}")
+            lines.append(f"{model.name:<{width}}{point!s:<24}" + "".join(cells))
+    return lines
+
+
+def _model(text: str, arguments: argparse.Namespace) -> "Model":
+    """[NAME=]MODEL[@WIDTHxHEIGHT]."""
+    from soar_mega.checkpoints.drawing import find_source, split_size
+    from soar_mega.convert import is_pipeline
+    from soar_mega.data.info import bucket_size
+    from soar_mega.training.evaluating import Model
+
+    name, equals, path = text.partition("=")
+    path, size = split_size(path if equals else text)
+    pipeline_dir, adapters = split_adapted(path)
+    is_checkpoint = not is_pipeline(pipeline_dir)
+    source = find_source(
+        pipeline_dir,
+        adapters,
+        arguments.pipeline_dir if is_checkpoint else None,
+        arguments.ema and is_checkpoint,
+        arguments.shift,
+        arguments.max_sequence_length,
+    )
+    return Model(name=name if equals else path, source=source, size=bucket_size(size) if size else None)
+
+
+@contextlib.contextmanager
+def _explained(out: str) -> Iterator[None]:
+    """A full disk ends the evaluation with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"there is no room left for {out} ({error}). All images and scores made so far are kept: make room and "
+            "start the same command again, which goes on from there"
+        ) from error

@@ -1,0 +1,77 @@
+"""Published metrics as scorers, by name. Importing this is cheap: what a scorer needs is imported when it is made."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soar_mega.evaluation.scorers.weights import CLIP_L, WeightFile, missing
+
+if TYPE_CHECKING:
+    import torch
+
+    from soar_mega.evaluation.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A scorer that has not been made.
+
+    Attributes:
+        measures: in a few words.
+        maker: module of this package and class.
+        files: that it reads.
+        packages: modules that it imports beside those that soar_mega needs.
+    """
+
+    measures: str
+    maker: str
+    files: tuple[WeightFile, ...]
+    packages: tuple[str, ...] = ()
+
+    def absent_packages(self) -> list[str]:
+        """Modules that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+SCORERS = {
+    "clip_score": Entry("cosine of image and prompt, CLIP ViT-L/14", "clip_score:ClipScore", CLIP_L),
+}
+
+
+def make_scorer(name: str, weights_dir: str | Path, device: "str | torch.device" = "cpu") -> "Scorer":
+    """A scorer that has read all its weights and can judge.
+
+    Args:
+        weights_dir: the folder that holds the files of `SCORERS[name].files`.
+
+    Raises:
+        ValueError: there is no such scorer, a package or a file is missing, a file is damaged, or its weights are of
+            another architecture; names it.
+    """
+    import torch
+
+    folder = Path(weights_dir)
+    check_scorer(name, folder)
+    module, class_name = SCORERS[name].maker.split(":")
+    maker = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+    scorer: Scorer = maker(folder, torch.device(device))
+    return scorer
+
+
+def check_scorer(name: str, weights_dir: Path) -> None:
+    """ValueError where a scorer cannot be made here; names everything that is missing."""
+    if name not in SCORERS:
+        raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
+    entry = SCORERS[name]
+    if packages := entry.absent_packages():
+        raise ValueError(
+            f"the scorer {name} needs {', '.join(packages)}: pip install 'soar_mega[evaluation]'"
+        )
+    if files := missing(entry.files, weights_dir):
+        listing = "\n  ".join(f"{file.path}  (from {file.place})" for file in files)
+        raise ValueError(
+            f"the scorer {name} lacks files in {weights_dir}:\n  {listing}\n"
+            "`soar-mega fetch-weights --list` says what has to be copied there"
+        )

@@ -1,0 +1,83 @@
+"""How much training is behind some weights: steps, samples and floating point operations of each run of their line."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from soar_mega.checkpoints.lineage import FILE as LINEAGE
+from soar_mega.checkpoints.resume import read_description
+from soar_mega.checkpoints.run_folder import DESCRIPTION, RECIPE, RunFolder
+from soar_mega.config import Recipe
+from soar_mega.data.info import DatasetInfo
+from soar_mega.data.shard_writer import DATASET_FILE
+from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
+from soar_mega.models.family import model_sizes
+from soar_mega.stages import load_recipe
+from soar_mega.user_files import read_object
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One run, as far as it matters for the weights.
+
+    Attributes:
+        flops: forwards and backwards that the method asks for, at the size that most samples have; None where the
+            recipe or the data set is not there any more.
+    """
+
+    run: str
+    stage: str
+    iterations: int
+    samples: int
+    flops: float | None
+
+
+def history(weights: str | Path) -> list[dict[str, Any]]:
+    """The runs behind a checkpoint, an export or adapters, the youngest first; empty where nothing was recorded.
+
+    A run whose folder is gone ends the line.
+    """
+    found: list[Training] = []
+    folder: Path | None = Path(weights)
+    while folder is not None:
+        run = next((above for above in (folder, *folder.parents[:2]) if (above / LINEAGE).is_file()), None)
+        if run is None or any(known.run == str(run) for known in found):
+            break
+        found.append(_training(run, folder))
+        parent = json.loads((run / LINEAGE).read_text())["parent"]
+        folder = None if parent is None else Path(parent["path"])
+    return [asdict(each) for each in found]
+
+
+def _training(run: Path, weights: Path) -> Training:
+    iterations, samples = _progress(run, weights)
+    stage, flops = "", None
+    try:
+        recipe = load_recipe(run / RECIPE)
+        stage = recipe.stage.name
+        flops = samples * _work_of_sample(recipe)
+    except (ValueError, OSError) as error:
+        log.info("the work of %s cannot be counted: %s", run, error)
+    return Training(run=str(run), stage=stage, iterations=iterations, samples=samples, flops=flops)
+
+
+def _progress(run: Path, weights: Path) -> tuple[int, int]:
+    """Iterations and samples of a checkpoint, or of the end of the run that exported the weights."""
+    if (weights / DESCRIPTION).is_file():
+        said: dict[str, Any] = read_description(weights)
+    else:
+        said = RunFolder(run).complete() or {}
+    return said.get("iteration", 0), said.get("consumed_samples", 0)
+
+
+def _work_of_sample(recipe: Recipe) -> float:
+    sizes = model_sizes(recipe.model)
+    path = Path(recipe.data.path, DATASET_FILE)
+    info = DatasetInfo.from_json(read_object(path), path)
+    latents = info.latent_shape(info.largest_bucket)
+    forward = forward_work(sizes, Tokens(image_tokens(sizes, latents[1:]), info.text_shape[0]))
+    return float(step_work(forward, *recipe.stage.asking(sizes.guidance_embeds).forwards()).total)

@@ -134,7 +134,7 @@ class Profile:
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
         answers, points = self.steps.recipe.stage.forwards()
-        step = step_work(forward_work(sizes, tokens), round(samples * answers), samples * points)
+        step = step_work(forward_work(sizes, tokens), samples * answers, samples * points)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()

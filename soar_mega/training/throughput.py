@@ -34,8 +34,9 @@ class Throughput:
         """Counts one step, of whose samples this rank has `batch`."""
         tokens = Tokens(image_tokens(self._sizes, batch.latent_shape[1:]), batch.text_length)
         if tokens not in self._steps:
-            answers, points = (round(self._samples * each) for each in self._forwards)
-            self._steps[tokens] = step_work(forward_work(self._sizes, tokens), answers, points)
+            answers, points = self._forwards
+            work = forward_work(self._sizes, tokens)
+            self._steps[tokens] = step_work(work, self._samples * answers, self._samples * points)
         self._work += self._steps[tokens]
         self._seconds += seconds
 

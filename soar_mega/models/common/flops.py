@@ -47,8 +47,8 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(**{kind: count + getattr(other, kind) for kind, count in vars(self).items()})
 
-    def __rmul__(self, times: int) -> "Work":
-        return Work(**{kind: times * count for kind, count in vars(self).items()})
+    def __rmul__(self, times: float) -> "Work":
+        return Work(**{kind: round(times * count) for kind, count in vars(self).items()})
 
 
 def image_tokens(sizes: Sizes, latent_size: tuple[int, int]) -> int:
@@ -83,6 +83,6 @@ def recomputed_work(sizes: Sizes, tokens: Tokens, granularity: str, every: int =
     return Work()
 
 
-def step_work(forward: Work, answers: int, points: int) -> Work:
+def step_work(forward: Work, answers: float, points: int) -> Work:
     """Of a step: `answers` forwards of one sample without a gradient, `points` forwards with their backward."""
     return (answers + points) * forward + points * forward.backward

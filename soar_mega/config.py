@@ -29,10 +29,12 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample: without a gradient (on average, where samples differ), and with a backward."""
+    """Forwards of a sample, both branches of guidance counted; an average where samples differ."""
 
-    answers: float
-    points: int
+    answers: float  # without a gradient
+    points: int  # with a backward
+    query_branches: int = 1  # of the answers' forwards, those of one query: 2 where it is guided
+    point_branches: int = 1  # likewise of a point
 
 
 @dataclass(kw_only=True)
@@ -41,24 +43,22 @@ class StageConfig:
 
     Attributes:
         rules: what its settings may be.
+        collects: whether it learns from samples of its own, drawn for data.prompts.
     """
 
-    name: str  # of the method: soar | sft | sft_multi | mixflow
+    name: str  # of the method: soar | sft | sft_multi | mixflow | flow_grpo | diffusion_nft
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
     rules: ClassVar[dict[str, Rule]] = {"shift": above(0), "guidance_scale": at_least(0)}
+    collects: ClassVar[bool] = False
 
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
 
-    def branches(self) -> int:
-        """Forwards of a sample that stand side by side in a forward without a gradient, at most."""
-        return min(2, int(self.forwards().answers))
-
-    def check(self) -> None:
-        """Raise a ValueError that names the settings that do not fit each other."""
+    def check(self, recipe: "Recipe") -> None:
+        """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
 
     def asking(self, is_told: bool) -> Self:
         """The settings as the method uses them: a model that is told the scale is asked once, not in two branches."""
@@ -101,6 +101,8 @@ class TrainConfig:
     points_per_micro_batch: int | None = None  # points per training forward; None: micro_batch_size
     cuda_graphs: str = "layers"  # layers: each as a CUDA graph, on a GPU with the megatron engine | none
     ema_decay: float = 0.0  # 0: no EMA
+    ema_update_interval: int = 1  # the EMA moves after every n-th step
+    ema_warm_up: bool = False  # after n steps it moves with the decay min(n / (9 + n), ema_decay)
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (
         10.0  # a step that takes longer ends the run, with a report; null: any time
@@ -162,6 +164,12 @@ class DataConfig:
     path: str = ""  # shard folder written by `soar-mega prepare`, or with encode: online an image folder
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
+    prompts: str = ""  # of stages that draw their samples: a .txt or .jsonl file, or a folder with train.txt
+    prompt_cache: str = ""  # where the prompts' embeddings are kept; empty: in the run folder
+    resolution: int | list[int] | None = (
+        None  # pixels of what they draw, or [width, height]; None: the transformer's own
+    )
+    max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as diffusers
     num_workers: int = 0  # reader processes per data-parallel rank
     max_failed_share: float = (
         0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
@@ -202,6 +210,7 @@ class LoggingConfig:
     drift_samples: int = 32
     drift_spans: list[list[float]] = field(default_factory=lambda: [[0.9, 0.65], [0.75, 0.5], [0.5, 0.25]])
     drift_steps: int = 5  # guided Euler steps of a span
+    collection_interval: int = 1  # collections between pictures of their best, median and worst samples
     sample_interval: int = 0  # sample grids
     sample_prompts: list[str] = field(default_factory=list)
     sample_steps: int = 20

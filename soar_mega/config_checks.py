@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "train.points_per_micro_batch": at_least(1),
     "train.cuda_graphs": one_of("none", "layers"),
     "train.ema_decay": from_below(0, 1),
+    "train.ema_update_interval": at_least(1),
     "train.exit_duration_in_mins": above(0),
     "train.step_timeout_minutes": above(0),
     "train.phase_timeout_minutes": above(0),
@@ -51,6 +52,7 @@ RULES: dict[str, Rule] = {
     "lora.dropout": from_below(0, 1),
     "data.encode": one_of("shards", "online"),
     "data.num_workers": at_least(0),
+    "data.max_sequence_length": at_least(1),
     "data.max_failed_share": within(0, 1),
     "checkpoint.save_interval": at_least(1),
     "checkpoint.keep_last": at_least(0),
@@ -64,6 +66,7 @@ RULES: dict[str, Rule] = {
     "logging.drift_interval": at_least(0),
     "logging.drift_samples": at_least(1),
     "logging.drift_steps": at_least(1),
+    "logging.collection_interval": at_least(0),
     "logging.sample_interval": at_least(0),
     "logging.sample_steps": at_least(1),
     "logging.sample_guidance_scale": at_least(0),
@@ -81,10 +84,11 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value!r}: it must be {words}")
-    recipe.stage.check()
     for check in (
         _check_model,
+        _check_data,
         _check_batch,
+        _check_stage,
         _check_parallel,
         _check_deepspeed,
         _check_optimizer,
@@ -118,8 +122,32 @@ def _check_model(recipe: Recipe) -> None:
         model.pipeline_dir or recipe.data.encode == "shards",
         "data.encode=online needs the encoders of a pipeline: give model.pipeline_dir, or use data.encode=shards",
     )
-    _require(recipe.data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
     layer_checks.check_layers(model)
+
+
+def _check_data(recipe: Recipe) -> None:
+    data, stage = recipe.data, recipe.stage.name
+    if not recipe.stage.collects:
+        _require(data.path, "data.path is empty: name the shard folder that `soar-mega prepare` wrote")
+        _require(
+            not data.prompts,
+            f"data.prompts is for stages that draw their samples, and {stage} learns from data.path: leave it out",
+        )
+        return
+    _require(
+        data.prompts,
+        f"data.prompts is empty: {stage} draws its samples for prompts. Name a .txt or .jsonl file, or a folder with "
+        "train.txt or train_metadata.jsonl",
+    )
+    _require(not data.path, f"data.path is not read by {stage}, which draws its samples: leave it out")
+    _require(
+        recipe.model.pipeline_dir,
+        f"{stage} needs the encoders and the VAE of a pipeline: give model.pipeline_dir",
+    )
+    _require(
+        not isinstance(data.resolution, list) or len(data.resolution) == 2,
+        f"data.resolution is {data.resolution}: it must be a number of pixels, or [width, height]",
+    )
 
 
 def _check_batch(recipe: Recipe) -> None:
@@ -129,6 +157,16 @@ def _check_batch(recipe: Recipe) -> None:
         f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
         f"({train.micro_batch_size}) times the number of data-parallel replicas",
     )
+    for key, default in (("ema_update_interval", 1), ("ema_warm_up", False)):
+        value = getattr(train, key)
+        _require(
+            train.ema_decay or value == default,
+            f"train.{key}={value} is about the EMA, which is kept with train.ema_decay above 0 (0.999, for example)",
+        )
+
+
+def _check_stage(recipe: Recipe) -> None:
+    recipe.stage.check(recipe)
 
 
 def check_replicas(global_batch_size: int, replicas: int) -> None:

@@ -29,7 +29,7 @@ from soar_mega.outputs import MARKER
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/tiny/base")
-VERBS = ("prepare", "data", "train", "sample", "evaluate", "convert", "doctor")
+VERBS = ("prepare", "data", "train", "sample", "evaluate", "convert", "serve-reward", "doctor")
 
 
 # -- help and usage

@@ -82,7 +82,7 @@ def test_the_settings_of_a_stage_are_those_of_the_one_that_is_named(
     with pytest.raises(ValueError) as error:
         load_text(tmp_path, SMALLEST + control, "stage.eta=1")
     for word in (
-        "stage.eta is a setting of stage.name=soar, not of sft_multi, whose settings are name, shift",
+        "stage.eta is a setting of stage.name=soar and flow_grpo, not of sft_multi, whose settings are name, shift",
         "num_auxiliary_points",
     ):
         assert word in str(error.value)

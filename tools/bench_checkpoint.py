@@ -150,7 +150,7 @@ def main() -> None:
     start_world(recipe.parallel)
     recipe.train.global_batch_size = BATCH * data_size()
     engine = make_engine(recipe, sizes(arguments.layers, arguments.heads))
-    engine.keep_weights("ema", decay=0.99)
+    engine.keep_weights("ema")
     stage = make_stage(recipe.stage, shift=1.0)
     take_step(engine, stage, 0)
     gc.freeze()  # as a run does

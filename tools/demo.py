@@ -189,12 +189,12 @@ class Demo:
         runs = {}
         for arm in ARMS:
             recipe = load_recipe(self.run_of(arm) / "run_config.yaml", [])
-            answers, points = recipe.stage.forwards()
+            forwards = recipe.stage.forwards()
             runs[arm] = {
                 "iterations": recipe.train.train_iters,
                 "batch_size": recipe.train.global_batch_size,
-                "points": points,
-                "forwards": 3 * points + answers,
+                "points": forwards.points,
+                "forwards": 3 * forwards.points + forwards.answers,
                 "tensor_parallel": recipe.parallel.tensor_model_parallel_size,
                 "pipeline_parallel": recipe.parallel.pipeline_model_parallel_size,
                 "losses": loss_curves(self.run_of(arm)),

@@ -133,7 +133,7 @@ class Profile:
         recipe, batch = self.recipe, self.steps.batch
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
-        answers, points = self.steps.recipe.stage.forwards()
+        answers, points, *_ = self.steps.recipe.stage.forwards()
         step = step_work(forward_work(sizes, tokens), samples * answers, samples * points)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)

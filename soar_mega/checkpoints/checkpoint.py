@@ -18,7 +18,7 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ from soar_mega.checkpoints.run_folder import (
 )
 from soar_mega.config import CheckpointConfig
 from soar_mega.distributed import device, gather_on_rank_zero, is_rank_zero
+from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero
 from soar_mega.outputs import sync
 
@@ -68,7 +69,7 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0  # in the whole run
-    loader: Json | None = None  # Loader.state_dict()
+    loader: Json | None = None  # state_dict() of its loader or collector
 
 
 class Saveable(Protocol):
@@ -125,11 +126,14 @@ class Saver:
         self._run, self._config, self._model, self._report = run, config, model, report
         self._save: _Save | None = None
 
-    def save(self, engine: Saveable, progress: Progress) -> None:
+    def save(self, engine: Saveable, progress: Progress, pieces: Sequence[SavedPiece] = ()) -> None:
         """Writes the checkpoint of `progress.iteration` and makes it the one to resume from.
 
         With checkpoint.async_save it returns when the state is copied, and `poll` or `finish` does the rest. Waits for
         the checkpoint before.
+
+        Args:
+            pieces: this rank's part of what is kept beside the engine; nobody changes it while it is written.
         """
         self.finish()
         started = time.perf_counter()
@@ -143,7 +147,10 @@ class Saver:
         }
         with self._explained(final, temporary):
             on_rank_zero(lambda: _fresh(temporary))
-            file, finalize = plan_save(engine.sharded_state_dict(), temporary)
+            state = engine.sharded_state_dict()
+            if pieces:
+                state["pieces"] = [*state.get("pieces", ()), *pieces]
+            file, finalize = plan_save(state, temporary)
         writing = None
         if self._config.async_save:
             writing = Background(file.write)

@@ -25,6 +25,8 @@ from soar_mega.faults.agreement import on_rank_zero
 
 logger = logging.getLogger(__name__)
 
+COLLECTED = "collected"  # among what is loaded for the engine
+
 
 class Stateful(Saveable, Protocol):
     """The part of an engine that saving and loading need."""
@@ -36,7 +38,21 @@ class Stateful(Saveable, Protocol):
     def load_weights(self, state: dict[str, Any]) -> None: ...
 
 
-def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Json) -> Progress:
+class Collecting(Protocol):
+    """What a run learns from, where a checkpoint keeps tensors of it."""
+
+    def wanted(self, state: Json) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Json, tensors: dict[str, Any]) -> None: ...
+
+
+def resume(
+    run: RunFolder,
+    config: CheckpointConfig,
+    engine: Stateful,
+    model: Json,
+    collector: Collecting | None = None,
+) -> Progress:
     """Loads what the recipe says to start from, and tells how far the run had come. Collective.
 
     The run's own checkpoint goes before `checkpoint.load`, so that a requeued job continues where it stopped.
@@ -47,14 +63,14 @@ def resume(run: RunFolder, config: CheckpointConfig, engine: Stateful, model: Js
     """
     own = _newest_good(run)
     if own is not None:
-        return _load(own, engine, model)
+        return _load(own, engine, model, collector)
     load = other_run(config)
     if not load:
         return Progress()
     folder = on_rank_zero(lambda: find_checkpoint(load))
     verify(folder)
     if not config.finetune:
-        return _load(folder, engine, model)
+        return _load(folder, engine, model, collector)
     description = on_rank_zero(lambda: read_description(folder, model))
     name = "ema" if config.load_ema else "current"
     if config.load_ema and "ema" not in description["kept_weights"]:
@@ -143,11 +159,20 @@ def _refuse(what: str, wrong: list[str]) -> None:
     raise ValueError(f"{what}: {listed(wrong)}")
 
 
-def _load(folder: Path, engine: Stateful, model: Json) -> Progress:
+def _load(folder: Path, engine: Stateful, model: Json, collector: Collecting | None) -> Progress:
     description = on_rank_zero(lambda: read_description(folder, model))
     _check_kept(folder, set(description["kept_weights"]), set(engine.weights))
+    loader = description["loader"]
+    if loader is None:  # of a checkpoint that convert wrote
+        collector = None
+    collected = {} if collector is None else collector.wanted(loader)
+    wanted = engine.sharded_state_dict(is_loading=True)
     with torch.no_grad():
-        engine.load_state_dict(read_tensors(folder, engine.sharded_state_dict(is_loading=True)))
+        found = read_tensors(folder, wanted | ({COLLECTED: collected} if collected else {}))
+        tensors = found.pop(COLLECTED, {})
+        engine.load_state_dict(found)
+    if collector is not None:
+        collector.load_state_dict(loader, tensors)
     logger.info("resumed from %s", folder)
     names = [f.name for f in dataclasses.fields(Progress)]
     return Progress(**{name: description[name] for name in names})
@@ -161,8 +186,8 @@ def _check_kept(folder: Path, saved: set[str], wanted: set[str]) -> None:
     if extra:
         differs = f"holds {', '.join(extra)} weights, which this recipe does not keep"
     raise ValueError(
-        f"{folder}: {differs} (train.ema_decay): resume it as it was, or start from its weights with checkpoint.load "
-        "and checkpoint.finetune=true"
+        f"{folder}: {differs} (ema: train.ema_decay, others: stage.name): resume it as it was, or start from its "
+        "weights with checkpoint.load and checkpoint.finetune=true"
     )
 
 

@@ -8,6 +8,7 @@
     iter_0000100/                          checkpoints; names ending in .tmp or .deleted are leftovers of a crash,
                                            and those ending in .broken are damaged ones that were kept aside
     tensorboard/ samples/ train.log        what was measured
+    prompts/ collections/                  embeddings of its prompts, and samples it learned from, where it draws them
     export/ export_ema/                    diffusers pipelines of the finished run
     anomalies.jsonl failures/              steps to look at; why a start could not go on
     complete.json                          written last: the run reached train_iters; and was exported, or says that not

@@ -26,8 +26,8 @@ Shapes = Mapping[str, tuple[int, ...] | None]  # of whole tensors by name; None 
 def check_keys(folder: Path, state: dict[str, Any]) -> None:
     """Compares a checkpoint with all that the ranks together want to load from it. Collective.
 
-    Where no name of a group (the model, the optimizer, or one kept copy of the weights) is wanted, what the checkpoint
-    holds of that group does not matter.
+    Where no name of a group (the model, the optimizer, one kept copy of the weights, or a collection that is learned
+    from) is wanted, what the checkpoint holds of that group does not matter.
 
     Raises:
         ValueError: on rank 0, PeerFailure on the others, when names or shapes differ; lists them by group.
@@ -87,6 +87,8 @@ def _refuse_differences(folder: Path, wanted: Shapes) -> None:
 def _group(key: str) -> str:
     if key.startswith("optimizer."):
         return "optimizer"
+    if key.startswith("experience."):
+        return "experience"
     return ".".join(key.split(".")[:2]) if key.startswith("weights.") else "model"
 
 

@@ -1,4 +1,4 @@
-"""What every verb that computes does first."""
+"""What verbs that compute do first."""
 
 import faulthandler
 import logging
@@ -9,6 +9,15 @@ import warnings
 
 def start_process() -> None:
     """Logging to the terminal, quiet libraries, and the CPU stand-ins where there is no GPU."""
+    start_logging()
+
+    from soar_mega import platform
+
+    platform.install()
+
+
+def start_logging() -> None:
+    """Logging to the terminal and quiet libraries: all that a verb needs which has nothing to do with megatron."""
     # tensor parallelism overlaps communication with computation only when kernels start in order (megatron asks for it)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # loading a local folder needs no progress bar per encoder
@@ -29,7 +38,3 @@ def start_process() -> None:
     prefix = "" if rank == "0" else f"[rank {rank}] "
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", handlers=[out, err])
     logging.getLogger("soar_mega").setLevel(logging.INFO if rank == "0" else logging.WARNING)
-
-    from soar_mega import platform
-
-    platform.install()

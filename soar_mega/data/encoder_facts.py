@@ -57,6 +57,15 @@ class EncoderFacts:
     texts: tuple[TextPart, ...]
     join: Callable[[Sequence[TextOutput], "EncoderFacts"], tuple[Tensor, Tensor]]
 
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
+        multiple, largest = self.size_multiple, self.largest_side
+        if width % multiple or height % multiple or min(width, height) < 1 or max(width, height) > largest:
+            raise ValueError(
+                f"this pipeline draws multiples of {multiple} up to {largest} pixels, not {width}x{height}"
+            )
+        return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
     def dataset_info(
         self, buckets: dict[str, int], text_dtype: torch.dtype, encoders: dict[str, str]
     ) -> DatasetInfo:

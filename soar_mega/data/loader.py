@@ -135,6 +135,11 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, at any layout and batch size; ValueError for another data set or seed."""
+        if "bucket_sizes" not in state:
+            raise ValueError(
+                "the run drew its own samples, and this recipe learns from data.path: start a new run from the weights "
+                "(checkpoint.load and checkpoint.finetune=true)"
+            )
         sizes = dict(state["bucket_sizes"])
         if sizes != self._order.sizes:
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.data.text_files import NO_TEXT, decode
+from soar_mega.distributed import is_rank_zero
 from soar_mega.user_files import is_text, lfs_advice
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def read_prompts(path: str | Path, split: str = "train", repeats: bool = False) 
         ("without a prompt, left out", empty),
         ("with a prompt again, kept once", repeated),
     ):
-        if numbers:
+        if numbers and is_rank_zero():
             log.warning("%s: %d lines %s (%s)", file, len(numbers), what, _named(file, numbers))
     return PromptSet(path=file, prompts=list(places), metadata=metadata, places=list(places.values()))
 

@@ -129,8 +129,6 @@ class DeepSpeedEngine(Engine):
         self._deepspeed.step()
         assert self._deepspeed.was_step_applied()
         self.model.weights_changed()
-        for kept in self.weights.values():
-            kept.update()
         return StepResult(True, norm)
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What every engine is to a training loop: two calls for a step, an update, kept weights, and their state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,8 +23,15 @@ from soar_mega.distributed import device
 from soar_mega.engines.channel import Answers, make_channel
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.parameter_groups import freeze
-from soar_mega.engines.pipeline import Loss, Pipeline, answer_pass, learn_pass, predict_velocity
-from soar_mega.engines.plan import PlacedBatch, in_order, place, point_plan
+from soar_mega.engines.pipeline import (
+    Loss,
+    Pipeline,
+    answer_pass,
+    learn_pass,
+    measure_pass,
+    predict_velocity,
+)
+from soar_mega.engines.plan import PlacedBatch, PointPlan, in_order, order_of, place, point_plan
 from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.engines.statistics import StepStatistics, masks_of, step_statistics
 from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
@@ -39,6 +46,7 @@ from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.phases import phases
 from soar_mega.stages.points import Points, Queries
+from soar_mega.upload import upload
 
 T = TypeVar("T")
 
@@ -89,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
-        """Clip, update the weights and every EMA. When the loss or the gradient is not finite, nothing changes."""
+        """Clip and update the weights. When the loss or the gradient is not finite, nothing changes."""
 
     @abstractmethod
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
@@ -167,6 +175,7 @@ class Engine(ABC):
         loss: Loss,
         batch: Batch,
         answers: Answers | None,
+        observes: Sequence[str] = (),
         **others: Answers,
     ) -> StepStatistics:
         """Forward and backward: the gradients of sum(weight loss)/D, D the sum of counts over the global batch.
@@ -175,36 +184,73 @@ class Engine(ABC):
 
         Args:
             answers: what the rows of the points read: of the query that their `query` says.
+            observes: of what the loss puts into `Points.observed`, the names that become statistics.
             others: what the loss reads in `Points.answered`, by name: of the query that their `reads` says.
         """
-        pipeline, train = self._pipeline, self.recipe.train
+        train, placed = self.recipe.train, self._place(batch)
+        plan = self._plan(placed, in_order(points(placed.batch)), answers, others)
+        with phases.waiting():
+            dist.all_reduce(plan.total, group=parallel_state.get_data_parallel_group())
+        normaliser = torch.where(plan.total == 0, 1.0, plan.total)  # nothing present: all weights are zero
+        self._clear_gradients()
+        if self.adapters is not None and self.recipe.lora.dropout > 0:
+            self.adapters.drop(train.seed, int(placed.batch.position[0]) // train.global_batch_size)
+        found = learn_pass(self._pipeline, placed, plan, loss, normaliser, observes)
+        self._let_go(answers, *others.values())
+        self.learned = plan.points, None if found is None else found[0]
+        self._statistics = step_statistics(plan, found, normaliser, observes)
+        return self._statistics
+
+    def measure(
+        self,
+        points: Callable[[Batch], Points],
+        function: Loss,
+        batch: Batch,
+        answers: Answers | None = None,
+        **others: Answers,
+    ) -> Tensor:
+        """A number for each point, from the velocity that `learn` would give a loss: the same to the last bit.
+
+        It is computed in the micro-batches of `learn`, without a gradient; those that are there stay. The dropout of
+        adapters, which only counts where there is a gradient, is left out. Closes the handles, as `learn` does.
+
+        Args:
+            function: of points and velocity, like a loss: [M].
+
+        Returns:
+            [P] float64 on the device, in the order of `points(batch)`, on every rank of the pipeline.
+        """
         placed = self._place(batch)
-        mine = in_order(points(placed.batch))
-        plan = point_plan(
+        given = points(placed.batch)
+        order = order_of(given)
+        plan = self._plan(placed, given.take(order), answers, others)
+        values = measure_pass(self._pipeline, placed, plan, function)
+        self._let_go(answers, *others.values())
+        [place] = upload([order.argsort()], device())
+        return values.index_select(0, place)
+
+    def _plan(
+        self, placed: PlacedBatch, points: Points, answers: Answers | None, others: Mapping[str, Answers]
+    ) -> PointPlan:
+        pipeline, train = self._pipeline, self.recipe.train
+        return point_plan(
             placed,
-            mine,
-            masks_of(mine),
+            points,
+            masks_of(points),
             answers,
             others,
-            min(train.points_per_micro_batch or train.micro_batch_size, len(mine)),
+            min(train.points_per_micro_batch or train.micro_batch_size, len(points)),
             pipeline.group,
             first=pipeline.is_first,
             last=pipeline.is_last,
         )
-        with phases.waiting():
-            dist.all_reduce(plan.count, group=parallel_state.get_data_parallel_group())
-        normaliser = torch.where(plan.count == 0, 1.0, plan.count)  # nothing present: all weights are zero
-        self._clear_gradients()
-        if self.adapters is not None and self.recipe.lora.dropout > 0:
-            self.adapters.drop(train.seed, int(placed.batch.position[0]) // train.global_batch_size)
-        losses = learn_pass(pipeline, placed, plan, loss, normaliser)
-        for handle in (answers, *others.values()):
+
+    def _let_go(self, *handles: Answers | None) -> None:
+        """Of a batch, and of what was answered about it."""
+        for handle in handles:
             if handle is not None:
                 handle.close()
         self._placed = None
-        self.learned = mine, losses
-        self._statistics = step_statistics(plan, losses, normaliser)
-        return self._statistics
 
     @torch.no_grad()
     def velocity(
@@ -227,11 +273,15 @@ class Engine(ABC):
         with self.using(weights):
             return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
-    def keep_weights(self, name: str, decay: float | None = None) -> None:
-        """Keep a float32 copy of the weights as they are now; with a decay, an EMA that each step updates."""
+    def keep_weights(self, name: str) -> None:
+        """Keep a float32 copy of the weights as they are now."""
         assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
-        self.weights[name] = KeptWeights(self._main, decay)
+        self.weights[name] = KeptWeights(self._main)
+
+    def blend_weights(self, name: str, decay: float) -> None:
+        """Move a kept copy toward the weights as they are now: decay of it and 1 - decay of them."""
+        self.weights[name].blend(decay)
 
     def using(self, name: str) -> AbstractContextManager[None]:
         """A context in which the model computes with the weights kept under `name`.

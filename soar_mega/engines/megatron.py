@@ -73,8 +73,6 @@ class MegatronEngine(Engine):
                 clip_grad_by_total_norm_fp32(one.get_parameters(), settings.clip_grad, norm)
         self.optimizer.step_with_ready_grads()
         self.model.weights_changed()
-        for kept in self.weights.values():
-            kept.update()
         return StepResult(True, norm)
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Every rank of a pipeline walks the same micro-batches. The first stage makes the
 nothing of latent size exists for more points than those of one micro-batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -177,40 +177,89 @@ def learn_pass(
     plan: PointPlan,
     loss: Loss,
     normaliser: Tensor,
+    observes: Sequence[str] = (),
 ) -> Tensor | None:
     """Forward and backward over the points of a plan: gradients of sum(weight loss) / normaliser.
 
     Args:
         normaliser: [1] float64, on the device.
+        observes: what the loss puts into `Points.observed`.
 
     Returns:
-        The loss of each point, [P] float64 on the last stage, None elsewhere.
+        [1 + O, P] float64 on the last stage, None elsewhere: the loss of each point, and what was observed there.
     """
     batch = placed.batch
     scale = pipeline.averaging(len(plan.pieces)) / normaliser
-    losses: list[Tensor] = []
+    found: list[Tensor] = []
 
     def weighted(weight: Tensor | None, points: Points, velocity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert weight is not None
-        per_point = loss(points, velocity)
-        losses.append(per_point.detach().double())
+        per_point = loss(points, guided(points, velocity))
+        seen = [per_point, *(points.observed[name] for name in observes)]
+        found.append(torch.stack([values.detach().double() for values in seen]))
         return (per_point * (weight * scale).to(per_point)).sum(), {}
 
     def forward_step(iterator: Iterator[PointPiece], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         piece = next(iterator)
-        points, inputs = piece.points, None
-        if chunk.module.pre_process or chunk.module.post_process:
-            points = piece.with_sources(placed)
-        if chunk.module.pre_process:
-            assert piece.timestep is not None and piece.condition is not None
-            # the only place where a state is cast, and it is written as the model reads it
-            states = points.states(pipeline.dtype, pipeline.patch_size)
-            inputs = (states, piece.timestep, placed.conditions_at(piece.condition))
-        velocity = pipeline.forward(chunk, inputs, latent_size(batch), batch.text_length)
+        points, velocity = forward_points(pipeline, chunk, placed, piece)
         return velocity, partial(weighted, piece.weight, points)
 
-    pipeline.run(forward_step, plan.pieces, plan.size, latent_size(batch), batch.text_length)
-    return torch.cat(losses)[: len(plan.points)] if losses else None
+    pipeline.run(forward_step, plan.pieces, plan.rows, latent_size(batch), batch.text_length)
+    return torch.cat(found, dim=1)[:, : len(plan.points)] if found else None
+
+
+@torch.no_grad()
+def measure_pass(pipeline: Pipeline, placed: PlacedBatch, plan: PointPlan, function: Loss) -> Tensor:
+    """What `learn_pass` would give the loss, in the same micro-batches, given to another function: [P] float64.
+
+    On every rank of the pipeline; nothing is kept for a backward.
+    """
+    batch = placed.batch
+    found: list[Tensor] = []
+
+    def forward_step(iterator: Iterator[PointPiece], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        points, velocity = forward_points(pipeline, chunk, placed, next(iterator))
+        return velocity, lambda output, non_loss_data: found.append(
+            function(points, guided(points, output)).double()
+        )
+
+    pipeline.run(
+        forward_step, plan.pieces, plan.rows, latent_size(batch), batch.text_length, forward_only=True
+    )
+    shape = (len(plan.points),)
+    result = (
+        torch.cat(found)[: len(plan.points)]
+        if found
+        else torch.empty(shape, dtype=torch.float64, device=device())
+    )
+    return on_every_rank(result)
+
+
+def forward_points(
+    pipeline: Pipeline, chunk: Any, placed: PlacedBatch, piece: PointPiece
+) -> tuple[Points, Tensor]:
+    """One forward of a chunk: the points, with sources where the model begins or ends, and what the chunk gives."""
+    batch, points, inputs = placed.batch, piece.points, None
+    if chunk.module.pre_process or chunk.module.post_process:
+        points = piece.with_sources(placed)
+    if chunk.module.pre_process:
+        assert piece.timestep is not None and piece.condition is not None
+        # the only place where a state is cast, and it is written as the model reads it
+        states = points.states(pipeline.dtype, pipeline.patch_size)
+        both = states if points.branches == 1 else torch.cat([states, states])
+        inputs = (both, piece.timestep, placed.conditions_at(piece.condition))
+    return points, pipeline.forward(chunk, inputs, latent_size(batch), batch.text_length)
+
+
+def guided(points: Points, velocity: Tensor) -> Tensor:
+    """[M, C, H, W]: the velocity [rows, C, H, W] of a forward at the guidance scale of its points, in float32."""
+    if points.branches == 1:
+        return velocity
+    assert points.guidance_scale is not None
+    cond, uncond = velocity.float().chunk(2)
+    if points.detach_unconditional:
+        uncond = uncond.detach()
+    return uncond + points.guidance_scale * (cond - uncond)
 
 
 def predict_velocity(
@@ -229,6 +278,11 @@ def predict_velocity(
     height, width = latents.shape[-2:]
     pipeline.predict(inputs, outputs, list(index.split(size)), size, (height, width), conditions.text_length)
     result = torch.cat(found)[: len(latents)] if found else torch.empty(latents.shape, device=device())
+    return on_every_rank(result)
+
+
+def on_every_rank(result: Tensor) -> Tensor:
+    """What the last rank of the pipeline holds, on all of them; it is written into their tensors."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(result, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)

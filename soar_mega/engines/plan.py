@@ -26,13 +26,13 @@ ANSWER_COLUMNS = slice(2, 4)  # v_uncond and v_cond among the six sources
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedBatch:
-    """A batch with positions and validity on the CPU, where rows are made, and its tensors on the device.
+    """A batch with positions, validity and prompts' rows on the CPU, and its tensors on the device.
 
     Attributes:
         given: the batch as it came.
         batch: its latents are zero where a sample could not be read.
-        conditions: [B + 1] as the model reads them, the empty prompt last; None where the model does not begin, and [B]
-            where the batch has no empty prompt.
+        conditions: one of each prompt as the model reads it, the empty prompt last; None where the model does not
+            begin, and without that one where the batch has no empty prompt.
     """
 
     given: Batch
@@ -46,14 +46,17 @@ class PlacedBatch:
 
     def condition_rows(self, sample: Tensor, dropped: Tensor) -> Tensor:
         """[M] int64: where the conditions of samples are, the empty prompt where `dropped` [M]."""
-        assert self.batch.empty_text is not None or not bool(dropped.any())
-        return torch.where(dropped, len(self.batch), sample)
+        batch = self.batch
+        assert batch.text is not None and (batch.empty_text is not None or not bool(dropped.any()))
+        prompt = sample if batch.prompt is None else batch.prompt[sample]
+        return torch.where(dropped, len(batch.text), prompt)
 
 
 def place(batch: Batch, dtype: torch.dtype, guidance_scale: float | None = None) -> PlacedBatch:
     """The batch for a model of `dtype`, which is told a guidance scale if there is one."""
     given = batch
-    batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu())
+    prompt = None if batch.prompt is None else batch.prompt.cpu()
+    batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu(), prompt=prompt)
     if batch.latents is not None:
         latents = pinned(batch.latents, device()).to(torch.float32)
         if not bool(batch.valid.all()):
@@ -122,8 +125,8 @@ class PointPiece:
     answers: "Reading | None"  # of its rows
     others: dict[str, "Reading"]  # of its loss, by name; on the last stage
     states: PointTable | None  # on the first stage
-    timestep: Tensor | None  # [M] float32
-    condition: Tensor | None  # [M] int64, of PlacedBatch
+    timestep: Tensor | None  # [rows] float32: of the points, then of their unconditional branch
+    condition: Tensor | None  # [rows] int64, of PlacedBatch
     targets: PointTable | None  # on the last stage
     weight: Tensor | None  # [M] float64
 
@@ -143,7 +146,7 @@ class PointPiece:
             fused=self.points.fused,
         )
         answered = {name: reading.at_points() for name, reading in self.others.items()}
-        return replace(self.points, sources=sources, answered=answered)
+        return replace(self.points, sources=sources, answered=answered, observed={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +194,20 @@ class PointPlan:
 
     Attributes:
         points: as they were given, without those that fill up the last micro-batches.
-        count: [1] float64 on the device, the sum of their counts.
+        rows: of a forward: `size`, or twice as many with both branches of guidance.
+        total: [1] float64 on the device, the sum of their counts.
         masks: [K, P] bool on the device, the points behind each loss of the statistics; None but on the last stage.
-        weight: [P] float64 on the device; likewise.
+        weight, count: [P] float64 on the device; likewise.
     """
 
     points: Points
     size: int
+    rows: int
     pieces: list[PointPiece]
-    count: Tensor
+    total: Tensor
     masks: Tensor | None
     weight: Tensor | None
+    count: Tensor | None
 
 
 def point_plan(
@@ -228,16 +234,18 @@ def point_plan(
     everything = torch.ones_like(needed)
     row = torch.zeros_like(sample) if answers is None else answers.rows_of(whole.query, needed)
     groups, of_point, begins = group_table(sample, whole.path, row, batch.position[sample], batch.seed, size)
-    made = {"count": points.count.sum()[None]}
+    rows = size * points.branches
+    made = {"total": points.count.sum()[None]}
     if first or last:
         made["groups"] = groups
     if first:
         made["states"] = point_table(whole.state_rows, of_point)
-        made["timestep"] = whole.timestep.float()
-        made["condition"] = placed.condition_rows(sample, whole.dropped)
+        point, is_bare = in_branches(torch.arange(len(whole)), size, points.branches)
+        made["timestep"] = whole.timestep[point].float()
+        made["condition"] = placed.condition_rows(sample[point], whole.dropped[point] | is_bare)
     if last:
         made["targets"] = point_table(whole.target_rows, of_point)
-        made["weight"], made["masks"] = whole.weight, masks
+        made["weight"], made["count"], made["masks"] = whole.weight, whole.count, masks
         made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
         made |= {
             f"rows.{name}": other.rows_of(whole.reads[name], everything) for name, other in others.items()
@@ -254,13 +262,13 @@ def point_plan(
             return nothing
         return _tables(there["groups"], begins, there[name], rows, batch.seed, size)
 
-    def views(name: str) -> Sequence[Tensor | None]:
+    def views(name: str, size: int = size) -> Sequence[Tensor | None]:
         return there[name].split(size) if name in there else nothing
 
     columns = (
         tables("states", whole.state_rows),
-        views("timestep"),
-        views("condition"),
+        views("timestep", rows),
+        views("condition", rows),
         tables("targets", whole.target_rows),
         views("weight"),
     )
@@ -285,16 +293,35 @@ def point_plan(
         )
         for j, (states, timestep, condition, targets, weight) in enumerate(zip(*columns, strict=True))
     ]
-    weight = there["weight"][: len(points)] if last else None
     return PointPlan(
-        points=points, size=size, pieces=pieces, count=there["count"], masks=there.get("masks"), weight=weight
+        points=points,
+        size=size,
+        rows=rows,
+        pieces=pieces,
+        total=there["total"],
+        masks=there.get("masks"),
+        weight=there["weight"][: len(points)] if last else None,
+        count=there["count"][: len(points)] if last else None,
     )
 
 
-def in_order(points: Points) -> Points:
-    """All points that need no answer first, then the others sample by sample."""
+def order_of(points: Points) -> Tensor:
+    """[P] int64: all points that need no answer first, then the others sample by sample."""
     key = torch.where(needs_answer(points), points.sample + 1, 0)
-    return points.take(key.argsort(stable=True))
+    return key.argsort(stable=True)
+
+
+def in_order(points: Points) -> Points:
+    """Them in the order of `order_of`."""
+    return points.take(order_of(points))
+
+
+def in_branches(index: Tensor, size: int, branches: int) -> tuple[Tensor, Tensor]:
+    """The rows of forwards of `size` each: what `index` [N] says for each branch, and whether that has no condition."""
+    rows = index.view(-1, 1, size).expand(-1, branches, -1)
+    is_bare = torch.zeros_like(rows, dtype=torch.bool)
+    is_bare[:, 1:] = True
+    return rows.flatten(), is_bare.flatten()
 
 
 def filled(total: int, size: int, group: int) -> Tensor:

@@ -27,16 +27,19 @@ class StepStatistics(Mapping[str, float]):
 
     "loss" is what is trained on, sum(weight loss)/normaliser. The loss of each kind of point ("loss/base") and those of
     its quartiles ("loss/base_q1" is sigma in [0, .25)) are plain means over the points that are present, left out where
-    there are none. "points" is the number of points that are present.
+    there are none. "points" is the number of points that are present. What a loss observed has names of its own: each a
+    mean over the points by their counts, left out where none is present.
 
     Args:
         kinds: names of the kinds of points.
-        sums: [2 + 2 K] float64 on the device: the normaliser, the sum of weight x loss, and for each of the K names of
-            `loss_names` the sum of the losses, then for each the number of points.
+        sums: [2 + 2 K + O] float64 on the device: the normaliser, the sum of weight x loss, for each of the K names of
+            `loss_names` the sum of the losses, then for each the number of points, and of each thing observed the sum
+            of count x value.
+        observes: their names.
     """
 
-    def __init__(self, kinds: Sequence[str], sums: Tensor) -> None:
-        self._kinds = kinds
+    def __init__(self, kinds: Sequence[str], sums: Tensor, observes: Sequence[str] = ()) -> None:
+        self._kinds, self._observes = kinds, observes
         on_gpu = sums.is_cuda
         self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=on_gpu).copy_(
             sums, non_blocking=True
@@ -51,14 +54,16 @@ class StepStatistics(Mapping[str, float]):
                 self._arrived = None
             normaliser, loss, *sums = self._sums.tolist()
             names = loss_names(self._kinds)
-            counts = dict(zip(names, sums[len(names) :], strict=True))
+            counts = dict(zip(names, sums[len(names) : 2 * len(names)], strict=True))
             means = {
                 name: total / counts[name]
                 for name, total in zip(names, sums[: len(names)], strict=True)
                 if counts[name]
             }
             points = sum(counts[f"loss/{kind}"] for kind in self._kinds)
-            self._values = {"loss": loss / normaliser, **means, "points": points}
+            seen = zip(self._observes, sums[2 * len(names) :], strict=True)
+            observed = {name: total / normaliser for name, total in seen} if points else {}
+            self._values = {"loss": loss / normaliser, **means, "points": points, **observed}
         return self._values
 
     def __getitem__(self, name: str) -> float:
@@ -71,22 +76,30 @@ class StepStatistics(Mapping[str, float]):
         return len(self._read())
 
 
-def step_statistics(plan: PointPlan, losses: Tensor | None, normaliser: Tensor) -> StepStatistics:
+def step_statistics(
+    plan: PointPlan, found: Tensor | None, normaliser: Tensor, observes: Sequence[str] = ()
+) -> StepStatistics:
     """The statistics of a step. Collective over the world; nobody waits.
 
     Args:
-        losses: [P] float64 unweighted loss of each point on the last pipeline stage, None elsewhere.
+        found: [1 + O, P] float64 on the last pipeline stage, None elsewhere: the unweighted loss of each point, and
+            what was observed there.
         normaliser: [1] float64, the sum of the counts over the global batch.
+        observes: the names of what was observed.
     """
     kinds = plan.points.kinds
-    sums = torch.zeros(1 + 2 * len(loss_names(kinds)), dtype=torch.float64, device=device())
-    if losses is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
-        assert plan.weight is not None and plan.masks is not None
+    length = 1 + 2 * len(loss_names(kinds)) + len(observes)
+    sums = torch.zeros(length, dtype=torch.float64, device=device())
+    if found is not None and parallel_state.get_tensor_and_context_parallel_rank() == 0:
+        assert plan.weight is not None and plan.count is not None and plan.masks is not None
+        losses, observed = found[0], found[1:]
         by_kind = torch.where(plan.masks, losses, 0.0).sum(dim=1)
-        sums = torch.cat([(plan.weight * losses).sum()[None], by_kind, plan.masks.sum(dim=1).double()])
+        seen = torch.where(plan.count > 0, plan.count * observed, 0.0).sum(dim=1)
+        loss = (plan.weight * losses).sum()[None]
+        sums = torch.cat([loss, by_kind, plan.masks.sum(dim=1).double(), seen])
     with phases.waiting():
         dist.all_reduce(sums)
-    return StepStatistics(kinds, torch.cat([normaliser, sums]))
+    return StepStatistics(kinds, torch.cat([normaliser, sums]), observes)
 
 
 def masks_of(points: Points) -> Tensor:

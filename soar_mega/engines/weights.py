@@ -128,19 +128,17 @@ class MainWeights:
 
 
 class KeptWeights:
-    """One kept copy: an EMA where `decay` is given, else a snapshot."""
+    """A copy of the weights as they are now, which stays so until it is moved."""
 
-    def __init__(self, main: MainWeights, decay: float | None) -> None:
+    def __init__(self, main: MainWeights) -> None:
         self._main = main
-        self.decay = decay
         self.pieces = {name: piece.flat.float().clone() for name, piece in main.pieces.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the EMA toward the main weights; a snapshot stays as it is."""
-        if self.decay is not None:
-            for name, kept in self.pieces.items():
-                kept.lerp_(self._main.pieces[name].flat, 1.0 - self.decay)
+    def blend(self, decay: float) -> None:
+        """Move the copy toward the main weights, of which it has 1 - decay then; at 0 it is them."""
+        for name, kept in self.pieces.items():
+            kept.lerp_(self._main.pieces[name].flat, 1.0 - decay)
 
     def value(self, name: str) -> Tensor:
         """A parameter as the model would compute with it, whole: in the model's type, and a frozen one as it is.

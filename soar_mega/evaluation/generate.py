@@ -82,13 +82,7 @@ class Generator:
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of an image. ValueError for a size that the model cannot draw."""
-        facts = self.facts
-        multiple, largest = facts.size_multiple, facts.largest_side
-        if width % multiple or height % multiple or min(width, height) < 1 or max(width, height) > largest:
-            raise ValueError(
-                f"this pipeline draws multiples of {multiple} up to {largest} pixels, not {width}x{height}"
-            )
-        return facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
+        return self.facts.latent_shape(width, height)
 
     def images(
         self,

@@ -11,6 +11,15 @@ from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
 from soar_mega.flow.schedule import TIMESTEPS, Schedule
+from soar_mega.flow.stochastic import (
+    STOCHASTIC_VARIANTS,
+    SampledStep,
+    sample_steps,
+    spread,
+    step_log_probability,
+    step_mean,
+    stochastic_step,
+)
 from soar_mega.flow.timesteps import DENSITIES, sample_time, slowed
 from soar_mega.flow.weighting import WEIGHTINGS, loss_weight
 
@@ -19,8 +28,10 @@ __all__ = [
     "ROLLOUT_VARIANTS",
     "SOLVERS",
     "SOURCES",
+    "STOCHASTIC_VARIANTS",
     "TIMESTEPS",
     "WEIGHTINGS",
+    "SampledStep",
     "Schedule",
     "auxiliary_latents",
     "auxiliary_rows",
@@ -34,8 +45,13 @@ __all__ = [
     "philox",
     "rollout_coefficients",
     "sample",
+    "sample_steps",
     "sample_time",
     "slowed",
+    "spread",
+    "step_log_probability",
+    "step_mean",
+    "stochastic_step",
     "stream_key",
     "uniform",
     "weighted_sum",

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-ROLLOUT_VARIANTS = ("ode", "simple", "sde", "flow_sde", "cps")
+ROLLOUT_VARIANTS = ("ode", "simple", "sde", "flow_sde", "dance", "cps")
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
@@ -25,6 +25,7 @@ def rollout_coefficients(
         sde: (1 - sigma1) x0 + sigma1 eps, the predicted clean latent noised afresh
         flow_sde: z + dt (v + std^2 (z + (1 - sigma0) v) / (2 sigma0)) + std sqrt(-dt) eps with
             std = eta sqrt(sigma0 / (1 - sigma0)), the reverse SDE of Flow-GRPO (Liu et al. 2025)
+        dance: the same with std = eta, as in DanceGRPO (Xue et al. 2025)
         cps: (1 - sigma1) x0 + sqrt(sigma1^2 - std^2) x1 + std eps with std = sigma1 sin(eta pi / 2),
             coefficients-preserving sampling (Wang and Yu 2025)
     A step of length zero (sigma1 = sigma0) leaves z where it is in every variant.
@@ -49,9 +50,8 @@ def rollout_coefficients(
         a, b, c = zero + 1, dt, eta * (-dt).sqrt()
     elif variant == "sde":
         a, b, c = 1 - s1, -(1 - s1) * s0, s1
-    elif variant == "flow_sde":
-        top = s1 if sigma_max is None else torch.full_like(s0, sigma_max)
-        variance = eta**2 * s0 / (1 - torch.where(s0 == 1, top, s0))
+    elif variant in ("flow_sde", "dance"):
+        variance = eta**2 * (_odds(s0, s1, sigma_max) if variant == "flow_sde" else zero + 1)
         drift = variance / (2 * s0)
         a, b, c = 1 + drift * dt, (1 + drift * (1 - s0)) * dt, (variance * -dt).sqrt()
     else:
@@ -59,6 +59,12 @@ def rollout_coefficients(
         a, b, c = 1 - s1 + keep, (1 - s0) * keep - (1 - s1) * s0, std
     moves = s1 < s0
     return torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, c, 0.0)
+
+
+def _odds(sigma0: Tensor, sigma1: Tensor, sigma_max: float | None) -> Tensor:
+    """sigma0 / (1 - sigma0), finite at a sigma0 of 1 too."""
+    top = sigma1 if sigma_max is None else torch.full_like(sigma0, sigma_max)
+    return sigma0 / (1 - torch.where(sigma0 == 1, top, sigma0))
 
 
 def _check(variant: str, sigma0: Tensor, sigma1: Tensor, eta: float, sigma_max: float | None) -> None:

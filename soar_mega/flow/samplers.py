@@ -12,7 +12,13 @@ SOLVERS = ("euler", "heun", "dpm++2m")
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, ...], sigma [B] float64) -> velocity [B, ...]
 
 
-def sample(velocity: Velocity, latents: Tensor, sigmas: Tensor, solver: str = "euler") -> Tensor:
+def sample(
+    velocity: Velocity,
+    latents: Tensor,
+    sigmas: Tensor,
+    solver: str = "euler",
+    told: Tensor | None = None,
+) -> Tensor:
     """Integrates dz/dsigma = velocity(z, sigma) from sigmas[0] to sigmas[-1].
 
     Args:
@@ -20,6 +26,7 @@ def sample(velocity: Velocity, latents: Tensor, sigmas: Tensor, solver: str = "e
         sigmas: [n + 1], for instance of `Schedule.inference_sigmas`.
         solver: euler (order 1, one velocity per step), heun (order 2, two per step; the step to sigma 0
             stays an Euler step, as models are not trained at sigma 0), or dpm++2m (order 2, one per step).
+        told: [n] what the velocity is told at the first n sigmas, where that is not the sigma itself.
 
     Raises:
         ValueError: an unknown solver; fewer than two sigmas.
@@ -29,8 +36,11 @@ def sample(velocity: Velocity, latents: Tensor, sigmas: Tensor, solver: str = "e
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must be one row of at least two values, not of shape {tuple(sigmas.shape)}")
 
+    told_at = dict(zip(sigmas.tolist(), (sigmas if told is None else told).tolist(), strict=False))
+
     def slope(z: Tensor, sigma: float) -> Tensor:
-        return velocity(z, torch.full((len(z),), sigma, dtype=torch.float64, device=z.device)).to(z.dtype)
+        given = torch.full((len(z),), told_at[sigma], dtype=torch.float64, device=z.device)
+        return velocity(z, given).to(z.dtype)
 
     if solver == "dpm++2m":
         return _multistep(slope, latents, sigmas.tolist())

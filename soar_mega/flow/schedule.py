@@ -98,6 +98,16 @@ class Schedule:
         steps = self._shifted(torch.linspace(1, last, n, dtype=torch.float64))
         return torch.cat([steps, steps.new_zeros(1)])
 
+    def linear_sigmas(self, n: int) -> Tensor:
+        """Sigmas of an n-step sampler whose n steps are equal in unshifted time: [n + 1] float64, from 1 down to 0.
+
+        Raises:
+            ValueError: n below 1.
+        """
+        if n < 1:
+            raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
+        return self._shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
+
     def _shifted(self, u: Tensor) -> Tensor:
         # shift u / (1 + (shift - 1) u) in a form that no rounding takes above 1.
         return self.shift * u / (self.shift * u + (1 - u))

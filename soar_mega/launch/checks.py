@@ -35,18 +35,21 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """ValueError where a data folder is not there.
+    """ValueError where shards or prompts are not there.
 
     A login node sees what the nodes see, but for their own disks: where nothing of a path is here, that is a warning.
     """
-    _check_folder("data.path", recipe.data.path)
+    if recipe.stage.collects:
+        _check_there("data.prompts", recipe.data.prompts)
+    else:
+        _check_there("data.path", recipe.data.path)
     if recipe.logging.eval_interval or recipe.logging.drift_interval:
-        _check_folder("data.validation_path", recipe.data.validation_path)
+        _check_there("data.validation_path", recipe.data.validation_path)
 
 
-def _check_folder(key: str, path: str) -> None:
+def _check_there(key: str, path: str) -> None:
     folder = Path(path).absolute()
-    if folder.is_dir():
+    if folder.exists():
         return
     nearest = next(above for above in folder.parents if above.exists())
     if nearest == Path(folder.anchor):

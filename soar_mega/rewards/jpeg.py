@@ -8,8 +8,10 @@ from io import BytesIO
 from typing import Any
 
 import torch
-from PIL import Image, features
+from PIL import features
 from torch import Tensor
+
+from soar_mega.rewards.pictures import to_picture
 
 QUALITY = 95
 SCALE = 500  # kB that count as one unit of compressibility
@@ -19,7 +21,7 @@ class JpegIncompressibility:
     """The size in kB (1000 bytes)."""
 
     name = "jpeg_incompressibility"
-    version = f"quality {QUALITY}, libjpeg {features.version('jpg')}"
+    version = f"quality {QUALITY}, libjpeg-turbo {features.version('libjpeg_turbo')}"
     weights_hash = ""
 
     def score(
@@ -48,9 +50,3 @@ def _kilobytes(image: Tensor) -> float:
     file = BytesIO()
     to_picture(image).save(file, format="JPEG", quality=QUALITY)
     return file.tell() / 1000
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """An image [3, H, W] in [0, 1], rounded to 8 bits."""
-    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -1,21 +1,22 @@
 """Rewards by the names that a recipe has for them."""
 
+import importlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 from soar_mega.evaluation.scorer import Scorer
+from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.combined import TOTAL, Rewards
-from soar_mega.rewards.digits import DigitsScorer
 from soar_mega.rewards.functions import FunctionScorer
-from soar_mega.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 log = logging.getLogger(__name__)
 
-BUILT_IN: dict[str, Callable[[], Scorer]] = {
-    "digits": DigitsScorer,
-    "jpeg_compressibility": JpegCompressibility,
-    "jpeg_incompressibility": JpegIncompressibility,
+# what each needs is imported when it is made
+BUILT_IN = {
+    "digits": "digits:DigitsScorer",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
 }
 
 
@@ -27,6 +28,7 @@ def make_rewards(weights: Mapping[str, float]) -> Rewards:
 
     Raises:
         ValueError: one is not known, has no usable weight, or two have the same name.
+        OSError: a worker is not there.
     """
     if not weights:
         raise ValueError(
@@ -35,32 +37,43 @@ def make_rewards(weights: Mapping[str, float]) -> Rewards:
     for key, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"stage.rewards: the weight of {key} is {weight!r}, a number is expected")
+    scorers = make_scorers(list(weights))
+    for scorer, weight in zip(scorers, weights.values(), strict=True):
+        log.info("reward %s (%s) x %g", scorer.name, scorer.version, weight)
+    return Rewards(scorers, [float(weight) for weight in weights.values()])
+
+
+def make_scorers(keys: Sequence[str]) -> list[Scorer]:
+    """Scorers of different names. ValueError where two have the same; else raises what `make_scorer` does."""
     scorers: list[Scorer] = []
-    for key in weights:
+    for key in keys:
         scorer = make_scorer(key)
         if scorer.name in (TOTAL, *(other.name for other in scorers)):
-            raise ValueError(
-                f"stage.rewards: {key} is called {scorer.name}, which is taken: give it another name"
-            )
+            raise ValueError(f"{key} is called {scorer.name}, as another reward is: give one another name")
         scorers.append(scorer)
-        log.info("reward %s (%s) x %g", scorer.name, scorer.version, weights[key])
-    return Rewards(scorers, [float(weight) for weight in weights.values()])
+    return scorers
 
 
 def make_scorer(key: str) -> Scorer:
     """A scorer by what a recipe calls it.
 
     Args:
-        key: the name of a built-in scorer; module:function, with #NAME where the function gives several values.
+        key: the name of a built-in scorer; module:function, with #NAME where the function gives several values;
+            http://host:port/score#NAME, http://host:port/compute or file:PATH#NAME for a worker, which is waited for.
 
     Raises:
         ValueError: there is none; says which there are.
+        OSError: the worker is not there.
     """
     source, _, entry = key.partition("#")
     if key in BUILT_IN:
-        return BUILT_IN[key]()
+        module, _, maker = BUILT_IN[key].partition(":")
+        scorer: Scorer = getattr(importlib.import_module(f"soar_mega.rewards.{module}"), maker)()
+        return scorer
+    if source.startswith(("http://", "https://", "file:")):
+        return WorkerScorer(key)
     if ":" in source:
         return FunctionScorer(source, entry)
     raise ValueError(
-        f"there is no reward {key!r}: choose one of {', '.join(BUILT_IN)}, or module:function of your own"
+        f"there is no reward {key!r}: choose one of {', '.join(BUILT_IN)}, module:function of your own, or http://host:port/score#NAME"
     )

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from soar_mega.stages.points import Stage
 
+START_NOISE = "collect"  # streams of the noise that samples are drawn with
+STEP_NOISE = "collect_step"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
@@ -26,6 +29,9 @@ class SamplingPlan:
         kept: [B, T] int64, rising: the steps of each sample that are learned from; T = 0 keeps clean latents alone.
         guidance_scale: 1 asks the conditional branch alone.
         same_start: the samples of a prompt start from the same noise.
+
+    A sample starts from normal(seed, START_NOISE, position, 0), position being the first of its prompt where they share
+    it; a stochastic step adds normal(seed, STEP_NOISE, position, step).
     """
 
     sigmas: Tensor
@@ -44,12 +50,14 @@ class Trajectories:
     """What is left of B samples when they are drawn, on the CPU.
 
     Attributes:
+        position: [B] int64, their places in the training sequence, which keyed their noise.
         clean: [B, C, H, W] float32, the latents at sigma 0.
         step: [B, T] int64, the steps that are kept.
         state, following: [B, T, C, H, W] float32, before and after such a step.
         log_probability: [B, T] float64, of the step under the weights that drew it.
     """
 
+    position: Tensor
     clean: Tensor
     step: Tensor
     state: Tensor

@@ -61,7 +61,11 @@ class Points:
         kinds: the stage's, the same on all ranks.
         measured: what is logged in quantiles over the points that are present: "k" as k/q05, k/q50 and k/q95.
         reads: which query of a further answer a point's loss reads, by the answer's name in `Engine.learn`.
-        answered: what it was, by the same name; filled by the engine for one micro-batch.
+        guidance_scale: the loss gets v_uncond + scale (v_cond - v_uncond) of two branches in one forward; None or 1:
+            v_cond alone.
+        detach_unconditional: then v_uncond gets no gradient.
+        answered: what `reads` was answered, by the same name; filled by the engine for one micro-batch.
+        observed: [M] each, detached: what the loss tells of its points, by the names of `Stage.observes`.
     """
 
     kinds: tuple[str, ...]
@@ -79,9 +83,17 @@ class Points:
     measured: dict[str, Tensor] = field(default_factory=dict)  # [P] float64, NaN at points that have none
     extra: dict[str, Tensor] = field(default_factory=dict)  # [P, ...] tensors that only the loss reads
     reads: dict[str, Tensor] = field(default_factory=dict)  # [P] int64
+    guidance_scale: float | None = None
+    detach_unconditional: bool = False
     fused: bool = True  # states and losses by kernels
     sources: Sources | None = None  # filled by the engine for one micro-batch
     answered: dict[str, Velocities] = field(default_factory=dict)
+    observed: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def branches(self) -> int:
+        """Rows of a forward for each point."""
+        return 1 if self.guidance_scale in (None, 1.0) else 2
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -95,7 +107,7 @@ class Points:
         taken: dict[str, Any] = {name: getattr(self, name)[index] for name in PER_POINT}
         for name in ("measured", "extra", "reads"):
             taken[name] = {key: value[index] for key, value in getattr(self, name).items()}
-        return replace(self, **taken, sources=None, answered={})
+        return replace(self, **taken, sources=None, answered={}, observed={})
 
     def states(self, dtype: torch.dtype = torch.float32, patch_size: int | None = None) -> Tensor:
         """States [M, C, H, W], or patches [M, H W / p^2, C p p], from the sources of this micro-batch."""
@@ -126,12 +138,19 @@ class Stage(Protocol):
     answer_weights: str  # which weights answer the queries: current, or a name given to Engine.keep_weights
     further: Mapping[str, Further]  # what its loss reads beside that answer, by name
     keeps: tuple[str, ...]  # the copies of the weights that it wants kept, from the first step on
+    observes: tuple[
+        str, ...
+    ]  # names of what its loss puts into `Points.observed`: averages of a step's statistics
 
     def queries(self, batch: Batch) -> Queries | None: ...
 
     def points(self, batch: Batch) -> Points: ...
 
     def loss(self, points: Points, velocity: Tensor) -> Tensor: ...
+
+    def blends(self, iteration: int) -> Mapping[str, float]:
+        """After so many steps: the kept copies that are moved toward the weights, each with its decay."""
+        ...
 
 
 def squared_error(points: Points, velocity: Tensor) -> Tensor:
@@ -142,6 +161,6 @@ def squared_error(points: Points, velocity: Tensor) -> Tensor:
 
 def concatenate(parts: list[Points]) -> Points:
     """Points of several kinds as one list, for what all of them have."""
-    assert not any(part.measured or part.extra or part.reads for part in parts)
+    assert not any(part.measured or part.extra or part.reads or part.guidance_scale for part in parts)
     columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in PER_POINT}
     return Points(kinds=parts[0].kinds, **columns, fused=parts[0].fused)

@@ -6,8 +6,9 @@ They are read by whoever reads a recipe, which must not take the seconds that to
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from soar_mega.config import Forwards, StageConfig
+from soar_mega.config import Forwards, Recipe, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
+from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
 from soar_mega.stages.scale import SCALES, Scale, guided_share, is_scale
 
 
@@ -95,13 +96,13 @@ class SoarConfig(SftMultiConfig):
     }
 
     def forwards(self) -> Forwards:
-        answers = self.rollout_steps * (1 + guided_share(self.guidance_scale))
-        return super().forwards()._replace(answers=answers if self.num_auxiliary_points else 0)
+        if not self.num_auxiliary_points:
+            return super().forwards()
+        share = guided_share(self.guidance_scale)
+        answers, branches = self.rollout_steps * (1 + share), 2 if share else 1
+        return super().forwards()._replace(answers=answers, query_branches=branches)
 
-    def branches(self) -> int:
-        return 1 + (guided_share(self.guidance_scale) > 0) if self.num_auxiliary_points else 0
-
-    def check(self) -> None:
+    def check(self, recipe: Recipe) -> None:
         if self.rollout_steps > 1 and self.num_rollout_paths > 1:
             raise ValueError(
                 f"stage.rollout_steps={self.rollout_steps} is for the ODE path alone: set stage.num_rollout_paths=1, "
@@ -122,4 +123,17 @@ SETTINGS: dict[str, type[StageConfig]] = {
     "sft": SftConfig,
     "sft_multi": SftMultiConfig,
     "mixflow": MixFlowConfig,
+    "flow_grpo": FlowGrpoConfig,
+    "diffusion_nft": DiffusionNftConfig,
 }
+
+__all__ = [
+    "SETTINGS",
+    "CollectingConfig",
+    "DiffusionNftConfig",
+    "FlowGrpoConfig",
+    "MixFlowConfig",
+    "SftConfig",
+    "SftMultiConfig",
+    "SoarConfig",
+]

@@ -21,6 +21,7 @@ class Sft:
     answer_weights = "current"
     further: Mapping[str, Further] = {}
     keeps: tuple[str, ...] = ()
+    observes: tuple[str, ...] = ()
 
     def __init__(self, config: SftConfig, shift: float) -> None:
         self.config = config
@@ -55,6 +56,10 @@ class Sft:
     def loss(self, points: Points, velocity: Tensor) -> Tensor:
         """Mean squared error of velocity [M, C, H, W] per point -> [M] float32."""
         return squared_error(points, velocity)
+
+    def blends(self, iteration: int) -> Mapping[str, float]:
+        """Nothing is kept."""
+        return {}
 
     def _state_sigma(self, batch: Batch, sigma: Tensor) -> Tensor:
         """Where on the ray the states are of which the model is told `sigma` [B]."""

@@ -28,6 +28,7 @@ def check_places(recipe: Recipe) -> None:
         "model.pipeline_dir": recipe.model.pipeline_dir,
         "data.path": recipe.data.path,
         "data.validation_path": recipe.data.validation_path,
+        "data.prompts": recipe.data.prompts,
         "checkpoint.load": other_run(recipe.checkpoint),
     }
     for name in ("export", "export_ema"):

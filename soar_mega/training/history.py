@@ -80,4 +80,5 @@ def _work_of_sample(recipe: Recipe) -> float:
     info = DatasetInfo.from_json(read_object(path), path)
     latents = info.latent_shape(info.largest_bucket)
     forward = forward_work(sizes, Tokens(image_tokens(sizes, latents[1:]), info.text_shape[0]))
-    return float(step_work(forward, *recipe.stage.asking(sizes.guidance_embeds).forwards()).total)
+    forwards = recipe.stage.asking(sizes.guidance_embeds).forwards()
+    return float(step_work(forward, forwards.answers, forwards.points).total)

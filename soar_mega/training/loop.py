@@ -1,5 +1,7 @@
 """A whole step of a run: answer, learn, update. Engine, data and progress are here, and nothing is written."""
 
+from typing import cast
+
 from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -13,13 +15,21 @@ from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import make_stage
+from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
+from soar_mega.stages.settings import CollectingConfig
+from soar_mega.training.collecting import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
 
 
-def make_loader(recipe: Recipe) -> Loader:
+def make_loader(recipe: Recipe) -> Loader | Collector:
     """The samples of a run, from its first on."""
     model, train = recipe.model, recipe.train
+    if recipe.stage.collects:
+        # its rewards bring what most runs do not need
+        from soar_mega.training.collector_inputs import make_collector
+
+        return make_collector(recipe)
     sizes = model_sizes(model)
     return Loader(
         recipe.data, train.seed, train.global_batch_size, pipeline_dir=model.pipeline_dir, sizes=sizes
@@ -34,7 +44,7 @@ class Steps:
         loader: as `make_loader` made it.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, loader: Loader) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, loader: Loader | Collector) -> None:
         self.recipe = recipe
         sizes = model_sizes(recipe.model)
         self.sizes = sizes.to_diffusers()
@@ -43,32 +53,52 @@ class Steps:
         info = loader.info
         self.stage = self._stage_of(info.latent_shape(info.largest_bucket), sizes)
         self.engine = make_engine(recipe, sizes)
-        self._keep_average()
+        self._keep_weights()
         if (
             self.engine.base is not None
         ):  # a checkpoint holds adapters alone, and loading compares what they are
             self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
-        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes)
-        if self.progress.loader is not None:
-            self.loader.load_state_dict(self.progress.loader)
-        else:
-            self._keep_average()  # from weights that checkpoint.finetune may have put in
+        self.collector = loader if isinstance(loader, Collector) else None
+        self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes, self.collector)
+        if isinstance(loader, Collector):
+            loader.serve(self.engine, cast(CollectingStage, self.stage))
+        elif self.progress.loader is not None:
+            loader.load_state_dict(self.progress.loader)
+        if self.progress.loader is None:
+            self._keep_weights()  # those that checkpoint.finetune may have put in
         self.rate = 0.0  # of the last step
 
     def _stage_of(self, latent_shape: tuple[int, int, int], sizes: Sizes) -> Stage:
         """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
         size = latent_shape[1:]
         if size not in self._stages:
-            shift = self.recipe.stage.shift
+            config, is_dynamic, updates = self.recipe.stage.asking(sizes.guidance_embeds), False, 1
+            shift = config.shift
             if shift is None:
-                shift, _ = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
-            self._stages[size] = make_stage(self.recipe.stage.asking(sizes.guidance_embeds), shift)
+                shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
+            if isinstance(config, CollectingConfig):
+                updates = config.updates_per_collection(self.recipe.train.global_batch_size)
+            self._stages[size] = make_stage(
+                config, shift, is_dynamic=is_dynamic, updates_per_collection=updates
+            )
         return self._stages[size]
 
-    def _keep_average(self) -> None:
-        """Starts the EMA from the weights of now, where the recipe wants one."""
+    def _keep_weights(self) -> None:
+        """Keeps the weights of now: as the EMA, where the recipe wants one, and as what the stage keeps."""
         if self.recipe.train.ema_decay > 0:
-            self.engine.keep_weights("ema", decay=self.recipe.train.ema_decay)
+            self.engine.keep_weights("ema")
+        for name in self.stage.keeps:
+            if not (name == "reference" and self.engine.adapters):  # the model without them
+                self.engine.keep_weights(name)
+
+    def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
+        """What comes before a step that has nothing left to learn from: the next collection.
+
+        None where there is something, where samples come from a loader, or where `watch` says to stop.
+        """
+        if self.collector is None or not self.collector.is_empty:
+            return None
+        return self.collector.collect(watch)
 
     def learn(self) -> StepStatistics:
         """The first half of a step: its batch, what the model says now, and the gradients."""
@@ -82,7 +112,9 @@ class Steps:
             name: answer(queries, self.batch, weights) for name, (weights, queries) in stage.further.items()
         }
         phases.enter("learn")
-        return self.engine.learn(stage.points, stage.loss, self.batch, answers, **further)
+        return self.engine.learn(
+            stage.points, stage.loss, self.batch, answers, observes=stage.observes, **further
+        )
 
     def update(self) -> StepResult:
         """The second half: the weights, and the progress."""
@@ -93,7 +125,17 @@ class Steps:
         progress.iteration += 1
         progress.consumed_samples = self.loader.consumed_samples
         progress.skipped_steps += not result.ok
+        if result.ok and recipe.train.ema_decay > 0:
+            self._move_average()
+        for name, decay in self.stage.blends(progress.iteration).items():
+            self.engine.blend_weights(name, decay)
         return result
+
+    def _move_average(self) -> None:
+        train, steps = self.recipe.train, self.progress.iteration
+        decay = min(steps / (9 + steps), train.ema_decay) if train.ema_warm_up else train.ema_decay
+        if steps % train.ema_update_interval == 0:
+            self.engine.blend_weights("ema", decay)
 
     def close(self) -> None:
         """Ends reader processes."""

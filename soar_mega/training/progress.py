@@ -8,6 +8,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 
+def drawing_bar(samples: int, shown: bool) -> "tqdm[None]":
+    """A bar over the samples of a collection, below that of the run, which is gone when it is closed."""
+    hidden = not (shown and sys.stderr.isatty())
+    return tqdm(total=samples, disable=hidden, unit="sample", dynamic_ncols=True, leave=False, desc="drawing")
+
+
 @contextlib.contextmanager
 def progress_bar(iteration: int, train_iters: int, shown: bool) -> Iterator["tqdm[None]"]:
     """A bar over the iterations of a run. Quiet where `shown` is False and where stderr is not a terminal."""

@@ -63,8 +63,10 @@ def _iterations(run: RunFolder) -> list[int]:
 def _computed(steps: Steps, step: int) -> Replay:
     start = steps.progress.iteration
     while steps.progress.iteration < step - 1:
+        steps.collect()
         steps.learn()
         steps.update()
+    steps.collect()
     loss = steps.learn()["loss"]
     norms = by_part(steps.engine.gradient_norms())
     samples = worst_samples(steps, None)

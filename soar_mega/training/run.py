@@ -22,11 +22,12 @@ from soar_mega.faults.stragglers import Stragglers
 from soar_mega.faults.watchdog import Watchdog, reports_folder
 from soar_mega.phases import phases
 from soar_mega.training.anomalies import Anomalies
+from soar_mega.training.collection_report import CollectionReport
 from soar_mega.training.export import check_exports, check_places, finish
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.measurements import Measurements
-from soar_mega.training.progress import progress_bar
+from soar_mega.training.progress import drawing_bar, progress_bar
 from soar_mega.training.samples import encode_sample_prompts
 from soar_mega.training.tensorboard import Events, peak_memory_gib
 from soar_mega.training.throughput import Throughput
@@ -128,6 +129,9 @@ class Trainer(Steps):
         self.events = Events(on_disk, self.progress.iteration)
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
+        self.collections = None
+        if self.collector is not None:
+            self.collections = CollectionReport(self.collector, run.path, recipe.logging, self.events)
         self.interval = Interval()
         self.throughput = Throughput(recipe, self.engine.model.sizes)
         self.anomalies = Anomalies(run.path, recipe.logging.loss_spike_factor, self.stage.kinds[0])
@@ -146,6 +150,7 @@ class Trainer(Steps):
             self.measurements.take(0)
         with progress_bar(progress.iteration, train_iters, shown=distributed.is_rank_zero()) as bar:
             while progress.iteration < train_iters:
+                self.draw(stop)
                 phases.begin_step(progress.iteration + 1, "agreement")
                 reason = stop.reason()
                 if reason is not None:
@@ -169,6 +174,24 @@ class Trainer(Steps):
         finish(self.recipe, self.engine, progress.iteration, progress.consumed_samples)
         logger.info("complete: %d iterations", progress.iteration)
         return COMPLETE
+
+    def draw(self, stop: StopRequest) -> None:
+        """The next collection, where the next step needs one; given up when the run is asked to stop."""
+        if self.collections is None or not self.collections.collector.is_empty:
+            return
+        with drawing_bar(self.collections.collector.samples, distributed.is_rank_zero()) as bar:
+
+            def watch(drawn: int) -> bool:
+                bar.update(drawn - bar.n)
+                return stop.reason() is not None
+
+            found = self.collect(watch)
+        if found is not None:
+            self.interval.seconds += found.seconds
+            info = self.loader.info
+            latents = info.latent_shape(info.largest_bucket)[1:]
+            self.throughput.drew(latents, info.text_shape[0], len(found.advantages), found.seconds)
+            self.collections.report(found, self.progress.iteration + 1)
 
     def step(self) -> float:
         """One optimizer step; its loss."""
@@ -237,7 +260,8 @@ class Trainer(Steps):
         progress = self.progress
         if progress.iteration != self.saved:
             progress.loader = self.loader.state_dict()
-            self.saver.save(self.engine, progress)
+            pieces = [] if self.collector is None else self.collector.pieces()
+            self.saver.save(self.engine, progress, pieces)
             self.saved = progress.iteration
         if wait:
             self.saver.finish()

@@ -88,15 +88,19 @@ class SampleGrid:
         if not is_rank_zero():
             return None
         assert self._decoder is not None
-        images = self._decoder.decode(latents)
-        enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
-        return grid(images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1))
+        return grid(self._decoder.decode(latents))
 
 
-def grid(images: Tensor, gap: int = 2) -> Tensor:
-    """Images [B, 3, h, w] side by side in a nearly square grid with white gaps -> [3, H, W]."""
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
+    """Images [B, 3, h, w] side by side with white gaps -> [3, H, W]; small ones are enlarged.
+
+    Args:
+        columns: None: as many as make it nearly square.
+    """
+    enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
+    images = images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1)
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = torch.ones(channels, rows * (height + gap) + gap, columns * (width + gap) + gap)
     for i, image in enumerate(images):

@@ -34,6 +34,12 @@ class Events:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, iteration)
 
+    def histogram(self, name: str, values: Tensor, iteration: int) -> None:
+        """How values of any shape are spread; what is not finite is left out."""
+        finite = values[values.isfinite()]
+        if self._writer is not None and len(finite):
+            self._writer.add_histogram(name, finite, iteration)
+
     def image(self, name: str, image: Tensor, iteration: int) -> None:
         """An image [3, H, W] in [0, 1]."""
         if self._writer is not None:

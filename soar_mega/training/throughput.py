@@ -1,6 +1,7 @@
 """Floating point operations per second of a run, and how much of the GPU's peak they are (MFU).
 
-Counted is what the training method asks for: the answers' forwards, and forward and backward of each point. What is
+Counted is what the training method asks for: the answers' forwards, and forward and backward of each point, and the
+forwards that draw a collection. What is
 computed again (recomputation), padding, and points that fill up the last micro-batch are not.
 """
 
@@ -12,6 +13,7 @@ from soar_mega.data.batch import Batch
 from soar_mega.gpus import peak_tflops
 from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
 from soar_mega.models.common.sizes import Sizes
+from soar_mega.stages.settings import CollectingConfig
 
 
 class Throughput:
@@ -24,7 +26,8 @@ class Throughput:
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
-        self._forwards = recipe.stage.asking(sizes.guidance_embeds).forwards()
+        self._stage = recipe.stage.asking(sizes.guidance_embeds)
+        self._forwards = self._stage.forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._peaks = peaks(recipe, device_name)
         self._steps: dict[Tokens, Work] = {}  # by bucket
@@ -34,10 +37,17 @@ class Throughput:
         """Counts one step, of whose samples this rank has `batch`."""
         tokens = Tokens(image_tokens(self._sizes, batch.latent_shape[1:]), batch.text_length)
         if tokens not in self._steps:
-            answers, points = self._forwards
-            work = forward_work(self._sizes, tokens)
-            self._steps[tokens] = step_work(work, self._samples * answers, self._samples * points)
+            answers, points = self._forwards.answers, self._forwards.points
+            step = step_work(forward_work(self._sizes, tokens), answers, points)
+            self._steps[tokens] = self._samples * step
         self._work += self._steps[tokens]
+        self._seconds += seconds
+
+    def drew(self, latent_size: tuple[int, int], text_length: int, samples: int, seconds: float) -> None:
+        """Counts a collection of so many samples, over all ranks."""
+        assert isinstance(self._stage, CollectingConfig)
+        forward = forward_work(self._sizes, Tokens(image_tokens(self._sizes, latent_size), text_length))
+        self._work += samples * self._stage.sampling_forwards() * forward
         self._seconds += seconds
 
     def take(self) -> dict[str, float]:

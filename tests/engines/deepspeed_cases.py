@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, make_recipe, start_engine
+from engine_cases import POOLED, SHAPE, TEXT, TEXT_DIM, iterate, make_batch, make_recipe, start_engine, step
 
 from soar_mega.checkpoints.rank_file import save_tensors
 from soar_mega.checkpoints.reading import read_tensors
@@ -59,12 +59,12 @@ def behaviour(recipe) -> dict:
         engine.learn(stage.points, loss, batch, answers)
 
     engine.keep_weights("old")
-    engine.keep_weights("ema", decay=0.75)
+    engine.keep_weights("ema")
     norms = [iterate(engine, stage, make_batch(i))[1].grad_norm for i in range(2)]
     look("after two steps")
     learn(2)  # gradients that no step uses
     learn(2, weights="ema")
-    norms.append(engine.step(1e-3).grad_norm)
+    norms.append(step(engine).grad_norm)
     look("after answers by the ema")
     learn(3, loss=lambda points, velocity: stage.loss(points, velocity) + float("inf"))
     assert not engine.step(1e-3).ok
@@ -83,7 +83,7 @@ def groups(engine):
 def link(recipe, loaded: str | None, saved: str, iterations: range) -> tuple[list[float], dict]:
     """Some iterations between two checkpoints: losses and gradient norms, and the EMA at the end."""
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     if loaded is not None:
         blank = {name: torch.zeros(p.shape) for name, p in global_parameter_names(engine.layout).items()}
         engine.load_weights({"model": blank})

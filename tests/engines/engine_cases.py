@@ -40,6 +40,7 @@ SIZES = SD3Sizes(
     qk_norm="rms_norm",
 )
 EIGHT_LAYERS = replace(SIZES, num_layers=8, dual_attention_layers=(0, 3))
+EMA_DECAY = 0.75
 # with an odd number of micro-batches, which an interleaved pipeline must fill up
 VPP2 = {
     "virtual_pipeline_model_parallel_size": 2,
@@ -138,7 +139,15 @@ def random_tensor(name: str, parameter: torch.Tensor) -> torch.Tensor:
 def iterate(engine, stage, batch, lr=1e-3):
     answers = engine.answer(stage.queries, batch, weights=stage.answer_weights)
     statistics = engine.learn(stage.points, stage.loss, batch, answers)
-    return statistics, engine.step(lr)
+    return statistics, step(engine, lr)
+
+
+def step(engine, lr=1e-3):
+    """A step of the engine, and of an EMA where one is kept."""
+    result = engine.step(lr)
+    if result.ok and "ema" in engine.weights:
+        engine.blend_weights("ema", EMA_DECAY)
+    return result
 
 
 def train_case(recipe: Recipe, iterations: int = 5, sizes: SD3Sizes = SIZES) -> dict:

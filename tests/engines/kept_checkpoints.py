@@ -32,7 +32,7 @@ PROGRESS = Progress(iteration=3, consumed_samples=24, loader={"consumed": 24})
 
 def engine_with_ema() -> Any:
     engine = start_engine(RECIPE, SMALL)
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     return engine
 
 

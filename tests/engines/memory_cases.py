@@ -23,7 +23,7 @@ def held_bytes(recipe: Recipe, sizes: SD3Sizes = SIZES) -> dict[str, int]:
     with LiveBytes() as counted:
         engine = start_engine(recipe, sizes)
         if recipe.train.ema_decay:
-            engine.keep_weights("ema", decay=recipe.train.ema_decay)
+            engine.keep_weights("ema")
         iterate(engine, stage, make_batch(0, recipe.train.global_batch_size))
         batch = make_batch(1, recipe.train.global_batch_size)
         engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from collecting_cases import Collecting, collected_batch, collecting_recipe, learn_once, with_kept_weights
 from engine_cases import SOAR, VPP2, make_batch, make_recipe, start_engine
 from gpu_stand_in import Seen, nccl_alone
 from multirank import run_ranks
@@ -37,6 +38,21 @@ def two_steps(recipe: Recipe) -> Seen:
     return seen
 
 
+def two_steps_of_own_samples(recipe: Recipe) -> Seen:
+    """The same of a method that collects: it measures, is guided, asks kept weights, observes and moves a copy."""
+    with nccl_alone() as seen:
+        engine, stage = with_kept_weights(recipe), Collecting()
+        for _ in range(2):
+            batch = collected_batch()
+            seen.collectives.clear()
+            seen.waits.clear()
+            engine.measure(stage.points, stage.log_probability, batch)
+            statistics = learn_once(engine, stage, batch)
+            assert engine.step(1e-3).ok and statistics["ratio"] > 0
+            engine.blend_weights("old", 0.5)
+    return seen
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -53,9 +69,7 @@ def two_steps(recipe: Recipe) -> Seen:
 def test_a_step_waits_for_its_gradient_norm_alone(settings):
     wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("
     for seen in run_ranks(two_steps, 2, make_recipe(**settings)):
-        assert seen.waits  # the stand-in sees the one that there is
-        for wait in seen.waits:
-            assert any(call.startswith(wanted) for call in wait.inside), wait
+        assert_one_wait(seen, wanted)
         if "engine" not in settings:
             found = Counter(
                 (operation, group)
@@ -63,6 +77,29 @@ def test_a_step_waits_for_its_gradient_norm_alone(settings):
                 if operation not in MESSAGES and group != "TENSOR_MODEL_PARALLEL_GROUP"
             )
             assert found == COLLECTIVES | {GRADIENTS: settings.get("virtual_pipeline_model_parallel_size", 1)}
+
+
+def assert_one_wait(seen: Seen, wanted: str) -> None:
+    assert seen.waits  # the stand-in sees the one that there is
+    for wait in seen.waits:
+        assert any(call.startswith(wanted) for call in wait.inside), wait
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layout": (1, 2), **VPP2},
+        pytest.param({"engine": "deepspeed", "zero_stage": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["two-chunks", "deepspeed"],
+)
+def test_nor_does_a_step_on_own_samples_wait_for_more(settings):
+    wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("
+    for seen in run_ranks(two_steps_of_own_samples, 2, collecting_recipe(**settings)):
+        assert_one_wait(seen, wanted)
+        if "engine" not in settings:  # the statistics come with what was reduced before
+            found = Counter(operation for operation, _ in seen.collectives)
+            assert found["allreduce_"] == sum(COLLECTIVES.values())
 
 
 def hidden_waits() -> dict[str, int]:

@@ -32,7 +32,7 @@ def export(recipes, folder) -> list[int]:
     peaks = []
     for number, recipe in enumerate(recipes):
         engine = start_engine(recipe, WIDE)
-        engine.keep_weights("ema", decay=0.9)
+        engine.keep_weights("ema")
         shapes = global_parameter_names(engine.layout)
         engine.load_weights({"model": {name: torch.zeros(p.shape) for name, p in shapes.items()}})
         for weights in ("current", "ema"):
@@ -60,7 +60,7 @@ def load(recipe, folder, at_once) -> tuple[int, int]:
     """Loads the average, or with DeepSpeed all that a checkpoint holds -> the most bytes held, those of the average."""
     reading.READ_AT_ONCE = at_once
     engine = start_engine(recipe, WIDE)
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()

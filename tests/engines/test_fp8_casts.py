@@ -24,7 +24,7 @@ def run(parallel, model):
     """Three steps, and after each what the model says by several weights; then by weights that are loaded."""
     recipe = make_recipe(model={"dtype": "bf16", **model}, **parallel)
     engine = start_engine(recipe)
-    engine.keep_weights("ema", decay=0.5)
+    engine.keep_weights("ema")
     stage = make_stage(recipe.stage, shift=1.0)
     found = []
     generator = torch.Generator().manual_seed(1)

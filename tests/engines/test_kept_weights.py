@@ -29,7 +29,7 @@ def swap(recipes) -> None:
     for recipe in recipes:
         engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
         engine.keep_weights("old")
-        engine.keep_weights("ema", decay=0.9)
+        engine.keep_weights("ema")
         iterate(engine, stage, make_batch(0, 2, None))
         swap_around(engine)  # right after a step, when parts of the parameters may not have been gathered yet
         assert iterate(engine, stage, make_batch(1, 2, None))[1].ok

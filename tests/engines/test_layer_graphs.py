@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from collecting_cases import Collecting, collected_batch, collecting_recipe, learn_once, with_kept_weights
 from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import run_ranks
 from repeated_work import RepeatedWork
@@ -68,6 +69,22 @@ def test_recorded_layers_train_as_others_do(name):
     layout, processes, settings = LAYOUTS[name]
     sizes = FLUX if "flux" in name else EIGHT_LAYERS if "vpp" in name else SIZES
     run_ranks(with_and_without, processes, make_recipe(layout, **settings), sizes)
+
+
+def test_recorded_layers_measure_and_learn_both_branches():
+    """Forwards alone and those with a backward have recordings of their own, and say the same to the last bit."""
+    found = []
+    for is_recorded in (False, True):
+        engine, stage, batch = with_kept_weights(collecting_recipe()), Collecting(), collected_batch()
+        if is_recorded:
+            engine.record_layers(partial(RepeatedWork, engine))
+        for _ in range(2):
+            measured = engine.measure(stage.points, stage.log_probability, batch)
+            statistics = dict(learn_once(engine, stage, batch))
+        found.append((measured, statistics, engine.gradients()))
+    (measured, statistics, gradients), (again, recorded, found_gradients) = found
+    assert torch.equal(measured, again) and statistics == recorded
+    assert all(torch.equal(found_gradients[name], gradient) for name, gradient in gradients.items())
 
 
 def test_recorded_adapters_train_as_others_do():

@@ -101,7 +101,7 @@ def go_on(engine, recipe):
 
 def save_and_go_on(recipe, folder):
     engine = start_engine(recipe, EIGHT_LAYERS)
-    engine.keep_weights("ema", decay=0.75)
+    engine.keep_weights("ema")
     iterate(engine, make_stage(recipe.stage, shift=1.0), make_batch(0))
     save_tensors(engine.sharded_state_dict(), folder)
     return go_on(engine, recipe)
@@ -109,7 +109,7 @@ def save_and_go_on(recipe, folder):
 
 def load_each_and_go_on(recipe, folders):
     engine = start_engine(recipe, EIGHT_LAYERS)
-    engine.keep_weights("ema", decay=0.75)
+    engine.keep_weights("ema")
     found = {}
     for name, folder in folders.items():
         engine.load_state_dict(read_tensors(Path(folder), engine.sharded_state_dict(is_loading=True)))

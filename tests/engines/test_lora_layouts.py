@@ -84,7 +84,7 @@ def kept(recipe):
     """Velocities by the weights of now, by the EMA and by the reference, before and after steps."""
     engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
     batch = make_batch(0, invalid=None)
-    engine.keep_weights("ema", decay=0.5)
+    engine.keep_weights("ema")
     base = {name: p.detach().clone() for name, p in engine.parameters.items() if not is_adapter(name)}
 
     def velocity(weights):

@@ -31,7 +31,7 @@ def run(engine, recipe, iterations) -> list[float]:
 
 def save_and_go_on(recipe, folder):
     engine = start_engine(recipe)
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     run(engine, recipe, range(2))
     save_tensors(engine.sharded_state_dict(), folder)
     return run(engine, recipe, range(2, 4)), ema(engine)
@@ -42,7 +42,7 @@ def load_and_go_on(recipe, folder):
     with torch.no_grad():
         for parameter in engine.parameters.values():
             parameter.zero_()
-    engine.keep_weights("ema", decay=0.9)
+    engine.keep_weights("ema")
     reading.READ_AT_ONCE = 2**14  # in several reads, of which the ranks of a pipeline need different numbers
     engine.load_state_dict(read_tensors(Path(folder), engine.sharded_state_dict(is_loading=True)))
     return run(engine, recipe, range(2, 4)), ema(engine)

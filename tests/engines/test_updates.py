@@ -94,7 +94,7 @@ def test_frozen_embedders_under_recomputation_still_train_the_layers():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ema_follows_the_main_weights_and_swaps_in(dtype, distributed):
     engine, stage = started(model={"dtype": dtype}, use_distributed_optimizer=distributed)
-    engine.keep_weights("ema", decay=0.75)
+    engine.keep_weights("ema")
     engine.keep_weights("old")
     main = {name: piece.flat.clone() for name, piece in engine._main.pieces.items()}
     old = {name: value.clone() for name, value in main.items()}
@@ -134,7 +134,7 @@ def test_velocity_and_answers_use_the_weights_asked_for():
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(culprit):
     engine, stage = started()
-    engine.keep_weights("ema", decay=0.5)
+    engine.keep_weights("ema")
     iterate(engine, stage, make_batch(0))
     before, ema = copies(engine), {name: kept.clone() for name, kept in engine.weights["ema"].pieces.items()}
     moments = {id(p): s["exp_avg"].clone() for p, s in engine.optimizer.chained_optimizers[0].state.items()}

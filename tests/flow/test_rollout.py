@@ -19,6 +19,10 @@ def step(variant: str, z: float, v: float, eps: float, s0: float, s1: float, eta
         return z + (s1 - s0) * v + eta * math.sqrt(abs(s1 - s0)) * eps
     if variant == "sde":
         return (1 - s1) * x0 + s1 * eps
+    if variant == "dance":  # step by step as its authors' code
+        dt = s1 - s0
+        score = -(z - x0 * (1 - s0)) / s0**2
+        return z + dt * v - 0.5 * eta**2 * score * dt + eta * math.sqrt(-dt) * eps
     if variant == "flow_sde":
         dt = s1 - s0
         std = math.sqrt(s0 / (1 - (top if s0 == 1 else s0))) * eta
@@ -60,7 +64,7 @@ def test_a_step_of_length_zero_stays(variant, sigma):
     assert [float(x) for x in rollout_coefficients(variant, sigma, sigma, 0.5)] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("variant", ["simple", "flow_sde", "cps"])
+@pytest.mark.parametrize("variant", ["simple", "flow_sde", "dance", "cps"])
 def test_without_noise_the_step_is_the_ode(variant):
     ours = torch.stack(rollout_coefficients(variant, 0.8, 0.7, 0.0))
     torch.testing.assert_close(
@@ -78,13 +82,13 @@ def test_true_velocity_leads_to_the_marginal_of_the_ray(variant, s0, s1):
     torch.testing.assert_close(on_z1**2 + c**2, torch.tensor(s1**2, dtype=torch.float64))
 
 
-def marginal_error(steps: int, eta: float) -> tuple[float, float]:
-    """Errors of mean and variance after flow_sde steps from sigma .9 to .3 for data N(2, .5^2), exact v."""
+def marginal_error(variant: str, steps: int, eta: float) -> tuple[float, float]:
+    """Errors of mean and variance after steps from sigma .9 to .3 for data N(2, .5^2), exact v."""
     mean0, var0 = 2.0, 0.25
     sigmas = torch.linspace(0.9, 0.3, steps + 1, dtype=torch.float64).tolist()
     mean, var = 0.1 * mean0, 0.01 * var0 + 0.81
     for s0, s1 in zip(sigmas[:-1], sigmas[1:], strict=True):
-        a, b, c = (float(x) for x in rollout_coefficients("flow_sde", s0, s1, eta))
+        a, b, c = (float(x) for x in rollout_coefficients(variant, s0, s1, eta))
         # E[z1 - z0 | z] of a Gaussian is linear in z.
         gain = (s0 - (1 - s0) * var0) / ((1 - s0) ** 2 * var0 + s0**2)
         offset = -mean0 - gain * (1 - s0) * mean0
@@ -93,8 +97,9 @@ def marginal_error(steps: int, eta: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_flow_sde_keeps_the_marginals_of_the_flow(eta):
-    coarse, fine = marginal_error(100, eta), marginal_error(200, eta)
+@pytest.mark.parametrize("variant", ["flow_sde", "dance"])
+def test_the_sde_keeps_the_marginals_of_the_flow(variant, eta):
+    coarse, fine = marginal_error(variant, 100, eta), marginal_error(variant, 200, eta)
     assert max(coarse[0], fine[0]) < 1e-12
     # first order in the step, so zero in the limit
     assert coarse[1] < 2e-3 and 1.8 < coarse[1] / fine[1] < 2.2
@@ -102,7 +107,7 @@ def test_flow_sde_keeps_the_marginals_of_the_flow(eta):
 
 def test_bad_values_are_named():
     for arguments, text in [
-        (("euler", 0.8, 0.7, 0.5), "ode, simple, sde, flow_sde, cps"),
+        (("euler", 0.8, 0.7, 0.5), "ode, simple, sde, flow_sde, dance, cps"),
         (("ode", 0.7, 0.8, 0.5), "sigma1 <= sigma0"),
         (("ode", 1.1, 0.8, 0.5), "sigma0 <= 1"),
         (("ode", float("nan"), 0.8, 0.5), "sigma0 <= 1"),

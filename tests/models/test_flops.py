@@ -134,7 +134,10 @@ def test_forwards_of_a_sample(settings: StageConfig, forwards: tuple[int, int]) 
     one = Batch(seed=0, position=sample, valid=sample == 0, latent_shape=(1, 1, 1), text_length=1)
     queries = stage.queries(one)
     answers = 0 if queries is None else (1 + len(queries.then)) * (2 if queries.unconditional else 1)
-    assert settings.forwards() == (answers, len(stage.points(one))) == forwards
+    made = stage.points(one)
+    assert settings.forwards()[:2] == (answers, len(made) * made.branches) == forwards
+    branches = settings.forwards().query_branches, settings.forwards().point_branches
+    assert branches == (2 if queries is not None and queries.unconditional else 1, made.branches)
 
 
 def test_a_sample_of_soar_is_23_forwards() -> None:

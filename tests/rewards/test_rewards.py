@@ -239,7 +239,7 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
         ({"digitz": 1.0}, "no reward 'digitz': choose one of digits, jpeg_compressibility"),
         ({"digits": math.nan}, "the weight of digits is nan"),
         ({"digits": "much"}, "the weight of digits is 'much'"),
-        ({HERE + "two#digits": 1.0, "digits": 1.0}, "digits is called digits, which is taken"),
+        ({HERE + "two#digits": 1.0, "digits": 1.0}, "digits is called digits, as another reward is"),
         ({"no_such_module_xyz:fn": 1.0}, "PYTHONPATH"),
         ({HERE + "three": 1.0}, "has no function three"),
         ({"broken_reward:fn": 1.0}, "cannot be imported: ZeroDivisionError"),

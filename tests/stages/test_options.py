@@ -82,7 +82,7 @@ def test_only_samples_with_a_scale_ask_without_their_prompt():
     asked = stage.queries(batch).unconditional
     assert torch.equal(asked, stage._guidance(batch) != 1)
     assert asked.view(4, 8).sum(dim=1).tolist() == [6] * 4  # every replica has the same work
-    assert VARIED.forwards().answers == 1.75 and VARIED.branches() == 2
+    assert VARIED.forwards().answers == 1.75 and VARIED.forwards().query_branches == 2
     columns = auxiliary_of(stage, batch).state_rows[:, SOURCES.index("v_uncond")]
     assert torch.equal(columns != 0, asked.repeat_interleave(3))
 

@@ -141,7 +141,8 @@ def sample_work(case: Case) -> Work:
     sizes = read_sizes(case.transformer)
     tokens = Tokens(image_tokens(sizes, case.latent_shape[1:]), case.text_length)
     assert case.stage.shift is not None
-    return step_work(forward_work(sizes, tokens), *case.stage.forwards())
+    forwards = case.stage.forwards()
+    return step_work(forward_work(sizes, tokens), forwards.answers, forwards.points)
 
 
 def count_unit(case: Case) -> int:

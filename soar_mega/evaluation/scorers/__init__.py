@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soar_mega.evaluation.scorers.weights import CLIP_L, WeightFile, missing
+from soar_mega.evaluation.scorers.weights import (
+    AESTHETIC_HEAD,
+    BERT_VOCABULARY,
+    CLIP_H_TOKENIZER,
+    CLIP_L,
+    HPS_WEIGHTS,
+    IMAGE_REWARD_WEIGHTS,
+    PICK_SCORE,
+    WeightFile,
+    missing,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +47,15 @@ class Entry:
 
 SCORERS = {
     "clip_score": Entry("cosine of image and prompt, CLIP ViT-L/14", "clip_score:ClipScore", CLIP_L),
+    "pick_score": Entry("preference of people, logit scale x cosine", "pick_score:PickScore", PICK_SCORE),
+    "pick_score_rl": Entry("pick_score / 26", "pick_score:PickScoreReward", PICK_SCORE),
+    "hps": Entry("preference of people, HPS v2.1", "hps:HumanPreference", (HPS_WEIGHTS, *CLIP_H_TOKENIZER)),
+    "aesthetic": Entry("beauty, without the prompt", "aesthetic:Aesthetic", (*CLIP_L, AESTHETIC_HEAD)),
+    "image_reward": Entry(
+        "preference of people, ImageReward v1.0",
+        "image_reward:ImageReward",
+        (IMAGE_REWARD_WEIGHTS, BERT_VOCABULARY),
+    ),
 }
 
 

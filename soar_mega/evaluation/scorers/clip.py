@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from soar_mega.evaluation.scorers.state import fill, read_json, read_state
+from soar_mega.evaluation.scorers.state import fill_model, read_json, read_state
 
 
 class Clip:
@@ -61,7 +61,7 @@ def make_clip(
     """
     # Files of older versions of transformers hold the numbers 0, 1, 2, ...
     weights = {name: value for name, value in state.items() if not name.endswith(".position_ids")}
-    model = fill(lambda: CLIPModel(config), weights, path, device)
+    model = fill_model(CLIPModel, config, weights, path, device)
     tokenizer = read_tokenizer(tokenizer_folder)
     if len(tokenizer) != config.text_config.vocab_size:
         raise ValueError(

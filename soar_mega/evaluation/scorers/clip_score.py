@@ -1,7 +1,7 @@
 """CLIPScore: the cosine of image and prompt by OpenAI's CLIP ViT-L/14, as the published table of SOAR has it.
 
-That table's script makes images smaller by torch's antialiased bilinear filter, where CLIP's own processor has PIL's bicubic
-one, and does not round them to 8 bits first.
+That table's script makes images smaller by torch's antialiased bilinear filter, where CLIP's own processor has PIL's
+bicubic one, and does not round them to 8 bits first.
 """
 
 from collections.abc import Mapping

@@ -2,17 +2,20 @@
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-Model = TypeVar("Model", bound=nn.Module)
+Network = TypeVar("Network", bound=nn.Module)
+Model = TypeVar("Model", bound=PreTrainedModel)
 MAX_LISTED = 10
 
 
@@ -47,35 +50,85 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def fill(make: Callable[[], Model], state: Mapping[str, Tensor], path: Path, device: torch.device) -> Model:
-    """A model in float32 with exactly these weights, ready to judge.
+def fill(network: Network, state: Mapping[str, Tensor], path: Path, device: torch.device) -> Network:
+    """A network in float32 with exactly these weights, ready to judge.
 
     Args:
-        make: makes the model; its parameters need no values.
         path: where the weights are from, for the message.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape: the weights are of another architecture.
+        ValueError: a tensor is missing, unknown or of another shape.
     """
-    with init_empty_weights():
-        model = make()
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in state]
-    problems += [
-        f"unknown: {name} {tuple(value.shape)}" for name, value in state.items() if name not in wanted
+    wanted = network.state_dict()
+    problems = [
+        f"missing: {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in state
     ]
+    problems += [f"unknown: {name}" for name in state if name not in wanted]
     problems += [
-        f"shape of {name} is {tuple(state[name].shape)}, not {shape}"
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
+        _misshaped(name, state[name].shape, value.shape)
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
     ]
+    _complain(problems, path)
+    network.load_state_dict(state)
+    return network.float().eval().requires_grad_(False).to(device)
+
+
+def fill_model(
+    cls: type[Model],
+    config: PretrainedConfig,
+    state: Mapping[str, Tensor],
+    path: Path,
+    device: torch.device,
+    unneeded: tuple[str, ...] = (),
+    **arguments: Any,
+) -> Model:
+    """The same for a model of transformers, with weights under the names of its published checkpoints.
+
+    Those names are stable; the names of its modules are not, and transformers knows how they changed.
+
+    Args:
+        unneeded: beginnings of names that may be missing.
+        arguments: of the model beside `config`.
+    """
+    with _quiet():
+        model, report = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith(unneeded)]
+    problems = [f"missing: {name}" for name in sorted(missing)]
+    problems += [f"unknown: {name}" for name in sorted(report["unexpected_keys"])]
+    problems += [_misshaped(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
+    _complain(problems, path)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _misshaped(name: str, found: torch.Size, wanted: torch.Size) -> str:
+    return f"shape of {name} is {tuple(found)}, not {tuple(wanted)}"
+
+
+def _complain(problems: list[str], path: Path) -> None:
     if problems:
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         listing = "\n  ".join(problems[:MAX_LISTED]) + more
         raise ValueError(f"the weights in {path} are of another architecture:\n  {listing}")
-    model.load_state_dict({name: _plain(value) for name, value in state.items()}, assign=True)
-    return model.eval().requires_grad_(False).to(device)
 
 
-def _plain(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no report of transformers beside ours."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

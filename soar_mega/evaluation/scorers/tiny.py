@@ -4,17 +4,34 @@ Their values mean nothing.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
-from transformers import CLIPConfig, CLIPModel
+from torch import Tensor
+from transformers import BlipConfig, CLIPConfig, CLIPModel
 
-from soar_mega.evaluation.scorers.weights import OPENAI_CLIP
+from soar_mega.evaluation.scorers.heads import LinearHead
+from soar_mega.evaluation.scorers.weights import (
+    AESTHETIC_HEAD,
+    BERT_VOCABULARY,
+    HPS_WEIGHTS,
+    IMAGE_REWARD_WEIGHTS,
+    LAION_CLIP,
+    OPENAI_CLIP,
+    PICK_SCORE,
+)
 
 TEXT_LENGTH = 77
+WIDTH = 32
+LAYERS = 2
+HEADS = 2
+PATCH = 14
+IMAGE = 28
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_tiny_weights(name: str, weights_dir: Path) -> None:
@@ -24,16 +41,51 @@ def write_tiny_weights(name: str, weights_dir: Path) -> None:
 
 def write_clip_l(weights_dir: Path) -> None:
     """OpenAI's CLIP."""
-    folder = weights_dir / OPENAI_CLIP
-    write_clip_tokenizer(folder)
-    model = CLIPModel(tiny_clip_config())
-    randomize(model)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
-    save_file(model.state_dict(), folder / "model.safetensors")
+    write_clip(weights_dir / OPENAI_CLIP, tiny_clip_config("quick_gelu", 768))
+    write_clip_tokenizer(weights_dir / OPENAI_CLIP)
+
+
+def write_pick_score(weights_dir: Path) -> None:
+    write_clip(weights_dir / PICK_SCORE[0].place, tiny_clip_config("gelu", 64))
+    write_clip_tokenizer(weights_dir / LAION_CLIP)
+
+
+def write_aesthetic(weights_dir: Path) -> None:
+    write_clip_l(weights_dir)
+    shapes = {name: tuple(value.shape) for name, value in LinearHead(768).state_dict().items()}
+    save_pickled(random_state(shapes), weights_dir / AESTHETIC_HEAD.path)
+
+
+def write_hps(weights_dir: Path) -> None:
+    """The file of open_clip, inside a "state_dict" and in half precision as the published one."""
+    path = weights_dir / HPS_WEIGHTS.path
+    config = tiny_clip_config("gelu", 64)
+    write_clip_tokenizer(weights_dir / LAION_CLIP)
+    state = {name: value.half() for name, value in random_state(open_clip_shapes(config)).items()}
+    save_pickled({"state_dict": state}, path)
+    (path.parent / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def write_image_reward(weights_dir: Path) -> None:
+    path, vocabulary = weights_dir / IMAGE_REWARD_WEIGHTS.path, weights_dir / BERT_VOCABULARY.path
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,'\""]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary.write_text("".join(f"{word}\n" for word in words))
+    save_pickled(random_state(image_reward_shapes(len(words))), path)
+    (path.parent / "config.json").write_text(json.dumps(tiny_blip_config(len(words)).to_dict()))
+
+
+def write_clip(folder: Path, config: CLIPConfig) -> None:
+    """A CLIP of transformers: config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {name: tuple(value.shape) for name, value in CLIPModel(config).state_dict().items()}
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(random_state(shapes), folder / "model.safetensors")
 
 
 def write_clip_tokenizer(folder: Path) -> None:
-    """Each byte is a token, at the end of a word another one."""
+    """Each byte is a token, and another one at the end of a word."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(tiny_clip_vocabulary()))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -45,30 +97,122 @@ def tiny_clip_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def tiny_clip_config() -> CLIPConfig:
-    """Two layers of width 32 on images of 28 pixels."""
+def tiny_clip_config(activation: str, projection: int) -> CLIPConfig:
     vocabulary = tiny_clip_vocabulary()
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "hidden_act": activation,
+    }
     text = {
         "vocab_size": len(vocabulary),
         "max_position_embeddings": TEXT_LENGTH,
         "bos_token_id": vocabulary["<|startoftext|>"],
         "eos_token_id": vocabulary["<|endoftext|>"],
     }
-    return CLIPConfig(
-        text_config=tower | text,
-        vision_config=tower | {"image_size": 28, "patch_size": 14},
-        projection_dim=768,
-    )
+    vision = {"image_size": IMAGE, "patch_size": PATCH}
+    return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=projection)
 
 
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Every parameter from a normal distribution whose width keeps activations of about 1."""
+def open_clip_shapes(config: CLIPConfig) -> Shapes:
+    """Of a CLIP under open_clip's names."""
+    text, dim = config.text_config, config.projection_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.class_embedding": (WIDTH,),
+        "visual.positional_embedding": ((IMAGE // PATCH) ** 2 + 1, WIDTH),
+        "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH),
+        "visual.proj": (WIDTH, dim),
+        "token_embedding.weight": (text.vocab_size, WIDTH),
+        "positional_embedding": (TEXT_LENGTH, WIDTH),
+        "text_projection": (WIDTH, dim),
+        "logit_scale": (),
+        **_norms("visual.ln_pre", "visual.ln_post", "ln_final"),
+    }
+    for tower in ("visual.", ""):
+        for layer in range(LAYERS):
+            block = f"{tower}transformer.resblocks.{layer}"
+            shapes |= _norms(f"{block}.ln_1", f"{block}.ln_2")
+            shapes |= {f"{block}.attn.in_proj_weight": (3 * WIDTH, WIDTH)}
+            shapes |= {f"{block}.attn.in_proj_bias": (3 * WIDTH,)}
+            shapes |= _linear(f"{block}.attn.out_proj", WIDTH, WIDTH)
+            shapes |= _linear(f"{block}.mlp.c_fc", 2 * WIDTH, WIDTH)
+            shapes |= _linear(f"{block}.mlp.c_proj", WIDTH, 2 * WIDTH)
+    return shapes
+
+
+def tiny_blip_config(vocabulary: int) -> BlipConfig:
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH}
+    vision = {"hidden_size": WIDTH, "image_size": IMAGE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
+    text = {"vocab_size": vocabulary, "hidden_size": 2 * WIDTH, "encoder_hidden_size": WIDTH}
+    text |= {"max_position_embeddings": 40, "bos_token_id": 2, "sep_token_id": 3}
+    return BlipConfig(vision_config=sizes | vision, text_config=sizes | text)
+
+
+def image_reward_shapes(vocabulary: int) -> Shapes:
+    """Of ImageReward under its own names."""
+    vision, text, width = "blip.visual_encoder", "blip.text_encoder", 2 * WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{vision}.cls_token": (1, 1, WIDTH),
+        f"{vision}.pos_embed": (1, (IMAGE // PATCH) ** 2 + 1, WIDTH),
+        f"{vision}.patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
+        f"{vision}.patch_embed.proj.bias": (WIDTH,),
+        **_norms(f"{vision}.norm"),
+        f"{text}.embeddings.word_embeddings.weight": (vocabulary, width),
+        f"{text}.embeddings.position_embeddings.weight": (40, width),
+        f"{text}.embeddings.position_ids": (1, 40),
+        **_norms(f"{text}.embeddings.LayerNorm", width=width),
+        **_linear("blip.vision_proj", 16, WIDTH),
+    }
+    for layer in range(LAYERS):
+        block = f"{vision}.blocks.{layer}"
+        shapes |= _norms(f"{block}.norm1", f"{block}.norm2")
+        shapes |= _linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | _linear(f"{block}.attn.proj", WIDTH, WIDTH)
+        shapes |= _linear(f"{block}.mlp.fc1", 2 * WIDTH, WIDTH)
+        shapes |= _linear(f"{block}.mlp.fc2", WIDTH, 2 * WIDTH)
+        block = f"{text}.encoder.layer.{layer}"
+        for attention, read in (("attention", width), ("crossattention", WIDTH)):
+            shapes |= _linear(f"{block}.{attention}.self.query", width, width)
+            shapes |= _linear(f"{block}.{attention}.self.key", width, read)
+            shapes |= _linear(f"{block}.{attention}.self.value", width, read)
+            shapes |= _linear(f"{block}.{attention}.output.dense", width, width)
+            shapes |= _norms(f"{block}.{attention}.output.LayerNorm", width=width)
+        shapes |= _linear(f"{block}.intermediate.dense", 2 * WIDTH, width)
+        shapes |= _linear(f"{block}.output.dense", width, 2 * WIDTH)
+        shapes |= _norms(f"{block}.output.LayerNorm", width=width)
+    head = LinearHead(width).state_dict()
+    return shapes | {f"mlp.{name}": tuple(value.shape) for name, value in head.items()}
+
+
+def _norms(*names: str, width: int = WIDTH) -> Shapes:
+    return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
+    """Normally distributed, as wide as keeps activations of about 1."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(fan_in, 4) ** 0.5)
+    state = {}
+    for name, shape in shapes.items():
+        fan_in = 1 if len(shape) < 2 or "embed" in name else torch.Size(shape[1:]).numel()
+        state[name] = torch.randn(shape, generator=generator) * (0.5 if fan_in == 1 else fan_in**-0.5)
+    return state
 
 
-WRITERS = {"clip_score": write_clip_l}
+def save_pickled(content: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+WRITERS = {
+    "clip_score": write_clip_l,
+    "pick_score": write_pick_score,
+    "pick_score_rl": write_pick_score,
+    "aesthetic": write_aesthetic,
+    "hps": write_hps,
+    "image_reward": write_image_reward,
+}

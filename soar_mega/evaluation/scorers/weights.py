@@ -1,7 +1,7 @@
 """The files that the scorers read: exact names, the public places they come from, sizes and hashes where known.
 
-Nothing here is ever downloaded: a cluster without a network gets these files from somebody who copies them. A file of the
-place OWNER/NAME is expected at OWNER/NAME/file in the folder of weights.
+Nothing here is ever downloaded: a cluster without a network gets these files from somebody who copies them. A file of
+the place OWNER/NAME is expected at OWNER/NAME/file in the folder of weights.
 """
 
 import hashlib
@@ -45,6 +45,22 @@ CLIP_L = (
     WeightFile(OPENAI_CLIP, "model.safetensors"),
     *clip_tokenizer_files(OPENAI_CLIP),
 )
+
+CLIP_H_TOKENIZER = clip_tokenizer_files(LAION_CLIP)
+PICK_SCORE = (
+    WeightFile("yuvalkirstain/PickScore_v1", "config.json"),
+    WeightFile("yuvalkirstain/PickScore_v1", "model.safetensors"),
+    *CLIP_H_TOKENIZER,
+)
+AESTHETIC_HEAD = WeightFile(
+    "christophschuhmann/improved-aesthetic-predictor",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    3714759,
+    "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+)
+HPS_WEIGHTS = WeightFile("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+IMAGE_REWARD_WEIGHTS = WeightFile("THUDM/ImageReward", "ImageReward.pt")
+BERT_VOCABULARY = WeightFile("google-bert/bert-base-uncased", "vocab.txt")
 
 
 def missing(files: Iterable[WeightFile], weights_dir: Path) -> list[WeightFile]:

@@ -35,8 +35,8 @@ class Workload:
     Attributes:
         latent_size: (H, W) of the latents, an eighth of the pixels.
         text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
-        points: of one training forward.
-        rows: of one forward of the answer pass, both branches of guidance counted; 0: there is none.
+        points: of one training forward, both branches of guidance counted.
+        rows: of one forward of the answer pass, likewise; 0: there is none.
         samples: of the rank's share of the global batch.
         micro_batches: training forwards of a step.
     """
@@ -88,12 +88,12 @@ def workload(
     """
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
-    asking = stage.asking(is_told)
-    points_of_sample = asking.forwards().points
-    total = samples * points_of_sample
+    forwards = stage.asking(is_told).forwards()
+    branches = forwards.point_branches
+    total = samples * forwards.points // branches
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
-    asked = min(train.micro_batch_size, samples) * asking.branches()
-    return Workload(latent_size, text_length, size, asked, samples, -(-total // size))
+    asked = min(train.micro_batch_size * forwards.query_branches, math.ceil(samples * forwards.answers))
+    return Workload(latent_size, text_length, size * branches, asked, samples, -(-total // size))
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
@@ -277,9 +277,9 @@ def is_recomputed(model: ModelConfig, number: int) -> bool:
 def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     """Bytes of latents and answers on the first and the last rank, and of text on the first."""
     latent = 4 * sizes.in_channels * math.prod(work.latent_size)
-    answers = recipe.stage.asking(sizes.guidance_embeds).branches() if work.rows else 0
+    answers = recipe.stage.asking(sizes.guidance_embeds).forwards().answers if work.rows else 0
     ranks = recipe.parallel.pipeline_model_parallel_size
     per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
     if rank == 0:
         per_sample += ITEM[recipe.model.dtype] * work.text_length * sizes.joint_attention_dim
-    return work.samples * per_sample
+    return round(work.samples * per_sample)

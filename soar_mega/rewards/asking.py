@@ -1,0 +1,148 @@
+"""Requests to a reward worker: patient while it is away, short with one that says no."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from soar_mega.rewards.judging import WorkerError
+from soar_mega.rewards.tokens import VARIABLE, read_token
+
+log = logging.getLogger(__name__)
+LARGEST_ANSWER = 16 * 2**20
+PIECE = 2**16
+SHOWN = 200  # characters of what a worker said
+TRIES = 3  # of a request that fails within the worker
+FAILED, COME_BACK = 500, (429, 502, 503, 504)
+UNKNOWN_PAGE = (404, 405, 501)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Seconds: for one request; in all, while a worker is away or late; until it is asked again, doubled each time."""
+
+    request: float = 180
+    in_all: float = 300
+    pause: float = 1
+    longest_pause: float = 30
+
+
+class Peer:
+    """A worker, by its URL up to /score or /compute, or by file:PATH where the first line of the file is that URL.
+
+    The file is read again for every request: a worker that was started again may be on another machine.
+    """
+
+    def __init__(self, place: str, patience: Patience) -> None:
+        """ValueError where the place is no URL, or the token is unusable."""
+        self.place = place
+        self._patience = patience
+        self._headers = {"Content-Type": "application/json"}
+        if VARIABLE in os.environ:
+            self._headers["Authorization"] = f"Bearer {read_token(os.environ[VARIABLE])}"
+        if not place.startswith("file:"):
+            check_url(place)
+
+    def get(self, path: str) -> bytes:
+        """The body of a page, b"" where the worker is there but has no such page. WorkerError as `post`."""
+        return self._request("GET", path, None)
+
+    def post(self, path: str, content: dict[str, Any]) -> bytes:
+        """The body of an answer.
+
+        Raises:
+            WorkerError: the worker was away or late for too long, refuses, or answers without end.
+        """
+        return self._request("POST", path, json.dumps(content).encode())
+
+    def error(self, words: str, said: Any) -> WorkerError:
+        """What is wrong with what the worker said."""
+        return WorkerError(f"reward worker {self.place}: {words}: {repr(said)[:SHOWN]}")
+
+    def _request(self, method: str, path: str, body: bytes | None) -> bytes:
+        until = time.monotonic() + self._patience.in_all
+        for tries, pause in enumerate(self._pauses(), start=1):
+            try:
+                status, answer = self._once(method, path, body)
+            except WorkerError:
+                raise
+            except TimeoutError:
+                why = f"it did not answer within {self._patience.request:g} seconds"
+            except (OSError, HTTPException) as error:
+                why = f"it is not there ({str(error) or type(error).__name__})"
+            else:
+                if status == 200:
+                    return answer
+                if method == "GET" and status in UNKNOWN_PAGE:
+                    return b""
+                why = f"it answered {status}: {_words(answer)}"
+                if status in (401, 403):
+                    why += f" ({VARIABLE} names the file that holds it)"
+                if status not in COME_BACK and (status != FAILED or tries == TRIES):
+                    raise WorkerError(f"reward worker {self.place}: {why}")
+            if time.monotonic() + pause > until:
+                raise WorkerError(f"reward worker {self.place}: {why}; it was asked {tries} times")
+            log.warning("reward worker %s: %s; it is asked again in %g seconds", self.place, why, pause)
+            time.sleep(pause)
+        raise AssertionError("pauses never end")
+
+    def _pauses(self) -> Iterator[float]:
+        pause = self._patience.pause
+        while True:
+            yield pause
+            pause = min(2 * pause, self._patience.longest_pause)
+
+    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        url = urlsplit(self._url())
+        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+        until = time.monotonic() + self._patience.request
+        connection = kind(str(url.hostname), url.port, timeout=self._patience.request)
+        try:
+            connection.request(method, url.path.rstrip("/") + path, body, self._headers)
+            response = connection.getresponse()
+            answer = bytearray()
+            while piece := response.read1(PIECE):
+                answer += piece
+                if len(answer) > LARGEST_ANSWER:
+                    raise self.error(
+                        f"its answer is longer than {LARGEST_ANSWER} bytes", bytes(answer[:SHOWN])
+                    )
+                if time.monotonic() > until:
+                    raise TimeoutError
+            return response.status, bytes(answer)
+        finally:
+            connection.close()
+
+    def _url(self) -> str:
+        if not self.place.startswith("file:"):
+            return self.place
+        url = Path(self.place.removeprefix("file:")).read_text().partition("\n")[0].strip()
+        check_url(url)
+        return url
+
+
+def check_url(url: str) -> None:
+    """ValueError where it is no URL of a worker, or one that holds a secret."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable:
+        raise ValueError(f"{url!r} is no address of a reward worker, as in http://host:8000/score#NAME")
+    if parts.username or parts.password:
+        raise ValueError(f"{url}: a token has no place in a recipe: name its file in {VARIABLE}")
+
+
+def _words(answer: bytes) -> str:
+    try:
+        content = json.loads(answer)
+        return str(content.get("error") or content.get("detail") or content)[:SHOWN]
+    except (ValueError, RecursionError, AttributeError):
+        return repr(answer)[:SHOWN]

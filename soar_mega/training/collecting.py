@@ -1,0 +1,369 @@
+"""A model's own samples in the place of a loader's: drawn, judged, and handed out as batches.
+
+A collection is drawn when the one before has been learned from. All ranks of a replica draw the samples that it learns
+from; one of them decodes and judges, while the next ones are drawn; rewards alone travel. A sample's place in the
+training sequence keys all of its noise, so what is drawn does not depend on the layout.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soar_mega.config import Recipe
+from soar_mega.config_checks import check_replicas
+from soar_mega.data.batch import Batch
+from soar_mega.data.info import DatasetInfo, bucket_name
+from soar_mega.data.prompt_cache import PromptCache
+from soar_mega.data.prompt_files import PromptSet
+from soar_mega.data.prompt_order import PromptOrder
+from soar_mega.data.ranks import Ranks, this_rank
+from soar_mega.distributed import device
+from soar_mega.engines import Engine
+from soar_mega.evaluation.drift import branches
+from soar_mega.flow import guided
+from soar_mega.flow.samplers import Velocity
+from soar_mega.models.common.conditions import Conditions
+from soar_mega.phases import phases
+from soar_mega.stages.collecting import CollectingStage, Trajectories
+from soar_mega.stages.settings import CollectingConfig
+from soar_mega.training.drawing import draw
+from soar_mega.training.experience import Experience, Share, order_of_pass
+from soar_mega.training.judging import Judge, Values, rewards_of_all
+
+logger = logging.getLogger(__name__)
+
+TOTAL = "total"  # of the rewards
+Watch = Callable[[int], bool]  # told of samples drawn by all replicas; True: stop here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """What was made of a collection of N samples.
+
+    Attributes:
+        number: of the collection; the first one is 0.
+        prompt: [N] int64, whose prompt a sample is drawn for: a number of the prompt set.
+        rewards: [N] float64 each, by name; NaN where a sample could not be judged. advantages: likewise.
+        seconds: that it took.
+    """
+
+    number: int
+    prompt: Tensor
+    rewards: Values
+    advantages: Tensor
+    seconds: float
+
+
+class Collector:
+    """Has the face of a `Loader`; between `serve` and `next` comes `collect`, whenever `is_empty`.
+
+    Sample i of a collection is drawn for its prompt i % prompts_per_collection: a global batch has many prompts, and
+    the samples of one are spread over the replicas.
+
+    Attributes:
+        samples: of a collection, over all ranks.
+        consumed_samples: that were learned from in the whole run, each as often as it was, over all ranks.
+
+    Args:
+        cache: the embeddings of the prompts.
+        judge: on the one rank of each replica that judges, None on the others.
+        size: (width, height) of images in pixels.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        info: DatasetInfo,
+        prompts: PromptSet,
+        cache: PromptCache,
+        judge: Judge | None,
+        size: tuple[int, int],
+    ) -> None:
+        config = recipe.stage
+        assert isinstance(config, CollectingConfig)
+        self._config, self._seed, self.info = config, recipe.train.seed, info
+        self.ranks: Ranks = this_rank()
+        check_replicas(recipe.train.global_batch_size, self.ranks.data_size)
+        self.prompts, self._cache, self.judge, self._size = prompts, cache, judge, size
+        self._order = PromptOrder(self._seed, len(prompts), config.prompts_per_collection, prompts.path)
+        self.samples = config.prompts_per_collection * config.images_per_prompt
+        self._share = Share(
+            updates=self.samples // recipe.train.global_batch_size,
+            global_batch_size=recipe.train.global_batch_size,
+            replica=self.ranks.data_rank,
+            replicas=self.ranks.data_size,
+        )
+        self._dtype, self._text_shape = info.torch_text_dtype(), info.text_shape
+        self._pooled_size = info.pooled_size
+        self._latent_shape = info.latent_shape(bucket_name(*size))
+        self.consumed_samples = 0
+        self._held: Experience | None = None
+        self._texts: tuple[int, Conditions, Conditions] | None = None  # of a collection, on the first stage
+        self._rows = torch.zeros(0, dtype=torch.int64)  # of the last batch, its prompts
+
+    def serve(self, engine: Engine, stage: CollectingStage) -> None:
+        """Whose samples are drawn, and what for."""
+        self._engine, self._stage = engine, stage
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was collected has been learned from."""
+        return self._held is None
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank is the one of its replica that tells others what all of them hold."""
+        return self.ranks.leader and self.ranks.first_stage
+
+    @property
+    def _learned_from(self) -> int:
+        """Samples of one collection, each as often as it is learned from."""
+        return self.samples * self._config.updates_per_sample
+
+    @property
+    def _collection(self) -> int:
+        """The one that is learned from, or comes next."""
+        return self.consumed_samples // self._learned_from
+
+    @property
+    def _position(self) -> int:
+        """Of its first sample in the training sequence."""
+        return self._collection * self._learned_from
+
+    def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
+        """Draws and judges the next collection. Collective over the world; not a part of a step.
+
+        Args:
+            watch: called between forwards with how many samples there are by now; where it says True on all ranks,
+                nothing is kept.
+
+        Raises:
+            DataError: the rewards cannot be had; on all ranks alike.
+        """
+        assert self.is_empty
+        started = time.perf_counter()
+        group = self._order.of(self._collection)
+        drawn: list[Trajectories] = []
+        with self._engine.using(self._stage.collect_weights):
+            for places, trajectories in self._drawn(group):
+                drawn.append(trajectories)
+                self._submit(places, trajectories.clean, group)
+                done = sum(len(part.clean) for part in drawn) * self.ranks.data_size
+                if watch(done):
+                    if self.judge is not None:
+                        self.judge.drop()
+                    return None
+        phases.leave_step("rewards")
+        rewards = rewards_of_all(self.judge, self.samples)
+        group_of_sample = torch.arange(self.samples) % len(group)
+        advantages = self._stage.advantages(rewards[TOTAL], group_of_sample)
+        self._held = Experience.of(self._share, drawn, advantages)
+        if self._stage.replayed:
+            self._replay()
+        return Collection(
+            number=self._collection,
+            prompt=group[group_of_sample],
+            rewards=rewards,
+            advantages=advantages,
+            seconds=time.perf_counter() - started,
+        )
+
+    def latents(self, places: Tensor) -> Tensor:
+        """Clean latents [K, C, H, W] of the samples at `places` [K] of the collection that is held.
+
+        Each on one rank of the replica that has it, and zero on all other ranks.
+        """
+        assert self._held is not None
+        if not self._speaks:
+            return torch.zeros(len(places), *self._latent_shape)
+        clean = self._held.tensors["clean"].flatten(0, 1)
+        mine = {place: row for row, place in enumerate(self._share.places().flatten().tolist())}
+        found = torch.zeros(len(places), *self._latent_shape)
+        for k, place in enumerate(places.tolist()):
+            if place in mine:
+                found[k] = clean[mine[place]]
+        return found
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        count = self._share.global_batch_size
+        taken = (self.consumed_samples - self._position) // count
+        batch = self._batch(*divmod(taken, self._share.updates))
+        self.consumed_samples += count
+        if self.consumed_samples % self._learned_from == 0:
+            self._held = None
+        return batch
+
+    def indices(self) -> list[int]:
+        """Of the rows of the last batch, the prompts' numbers; on ranks that hold latents."""
+        return self._rows.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on beside the tensors of `pieces`; plain values, equal on all ranks."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "held": None if self._held is None else self._held.shapes(),
+            "settings": self._settings(),
+            "prompts": self.prompts.hash(),
+        }
+
+    def pieces(self) -> list[Any]:
+        """This rank's part of a checkpoint: of each replica one rank has it."""
+        return self._held.pieces() if self._held is not None and self._speaks else []
+
+    def wanted(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What to load of the checkpoint with that `state_dict`, by name; comes in at `load_state_dict`.
+
+        Raises:
+            ValueError: the run drew other prompts, by another seed, or collections of another size.
+        """
+        self._check(state)
+        if state["held"] is None:
+            return {}
+        self._held = Experience.empty(self._share, state["held"])
+        return self._held.wanted()
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken, with what was loaded for `wanted`."""
+        self.consumed_samples = int(state["consumed_samples"])
+        if self._held is not None:
+            self._held.tensors.update(tensors)
+
+    def close(self) -> None:
+        """Ends the judge's thread."""
+        if self.judge is not None:
+            self.judge.close()
+
+    def _drawn(self, group: Tensor) -> Iterator[tuple[Tensor, Trajectories]]:
+        """This replica's samples, some at a time: their places in the collection, and what was drawn.
+
+        All forwards have one size, as the replicas must make equally many: the last one draws some again.
+        """
+        size, all_places = self._config.collect_micro_batch_size, self._share.places().flatten()
+        width, height = self._size
+        for places in all_places.split(size):
+            phases.leave_step("collect")  # each has the whole time of a phase
+            filled = torch.cat([places, places[-1:].expand(size - len(places))])
+            position = self._position + filled
+            plan = self._stage.plan(self._seed, position, width, height)
+            row = filled % len(group)
+            start = self._position + row if plan.same_start else position
+            velocity = self._velocity(group, row, plan.guidance_scale)
+            trajectories = draw(velocity, plan, self._seed, position, start, self._latent_shape)
+            yield places, _first(trajectories, len(places))
+
+    def _velocity(self, group: Tensor, row: Tensor, guidance_scale: float) -> Velocity:
+        """At the prompts `row` [B] of the collection; a guidance-distilled model is told its scale by the engine."""
+        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in self._conditions(group, row))
+        return guided(*branches(self._engine.velocity, asked, empty), guidance_scale)
+
+    def _conditions(self, group: Tensor, row: Tensor) -> tuple[Conditions, Conditions]:
+        """Of prompts, and of the empty one: their values on the first stage, their shapes everywhere."""
+        if not self.ranks.first_stage:
+            return self._blank(len(row)), self._blank(1)
+        prompts, empty = self._text(group)
+        return prompts.rows(row), empty
+
+    def _text(self, group: Tensor) -> tuple[Conditions, Conditions]:
+        """All prompts of the collection, and the empty one, on the CPU."""
+        number = self._collection
+        if self._texts is None or self._texts[0] != number:
+            self._texts = number, self._cache.rows(group), self._cache.empty()
+        return self._texts[1:]
+
+    def _blank(self, count: int) -> Conditions:
+        text = torch.zeros(1, 1, 1, dtype=self._dtype).expand(count, *self._text_shape)
+        return Conditions(text, torch.zeros(1, 1, dtype=self._dtype).expand(count, self._pooled_size))
+
+    def _submit(self, places: Tensor, clean: Tensor, group: Tensor) -> None:
+        if self.judge is not None:
+            asked = group[places % len(group)].tolist()
+            prompts = [self.prompts.prompts[i] for i in asked]
+            self.judge.submit(places, clean, prompts, [self.prompts.metadata[i] for i in asked])
+
+    def _replay(self) -> None:
+        """Old log-probabilities as training computes them: in its forwards, which in bf16 makes a difference."""
+        assert self._held is not None
+        for update in range(self._share.updates):
+            phases.leave_step("replay")
+            batch = self._batch(0, update)
+            measured = self._engine.measure(self._stage.points, self._stage.log_probability, batch)
+            sample = self._samples_of_rows[self._stage.points(batch).sample]
+            by_sample = measured.cpu()[sample.argsort(stable=True)]
+            self._held.replace_log_probability(update, by_sample.view(self._share.count, -1))
+
+    def _batch(self, number: int, update: int) -> Batch:
+        """The batch of an update in a pass over the collection."""
+        share = self._share
+        assert self._held is not None, "collect first"
+        source = order_of_pass(self._seed, self._position, share, number)[update]
+        drawn, advantages = self._held.at(source)
+        experience = self._stage.experience(drawn, advantages)
+        rows = self._samples_of_rows = experience.sample
+        group = self._order.of(self._collection)
+        prompt = ((source * share.global_batch_size + share.columns()) % len(group))[rows]
+        first = self._position + number * self.samples + update * share.global_batch_size
+        self._rows = group[prompt]
+        ranks = self.ranks
+        batch = Batch(
+            seed=self._seed,
+            position=(first + share.columns())[rows],
+            valid=~advantages.isnan()[rows],
+            latent_shape=self._latent_shape,
+            text_length=self._text_shape[0],
+            collected=experience.collected,
+            names=[self.prompts.prompts[i] for i in self._rows.tolist()],
+        )
+        if ranks.first_stage or ranks.last_stage:
+            batch.latents = experience.latents.to(device())
+        if ranks.first_stage:
+            prompts, empty = self._text(group)
+            used, batch.prompt = prompt.unique(return_inverse=True)
+            batch.text, batch.pooled = prompts.text[used].to(device()), prompts.pooled[used].to(device())
+            batch.empty_text, batch.empty_pooled = empty.text[0].to(device()), empty.pooled[0].to(device())
+        return batch
+
+    def _settings(self) -> dict[str, int]:
+        """What the place in the training sequence depends on."""
+        config = self._config
+        return {
+            "train.seed": self._seed,
+            "stage.prompts_per_collection": config.prompts_per_collection,
+            "stage.images_per_prompt": config.images_per_prompt,
+            "stage.updates_per_sample": config.updates_per_sample,
+            "train.global_batch_size": self._share.global_batch_size,
+        }
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        if "prompts" not in state:
+            raise ValueError(
+                "the run learned from shards, and this recipe draws its own samples: start a new run from the weights "
+                "(checkpoint.load and checkpoint.finetune=true)"
+            )
+        if state["prompts"] != self.prompts.hash():
+            raise ValueError(
+                f"{self.prompts.path} holds other prompts than the run was started with: give the same data.prompts, "
+                "or start a new run from the weights (checkpoint.load and checkpoint.finetune=true)"
+            )
+        now = self._settings()
+        differing = [key for key, value in now.items() if state["settings"][key] != value]
+        if differing == ["train.global_batch_size"] and state["held"] is None:
+            return
+        if differing:
+            told = ", ".join(f"{key}={state['settings'][key]}, not {now[key]}" for key in differing)
+            raise ValueError(
+                f"the run was started with {told}: keep it to resume (train.global_batch_size may change "
+                "between two collections)"
+            )
+
+
+def _first(drawn: Trajectories, count: int) -> Trajectories:
+    """Those of the first samples."""
+    return Trajectories(**{name: value[:count] for name, value in vars(drawn).items()})

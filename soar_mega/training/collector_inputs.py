@@ -1,0 +1,75 @@
+"""What a run that draws its own samples needs before its model is there: prompts, their embeddings, and a judge.
+
+The text encoders run here, once for a set of prompts, and are gone when the model comes.
+"""
+
+from pathlib import Path
+
+from soar_mega.config import Recipe
+from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
+from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.info import bucket_name
+from soar_mega.data.prompt_cache import PromptCache, cache_name
+from soar_mega.data.prompt_files import PromptSet, read_prompts
+from soar_mega.data.ranks import agree, this_rank
+from soar_mega.faults.agreement import on_rank_zero
+from soar_mega.models.common.build import DTYPES
+from soar_mega.rewards import make_rewards
+from soar_mega.stages.settings import CollectingConfig
+from soar_mega.training.collecting import Collector
+from soar_mega.training.judging import Judge
+
+CACHE = "prompts"  # in the run folder
+
+
+def make_collector(recipe: Recipe) -> Collector:
+    """The samples of a run, from its first on. Collective over the world.
+
+    Raises:
+        DataError: on all ranks alike: prompts, encoders or rewards are not what they should be.
+    """
+    pipeline, data, dtype = Path(recipe.model.pipeline_dir), recipe.data, DTYPES[recipe.model.dtype]
+    failure = None
+    try:
+        facts = encoder_facts(pipeline, data.max_sequence_length)
+        size = image_size(recipe, facts)
+        facts.latent_shape(*size)
+        prompts = read_prompts(data.prompts)
+        judge = _judge(recipe)
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    agree({}, 0, failure)
+    cache = _filled_cache(recipe, prompts)
+    info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, fingerprints(pipeline))
+    return Collector(recipe, info, prompts, cache, judge, size)
+
+
+def image_size(recipe: Recipe, facts: EncoderFacts) -> tuple[int, int]:
+    """(width, height) in pixels of what is drawn."""
+    asked = recipe.data.resolution or facts.default_resolution
+    return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
+
+
+def _judge(recipe: Recipe) -> Judge | None:
+    """On one rank of each replica; None on the others."""
+    assert isinstance(recipe.stage, CollectingConfig)
+    ranks = this_rank()
+    if not (ranks.leader and ranks.first_stage):
+        return None
+    from soar_mega.data.vae import Decoder  # brings diffusers, which most ranks do not need
+
+    return Judge(Decoder.load(Path(recipe.model.pipeline_dir)), make_rewards(recipe.stage.rewards))
+
+
+def _filled_cache(recipe: Recipe, prompts: PromptSet) -> PromptCache:
+    """The prompts' embeddings, made by rank 0 where they are not there."""
+    pipeline, data, dtype = recipe.model.pipeline_dir, recipe.data, DTYPES[recipe.model.dtype]
+    parent = data.prompt_cache or str(Path(recipe.checkpoint.save, CACHE))
+
+    def fill() -> str:
+        name = cache_name(pipeline, prompts.prompts, dtype, data.max_sequence_length)
+        made = PromptCache(parent, name, len(prompts))
+        made.fill(pipeline, prompts.prompts, dtype, data.max_sequence_length)
+        return name
+
+    return PromptCache(parent, on_rank_zero(fill), len(prompts))

@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("sweep", help="a YAML file")
     parser.add_argument("--list", action="store_true", help="show the arms and do nothing")
     parser.add_argument("--slurm", action="store_true", help="write a job array and train nothing here")
+    parser.add_argument("--evaluate", action="store_true", help="train nothing here: all runs are complete")
     parser.add_argument("--at-once", type=int, default=2, help="processes here (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="results, without an ending (default: FOLDER/report)")
     arguments = parser.parse_args()
@@ -79,7 +80,11 @@ def main() -> int:
             write_script(sweep)
             return 0
         runs = runs_of(sweep)
-        train(runs, arguments.at_once)
+        missing = [run for run in runs if not run.is_done()]
+        if arguments.evaluate and missing:
+            raise ValueError(f"not complete: {', '.join(run.name for run in missing)}")
+        print(f"{len(missing)} of {len(runs)} runs to do, {arguments.at_once} at a time", flush=True)
+        train(missing, arguments.at_once)
         result = results(
             sweep, Evaluated(evaluate(sweep, runs, arguments.at_once)), f"tools/sweep.py {arguments.sweep}"
         )

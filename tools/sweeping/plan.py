@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,9 @@ def _arm(name: str, said: Any, shared: Mapping[str, Any], where: str) -> Arm:
 
 def units_of(recipe: Recipe) -> float:
     """Forwards of a sample in a step of a recipe, a backward counting as two."""
-    answers, points = recipe.stage.asking(model_sizes(recipe.model).guidance_embeds).forwards()[:2]
+    # a preset says enough where the pipeline is not here
+    model = replace(recipe.model, pipeline_dir="") if recipe.model.preset else recipe.model
+    answers, points = recipe.stage.asking(model_sizes(model).guidance_embeds).forwards()[:2]
     return answers + 3 * points
 
 

@@ -109,14 +109,12 @@ def runs_of(sweep: Sweep) -> list[Run]:
 
 
 def train(runs: list[Run], at_once: int) -> None:
-    """Trains what is not done, `at_once` runs at a time, each in one process.
+    """Trains runs, `at_once` at a time, each in one process.
 
     Raises:
         RuntimeError: one failed, with the end of its output; start again to go on.
     """
-    missing = [run for run in runs if not run.is_done()]
-    print(f"{len(missing)} of {len(runs)} runs to do, {at_once} at a time", flush=True)
-    chains = [[_command(run.sweep, run.name, soar_mega("train", *run.words))] for run in missing]
+    chains = [[_command(run.sweep, run.name, soar_mega("train", *run.words))] for run in runs]
     run_together(*chains, at_once=at_once)
 
 

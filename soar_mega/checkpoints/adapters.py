@@ -76,7 +76,7 @@ def adapted_model(
     Args:
         description: of the checkpoint, which has been verified.
         settings: the model group of the run.
-        exact: the adapters in float32 as the optimizer has them.
+        exact: the adapters in float32 as the optimizer has them, and their base as its folder has it.
 
     Raises:
         ValueError: the base is not there, or has other weights than those that were trained on.
@@ -95,7 +95,7 @@ def adapted_model(
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
     tensors = _read(folder, model, ema, exact)
-    own = named_tensors(model)
+    own = named_tensors(load_diffusers(base) if exact else model)
     return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
 
 

@@ -83,20 +83,19 @@ def benchmark_section(metrics: Mapping[str, Any]) -> str:
 def drift_section(metrics: Mapping[str, Any]) -> str:
     pipelines = metrics["pipelines"]
     first = next(iter(pipelines.values()))["drift"]
-    rows = []
-    for i, span in enumerate(first["spans"]):
-        each = [p["drift"]["spans"][i] for p in pipelines.values()]
-        noise = f"noise {span['from']:g} to {span['to']:g}"
-        rows.append([f"{noise}: drift", *(plus_minus(s, "absolute", 3) for s in each)])
-        rows.append([f"{noise}: relative", *(f"{s['relative']:.2f}" for s in each)])
-    png = figures.drift(pipelines, titles(metrics))
-    scale = first["guidance_scale"]
-    caption = f"{first['samples']} held-out pictures, guidance {scale:g}. {words.DRIFT_BARS.strip()}"
-    return (
-        words.DRIFT.format(steps=first["steps"])
-        + picture(png, "Drift of each version", caption)
-        + table(["", *titles(metrics).values()], rows)
-    )
+    parts = [words.DRIFT.format(steps=first["steps"])]
+    for scale, heading in scales(metrics):
+        rows = []
+        for i, span in enumerate(first["scales"][scale]):
+            each = [p["drift"]["scales"][scale][i] for p in pipelines.values()]
+            noise = f"noise {span['from']:g} to {span['to']:g}"
+            rows.append([f"{noise}: drift", *(plus_minus(s, "absolute", 3) for s in each)])
+            rows.append([f"{noise}: relative", *(f"{s['relative']:.2f}" for s in each)])
+        png = figures.drift(pipelines, titles(metrics), scale)
+        caption = f"{first['samples']} held-out pictures. {words.DRIFT_BARS.strip()}"
+        parts.append(f"<h3>{heading}</h3>" + picture(png, f"Drift of each version: {heading}", caption))
+        parts.append(table(["", *titles(metrics).values()], rows))
+    return "\n".join(parts)
 
 
 def training_section(metrics: Mapping[str, Any]) -> str:

@@ -75,6 +75,10 @@ class GenEval(PerImage):
         folder = weights_dir / OPENAI_CLIP
         self.colors = ColorReader(read_clip(folder, folder, device))
 
+    def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """See `Particular`."""
+        check_metadata(metadata)
+
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
         check_metadata(metadata)
         picture = to_pil(image)

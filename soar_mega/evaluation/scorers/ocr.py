@@ -28,6 +28,10 @@ from soar_mega.evaluation.scorers.weights import (
 class TextReader(PerImage):
     """1 - min(d, n)/n: n letters are demanded, and what was read is d edits away, 0 if the text is part of it."""
 
+    def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """See `Particular`."""
+        demanded_text(prompt)
+
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
         target = demanded_text(prompt)
         return {self.name: share_of_text(target, self.read(to_pil(image)))}

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,8 @@ Network = TypeVar("Network", bound=nn.Module)
 Model = TypeVar("Model", bound=PreTrainedModel)
 MAX_LISTED = 4  # of a kind
 # What a record of the training beside the weights may consist of; none of it runs code.
-_NUMBER = np.float64().__reduce__()[0]
-NUMPY_NUMBERS = [
+_NUMBER: Callable[..., Any] = np.float64().__reduce__()[0]  # type: ignore[assignment]
+NUMPY_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_NUMBER, "numpy.core.multiarray.scalar"),
     (_NUMBER, "numpy._core.multiarray.scalar"),
     np.dtype,

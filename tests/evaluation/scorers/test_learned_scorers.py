@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import by_hand
 import numpy as np
@@ -162,13 +163,18 @@ def test_a_file_of_something_else_is_refused(weights_dir: Path, tmp_path: Path) 
         make_scorer("hps", folder)
 
 
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this ran",)
+
+
 def test_numbers_of_numpy_beside_the_weights_are_no_danger(tmp_path: Path) -> None:
     """But what would run code is."""
     path = tmp_path / "weights.pth"
     weights = {"state_dict": {"a": torch.ones(2)}}
     torch.save(weights | {"meta": {"best": np.float64(0.5), "iteration": np.int64(3)}}, path)
     assert read_state(path)["a"].tolist() == [1, 1]
-    torch.save(weights | {"meta": Path("/")}, path)
+    torch.save(weights | {"meta": Harmful()}, path)
     with pytest.raises(ValueError, match="weights.pth is no file of weights, or holds more than numbers"):
         read_state(path)
 

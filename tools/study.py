@@ -194,7 +194,7 @@ def read_measurements(path: Path, name: str) -> dict[str, float]:
         "energy distance": strong["energy_distance"]["value"],
         "energy distance without guidance": none["energy_distance"]["value"],
     }
-    for span in measured["drift"]["spans"]:
+    for span in measured["drift"]["scales"][f"{GUIDANCE:g}"]:
         numbers[f"drift {span['from']:g} to {span['to']:g}"] = span["absolute"]
     return numbers
 

@@ -41,7 +41,9 @@ def write_evaluation(path: Path, name: str, score: float) -> None:
     }
     spans = [{"from": 0.9, "to": 0.65, "absolute": 2.0 - score}]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pipelines": {name: {"guidance": guidance, "drift": {"spans": spans}}}}))
+    path.write_text(
+        json.dumps({"pipelines": {name: {"guidance": guidance, "drift": {"scales": {"3": spans}}}}})
+    )
 
 
 def test_result_and_picture_of_finished_runs(tmp_path: Path) -> None:

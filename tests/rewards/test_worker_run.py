@@ -59,6 +59,7 @@ def test_a_run_without_its_worker_ends_and_goes_on(tmp_path: Path, monkeypatch: 
             "checkpoint__export": "true",
             "checkpoint__save_interval": 2,
             "checkpoint__async_save": "false",
+            "logging__eval_interval": 0,  # it asks the worker too
         }
         try:
             assert train(rl_recipe(tmp_path / folder, "flow_grpo", **settings)) == 0

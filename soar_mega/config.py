@@ -29,9 +29,9 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample, both branches of guidance counted."""
+    """Forwards of a sample, both branches of guidance counted; an average where samples differ."""
 
-    answers: int  # without a gradient
+    answers: float  # without a gradient
     points: int  # with a backward
     query_branches: int = 1  # of the answers' forwards, those of one query: 2 where it is guided
     point_branches: int = 1  # likewise of a point
@@ -46,7 +46,7 @@ class StageConfig:
         collects: whether it learns from samples of its own, drawn for data.prompts.
     """
 
-    name: str  # of the method: soar | sft | sft_multi | flow_grpo | diffusion_nft
+    name: str  # of the method: soar | sft | sft_multi | mixflow | flow_grpo | diffusion_nft
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 
@@ -56,6 +56,16 @@ class StageConfig:
     def forwards(self) -> Forwards:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
+
+    @property
+    def drawn_rows(self) -> int:
+        """Rows of one forward that draws samples of its own."""
+        return 0
+
+    @property
+    def kept_copies(self) -> tuple[str, ...]:
+        """The copies of the weights that the method wants kept."""
+        return ()
 
     def check(self, recipe: "Recipe") -> None:
         """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
@@ -103,6 +113,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0: no EMA
     ema_update_interval: int = 1  # the EMA moves after every n-th step
     ema_warm_up: bool = False  # after n steps it moves with the decay min(n / (9 + n), ema_decay)
+    offload_kept_weights: bool = False  # the EMA and the other copies that are kept lie in the host's memory
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (
         10.0  # a step that takes longer ends the run, with a report; null: any time
@@ -192,6 +203,7 @@ class CheckpointConfig:
     keep_last: int = 3  # newest checkpoints kept; 0 keeps all
     save_retain_interval: int = 0  # those of each n-th iteration are kept for ever as well; 0: none
     export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
+    export_dtype: str = "model"  # of their transformer: model | bf16 | fp32, the optimizer's own numbers
 
 
 @dataclass(kw_only=True)

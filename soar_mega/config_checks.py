@@ -56,6 +56,7 @@ RULES: dict[str, Rule] = {
     "data.max_failed_share": within(0, 1),
     "checkpoint.save_interval": at_least(1),
     "checkpoint.keep_last": at_least(0),
+    "checkpoint.export_dtype": one_of("model", "bf16", "fp32"),
     "checkpoint.save_retain_interval": at_least(0),
     "logging.log_interval": at_least(1),
     "logging.peak_tflops": above(0),

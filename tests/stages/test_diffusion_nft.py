@@ -4,8 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_case import FIRST, REFERENCE, REWARDS, SAMPLES, SEED, SHAPE, THETA, Case, collect, with_guidance
 from rl_trainers import TRAINERS, advantages_of, dpm2, nft_decay
+from small_collection import (
+    FIRST,
+    REFERENCE,
+    REWARDS,
+    SAMPLES,
+    SEED,
+    SHAPE,
+    THETA,
+    Case,
+    collect,
+    with_guidance,
+)
 
 from soar_mega.config import Recipe, TrainConfig
 from soar_mega.flow import Schedule, normal, sample
@@ -48,6 +59,11 @@ def both_gradients(case: Case, trainer) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_loss_and_gradient_are_the_trainers(name):
     both_gradients(collect(PRESETS[name]), TRAINERS[name])
+
+
+def test_advantages_are_cut_off():
+    config, trainer = replace(PRESETS["diffusion_nft_ocr"], advantage_clip=0.6), TRAINERS["diffusion_nft_ocr"]
+    both_gradients(collect(config), replace(trainer, loss=replace(trainer.loss, clip=0.6)))
 
 
 def test_it_can_learn_with_guidance():
@@ -121,7 +137,10 @@ def test_old_policy_follows_after_each_collection_by_the_published_decay():
 
 def test_what_cannot_be_learned_from_counts_for_nothing():
     case = collect(PRESETS["diffusion_nft_ocr"])
-    case.batch.collected["advantage"][0] = torch.nan
+    case.drawn.clean[0] = torch.nan  # and so is its reward
+    advantages = case.batch.collected["advantage"].index_fill(0, torch.tensor([0]), torch.nan)
+    experience = case.stage.experience(case.drawn, advantages)
+    case.batch.latents, case.batch.collected = experience.latents, experience.collected
     case.batch.valid[2] = False
     points = case.points()
     gone = (points.sample == 0) | (points.sample == 2)

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from multirank import run_ranks
+from PIL import Image
 from rl_cases import STAGES, rl_recipe, rl_steps, taken
+from safetensors.torch import load_file
+from tiny_runs import held_out, tiny_recipe
 from torch import Tensor
 
 from soar_mega.checkpoints.checkpoint import Saver
@@ -60,13 +64,13 @@ def saved_run(recipe: Recipe) -> list[float]:
 
 
 def resumed_losses(recipe: Recipe, iteration: int) -> list[float]:
-    """The losses of a run that goes on from the checkpoint of an iteration."""
+    """The next losses of a run that goes on from the checkpoint of an iteration."""
     RunFolder(recipe.checkpoint.save).set_latest(iteration)
     with rl_steps(recipe) as run:
         assert run.progress.iteration == iteration
         assert run.collector is not None
         found = []
-        for _ in range(iteration, ITERATIONS):
+        for _ in range(iteration, min(iteration + 2, ITERATIONS)):
             assert (run.collect() is not None) == (run.progress.iteration == 4)
             found.append(run.learn()["loss"])
             run.update()
@@ -98,7 +102,7 @@ def test_resumed_within_a_collection_it_is_the_same_run(finished: tuple[Recipe, 
     recipe, losses = finished
     assert len(set(losses)) == ITERATIONS
     for iteration in range(ITERATIONS):
-        assert resumed_losses(recipe, iteration) == losses[iteration:], iteration
+        assert resumed_losses(recipe, iteration) == losses[iteration : iteration + 2], iteration
 
 
 def saved_within_a_collection(recipe: Recipe) -> None:
@@ -224,3 +228,68 @@ def test_the_pictures_of_a_collection() -> None:
     advantages = torch.tensor([0.5, torch.nan, -2.0, 3.0, 0.0, 1.0, -1.0, 0.2])
     assert best_median_worst(advantages).tolist() == [3, 5, 0, 7, 6, 2]
     assert best_median_worst(torch.tensor([torch.nan, 1.0])).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reward_that_is_known_rises(stage: str, folder: Path) -> None:
+    """How red an image is, in a few updates: this tests the machinery, not the methods."""
+    recipe = rl_recipe(
+        folder,
+        stage,
+        stage__images_per_prompt=8,
+        stage__updates_per_sample=1,
+        stage__collect_micro_batch_size=32,
+        stage__guidance_scale=1.0,
+        stage__kl_beta=0,
+        train__global_batch_size=32,
+        train__micro_batch_size=32,
+        train__points_per_micro_batch=32,
+        optimizer__lr=1e-3,
+    )
+    with rl_steps(recipe) as run:
+        rewards = taken(run, 7)["rewards"]
+    before, after = rewards[0], rewards[-1]
+    noise = (before.var() / len(before) + after.var() / len(after)).sqrt()
+    assert after.mean() - before.mean() > 5 * noise
+
+
+def test_a_whole_run_from_the_weights_of_soar(shards: Path, folder: Path, tmp_path: Path) -> None:
+    """With all that is measured and written; the reference is what the run started from."""
+    soar = tiny_recipe(shards, tmp_path / "soar", train__train_iters=1)
+    assert tiny_runs.run(soar) == 0
+    recipe = rl_recipe(
+        folder,
+        "flow_grpo",
+        checkpoint__save=tmp_path / "run",
+        checkpoint__load=tmp_path / "soar",
+        checkpoint__finetune="true",
+        checkpoint__export="true",
+        train__train_iters=5,
+        train__ema_decay=0.5,
+        data__validation_prompts=folder / "prompts.txt",
+        data__validation_path=shards,
+        logging__tensorboard="true",
+        logging__collection_interval=1,
+        logging__eval_interval=5,
+        logging__eval_samples=5,
+        logging__sample_interval=5,
+        logging__sample_prompts="[a red 3]",
+        logging__sample_steps=2,
+    )
+    name = "context_embedder.weight"
+    base = load_file(Path(recipe.model.pipeline_dir, "transformer/diffusion_pytorch_model.safetensors"))[name]
+    with rl_steps(recipe) as run:
+        reference = run.engine.tensors("reference")(name)
+        assert torch.equal(reference, run.engine.tensors()(name)) and not torch.equal(reference, base)
+    stop_world()
+    assert tiny_runs.run(recipe) == 0
+    said = (tmp_path / "run/train.log").read_text()
+    measured = held_out(tmp_path / "run")
+    assert len(measured) == 2 and all(0 < line["validation/reward/mean_red"] < 1 for line in measured)
+    assert all("validation/loss" in line for line in measured)
+    for collection, iteration in ((0, 1), (1, 5)):
+        assert said.count(f" collection {collection} for iteration {iteration} | reward/total: ") == 1
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"collections", "samples", "tensorboard", "export", "export_ema", "complete.json"} <= left
+    sheet = Image.open(tmp_path / "run/collections/iter_0000005.png")
+    assert sheet.size == (4 * 98 + 2, 3 * 98 + 2)

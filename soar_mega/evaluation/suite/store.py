@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from soar_mega.evaluation.scorers.broken import what_is_broken
-from soar_mega.outputs import check_file, write_file
+from soar_mega.outputs import check_file, remove_left_over_files, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
@@ -123,6 +123,10 @@ class Images:
         if not self._folder.is_dir():
             return set()
         return {path.stem for path in self._folder.glob("*.png")}
+
+    def clean(self) -> None:
+        """Removes what a killed process left half written. Before any process draws."""
+        remove_left_over_files(self._folder)
 
     def path(self, name: str) -> Path:
         return self._folder / f"{name}.png"

@@ -160,6 +160,8 @@ def run_model(
         ValueError: what the model or a scorer raises.
     """
     for cell in cells:
+        if place.rank == 0:
+            cell.images.clean()
         cell.look()
     todo = [(cell, cell.unfinished(place)) for cell in cells]
     prompts = list(

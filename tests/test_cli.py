@@ -320,8 +320,11 @@ def test_converted_checkpoint_is_the_export(road: Path, tmp_path: Path) -> None:
     assert card == (road / "run/export_ema/README.md").read_text()
     assert "moving average" in card and "max_sequence_length=10" in card and __version__ in card
     assert "num_auxiliary_points" in card and f"from {BASE}/transformer (SHA-256 " in card
+    facts = json.loads((tmp_path / "ema/training_facts.json").read_text())
+    assert facts == json.loads((road / "run/export_ema/training_facts.json").read_text())
+    assert (facts["max_sequence_length"], facts["width"], facts["dtype"]) == (10, 16, "fp32")
     there = {p.name for p in (tmp_path / "ema").iterdir()}
-    assert there == {MARKER, "README.md", *(p.name for p in Path(BASE).iterdir())}
+    assert there == {MARKER, "README.md", "training_facts.json", *(p.name for p in Path(BASE).iterdir())}
 
 
 def test_diffusers_to_checkpoint_and_back_is_bitwise(

@@ -8,8 +8,11 @@
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
       - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
       - {name: export, export: []}
-      - {name: rl, command: [bash, rl.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
+      - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
+      - {name: outside, from: soar, handoff: [--to, flow_grpo, --run-in, ../flow_grpo, --checkpoints, 5]}
+
+Exports are float32, the optimizer's own numbers, unless a link says otherwise: the next one starts from them.
 
 Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
 """
@@ -26,12 +29,13 @@ from soar_mega.config import Recipe
 from soar_mega.launch.slurm import Resources, resources
 from soar_mega.stages import load_recipe
 
-KINDS = ("train", "evaluate", "export", "command")
+KINDS = ("train", "evaluate", "export", "handoff", "command")
 STARTS = ("export", "export_ema", "checkpoint")
 _KEYS = {
     "train": ("overrides", "start"),
     "evaluate": (),
     "export": (),
+    "handoff": (),
     "command": ("product",),
 }
 
@@ -41,7 +45,7 @@ class Link:
     """One link with all of its paths."""
 
     name: str
-    kind: str  # train | evaluate | export | command
+    kind: str  # train | evaluate | export | handoff | command
     folder: Path
     arguments: list[str]  # of the soar-mega command, or the words of a command
     product: Path  # what the link is for: verified by its hash
@@ -125,6 +129,7 @@ class _Builder:
             "train": self._train,
             "evaluate": self._evaluate,
             "export": self._export,
+            "handoff": self._handoff,
             "command": self._command,
         }
         self._after = self.links[-1].name if self.links else None
@@ -177,12 +182,12 @@ class _Builder:
             overrides += [f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
         else:
             overrides += [f"model.pipeline_dir={self._pipeline}"]
-        overrides = [*map(str, settings.get("overrides", [])), *overrides]
+        overrides = ["checkpoint.export_dtype=fp32", *map(str, settings.get("overrides", [])), *overrides]
         try:
             recipe = load_recipe(settings["train"], overrides)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
-        self._check_ema(start, where)
+        self._check_start(start, recipe, where)
         if not recipe.checkpoint.export:
             raise ValueError(f"{where}: checkpoint.export=false, but a link is done by its export")
         arguments = ["train", settings["train"], *overrides]
@@ -199,11 +204,16 @@ class _Builder:
         self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
         return link
 
-    def _check_ema(self, start: str, where: str) -> None:
+    def _check_start(self, start: str, recipe: Recipe, where: str) -> None:
         before = self._run.recipe if self._run else None
         if start == "export_ema" and before is not None and before.train.ema_decay == 0:
             raise ValueError(
                 f"{where}: start: export_ema, but the link before keeps no EMA (train.ema_decay=0)"
+            )
+        if start == "checkpoint" and before is not None and (before.lora.rank > 0) != (recipe.lora.rank > 0):
+            raise ValueError(
+                f"{where}: start: checkpoint, but only one of the two links trains adapters (lora.rank): start: export "
+                "takes the weights with the adapters in them"
             )
 
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
@@ -227,8 +237,20 @@ class _Builder:
         if self._run is None:
             raise ValueError(f"{where}: export needs a train link before it")
         out = folder / "pipeline"
-        arguments = ["convert", str(self._run.folder), str(out), *map(str, settings["export"])]
+        words = list(map(str, settings["export"]))
+        dtype = [] if "--dtype" in words else ["--dtype", "fp32"]
+        arguments = ["convert", str(self._run.folder), str(out), *words, *dtype]
         link = self._link(settings, "export", where, folder=folder, arguments=arguments, product=out)
+        self._pipeline, self._made_by = str(out), link.name
+        return link
+
+    def _handoff(self, settings: Any, folder: Path, where: str) -> Link:
+        words = list(map(str, settings["handoff"]))
+        if "--run-in" not in words:
+            raise ValueError(f"{where}: handoff: name the folder of the trainer's repository with --run-in")
+        out = folder / "pipeline"
+        arguments = ["handoff", self._pipeline, "--save", str(folder), *words]
+        link = self._link(settings, "handoff", where, folder=folder, arguments=arguments, product=out)
         self._pipeline, self._made_by = str(out), link.name
         return link
 

@@ -14,6 +14,7 @@ from soar_mega.evaluation.scorers.weights import (
     DETECTOR,
     HPS_WEIGHTS,
     IMAGE_REWARD_WEIGHTS,
+    INCEPTION,
     PADDLE_OCR,
     PICK_SCORE,
     WeightFile,
@@ -42,9 +43,20 @@ class Entry:
     files: tuple[WeightFile, ...]
     packages: tuple[str, ...] = ()
 
-    def absent_packages(self) -> list[str]:
-        """Modules that are not installed."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+    def lacks(self, weights_dir: Path | None) -> list[str]:
+        """What is not here: packages, and files where a folder is given."""
+        packages = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        lines = [f"the package {name} (pip install 'soar_mega[evaluation]')" for name in packages]
+        if weights_dir:
+            lines += [f"{weights_dir / file.path}" for file in missing(self.files, weights_dir)]
+        return lines
+
+    def check(self, name: str, weights_dir: Path) -> None:
+        """ValueError that names everything that `name` lacks."""
+        if lacks := self.lacks(weights_dir):
+            listing = "\n  ".join(lacks)
+            advice = "`soar-mega fetch-weights --list` says where files come from"
+            raise ValueError(f"{name} lacks\n  {listing}\n{advice}")
 
 
 SCORERS = {
@@ -63,6 +75,16 @@ SCORERS = {
         "preference of people, ImageReward v1.0",
         "image_reward:ImageReward",
         (IMAGE_REWARD_WEIGHTS, BERT_VOCABULARY),
+    ),
+}
+
+# Of a whole set of images: no scorer judges them one by one.
+SET_METRICS = {
+    "fid": Entry(
+        "FID, KID, precision and recall against a held-out set",
+        "held_out:distance_to_held_out",
+        (INCEPTION,),
+        ("torch_fidelity", "torchvision"),
     ),
 }
 
@@ -88,17 +110,7 @@ def make_scorer(name: str, weights_dir: str | Path, device: "str | torch.device"
 
 
 def check_scorer(name: str, weights_dir: Path) -> None:
-    """ValueError where a scorer cannot be made here; names everything that is missing."""
+    """ValueError where a scorer cannot be made here; names everything that it lacks."""
     if name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
-    entry = SCORERS[name]
-    if packages := entry.absent_packages():
-        raise ValueError(
-            f"the scorer {name} needs {', '.join(packages)}: pip install 'soar_mega[evaluation]'"
-        )
-    if files := missing(entry.files, weights_dir):
-        listing = "\n  ".join(f"{file.path}  (from {file.place})" for file in files)
-        raise ValueError(
-            f"the scorer {name} lacks files in {weights_dir}:\n  {listing}\n"
-            "`soar-mega fetch-weights --list` says what has to be copied there"
-        )
+    SCORERS[name].check(f"the scorer {name}", weights_dir)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from soar_mega.evaluation.scorers import SET_METRICS
 from soar_mega.evaluation.scorers.state import read_state
 from soar_mega.evaluation.scorers.weights import INCEPTION
 
@@ -26,21 +27,19 @@ def distance_to_held_out(
 ) -> dict[str, float]:
     """fid, kid, kid_std (over its subsets), precision and recall of the images in a folder and all below it.
 
-    All are of InceptionV3's last features, precision and recall too (their authors have VGG-16's), with 3 neighbours. KID
-    is the mean over 100 subsets of 1000 images, or of as many as the smaller set has. All images of a set have one size.
+    All are of InceptionV3's last features, precision and recall too (their authors have VGG-16's), with 3 neighbours.
+    KID is the mean over 100 subsets of 1000 images, or of as many as the smaller set has. All images of a set have one
+    size.
 
     Raises:
         ValueError: torch-fidelity is not installed, its network's file is missing or damaged, or a set is too small.
     """
+    SET_METRICS["fid"].check("FID", weights_dir)
     path = weights_dir / INCEPTION.path
-    if not path.is_file():
-        raise ValueError(f"FID needs {path} (from {INCEPTION.place}); copy it there")
     read_state(path)  # or a damaged file is told by pickle
     sizes = [_count(folder) for folder in (images, held_out)]
-    try:
-        import torch_fidelity
-    except ImportError as error:
-        raise ValueError("FID needs torch-fidelity: pip install 'soar_mega[evaluation]'") from error
+    import torch_fidelity
+
     found: Mapping[str, float] = torch_fidelity.calculate_metrics(
         input1=str(images),
         input2=str(held_out),
@@ -62,5 +61,7 @@ def distance_to_held_out(
 def _count(folder: Path) -> int:
     count = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
     if count <= NEIGHBOURS:
-        raise ValueError(f"{folder} holds {count} images; a distance between sets needs at least {NEIGHBOURS + 1}")
+        raise ValueError(
+            f"{folder} holds {count} images; a distance between sets needs at least {NEIGHBOURS + 1}"
+        )
     return count

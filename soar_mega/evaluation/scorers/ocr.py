@@ -98,7 +98,7 @@ class PaddleReader(TextReader):
 
 def models_of_wheel(folder: Path) -> tuple[Path, Path]:
     """The detection and the recognition model. ValueError where the wheel does not hold one of each."""
-    found = [sorted(folder.glob(f"*_{task}_*.onnx")) for task in ("det", "rec")]
+    found = [sorted(folder.glob(f"*_{task}*.onnx")) for task in ("det", "rec")]
     if [len(paths) for paths in found] != [1, 1]:
         raise ValueError(
             f"{folder} must hold one detection and one recognition model, as the wheel of rapidocr 3.10 does; it holds "

@@ -67,7 +67,7 @@ def test_the_image_goes_to_the_reader_as_it_is(images: Tensor) -> None:
 
 @pytest.mark.skipif(RAPID, reason="rapidocr is installed")
 def test_a_reader_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the scorer ocr needs rapidocr"):
+    with pytest.raises(ValueError, match="the scorer ocr lacks\n  the package rapidocr"):
         make_scorer("ocr", tmp_path)
 
 

@@ -50,6 +50,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     from soar_mega.checkpoints.drawing import CHECKPOINT
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import device, is_rank_zero, start_world
+    from soar_mega.evaluation.suite.distances import check_distances
     from soar_mega.evaluation.suite.prompts import read_prompt_set
     from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
     from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
@@ -88,6 +89,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
         [name for each in suite.sets for name in each.scorers], arguments.weights, device()
     )
     check_prompts(sets, scorers)
+    check_distances(sets, arguments.weights)
     evaluation = Evaluation(
         store=store,
         suite=suite,
@@ -96,6 +98,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
         parallel=parallel,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
+        weights_dir=arguments.weights,
     )
     with (
         store.lock() if is_rank_zero() else contextlib.nullcontext(),

@@ -15,9 +15,10 @@ from soar_mega.checkpoints.lineage import code_version, content_hash
 from soar_mega.config import ParallelConfig
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.data.shards import ShardSet, open_shards
-from soar_mega.distributed import data_rank, data_size, is_first_of_replica, is_rank_zero
+from soar_mega.distributed import data_rank, data_size, device, is_first_of_replica, is_rank_zero
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.scorer import Scorer
+from soar_mega.evaluation.suite.distances import distance
 from soar_mega.evaluation.suite.drawing import DiffusersDrawer, Drawer, Drawn, KeyedDrawer, encode_alone
 from soar_mega.evaluation.suite.exposure import measure_drift
 from soar_mega.evaluation.suite.page import write_page
@@ -58,6 +59,7 @@ class Evaluation:
         scorers: by name, all that the sets ask for.
         parallel: the layout of checkpoints.
         batch_size: images drawn together.
+        weights_dir: of scorers and of the network that FID looks with.
     """
 
     store: Store
@@ -67,6 +69,7 @@ class Evaluation:
     parallel: ParallelConfig
     dtype: str
     batch_size: int
+    weights_dir: str
 
     def measure(self, model: Model) -> Measured:
         """Draws and scores what is not there yet of one model, and reads the rest. Collective over the world.
@@ -100,11 +103,17 @@ class Evaluation:
 
         cells = self._cells(model, fingerprint, drawn)
         run_model(model.name, cells, place, drawer, self.batch_size)
+        distances = on_rank_zero(
+            lambda: [distance(self.store, each, self.weights_dir, device()) for each in cells]
+        )
         return Measured(
             name=model.name,
             path=str(source.path) + (f"+{source.adapters}" if source.adapters else ""),
             images={(cell.point, cell.prompt_set.name): cell.images for cell in cells},
             values={(cell.point, cell.prompt_set.name): cell.values() for cell in cells if is_rank_zero()},
+            distances={
+                (cell.point, cell.prompt_set.name): found for cell, found in zip(cells, distances) if found
+            },
             history=history(source.adapters or source.path) if is_rank_zero() else (),
             drift=self._drift(model, fingerprint, shards, generator, place) if shards is not None else None,
         )

@@ -52,6 +52,7 @@ def write_page(tables: Tables, said: Json) -> str:
         _sweep(tables, said),
         _categories(tables, said),
         _reasons(tables, said),
+        _distances(said),
         _drift(tables),
         _training(tables),
         *(contact_sheet(tables, column) for column in tables.columns()),
@@ -198,6 +199,22 @@ def _reasons(tables: Tables, said: Json) -> str:
             head = _row([escape(column.title), *(escape(model.name) for model in tables.models)], "th")
             parts.append(f"<table>{head}{''.join(rows)}</table>")
     return f"<h2>What the scorers say beside the score, {point}</h2>{''.join(parts)}" if parts else ""
+
+
+def _distances(said: Json) -> str:
+    if not said["distances"]:
+        return ""
+    keys = [key for key in said["distances"][0] if key not in ("model", "guidance_scale", "steps", "set")]
+    rows = []
+    for each in said["distances"]:
+        point = Point(each["guidance_scale"], each["steps"])
+        name = f"{escape(each['model'])}, {point}, {escape(each['set'])}"
+        rows.append(_row([name, *(f"{each[key]:.4g}" for key in keys)]))
+    return (
+        '<h2>Distance to real images</h2><p class="note">All by InceptionV3; fid and kid: lower is better. They are of '
+        "the whole set and depend on how many images it has.</p>"
+        f"<table>{_row(['', *keys], 'th')}{''.join(rows)}</table>"
+    )
 
 
 def _drift(tables: Tables) -> str:

@@ -4,7 +4,7 @@
     images/<model>-<point>-<hash>/<set>/*.png    one file per image; the hash is of all that an image depends on
     scores/<model>-<point>-<hash>/<set>.<scorer>-<hash>.jsonl    one line per image, written when all are there;
         before that each process has a file of its own, *.part-<rank>
-    drift/<model>-<hash>.json
+    drift/<model>-<hash>.json  distances/<model>-<point>-<hash>/<set>-<hash>.json
     report.html report.json table.csv outcomes.csv
 
 An image or a score of other weights or settings has another hash, so nothing is ever mixed. Files are replaced as a
@@ -33,7 +33,16 @@ from soar_mega.outputs import check_file, remove_left_over_files, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
-OWN_NAMES = ("images", "scores", "drift", "report.json", "report.html", "table.csv", "outcomes.csv")
+OWN_NAMES = (
+    "images",
+    "scores",
+    "drift",
+    "distances",
+    "report.json",
+    "report.html",
+    "table.csv",
+    "outcomes.csv",
+)
 DEFECT = "Defect"  # of a PNG's texts: what was wrong with the image before it was rounded
 DEFECTS = ("NaN", "black")
 
@@ -116,20 +125,20 @@ class Images:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def names(self) -> set[str]:
         """Of those that are there."""
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             return set()
-        return {path.stem for path in self._folder.glob("*.png")}
+        return {path.stem for path in self.folder.glob("*.png")}
 
     def clean(self) -> None:
         """Removes what a killed process left half written. Before any process draws."""
-        remove_left_over_files(self._folder)
+        remove_left_over_files(self.folder)
 
     def path(self, name: str) -> Path:
-        return self._folder / f"{name}.png"
+        return self.folder / f"{name}.png"
 
     def write(self, name: str, image: Tensor) -> None:
         """Writes an image [3, H, W] in [0, 1], rounded to 8 bits; one that is no picture says so in its file."""

@@ -50,7 +50,7 @@ def test_a_bad_line_is_told_by_file_and_line(
 @pytest.mark.parametrize(
     ("scorers", "words"),
     [
-        (["clip_score"], "the scorer clip_score lacks files in"),
+        (["clip_score"], "the scorer clip_score lacks"),
         (["no_such"], "there is no reward 'no_such'"),
     ],
 )

@@ -83,7 +83,7 @@ base: $(READY)
 	$(PYTHON) tools/make_base.py
 
 study: $(READY)
-	$(PYTHON) tools/study.py
+	$(PYTHON) tools/sweep.py recipes/tiny/study.yaml --out benchmarks/results/$$(date +%F)-cpu-study
 
 clean:
 	rm -rf .venv .venv-newest .ready-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,9 +29,9 @@ class ModelConfig:
 
 
 class Forwards(NamedTuple):
-    """Forwards of a sample, both branches of guidance counted."""
+    """Forwards of a sample, both branches of guidance counted; an average where samples differ."""
 
-    answers: int  # without a gradient
+    answers: float  # without a gradient
     points: int  # with a backward
     query_branches: int = 1  # of the answers' forwards, those of one query: 2 where it is guided
     point_branches: int = 1  # likewise of a point
@@ -46,7 +46,7 @@ class StageConfig:
         collects: whether it learns from samples of its own, drawn for data.prompts.
     """
 
-    name: str  # of the method: soar | sft | sft_multi | flow_grpo | diffusion_nft
+    name: str  # of the method: soar | sft | sft_multi | mixflow | flow_grpo | diffusion_nft
     shift: float | None = None  # None: the shift of the pipeline's scheduler
     guidance_scale: float = 3.5  # what a guidance-distilled model is told; another one is not
 

@@ -179,12 +179,9 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     """A YAML value as the declared type of its setting."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
-        kinds = [kind for kind in arguments if kind is not type(None)]
-        is_list = [typing.get_origin(kind) is list for kind in kinds]
-        chosen = is_list.index(isinstance(value, list)) if isinstance(value, list) in is_list else 0
-        return _convert(value, kinds[chosen], where)
+        return _convert(value, _alternative(value, arguments), where)
     if origin is list and isinstance(value, list):
         return [_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
@@ -199,3 +196,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if kind in (bool, str) and isinstance(value, kind):
         return value
     raise ValueError(f"{where}: expected {_WORDS[kind]}, found {value!r}"[:MAX_MESSAGE])
+
+
+def _alternative(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Of the types that a setting may have, the one that a list or a mapping is read as, else the first."""
+    return next((kind for kind in kinds if typing.get_origin(kind) is type(value)), kinds[0])

@@ -101,6 +101,16 @@ def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> N
     assert set(yaml.safe_load(text)) == {group.name for group in dataclasses.fields(Recipe)}
 
 
+@pytest.mark.parametrize("scale", ["3", "{1: 0.5, 3: 0.5}", "[1, 4.5]"])
+def test_a_guidance_scale_is_a_number_or_spread_over_samples(
+    recipe_file: Path, tmp_path: Path, scale: str
+) -> None:
+    recipe = load_recipe(recipe_file, [f"stage.guidance_scale={scale}"])
+    expected = {"{1: 0.5, 3: 0.5}": {"1": 0.5, "3": 0.5}, "[1, 4.5]": [1.0, 4.5], "3": 3.0}
+    assert recipe.stage.guidance_scale == expected[scale]
+    assert load_text(tmp_path, recipe_to_yaml(recipe)) == recipe
+
+
 def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
     for settings in SETTINGS.values():
         stage = settings()  # type: ignore[call-arg]  # each has its name
@@ -146,6 +156,10 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ("logging.drift_spans=[[0.9, x]]", ["logging.drift_spans[0][1]", "a number"]),
         ("train.seed=[1", ["train.seed", "not valid YAML"]),
         ("stage.eta=-1", ["stage.eta is -1.0", "at least 0"]),
+        ("stage.guidance_scale={1: 0.5, 3: 0.4}", ["stage.guidance_scale is", "shares that add up to 1"]),
+        ("stage.guidance_scale={one: 1}", ["stage.guidance_scale is", "a number of at least 0"]),
+        ("stage.guidance_scale=[3, 1]", ["stage.guidance_scale is [3.0, 1.0]", "[low, high]"]),
+        ("stage.guidance_scale=high", ["stage.guidance_scale", "a number", "'high'"]),
         ("stage.name=raft", ["stage.name is 'raft'", "one of soar, sft, sft_multi"]),
         ("train.ema_decay=1", ["train.ema_decay", "below 1"]),
         ("train.micro_batch_size=0", ["train.micro_batch_size is 0", "at least 1"]),
@@ -193,6 +207,7 @@ def test_wrong_overrides_name_the_key_and_what_is_right(
             ],
             ["data.encode=shards"],
         ),
+        (["stage.rollout_steps=2", "stage.num_rollout_paths=2"], ["stage.rollout_steps=2", "ODE path alone"]),
         (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_start=5"], ["lr_decay_start (5)", "warm-up"]),
         (
             ["optimizer.lr_decay_style=cosine", "train.train_iters=10", "optimizer.lr_warmup_iters=11"],

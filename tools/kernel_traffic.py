@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from soar_mega.data.batch import Batch
 from soar_mega.engines import channel, plan
+from soar_mega.engines.branches import branches_of
 from soar_mega.engines.channel import Answers
 from soar_mega.engines.pipeline import query_states
 from soar_mega.engines.statistics import masks_of
@@ -114,13 +115,14 @@ def _counted(method: Stage, placed: plan.PlacedBatch, dtype: torch.dtype, size: 
     batch = placed.batch
     queries, answers = method.queries(batch), None
     if queries is not None:
-        answers = Answers(1, len(batch), batch.latent_shape, queries.unconditional, None)
-        velocity = torch.empty(2 * len(batch), *batch.latent_shape, device=GPU)
-        answers.put(0, velocity if queries.unconditional else velocity[: len(batch)])
+        branches = branches_of(queries, len(batch))
+        answers = Answers(branches, batch.latent_shape, None)
+        for i in range(branches.count):
+            answers.put(i, torch.empty(branches.rows, *batch.latent_shape, device=GPU))
     with Counter() as counter:
         if queries is not None:
-            (asked,) = plan.query_pieces(placed, queries, len(batch), 1)
-            query_states(placed, asked, queries.fused, dtype)
+            for asked in plan.query_pieces(placed, queries, branches, None, 1):
+                query_states(placed, asked, (None, None), queries.fused, dtype)
         points = plan.in_order(method.points(batch))
         made = plan.point_plan(placed, points, masks_of(points), answers, {}, size, 1, first=True, last=True)
         for piece in made.pieces:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from soar_mega.config import ParallelConfig
 from soar_mega.distributed import device, new_group
+from soar_mega.engines.branches import Branches
 
 WINDOW = 4  # answers in a message of the overlapped channel, or one for each pipeline rank
 TAGS = 2**30  # after which they begin again
@@ -182,36 +183,28 @@ class Answers:
     """What one answer pass said, by micro-batch of queries: a lazy handle on the pipeline ranks that need it.
 
     The first and the last pipeline rank wait for a message when they need what is in it, others hold nothing.
-    Each answer is [rows, C, H, W] float32: v_cond of the micro-batch's queries, then their v_uncond where wanted. They
-    are parts of one tensor, with zeros behind the last, and go all at once: `Engine.learn` closes its handles behind
-    the last point that reads them, and whoever does not learn from one calls `close`.
+    Each answer is [rows, C, H, W] float32, with rows as `branches` says. They are parts of one tensor, with zeros
+    behind the last, and go all at once: `Engine.learn` closes its handles behind the last point that reads them, and
+    whoever does not learn from one calls `close`.
 
     Args:
         shape: (C, H, W).
         channel: None without pipeline parallelism.
     """
 
-    def __init__(
-        self,
-        count: int,
-        micro_batch_size: int,
-        shape: tuple[int, ...],
-        unconditional: bool,
-        channel: RolloutChannel | None,
-    ) -> None:
-        self.count, self.micro_batch_size, self.unconditional = count, micro_batch_size, unconditional
-        self._rows = micro_batch_size * (2 if unconditional else 1)
+    def __init__(self, branches: Branches, shape: tuple[int, ...], channel: RolloutChannel | None) -> None:
+        self.branches, self.count = branches, branches.count
         self._ready: set[int] = set()
-        self._all: Tensor | None = None  # [count + 1, rows, C, H, W]
+        self._all: Tensor | None = None  # [count + 1, stride, C, H, W]
         if channel is None or channel.is_end:
-            self._all = torch.empty(count + 1, self._rows, *shape, device=device())
-            self._all[count].zero_()
-        self._messages = None if channel is None else channel.open(count, self._all)
+            self._all = torch.empty(self.count + 1, branches.stride, *shape, device=device())
+            self._all[self.count].zero_()
+            self._all[:, branches.rows :].zero_()
+        self._messages = None if channel is None else channel.open(self.count, self._answers())
 
     def put(self, i: int, velocity: Tensor) -> None:
         """Answer i, as the last pipeline rank has computed it."""
-        assert self._all is not None
-        self._all[i].copy_(velocity)
+        self._answer(i).copy_(velocity)
         if self._messages is None:
             self._ready.add(i)
         else:
@@ -236,7 +229,16 @@ class Answers:
             assert self._messages is not None
             self._messages.wait(i)
             self._ready.add(i)
-        return self._all[i]
+        return self._answer(i)
+
+    def _answer(self, i: int) -> Tensor:
+        answers = self._answers()
+        assert answers is not None
+        return answers[i]
+
+    def _answers(self) -> Tensor | None:
+        """[count + 1, rows, C, H, W], without the margins."""
+        return None if self._all is None else self._all[:, : self.branches.rows]
 
     def close(self) -> None:
         """Finish the messages and free everything; again, it does nothing."""
@@ -247,13 +249,14 @@ class Answers:
 
     def rows_of(self, query: Tensor, wanted: Tensor) -> Tensor:
         """[M] int64: the rows of `velocities` where those of queries are, and a row of zeros where not `wanted` [M]."""
-        size = self.micro_batch_size
-        return torch.where(wanted, query // size * self._rows + query % size, self.count * self._rows)
+        branches = self.branches
+        return torch.where(wanted, branches.row[query], self.count * branches.stride)
 
     def read_by(self, queries: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[int]]:
         """By micro-batch of points: the answers that hold the wanted ones of their queries."""
+        branches = self.branches
         return [
-            (query[mask] // self.micro_batch_size).unique().tolist()
+            (branches.row[query[mask]] // branches.stride).unique().tolist()
             for query, mask in zip(queries, wanted, strict=True)
         ]
 
@@ -268,7 +271,7 @@ class Answers:
             self.get(i)
         assert self._all is not None
         rows = self._all.flatten(0, 1)
-        return rows[self.micro_batch_size :] if self.unconditional else None, rows
+        return rows[self.branches.size :] if self.branches.asked else None, rows
 
 
 def make_channel(parallel: ParallelConfig) -> RolloutChannel | None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
@@ -150,9 +150,18 @@ class Engine(ABC):
         asked = queries(placed.batch)
         if asked is None:
             return None
-        size = min(self.recipe.train.micro_batch_size, len(asked))
+        parallel = self.recipe.parallel
+        if (
+            parallel.engine == "deepspeed"
+            and parallel.zero_stage == 3
+            and not isinstance(asked.unconditional, bool)
+        ):
+            # a forward gathers parameters from all replicas, so all make equally many
+            asked = replace(asked, unconditional=True)
         with self.using(weights):
-            return answer_pass(self._pipeline, self._channel, placed, asked, size)
+            return answer_pass(
+                self._pipeline, self._channel, placed, asked, self.recipe.train.micro_batch_size
+            )
 
     def _place(self, batch: Batch) -> PlacedBatch:
         """The batch on the device; the one of the last call is there already."""

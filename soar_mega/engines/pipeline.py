@@ -5,6 +5,7 @@ nothing of latent size exists for more points than those of one micro-batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
+from soar_mega.engines.branches import Branches, branches_of
 from soar_mega.engines.channel import Answers, RolloutChannel
 from soar_mega.engines.plan import PlacedBatch, PointPiece, PointPlan, QueryPiece, filled, query_pieces
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import Sources
 from soar_mega.stages.points import Points, Queries
+from soar_mega.upload import upload
 
 Loss = Callable[[Points, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Conditions]  # latents or their patches, timesteps in 0..1000, conditions
@@ -115,25 +118,55 @@ class Pipeline:
 def answer_pass(
     pipeline: Pipeline, channel: RolloutChannel | None, placed: PlacedBatch, queries: Queries, size: int
 ) -> Answers:
-    """Answer queries at a batch, `size` at a time: both branches of them in one forward."""
+    """Answer queries at a batch, at most `size` at a time: both branches of them in one forward.
+
+    Where they have further steps, each is a pass of its own, and what is kept is the mean velocity of the way.
+    """
+    branches = branches_of(queries, size)
+    answers = _one_pass(pipeline, channel, placed, queries, branches)
+    for step in queries.then:
+        asked = replace(queries, timestep=step.timestep, rows=step.rows)
+        before, answers = answers, _one_pass(pipeline, channel, placed, asked, branches, answers, step.share)
+        before.close()
+    return answers
+
+
+def _one_pass(
+    pipeline: Pipeline,
+    channel: RolloutChannel | None,
+    placed: PlacedBatch,
+    queries: Queries,
+    branches: Branches,
+    before: Answers | None = None,
+    share: Tensor | None = None,
+) -> Answers:
+    """The forwards of a pass.
+
+    Args:
+        before: what the rows of the queries read; share: [Q] float64, how much of each mean the new velocity makes.
+    """
     batch = placed.batch
-    count = -(-len(queries) // size)
-    answers = Answers(count, size, batch.latent_shape, queries.unconditional, channel)
-    steps = range(len(filled(len(queries), size, pipeline.group)) // size)
-    pieces = query_pieces(placed, queries, size, pipeline.group) if pipeline.is_first else []
+    answers = Answers(branches, batch.latent_shape, channel)
+    steps = range(len(filled(branches.count, 1, pipeline.group)))
+    pieces = query_pieces(placed, queries, branches, before, pipeline.group) if pipeline.is_first else []
+    if share is not None and pipeline.is_last:
+        [share] = upload([share[branches.query].float()[..., None, None, None]], device())
 
     def inputs(i: int) -> Inputs:
         answers.advance(i)
         piece = pieces[i]
-        states = query_states(placed, piece, queries.fused, pipeline.dtype, pipeline.patch_size)
+        velocities = (None, None) if before is None else before.velocities([min(i, answers.count - 1)])
+        states = query_states(placed, piece, velocities, queries.fused, pipeline.dtype, pipeline.patch_size)
         return states, piece.timestep, placed.conditions_at(piece.condition)
 
     def outputs(i: int, velocity: Tensor) -> None:
-        if i < count:  # the others only fill up the schedule
-            answers.put(i, velocity)
+        if i >= answers.count:
+            return  # only fills up the schedule
+        if before is not None and share is not None:
+            velocity = before.get(i).lerp(velocity.float(), share[i])
+        answers.put(i, velocity)
 
-    rows = size * (2 if queries.unconditional else 1)
-    pipeline.predict(inputs, outputs, list(steps), rows, latent_size(batch), batch.text_length)
+    pipeline.predict(inputs, outputs, list(steps), branches.rows, latent_size(batch), batch.text_length)
     answers.end_pass()
     return answers
 
@@ -257,12 +290,23 @@ def on_every_rank(result: Tensor) -> Tensor:
 
 
 def query_states(
-    placed: PlacedBatch, piece: QueryPiece, fused: bool, dtype: torch.dtype, patch_size: int | None = None
+    placed: PlacedBatch,
+    piece: QueryPiece,
+    velocities: tuple[Tensor | None, Tensor | None],
+    fused: bool,
+    dtype: torch.dtype,
+    patch_size: int | None = None,
 ) -> Tensor:
-    """States [M, C, H, W], or patches [M, H W / p^2, C p p], of queries: rows over z0 and z1."""
+    """States [M, C, H, W], or patches [M, H W / p^2, C p p], of queries; `velocities` are (v_uncond, v_cond)."""
     assert placed.batch.latents is not None
+    v_uncond, v_cond = velocities
     sources = Sources(
-        z0=placed.batch.latents, v_uncond=None, v_cond=None, states=piece.table, targets=None, fused=fused
+        z0=placed.batch.latents,
+        v_uncond=v_uncond,
+        v_cond=v_cond,
+        states=piece.table,
+        targets=None,
+        fused=fused,
     )
     return sources.combine(piece.table, dtype, patch_size)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
+from soar_mega.engines.branches import Branches
 from soar_mega.engines.channel import Answers
 from soar_mega.kernels import PointTable
 from soar_mega.kernels.point_tables import group_table, point_table, uses
@@ -81,28 +82,34 @@ def _with_last(rows: Tensor, last: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryPiece:
-    """The queries of one forward: some of them, then the same without their conditions."""
+    """The rows of one forward: queries, with their conditions or without."""
 
     table: PointTable
     timestep: Tensor  # [rows] float32
     condition: Tensor  # [rows] int64, of PlacedBatch
 
 
-def query_pieces(placed: PlacedBatch, queries: Queries, size: int, group: int) -> list[QueryPiece]:
-    """The micro-batches of `size` queries of an answer pass, for the first pipeline rank."""
-    batch, branches = placed.batch, 2 if queries.unconditional else 1
-    index = filled(len(queries), size, group).clamp(max=len(queries) - 1)
-    query, is_bare = in_branches(index, size, branches)
-    rows = branches * size
-    sample, no_answer = queries.sample[query], torch.zeros_like(query)
+def query_pieces(
+    placed: PlacedBatch, queries: Queries, branches: Branches, answers: Answers | None, group: int
+) -> list[QueryPiece]:
+    """The forwards of an answer pass, in a multiple of `group`, for the first pipeline rank.
+
+    Args:
+        answers: what the queries' rows read.
+    """
+    batch, rows = placed.batch, branches.rows
+    forward = filled(branches.count, 1, group).clamp(max=branches.count - 1)
+    query = branches.query[forward].flatten()
+    dropped = queries.dropped[query] | branches.unconditional[forward].flatten()
+    sample, row = queries.sample[query], torch.zeros_like(query) if answers is None else branches.row[query]
     groups, of_point, begins = group_table(
-        sample, queries.path[query], no_answer, batch.position[sample], batch.seed, rows
+        sample, queries.path[query], row, batch.position[sample], batch.seed, rows
     )
     made = [
         groups,
         point_table(queries.rows[query], of_point),
         queries.timestep[query].float(),
-        placed.condition_rows(sample, queries.dropped[query] | is_bare),
+        placed.condition_rows(sample, dropped),
     ]
     groups, points, timestep, condition = upload(made, device())
     tables = _tables(groups, begins, points, queries.rows[query], batch.seed, rows)

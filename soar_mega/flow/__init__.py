@@ -6,7 +6,7 @@ the schedule. Sigmas and coefficients are float64, latents and noise float32.
 """
 
 from soar_mega.flow.auxiliary import auxiliary_latents
-from soar_mega.flow.noise import normal, philox, stream_key, uniform
+from soar_mega.flow.noise import balanced, normal, philox, stream_key, uniform
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
@@ -20,7 +20,7 @@ from soar_mega.flow.stochastic import (
     step_mean,
     stochastic_step,
 )
-from soar_mega.flow.timesteps import DENSITIES, sample_time
+from soar_mega.flow.timesteps import DENSITIES, sample_time, slowed
 from soar_mega.flow.weighting import WEIGHTINGS, loss_weight
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Schedule",
     "auxiliary_latents",
     "auxiliary_rows",
+    "balanced",
     "base_rows",
     "combine",
     "correction_strength",
@@ -46,6 +47,7 @@ __all__ = [
     "sample",
     "sample_steps",
     "sample_time",
+    "slowed",
     "spread",
     "step_log_probability",
     "step_mean",

@@ -78,6 +78,24 @@ def uniform(
     return pairs.flatten(1)[:, :count]
 
 
+BALANCED = 6  # neighbours that `balanced` keeps apart: 2^6
+
+
+def balanced(seed: int, stream: str, position: Tensor) -> Tensor:
+    """Uniform numbers [B] float64 inside (0, 1) that are spread evenly over neighbours, keyed as `uniform` is.
+
+    Of 2^k positions from a multiple of 2^k on (k up to 6) exactly one has its number in each of the 2^k equal parts of
+    the interval: whatever a share of samples costs, equal blocks of them cost the same. Each number for itself is
+    uniform: its k-th binary digit is the k-th lowest bit of its position, flipped by a coin of its 2^k neighbours.
+    """
+    number = uniform(seed, stream, position)[:, 0]
+    for k in reversed(range(BALANCED)):
+        coin = uniform(seed, stream, position >> (k + 1), point=k + 1)[:, 0] < 0.5
+        digit = ((position >> k) & 1 == 1) ^ coin
+        number = (digit + number) / 2
+    return number
+
+
 def _draw(
     seed: int,
     stream: str,

@@ -30,7 +30,7 @@ def auxiliary_rows(
     sigma0: Tensor,
     sigma1: Tensor,
     sigma_aux: Tensor,
-    guidance_scale: float,
+    guidance_scale: Tensor | float,
     coefficients: Coefficients,
     fresh_endpoint: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,7 @@ def auxiliary_rows(
 
     Args:
         sigma0, sigma1, sigma_aux: [P], or broadcastable to the points, s1 <= s' <= 1 and s' > 0.
+        guidance_scale: g, of all points or one of each.
         coefficients: (A, B, C) of `rollout_coefficients`.
         fresh_endpoint: noise again towards z1_aux, not towards the z1 of the first state.
     """

@@ -70,19 +70,17 @@ class Schedule:
             sigma = ascending[entry.clamp(min=0)]
         return self.num_train_timesteps * sigma
 
-    def rollout_end(self, u0: Tensor | float, sampling_steps: int) -> Tensor:
-        """Sigma after one step, from time u0, of a sampler of `sampling_steps` steps: same shape, float64.
+    def rollout_end(self, u0: Tensor | float, length: Tensor | float) -> Tensor:
+        """Sigma after a way of `length` from time u0, 1/n for one step of n: same shape, float64.
 
-        u1 = max(u0 - 1/sampling_steps, 0), and its sigma is never below sigma_min: without this floor the
-        second moment of the correction diverges.
+        u1 = max(u0 - length, 0), and its sigma is never below sigma_min: without this floor the second moment of the
+        correction diverges.
 
         Raises:
-            ValueError: sampling_steps below 1, u0 outside [0, 1].
+            ValueError: u0 or what is left of it outside [0, 1].
         """
-        if sampling_steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1 (the paper uses 40), not {sampling_steps}")
         u0 = torch.as_tensor(u0, dtype=torch.float64)
-        return self.sigma((u0 - 1 / sampling_steps).clamp(min=0)).clamp(min=self.sigma_min)
+        return self.sigma((u0 - length).clamp(min=0)).clamp(min=self.sigma_min)
 
     def inference_sigmas(self, n: int) -> Tensor:
         """Sigmas of an n-step sampler, [n + 1] float64, from 1 down to 0.

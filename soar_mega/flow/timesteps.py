@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-DENSITIES = ("logit_normal", "uniform", "mode")
+DENSITIES = ("logit_normal", "uniform", "mode", "beta")
 
 
 def sample_time(
@@ -18,6 +18,8 @@ def sample_time(
         logit_normal: u = sigmoid(logit_mean + logit_std n), n normal; a positive mean moves towards noise
         uniform: u itself
         mode: 1 - x - mode_scale (cos^2(pi x / 2) - 1 + x), x uniform
+    and that of MixFlow (arXiv 2512.19311), under which it meets all pairs of a time and a noisier one equally often:
+        beta: 1 - sqrt(1 - x): the distance from noise, 1 - u, is Beta(2, 1)
 
     Raises:
         ValueError: an unknown density, logit_std not positive, mode_scale outside [-1, 2 / (pi - 2)].
@@ -36,4 +38,17 @@ def sample_time(
             )
         u = 1 - x - mode_scale * (torch.cos(math.pi * x / 2) ** 2 - 1 + x)
         return u.clamp(0, 1)  # rounding may leave the interval at its ends
+    if density == "beta":
+        return 1 - (1 - x).sqrt()
     raise ValueError(f"unknown timestep density {density!r}; choose one of {', '.join(DENSITIES)}")
+
+
+def slowed(sigma: Tensor, gamma: float, uniform: Tensor) -> Tensor:
+    """Where MixFlow takes the state that it tells sigma of: sigma + gamma U (1 - sigma), same shape, float64.
+
+    A sampler's states are noisier than their sigma says, so the model learns from noisier ones.
+
+    Args:
+        uniform: numbers U in (0, 1), same shape.
+    """
+    return sigma + gamma * uniform * (1 - sigma)

@@ -11,6 +11,7 @@ from soar_mega.stages.settings import (
     CollectingConfig,
     DiffusionNftConfig,
     FlowGrpoConfig,
+    MixFlowConfig,
     SftConfig,
     SftMultiConfig,
     SoarConfig,
@@ -39,11 +40,12 @@ def make_stage(
     """
     from soar_mega.stages.diffusion_nft import DiffusionNft
     from soar_mega.stages.flow_grpo import FlowGrpo
+    from soar_mega.stages.mixflow import MixFlow
     from soar_mega.stages.sft import Sft
     from soar_mega.stages.sft_multi import SftMulti
     from soar_mega.stages.soar import Soar
 
-    of_samples: dict[str, Any] = {"soar": Soar, "sft": Sft, "sft_multi": SftMulti}
+    of_samples: dict[str, Any] = {"soar": Soar, "sft": Sft, "sft_multi": SftMulti, "mixflow": MixFlow}
     of_own_samples: dict[str, Any] = {"flow_grpo": FlowGrpo, "diffusion_nft": DiffusionNft}
     names = [*of_samples, *of_own_samples]
     if config.name not in names:
@@ -63,6 +65,7 @@ __all__ = [
     "CollectingConfig",
     "DiffusionNftConfig",
     "FlowGrpoConfig",
+    "MixFlowConfig",
     "SftConfig",
     "SftMultiConfig",
     "SoarConfig",

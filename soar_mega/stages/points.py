@@ -18,6 +18,14 @@ from soar_mega.flow import Schedule
 from soar_mega.stages.latent_sources import Sources
 
 
+class RolloutStep(NamedTuple):
+    """A further step of the rollouts of Q queries: their velocities at the states that the steps before have led to."""
+
+    timestep: Tensor  # [Q] float64
+    rows: Tensor  # [Q, 6] float64, which read the mean velocity of the way so far
+    share: Tensor  # [Q] float64, of this step's velocity in the mean of the way behind it
+
+
 @dataclass(kw_only=True)
 class Queries:
     """States whose velocity must be known before points are trained on, at any places of a batch."""
@@ -27,8 +35,11 @@ class Queries:
     sigma: Tensor  # [Q] float64
     timestep: Tensor  # [Q] float64, what the model is told
     rows: Tensor  # [Q, 6] float64; velocities have no coefficients
+    then: tuple[RolloutStep, ...] = ()  # whose mean velocity is the answer, where there are any
     dropped: Tensor  # [Q] bool: the conditional branch sees the empty prompt
-    unconditional: bool  # whether v_uncond is wanted (a guidance scale of 1 does not need it)
+    unconditional: (
+        bool | Tensor
+    )  # whether v_uncond is wanted (a guidance scale of 1 does not need it), or [Q] bool
     fused: bool = True  # states by a kernel
 
     def __len__(self) -> int:

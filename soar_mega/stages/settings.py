@@ -4,11 +4,12 @@ They are read by whoever reads a recipe, which must not take the seconds that to
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from soar_mega.config import Forwards, StageConfig
+from soar_mega.config import Forwards, Recipe, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
 from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
+from soar_mega.stages.scale import SCALES, Scale, guided_share, is_scale
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class SftConfig(StageConfig):
     name: str = "sft"
     condition_dropout: float = 0.0  # share of samples trained on the empty prompt
     timesteps: str = "continuous"  # continuous | grid (the published table)
-    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode
+    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode | beta (MixFlow's)
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
@@ -28,13 +29,23 @@ class SftConfig(StageConfig):
     rules: ClassVar[dict[str, Rule]] = StageConfig.rules | {
         "condition_dropout": within(0, 1),
         "timesteps": one_of("continuous", "grid"),
-        "timestep_density": one_of("logit_normal", "uniform", "mode"),
+        "timestep_density": one_of("logit_normal", "uniform", "mode", "beta"),
         "logit_std": above(0),
         "loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
     }
 
     def forwards(self) -> Forwards:
         return Forwards(answers=0, points=1)
+
+
+@dataclass(kw_only=True)
+class MixFlowConfig(SftConfig):
+    """How much noisier a state is than the model is told."""
+
+    name: str = "mixflow"
+    gamma: float = 0.8  # the state of sigma s is that of s + gamma U (1 - s), U uniform in (0, 1)
+
+    rules: ClassVar[dict[str, Rule]] = SftConfig.rules | {"gamma": within(0, 1)}
 
 
 @dataclass(kw_only=True)
@@ -45,15 +56,21 @@ class SftMultiConfig(SftConfig):
     num_auxiliary_points: int = 6  # N, per rollout path
     num_rollout_paths: int = 1
     auxiliary_weight: float = 1.0  # lambda
-    sampling_steps: int = 40  # K: the rollout is one step of a K-step sampler
+    sampling_steps: int = 40  # K: a rollout step is one of a K-step sampler
+    rollout_steps: int = 1  # of a rollout
+    max_rollout_length: float | None = None  # uniform up to this share of the way; None: rollout_steps / K
     sigma_upper_ratio: float = 1.0  # s' ~ U[s1, s1 + ratio (1 - s1)]
+    auxiliary_gamma: float = 0.0  # auxiliary states are noisier than the model is told, as gamma of mixflow
 
     rules: ClassVar[dict[str, Rule]] = SftConfig.rules | {
         "num_auxiliary_points": at_least(0),
         "num_rollout_paths": at_least(1),
         "auxiliary_weight": at_least(0),
         "sampling_steps": at_least(1),
+        "rollout_steps": at_least(1),
+        "max_rollout_length": within(0, 1),
         "sigma_upper_ratio": within(0, 1),
+        "auxiliary_gamma": within(0, 1),
     }
 
     def forwards(self) -> Forwards:
@@ -68,24 +85,44 @@ class SoarConfig(SftMultiConfig):
     rollout_variant: str = "flow_sde"  # of the paths after the first (the ODE): simple | sde | flow_sde | cps
     eta: float = 0.5  # noise of the stochastic paths
     fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
-    guidance_scale: float = 4.5  # of the rollout; a guidance-distilled model is told it at all points
+    # of the rollout: one for all samples, or spread over them (`soar_mega.stages.scale`); a guidance-distilled model is
+    # told it at all points
+    guidance_scale: Scale = 4.5  # type: ignore[assignment]
 
     rules: ClassVar[dict[str, Rule]] = SftMultiConfig.rules | {
         "rollout_variant": one_of("simple", "sde", "flow_sde", "cps"),
         "eta": at_least(0),
+        "guidance_scale": (is_scale, SCALES),
     }
 
     def forwards(self) -> Forwards:
         if not self.num_auxiliary_points:
             return super().forwards()
-        branches = 2 if self.guidance_scale != 1.0 else 1
-        return super().forwards()._replace(answers=branches, query_branches=branches)
+        share = guided_share(self.guidance_scale)
+        answers, branches = self.rollout_steps * (1 + share), 2 if share else 1
+        return super().forwards()._replace(answers=answers, query_branches=branches)
+
+    def check(self, recipe: Recipe) -> None:
+        if self.rollout_steps > 1 and self.num_rollout_paths > 1:
+            raise ValueError(
+                f"stage.rollout_steps={self.rollout_steps} is for the ODE path alone: set stage.num_rollout_paths=1, "
+                "or stage.rollout_steps=1"
+            )
+
+    def asking(self, is_told: bool) -> Self:
+        if is_told and not isinstance(self.guidance_scale, int | float):
+            raise ValueError(
+                f"stage.guidance_scale is {self.guidance_scale!r}: a guidance-distilled model is told one scale, so "
+                "give one number"
+            )
+        return super().asking(is_told)
 
 
 SETTINGS: dict[str, type[StageConfig]] = {
     "soar": SoarConfig,
     "sft": SftConfig,
     "sft_multi": SftMultiConfig,
+    "mixflow": MixFlowConfig,
     "flow_grpo": FlowGrpoConfig,
     "diffusion_nft": DiffusionNftConfig,
 }
@@ -95,6 +132,7 @@ __all__ = [
     "CollectingConfig",
     "DiffusionNftConfig",
     "FlowGrpoConfig",
+    "MixFlowConfig",
     "SftConfig",
     "SftMultiConfig",
     "SoarConfig",

@@ -35,7 +35,7 @@ class Sft:
         """The base points, one per sample."""
         sigma = self._sigma0(batch)
         sample = torch.arange(len(batch))
-        state_rows, target_rows = base_rows(sigma)
+        state_rows, target_rows = base_rows(self._state_sigma(batch, sigma))
         present = batch.valid.to(torch.float64)
         return Points(
             kinds=self.kinds,
@@ -60,6 +60,10 @@ class Sft:
     def blends(self, iteration: int) -> Mapping[str, float]:
         """Nothing is kept."""
         return {}
+
+    def _state_sigma(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """Where on the ray the states are of which the model is told `sigma` [B]."""
+        return sigma
 
     def _time(self, batch: Batch) -> Tensor:
         """Unshifted time u0 [B] of the base points."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import RankFailure, run_ranks
+from test_branches import queries_of
 
 from soar_mega.distributed import is_first_stage
 from soar_mega.engines import channel
+from soar_mega.engines.branches import branches_of
 from soar_mega.engines.channel import Answers, Messages, OverlappedChannel
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages import SftConfig, make_stage
@@ -97,7 +99,7 @@ def test_answers_that_nobody_asks_for_do_no_harm(settings):
 
 
 def test_velocities_are_taken_by_sample_and_only_where_wanted():
-    answers = Answers(2, 2, (1, 1, 1), True, None)
+    answers = Answers(branches_of(queries_of(4, True), 2), (1, 1, 1), None)
     for i in range(2):
         cond = torch.arange(2.0) + 2 * i
         answers.put(i, torch.cat([cond, cond + 100])[:, None, None, None])

@@ -9,6 +9,7 @@ from collecting_cases import Collecting, collected_batch, collecting_recipe, lea
 from engine_cases import SOAR, VPP2, make_batch, make_recipe, start_engine
 from gpu_stand_in import Seen, is_on_cpu, nccl_alone
 from multirank import run_ranks
+from test_branches import VARIED
 
 from soar_mega.config import Recipe
 from soar_mega.distributed import device
@@ -60,13 +61,14 @@ def two_steps_of_own_samples(recipe: Recipe) -> Seen:
     [
         pytest.param({"layout": (1, 2)}, marks=pytest.mark.slow),
         {"layout": (1, 2), **VPP2},
+        pytest.param({"layout": (1, 2), "stage": VARIED}, marks=pytest.mark.slow),
         pytest.param(
             {"layout": (2, 1), "sequence_parallel": True, "stage": replace(SOAR, fused_kernels=False)},
             marks=pytest.mark.slow,
         ),
         {"engine": "deepspeed", "zero_stage": 1},
     ],
-    ids=["pipeline", "two-chunks", "tensor", "deepspeed"],
+    ids=["pipeline", "two-chunks", "varied", "tensor", "deepspeed"],
 )
 def test_a_step_waits_for_its_gradient_norm_alone(settings):
     wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("

@@ -55,7 +55,7 @@ def test_grid_and_ode_reproduce_the_published_points():
     expected, sigmas = published_points(x, u0, u_aux, 3.0, 40, 4.5)
 
     schedule = Schedule(3.0, grid=True)
-    sigma0, sigma1 = schedule.sigma(u0), schedule.rollout_end(u0, 40)
+    sigma0, sigma1 = schedule.sigma(u0), schedule.rollout_end(u0, 1 / 40)
     sigma_aux = sigma1[:, None] + (1 - sigma1[:, None]) * u_aux
     ours = auxiliary_latents(x["z0"], x["z1"], sigma0, sigma1, x["v_uncond"], x["v_cond"], 4.5, sigma_aux)
     assert ours.dtype == torch.float32 and ours.shape == (64, 6, 2, 4, 4)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soar_mega.flow import normal, philox, stream_key, uniform
-from soar_mega.flow.noise import _unit_interval
+from soar_mega.flow.noise import _unit_interval, balanced
 
 MASK = np.uint64(0xFFFFFFFF)
 WORD = st.integers(0, 2**32 - 1)
@@ -150,3 +150,19 @@ def test_uniform_numbers_are_uniform():
     for column in x.T:
         assert scipy.stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(x.T.numpy())[0, 1]) < 5 / math.sqrt(20000)
+
+
+def test_balanced_numbers_are_uniform_and_spread_over_neighbours():
+    position = torch.arange(2**33 - 256, 2**33 + 256)
+    x = balanced(7, "guidance", position)
+    for k in range(7):  # every block of 2^k: one number in each 2^k-th part
+        parts = (x * 2**k).floor().long().view(-1, 2**k)
+        assert torch.equal(parts.sort(dim=1).values, torch.arange(2**k).expand_as(parts))
+    assert torch.equal(balanced(7, "guidance", position[5:9]), x[5:9])
+    # each alone is uniform and does not follow from its place: over blocks, which have their own coins
+    pairs = torch.arange(1000)[:, None] * 64 + torch.tensor([6, 7])
+    over_blocks = balanced(7, "guidance", pairs.flatten()).view(-1, 2)
+    for column in over_blocks.T:
+        assert scipy.stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
+    halves = over_blocks > 0.5
+    assert bool((halves[:, 0] != halves[:, 1]).all()) and 400 < int(halves[:, 0].sum()) < 600

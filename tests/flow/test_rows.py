@@ -100,7 +100,7 @@ def test_quantiles_of_k_under_the_published_sampling():
     schedule = Schedule(3.0)
     generator = torch.Generator().manual_seed(0)
     u0 = torch.sigmoid(torch.randn(100_000, dtype=torch.float64, generator=generator))
-    s0, s1 = schedule.sigma(u0), schedule.rollout_end(u0, 40)
+    s0, s1 = schedule.sigma(u0), schedule.rollout_end(u0, 1 / 40)
     s = s1 + (1 - s1) * torch.rand(100_000, dtype=torch.float64, generator=generator)
     q = torch.tensor([0.05, 0.5, 0.95, 0.99], dtype=torch.float64)
     quantiles = correction_strength(s0, s1, s).quantile(q)

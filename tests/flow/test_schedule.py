@@ -52,7 +52,7 @@ def test_grid_floor_at_multiples_reached_by_subtraction():
     for i in range(960):  # u1 = u0 - 0.04 is again a multiple of 1/1000, which float64 misses by an ulp
         u0 = i / 1000 + 0.04
         k = max(i, 1)
-        assert math.isclose(float(schedule.rollout_end(u0, 25)), 3 * k / (1000 + 2 * k), rel_tol=1e-12), i
+        assert math.isclose(float(schedule.rollout_end(u0, 1 / 25)), 3 * k / (1000 + 2 * k), rel_tol=1e-12), i
 
 
 def test_grid_timestep_of_a_sigma_between_entries_is_the_lower_one():
@@ -72,8 +72,8 @@ def test_rollout_end_goes_one_step_down_and_never_below_the_floor(grid, shift, s
     u0 = torch.tensor([1.0, 0.5, 0.0255, 0.025, 0.01, 0.0], dtype=torch.float64)
     u1 = torch.tensor([0.975, 0.475, 0.0005, 0, 0, 0], dtype=torch.float64)
     expected = torch.clamp(shift * u1 / (1 + (shift - 1) * u1), min=sigma_min)
-    torch.testing.assert_close(schedule.rollout_end(u0, 40), expected, rtol=1e-12, atol=0)
-    assert float(schedule.rollout_end(1.0, 1)) == schedule.sigma_min
+    torch.testing.assert_close(schedule.rollout_end(u0, 1 / 40), expected, rtol=1e-12, atol=0)
+    assert float(schedule.rollout_end(1.0, 1.0)) == schedule.sigma_min
 
 
 @given(UNIT, SHIFT, st.integers(1, 100), st.booleans())
@@ -81,7 +81,7 @@ def test_rollout_end_goes_one_step_down_and_never_below_the_floor(grid, shift, s
 def test_a_rollout_never_goes_up(u0, shift, steps, grid):
     schedule = Schedule(shift, grid=grid)
     start = max(float(schedule.sigma(u0)), schedule.sigma_min)
-    assert schedule.sigma_min <= float(schedule.rollout_end(u0, steps)) <= start <= 1
+    assert schedule.sigma_min <= float(schedule.rollout_end(u0, 1 / steps)) <= start <= 1
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -100,7 +100,7 @@ def test_bad_values_are_named():
         (lambda: Schedule(1.0, num_train_timesteps=0), "num_train_timesteps"),
         (lambda: Schedule(1.0).sigma(1.1), r"\[0, 1\]"),
         (lambda: Schedule(1.0).sigma(torch.tensor([0.5, float("nan")])), r"\[0, 1\]"),
-        (lambda: Schedule(1.0).rollout_end(0.5, 0), "sampling_steps"),
+        (lambda: Schedule(1.0).rollout_end(1.5, 0.1), r"\[0, 1\]"),
         (lambda: Schedule(1.0).inference_sigmas(0), "sampling steps"),
     ]:
         with pytest.raises(ValueError, match=text):

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from soar_mega.flow import DENSITIES, sample_time, uniform
+from soar_mega.flow import DENSITIES, sample_time, slowed, uniform
 
 GRID = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000  # quantiles of the uniform density
 
@@ -34,7 +34,7 @@ def test_mode_is_the_formula_of_diffusers(scale):
     )
 
 
-@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("density", ["logit_normal", "uniform", "mode"])
 def test_densities_agree_with_diffusers(density):
     theirs = compute_density_for_timestep_sampling(
         density,
@@ -46,6 +46,22 @@ def test_densities_agree_with_diffusers(density):
     )
     ours = sample_time(density, uniform(0, "time", torch.arange(5000))[:, 0], 0.4, 1.2, 1.29)
     assert scipy.stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
+
+
+def test_beta_is_the_density_under_which_mixflow_meets_all_pairs_equally():
+    u = sample_time("beta", GRID)
+    assert bool((u.diff() > 0).all())
+    assert scipy.stats.kstest(1 - u.numpy(), scipy.stats.beta(2, 1).cdf).statistic < 1e-4
+    # uniform over the triangle of (time, noisier time): both lie in a square of it as often as its area says
+    noisier = slowed(u, 1.0, uniform(3, "slowed", torch.arange(len(u)))[:, 0])
+    inside = ((u < 0.3) & (noisier > 0.5) & (noisier < 0.9)).double().mean()
+    assert float(inside) == pytest.approx(2 * 0.3 * 0.4, abs=0.01)
+
+
+def test_slowed_states_lie_between_sigma_and_noise():
+    sigma, draws = torch.tensor([0.0, 0.25, 1.0]).double(), torch.tensor([0.5, 1.0, 0.3]).double()
+    assert slowed(sigma, 0.4, draws).tolist() == pytest.approx([0.2, 0.25 + 0.4 * 0.75, 1.0])
+    assert torch.equal(slowed(sigma, 0.0, draws), sigma)
 
 
 @pytest.mark.parametrize("density", DENSITIES)

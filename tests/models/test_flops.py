@@ -144,6 +144,7 @@ def test_published_models_at_512_pixels(preset: str, tera: float) -> None:
         (SoarConfig(num_auxiliary_points=6), (2, 7)),
         (SoarConfig(num_auxiliary_points=6, guidance_scale=1.0), (1, 7)),
         (SoarConfig(num_auxiliary_points=2, num_rollout_paths=3), (2, 7)),
+        (SoarConfig(num_auxiliary_points=1, rollout_steps=3), (6, 2)),
         (SoarConfig(num_auxiliary_points=0), (0, 1)),
         (SftConfig(), (0, 1)),
         (SftMultiConfig(num_auxiliary_points=6), (0, 7)),
@@ -155,7 +156,7 @@ def test_forwards_of_a_sample(settings: StageConfig, forwards: tuple[int, int]) 
     sample = torch.zeros(1, dtype=torch.int64)
     one = Batch(seed=0, position=sample, valid=sample == 0, latent_shape=(1, 1, 1), text_length=1)
     queries = stage.queries(one)
-    answers = 0 if queries is None else len(queries) * (2 if queries.unconditional else 1)
+    answers = 0 if queries is None else (1 + len(queries.then)) * (2 if queries.unconditional else 1)
     made = stage.points(one)
     assert settings.forwards()[:2] == (answers, len(made) * made.branches) == forwards
     branches = settings.forwards().query_branches, settings.forwards().point_branches

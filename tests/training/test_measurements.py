@@ -98,7 +98,7 @@ def test_grid() -> None:
     assert sheet[0, 4, 5] == 1.0 and sheet[:, 0].eq(1.0).all()
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "sft_multi", "soar"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "sft_multi", "soar", "mixflow"])
 def test_tiny_recipes_are_valid(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / "tiny" / f"{name}.yaml")
     arm = {"pretrain": "sft"}.get(name, name)

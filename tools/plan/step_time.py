@@ -100,11 +100,8 @@ class StepModel:
         if work.rows:
             answer = max(self._rank(rank, work.rows, backward=False) for rank in range(self.ranks))
             answer += self._message(work.rows)
-            asked = -(
-                -work.samples
-                * self.recipe.stage.asking(self.sizes.guidance_embeds).forwards().answers
-                // work.rows
-            )
+            answers = self.recipe.stage.asking(self.sizes.guidance_embeds).forwards().answers
+            asked = math.ceil(work.samples * answers / work.rows)
         filling = (self.ranks - 1) / self.chunks
         group = self.ranks if self.chunks > 1 else 1
         made = -(-work.micro_batches // group) * group  # an interleaved pipeline fills up whole groups

@@ -55,8 +55,8 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(**{kind: count + getattr(other, kind) for kind, count in vars(self).items()})
 
-    def __rmul__(self, times: int) -> "Work":
-        return Work(**{kind: times * count for kind, count in vars(self).items()})
+    def __rmul__(self, times: float) -> "Work":
+        return Work(**{kind: round(times * count) for kind, count in vars(self).items()})
 
 
 def image_tokens(sizes: Sizes, latent_size: tuple[int, int]) -> int:
@@ -91,7 +91,7 @@ def recomputed_work(sizes: Sizes, tokens: Tokens, granularity: str, every: int =
     return Work()
 
 
-def step_work(forward: Work, answers: int, points: int, adapters: bool = False) -> Work:
+def step_work(forward: Work, answers: float, points: int, adapters: bool = False) -> Work:
     """Of a step: `answers` forwards of one sample without a gradient, `points` forwards with their backward.
 
     Args:

@@ -102,7 +102,7 @@ def workload(
     branches = forwards.point_branches
     total = samples * forwards.points // branches
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
-    asked = min(train.micro_batch_size * forwards.query_branches, round(samples * forwards.answers))
+    asked = min(train.micro_batch_size * forwards.query_branches, math.ceil(samples * forwards.answers))
     rows = max(asked, stage.drawn_rows)
     return Workload(latent_size, text_length, size * branches, rows, samples, -(-total // size))
 
@@ -270,4 +270,4 @@ def _batch(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> int:
     per_sample = latent * (1 + answers) if rank in (0, ranks - 1) else 0
     if rank == 0:
         per_sample += ITEM[recipe.model.dtype] * work.text_length * sizes.joint_attention_dim
-    return work.samples * per_sample
+    return round(work.samples * per_sample)

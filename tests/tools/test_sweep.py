@@ -1,0 +1,245 @@
+"""Sweeps: their files, what is left to do, contrasts with their errors, and the results of an evaluation."""
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from sweeping.contrasts import Chance, contrast, holm, pooled
+from sweeping.outcomes import Evaluated
+from sweeping.page import curves_figure, write_page
+from sweeping.plan import read_sweep
+from sweeping.results import results
+from sweeping.runs import job_script, runs_of
+
+from soar_mega.recipe import recipe_to_yaml
+from soar_mega.stages import load_recipe
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "seeds": [1, 2],
+    "budget": {"steps": 20},
+    "measures": {
+        "best": {"prompts": "canvases", "scorer": "digits", "guidance_scale": "best"},
+        "unguided": {"prompts": "canvases", "scorer": "digits", "guidance_scale": 1},
+        "drift": {"drift": [0.9, 0.65], "guidance_scale": 3},
+    },
+    "primary": ["best"],
+    "arms": {
+        "sft": {"recipe": "recipes/tiny/sft.yaml"},
+        "soar": {"recipe": "recipes/tiny/soar.yaml", "references": ["sft"], "budget": {"forward_units": 60}},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # recipes name their files from there
+
+
+def sweep_of(folder: Path, **changes):
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"folder": str(folder / "out")} | SMALL | changes))
+    return read_sweep(path)
+
+
+def test_the_study_and_its_screening_are_sweeps() -> None:
+    study, screening = (read_sweep(f"recipes/tiny/{name}.yaml") for name in ("study", "screening"))
+    work = {arm.name: arm.iterations * arm.units for arm in study.arms}
+    assert study.arm("soar").iterations == study.arm("sft").iterations == 200
+    for name in ("sft_long", "mixflow_long", "soar_chosen_long"):
+        assert work[name] == pytest.approx(work["soar"], rel=2e-3)  # equal computation
+    used = {seed for arm in screening.arms for seed in arm.seeds}
+    assert not used & {seed for arm in study.arms for seed in arm.seeds}  # what chose does not prove
+    assert screening.arm("soar_g1_g3").units == 10.5
+    large = {arm.name: arm for arm in read_sweep("recipes/sd35_medium/study.yaml").arms}
+    assert large["soar"].units == 23 and large["soar_mixed"].units == 22.5 and large["control"].units == 21
+    assert large["sft_long"].iterations == round(5000 * 23 / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arm": {}}, "unknown key 'arm'"),
+        ({"arms": {}}, "arms is missing"),
+        ({"primary": ["worst"]}, "there is no measure 'worst'"),
+        ({"arms": {"sft": {"recipe": "recipes/tiny/sft.yaml", "references": ["sfd"]}}}, "no arm 'sfd'"),
+        ({"arms": {"a b": {"recipe": "recipes/tiny/sft.yaml"}}}, "names folders"),
+        ({"arms": {"sft": {"recipe": "recipes/tiny/sft.yaml", "budget": {"hours": 3}}}}, "{steps: 200}"),
+        ({"arms": {"sft": {"recipe": "recipes/tiny/sft.yaml", "overrides": ["stage.eta=1"]}}}, "stage.eta"),
+        ({"measures": {"x": {"prompts": "canvases", "guidance_scale": 1}}}, "measures.x"),
+        ({"measures": {"x": {"drift": [0.9, 0.65], "guidance_scale": "best"}}}, "that is a number"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sweep_of(tmp_path, **changes)
+
+
+def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, curve=[4, 6, 40], slurm={"nodes": 1, "gpus_per_node": 0, "time": "00:30:00"})
+    runs = {run.name: run for run in runs_of(sweep)}
+    assert list(runs) == ["sft-1", "sft-2", "soar-1", "soar-2"]  # 60 forward units each, 20 steps and 5
+    run = runs["sft-2"]
+    assert {"train.seed=2", "train.train_iters=20", "checkpoint.save_retain_interval=2"} <= set(run.words)
+    assert runs["soar-1"].arm.iterations == 5 and runs["soar-1"].curve == [4]
+    assert run.models() == [
+        f"sft.4#2={run.folder}/iter_0000004",
+        f"sft.6#2={run.folder}/iter_0000006",
+        f"sft#2={run.folder}/export_ema",
+    ]
+    assert not run.is_done()
+    run.folder.mkdir(parents=True)
+    (run.folder / "run_config.yaml").write_text(recipe_to_yaml(load_recipe(run.words[0], run.words[1:])))
+    assert not run.is_done()  # begun
+    run.marker.write_text("{}")
+    assert run.is_done()
+    script, missing = job_script(sweep, list(runs.values()))
+    assert missing == 3 and "#SBATCH --array=0-2" in script and "runs/sft-2" not in script
+
+    changed = sweep_of(tmp_path, curve=[4, 6, 40], overrides=["optimizer.lr=1e-3"])
+    with pytest.raises(ValueError, match=r"sft-2 is a run with other settings than the arm sft"):
+        next(each for each in runs_of(changed) if each.name == "sft-2").is_done()
+    assert run.marker.is_file()
+
+
+def test_chance_is_what_arms_and_seeds_leave() -> None:
+    """Two arms with three seeds in common, one of them with two more, one with a single run: by hand."""
+    scores = {"a": {1: 1.0, 2: 3.0, 3: 2.0}, "b": {1: 2.0, 2: 3.0, 3: 4.0}, "c": {1: 9.0}}
+    chance = pooled(scores)
+    differences = [1.0, 0.0, 2.0]  # b - a; their variance is twice that of a run
+    variance = sum((d - 1.0) ** 2 for d in differences) / 2
+    assert chance.freedom == 2 and chance.deviation == pytest.approx(math.sqrt(variance / 2))
+    found = contrast(scores, "b", "a", "score", chance, prompts_error=0.0)
+    assert found.value == 1.0 and found.seeds == 3
+    # then the interval is that of the paired t test
+    reach = 4.302653 * math.sqrt(variance / 3)
+    assert (found.low, found.high) == pytest.approx((1 - reach, 1 + reach))
+    with_prompts = contrast(scores, "b", "a", "score", chance, prompts_error=1.0)
+    assert with_prompts.high - 1 == pytest.approx(4.302653 * math.hypot(math.sqrt(variance / 3), 1.0))
+    assert with_prompts.p > found.p == pytest.approx(0.2254033)  # t = sqrt(3), two degrees of freedom
+    alone = contrast(scores, "c", "a", "score", Chance(deviation=math.nan, freedom=0), 0.1)
+    assert alone.value == 8.0 and alone.p is alone.low is None
+    assert pooled({"a": {1: 1.0}, "b": {1: 2.0}}).freedom == 0
+
+
+def test_more_arms_make_the_chance_better_known() -> None:
+    one = {"a": {1: 0.0, 2: 0.3}, "b": {1: 0.2, 2: 0.1}}
+    assert pooled(one).freedom == 1
+    assert pooled(one | {f"x{i}": {1: 0.1 * i, 2: 0.1} for i in range(10)}).freedom == 11
+
+
+def test_holm_corrects_as_published() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.5]) == [1.0, 1.0] and holm([]) == []
+
+
+def write_evaluation(folder: Path, arms: dict[str, float], halves: int = 2) -> None:
+    """Prompts of two categories: at guidance 3 an arm is right on its share of them, at 1 on half as many."""
+    rows, models = [], {}
+    for (arm, share), seed in itertools.product(arms.items(), (1, 2)):
+        if arm == "base" and seed > 1:
+            continue
+        name = arm if arm == "base" else f"{arm}#{seed}"
+        models[name] = {
+            "drift": {"scales": {"3": [{"from": 0.9, "to": 0.65, "errors": [share, share + 0.1 * seed]}]}}
+        }
+        for number, (scale, noise) in itertools.product(range(40), itertools.product((3.0, 1.0), (0, 1))):
+            right = number % 20 < 20 * share * (1 if scale == 3 else 0.5) + seed
+            rows.append(
+                {
+                    "model": name,
+                    "guidance_scale": scale,
+                    "steps": 20,
+                    "set": "canvases",
+                    "scorer": "digits",
+                    "value": "digits",
+                    "image": f"{number}_{noise}",
+                    "category": "two" if number < 20 else "one",
+                    "half": number % halves,
+                    "noise": noise,
+                    "score": float(right),
+                    "prompt": f"prompt {number}",
+                    "written_by": "",
+                }
+            )
+    folder.mkdir(parents=True)
+    with (folder / "outcomes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "report.json").write_text(json.dumps({"models": models}))
+
+
+def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, base="recipes/tiny/base")
+    write_evaluation(tmp_path / "evaluation", {"base": 0.2, "sft": 0.4, "soar": 0.6})
+    result = results(sweep, Evaluated(tmp_path / "evaluation"), "tools/sweep.py")
+    best, unguided = result["measures"]["best"], result["measures"]["unguided"]
+    assert best["guidance_scale"] == {"sft": 3.0, "soar": 3.0}
+    # of 20 prompts of a category (10 in the half that is reported) 8 + seed and 12 + seed are right
+    assert best["scores"] == {"sft": {1: 0.4, 2: 0.5}, "soar": {1: 0.6, 2: 0.7}}
+    assert unguided["scores"]["sft"] == {1: 0.25, 2: 0.3}
+    found = {(each["measure"], each["arm"]): each for each in result["contrasts"]}
+    soar = found["best", "soar"]
+    assert soar["value"] == pytest.approx(0.2) and soar["seeds"] == 2
+    assert soar["prompts_error"] > 0.05  # the prompts that make the difference
+    assert soar["seeds_error"] == pytest.approx(0.0, abs=1e-9)  # a seed did the same to both
+    assert soar["adjusted"] == soar["p"] and found["unguided", "soar"]["adjusted"] is None
+    assert found["drift", "soar"]["value"] == pytest.approx(0.2)
+    assert result["measures"]["drift"]["scores"]["sft"][2] == pytest.approx(0.5)
+    assert best["curves"]["soar"] == [{"iteration": 5, "forward_units": 55, "mean": pytest.approx(0.65)}]
+    assert best["base"] == pytest.approx(0.2)
+
+    page = write_page(json.loads(json.dumps(result)), Path("small.html")).decode()
+    assert "soar - sft" in page and "+0.200" in page and page.count("data:image/png") == 3
+    assert b"tools/sweep.py" in curves_figure(result, "best")
+
+
+def test_the_scale_is_chosen_on_prompts_that_are_not_reported(tmp_path: Path) -> None:
+    """A model that is right without guidance on one half, and with it on the other."""
+    write_evaluation(tmp_path / "evaluation", {"sft": 0.4})
+    path = tmp_path / "evaluation" / "outcomes.csv"
+    rows = list(csv.DictReader(path.open(newline="")))
+    for row in rows:
+        row["score"] = str(float((row["half"] == "0") == (row["guidance_scale"] == "1.0")))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    sweep = sweep_of(tmp_path, arms={"sft": SMALL["arms"]["sft"]})
+    best = results(sweep, Evaluated(tmp_path / "evaluation"), "")["measures"]["best"]
+    assert best["guidance_scale"] == {"sft": 1.0} and best["scores"]["sft"] == {1: 0.0, 2: 0.0}
+    with pytest.raises(ValueError, match=r"soar#1 has no images of canvases"):
+        results(sweep_of(tmp_path), Evaluated(tmp_path / "evaluation"), "")
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_all_the_way_and_then_has_nothing_to_do(tmp_path: Path) -> None:
+    path, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    said = SMALL | {
+        "folder": str(out),
+        "base": "recipes/tiny/base",
+        "canvases": {"train": 64, "held_out": 48, "prompts_per_category": 2},
+        "overrides": [f"logging.{key}_interval=0" for key in ("eval", "drift", "sample")],
+        "seeds": [1],
+        "budget": {"steps": 2},
+        "curve": [1],
+        "evaluate": ["--suite", "study", "--drift-samples", "16", "--steps", "2"],
+    }
+    said["arms"] = {name: arm | {"budget": {"steps": 2}} for name, arm in SMALL["arms"].items()}
+    path.write_text(yaml.safe_dump(said))
+    command = [sys.executable, "tools/sweep.py", str(path)]
+    subprocess.run(command, check=True, timeout=600)
+    result = json.loads((out / "report.json").read_text())
+    assert len(result["contrasts"]) == 3 and result["contrasts"][0]["p"] is None  # one seed
+    assert [point["iteration"] for point in result["measures"]["best"]["curves"]["soar"]] == [1, 2]
+    written = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}
+    again = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
+    assert "0 of 2 runs to do" in again.stdout
+    assert written == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}

@@ -1,0 +1,129 @@
+"""All numbers of a sweep, as plain values: scores of the runs, contrasts between arms, curves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+from sweeping.contrasts import Chance, Contrast, contrast, holm, pooled
+from sweeping.outcomes import Evaluated
+from sweeping.plan import Arm, Measure, Sweep
+from sweeping.runs import curve_name
+
+Json = dict[str, Any]
+
+
+def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
+    """Everything that is reported.
+
+    Raises:
+        ValueError: a measure asks for what was not evaluated.
+    """
+    contrasts: list[Contrast] = []
+    found: dict[str, Json] = {}
+    for measure in sweep.measures:
+        scales = {arm.name: scale_of(evaluated, measure, models_of(arm)) for arm in sweep.arms}
+        scores = {
+            arm.name: {
+                seed: evaluated.value(model, measure, scales[arm.name])
+                for seed, model in zip(arm.seeds, models_of(arm), strict=True)
+            }
+            for arm in sweep.arms
+        }
+        chance = pooled(scores)
+        found[measure.name] = {
+            "guidance_scale": scales,
+            "scores": scores,
+            "arms": {arm: summary(list(runs.values()), chance) for arm, runs in scores.items()},
+            "chance": asdict(chance),
+            "base": base_value(sweep, evaluated, measure),
+            "curves": {
+                arm.name: curve(sweep, evaluated, measure, arm, scores[arm.name]) for arm in sweep.arms
+            },
+        }
+        for arm in sweep.arms:
+            for name in arm.references:
+                reference = sweep.arm(name)
+                error = prompts_error(evaluated, measure, arm, reference, scales)
+                contrasts.append(contrast(scores, arm.name, reference.name, measure.name, chance, error))
+    return {
+        "written_by": "tools/sweep.py",
+        "command": command,
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "arms": [asdict(arm) for arm in sweep.arms],
+        "primary": list(sweep.primary),
+        "measures": found,
+        "contrasts": [asdict(each) for each in corrected(contrasts, sweep.primary)],
+    }
+
+
+def models_of(arm: Arm, iteration: int | None = None) -> list[str]:
+    """What the runs of an arm are called in the evaluation, by seed."""
+    name = arm.name if iteration is None else curve_name(arm.name, iteration)
+    return [f"{name}#{seed}" for seed in arm.seeds]
+
+
+def scale_of(evaluated: Evaluated, measure: Measure, models: Sequence[str]) -> float:
+    if measure.drift is not None:
+        assert not isinstance(measure.guidance_scale, str)
+        return measure.guidance_scale
+    return evaluated.scale(models, measure)
+
+
+def base_value(sweep: Sweep, evaluated: Evaluated, measure: Measure) -> float | None:
+    if not sweep.base:
+        return None
+    return evaluated.value("base", measure, scale_of(evaluated, measure, ["base"]))
+
+
+def summary(values: list[float], chance: Chance) -> Json:
+    """The mean of an arm's runs; its interval is of the chance in training alone, None where that is not known."""
+    mean, low, high = float(np.mean(values)), None, None
+    if chance.freedom:
+        reach = chance.deviation / len(values) ** 0.5 * float(student.ppf(0.975, chance.freedom))
+        low, high = mean - reach, mean + reach
+    return {"mean": mean, "low": low, "high": high, "runs": len(values)}
+
+
+def curve(
+    sweep: Sweep, evaluated: Evaluated, measure: Measure, arm: Arm, scores: dict[int, float]
+) -> list[Json]:
+    """The mean over runs at each iteration that was evaluated, with the forwards up to there."""
+    points = []
+    for iteration in sweep.curve:
+        if iteration < arm.iterations:
+            models = models_of(arm, iteration)
+            scale = scale_of(evaluated, measure, models)
+            values = [evaluated.value(model, measure, scale) for model in models]
+            points.append((iteration, values))
+    points.append((arm.iterations, list(scores.values())))
+    return [
+        {"iteration": iteration, "forward_units": iteration * arm.units, "mean": float(np.mean(values))}
+        for iteration, values in points
+    ]
+
+
+def prompts_error(
+    evaluated: Evaluated, measure: Measure, arm: Arm, reference: Arm, scales: dict[str, float]
+) -> float:
+    """The standard error that the choice of prompts, or of held-out samples, gives a contrast."""
+    before, after = models_of(reference), models_of(arm)
+    if measure.drift is not None:
+        first, second = (
+            np.mean([evaluated.errors(model, measure) for model in models], axis=0)
+            for models in (before, after)
+        )
+        return float(np.std(second - first, ddof=1) / len(first) ** 0.5)
+    chosen = scales[reference.name], scales[arm.name]
+    return evaluated.over_prompts(before, after, measure, chosen).standard_error
+
+
+def corrected(contrasts: Sequence[Contrast], primary: Sequence[str]) -> list[Contrast]:
+    """With Holm's correction over the contrasts of the primary measures."""
+    family = [i for i, each in enumerate(contrasts) if each.measure in primary and each.p is not None]
+    adjusted = dict(zip(family, holm([contrasts[i].p or 0.0 for i in family]), strict=True))
+    return [replace(each, adjusted=adjusted.get(i)) for i, each in enumerate(contrasts)]

@@ -86,7 +86,8 @@ class Evaluation:
             dtype=self.dtype,
             batch_size=self.batch_size,
         )
-        fingerprint = on_rank_zero(source.fingerprint)
+        facts = on_rank_zero(lambda: self._facts(model))
+        fingerprint = facts["fingerprint"]
         place = _place(source)
         shards = self._shards(source)
 
@@ -108,15 +109,31 @@ class Evaluation:
         )
         return Measured(
             name=model.name,
-            path=str(source.path) + (f"+{source.adapters}" if source.adapters else ""),
+            path=facts["path"],
             images={(cell.point, cell.prompt_set.name): cell.images for cell in cells},
             values={(cell.point, cell.prompt_set.name): cell.values() for cell in cells if is_rank_zero()},
             distances={
                 (cell.point, cell.prompt_set.name): found for cell, found in zip(cells, distances) if found
             },
-            history=history(source.adapters or source.path) if is_rank_zero() else (),
+            history=facts["training"],
             drift=self._drift(model, fingerprint, shards, generator, place) if shards is not None else None,
         )
+
+    def _facts(self, model: Model) -> Json:
+        """Where a model is, what its images depend on, and the training behind it; kept for when it is gone.
+
+        A run removes its older checkpoints: what was drawn with them stays in the report.
+        """
+        source = model.source
+        name = f"facts/{model.file_name}.json"
+        path = str(source.path) + (f"+{source.adapters}" if source.adapters else "")
+        known = self.store.read_json(name)
+        if known is not None and known["path"] == path and not source.path.exists():
+            return known
+        training = history(source.adapters or source.path)
+        facts = {"path": path, "fingerprint": source.fingerprint(), "training": training}
+        self.store.write_json(name, facts)
+        return facts
 
     def _cells(self, model: Model, fingerprint: Json, drawn: Drawn) -> list[Cell]:
         said = {"model": fingerprint} | dataclasses.asdict(drawn)

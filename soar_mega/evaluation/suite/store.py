@@ -4,6 +4,7 @@
     images/<model>-<point>-<hash>/<set>/*.png    one file per image; the hash is of all that an image depends on
     scores/<model>-<point>-<hash>/<set>.<scorer>-<hash>.jsonl    one line per image, written when all are there;
         before that each process has a file of its own, *.part-<rank>
+    facts/<model>.json                           where it is, and what its images depend on
     drift/<model>-<hash>.json  distances/<model>-<point>-<hash>/<set>-<hash>.json
     report.html report.json table.csv outcomes.csv
 
@@ -37,6 +38,7 @@ OWN_NAMES = (
     "images",
     "scores",
     "drift",
+    "facts",
     "distances",
     "report.json",
     "report.html",
@@ -92,6 +94,10 @@ class Store:
             yield
         finally:
             os.close(folder)
+
+    def names(self, pattern: str) -> list[str]:
+        """Files of the folder, in order."""
+        return [path.relative_to(self.path).as_posix() for path in sorted(self.path.glob(pattern))]
 
     def folder_of(self, images: str, name: str) -> str:
         """The folder of images with this hash: the one that there is, whatever the model was called, or a new one."""

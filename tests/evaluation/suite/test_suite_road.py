@@ -142,12 +142,18 @@ def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
     assert evaluate(road / "suite.yaml", out, *words) == 0
+    # a later checkpoint comes, and the run removes the first one
+    shutil.copytree(run / "iter_0000000", run / "iter_0000005")
+    shutil.rmtree(run / "iter_0000000")
+    assert evaluate(road / "suite.yaml", out, *words) == 0
+    said = json.loads((out / "report.json").read_text())
+    assert list(said["models"]) == ["iter_0000000", "iter_0000005"]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    said = json.loads((out / "report.json").read_text())
-    [score] = [row for row in said["scores"] if row["scorer"] == "jpeg_incompressibility"]
-    [point] = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
-    assert point.step == 0 and point.value == pytest.approx(score["score"])
+    scores = [row["score"] for row in said["scores"] if row["scorer"] == "jpeg_incompressibility"]
+    points = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
+    assert {point.step for point in points} == {0, 5}
+    assert [point.value for point in points] == pytest.approx([scores[0]] * len(points))
 
 
 def test_distances_to_real_images_are_measured_once_for_each_set(

@@ -1,6 +1,7 @@
 """What draws images: a pipeline folder, with adapters or without, a checkpoint at any layout, or a pipeline of another
 architecture in diffusers' own classes."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.resume import find_checkpoint
 from soar_mega.config import ParallelConfig
 from soar_mega.convert import is_pipeline
+from soar_mega.convert.training_facts import read_facts
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.vae import Decoder
 from soar_mega.evaluation.generate import Generator, schedule_of
 from soar_mega.models.family import families
 from soar_mega.user_files import read_object
+
+log = logging.getLogger(__name__)
 
 PIPELINE, CHECKPOINT, DIFFUSERS = "pipeline", "checkpoint", "diffusers"
 
@@ -50,9 +54,7 @@ class Source:
             return said | {"weights": content_hash(self.path)}
         said |= {
             "encoders": fingerprints(self.pipeline_dir),
-            "max_sequence_length": encoder_facts(
-                self.pipeline_dir, self.max_sequence_length
-            ).max_sequence_length,
+            "max_sequence_length": self.text_length(),
         }
         if self.shift is None:
             said["scheduler"] = content_hash(self.pipeline_dir / "scheduler")
@@ -60,6 +62,18 @@ class Source:
             return said | {"weights": content_hash(self.path / MANIFEST), "ema": self.ema}
         adapters = content_hash(self.adapters) if self.adapters else ""
         return said | {"weights": content_hash(self.path / "transformer"), "adapters": adapters}
+
+    def text_length(self) -> int:
+        """T5 tokens of a prompt. Warns where an export of ours says that it was trained with another number."""
+        used = encoder_facts(self.pipeline_dir, self.max_sequence_length).max_sequence_length
+        facts = read_facts(self.path)
+        trained = None if facts is None else facts.max_sequence_length
+        if trained not in (None, used):
+            log.warning(
+                "%s was trained with %d T5 tokens of a prompt and is drawn with %d: --max-sequence-length",
+                *(self.path, trained, used),
+            )
+        return used
 
     def generator(self, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
         """The transformer in our implementation, ready to draw. Collective for a checkpoint, which stays cut.

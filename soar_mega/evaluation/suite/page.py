@@ -159,14 +159,20 @@ def _best(tables: Tables, said: Json) -> str:
         cells = []
         for column in columns:
             own = [each for each in found if each["model"] == model.name and each["column"] == column]
-            cells.append(f"{_cell(own[0])} <small>at {own[0]['guidance_scale']:g}</small>" if own else "")
+            cells.append(_best_cell(own[0]) if own else "")
         rows.append(_row([escape(model.name), *cells]))
     head = _row(["", *map(escape, columns)], "th")
     return (
         "<h3>Each model at its own best scale</h3>"
-        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half.</p>'
+        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half, in front of them the difference from the first model.</p>'
         f"<table>{head}{''.join(rows)}</table>"
     )
+
+
+def _best_cell(row: Json) -> str:
+    text = f"{_cell(row)} <small>at {row['guidance_scale']:g}</small>"
+    change = row.get("minus_first")
+    return text if change is None else f"<small>{_change(change)}</small> {text}"
 
 
 def _categories(tables: Tables, said: Json) -> str:
@@ -282,7 +288,11 @@ def _cell(row: Json) -> str:
 
 def _signed(row: Json) -> str:
     beyond = "" if row["low"] <= 0.0 <= row["high"] else ' class="beyond"'
-    return f"<td{beyond}>{row['score']:+.3g} <small>&plusmn; {row['standard_error']:.2g}</small></td>"
+    return f"<td{beyond}>{_change(row)}</td>"
+
+
+def _change(row: Json) -> str:
+    return f"{row['score']:+.3g} <small>&plusmn; {row['standard_error']:.2g}</small>"
 
 
 def _row(cells: Sequence[Any], tag: str = "td", kind: str = "") -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
 from torch import Tensor
 
+from soar_mega.checkpoints.drawing import find_source
 from soar_mega.config import ParallelConfig
+from soar_mega.convert.training_facts import FILE as FACTS
+from soar_mega.convert.training_facts import TrainingFacts
 from soar_mega.distributed import start_world
 from soar_mega.evaluation.suite import store as store_module
 from soar_mega.evaluation.suite.prompts import Task, read_prompt_set
@@ -182,3 +186,19 @@ def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
     assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 5
     assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 0
     assert kept(tmp_path / "out") == kept(tmp_path / "whole")
+
+
+def test_another_length_of_text_than_in_training_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(BASE, export)
+    facts = TrainingFacts(dtype="fp32", max_sequence_length=7)
+    (export / FACTS).write_text(facts.to_json())
+    with caplog.at_level(logging.WARNING, "soar_mega"):
+        assert find_source(str(export), max_sequence_length=7).fingerprint()["max_sequence_length"] == 7
+        assert not caplog.text
+        assert find_source(str(export)).fingerprint()["max_sequence_length"] == 10
+    assert (
+        "was trained with 7 T5 tokens of a prompt and is drawn with 10: --max-sequence-length" in caplog.text
+    )

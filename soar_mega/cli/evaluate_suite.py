@@ -54,7 +54,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     evaluation = _evaluation(arguments)
     with (
         evaluation.store.lock() if is_rank_zero() else contextlib.nullcontext(),
-        _explained(arguments.out),
+        explained(arguments.out),
         _ended_by_signals(),
     ):
         measured = [evaluation.measure(model) for model in models]
@@ -197,7 +197,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(out: str) -> Iterator[None]:
+def explained(out: str) -> Iterator[None]:
     """A full disk ends the evaluation with what to do about it."""
     try:
         yield

@@ -14,6 +14,7 @@ from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
 from torch import Tensor
 
 from soar_mega.checkpoints.drawing import find_source
+from soar_mega.cli.evaluate_suite import explained
 from soar_mega.config import ParallelConfig
 from soar_mega.convert.training_facts import FILE as FACTS
 from soar_mega.convert.training_facts import TrainingFacts
@@ -165,11 +166,9 @@ def test_a_new_version_of_a_scorer_judges_again_what_is_drawn(tmp_path: Path) ->
 
 
 def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite = write_suite(tmp_path, guidance_scale=[1])
-    assert evaluate(suite, tmp_path / "whole", f"base={BASE}") == 0
-    room = [5]
+    room = [2]
 
     def write(path: Path, content: bytes, mark: bytes, real: Any = store_module.write_file) -> None:
         if path.suffix == ".png":
@@ -178,14 +177,18 @@ def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, content, mark)
 
+    (tmp_path / "whole").mkdir()
+    run_model("painted", [_cell(tmp_path / "whole", Mean())], ALONE, lambda prompts: Painter({}), 1)
+    cell = _cell(tmp_path, Mean())
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_file", write)
-        assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 1
-    said = capsys.readouterr().err
-    assert "there is no room left" in said and "start the same command again" in said
-    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 5
-    assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 0
-    assert kept(tmp_path / "out") == kept(tmp_path / "whole")
+        words = "there is no room left for .*start the same command again"
+        with pytest.raises(OSError, match=words), explained(str(tmp_path / "out")):
+            run_model("painted", [cell], ALONE, lambda prompts: Painter({}), 1)
+    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 2
+    assert len(cell.values()["mean"]) == 2
+    run_model("painted", [cell], ALONE, lambda prompts: Painter({}), 1)
+    assert kept(tmp_path / "out", "painted") == kept(tmp_path / "whole" / "out", "painted")
 
 
 def test_another_length_of_text_than_in_training_is_told_of(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.checkpoints.adapters import holds_adapters, load_adapted_checkpoint
 from soar_mega.checkpoints.exchange import load_model, pipeline_of
 from soar_mega.checkpoints.lineage import content_hash
 from soar_mega.checkpoints.manifest import MANIFEST
@@ -85,6 +86,8 @@ class Source:
         assert self.kind != DIFFUSERS, "diffusers draws it"
         if self.kind == PIPELINE:
             return Generator.load(self.path, dtype, self.shift, self.adapters)
+        if holds_adapters(self.path):
+            return self._adapted(dtype, parallel)
         model = load_model(self.path, dtype, parallel, self.ema)
         return Generator(
             facts=encoder_facts(self.pipeline_dir),
@@ -93,6 +96,15 @@ class Source:
             decoder=Decoder.load(self.pipeline_dir) if decodes else None,
             schedule=schedule_of(self.pipeline_dir, self.shift),
         )
+
+    def _adapted(self, dtype: str, parallel: ParallelConfig) -> Generator:
+        if max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) > 1:
+            raise ValueError(
+                f"{self.path} holds adapters, and the model under them lies whole in each process: leave out "
+                "--tensor-model-parallel-size and --pipeline-model-parallel-size"
+            )
+        model = load_adapted_checkpoint(self.path, dtype, self.ema)
+        return Generator.of(model, self.pipeline_dir, self.shift)
 
 
 def find_source(

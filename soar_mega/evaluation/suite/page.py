@@ -164,7 +164,8 @@ def _best(tables: Tables, said: Json) -> str:
     head = _row(["", *map(escape, columns)], "th")
     return (
         "<h3>Each model at its own best scale</h3>"
-        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half, in front of them the difference from the first model.</p>'
+        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half, in '
+        "front of them the difference from the first model.</p>"
         f"<table>{head}{''.join(rows)}</table>"
     )
 

@@ -127,8 +127,11 @@ def read_sweep(path: str | Path) -> Sweep:
     arms = tuple(_arm(name, each, shared, f"{path}: arms.{name}") for name, each in said["arms"].items())
     for arm in arms:
         for name in arm.references:
-            if name not in said["arms"]:
-                raise ValueError(f"{path}: arms.{arm.name}.references: there is no arm {name!r}")
+            other = next((each for each in arms if each.name == name), None)
+            if other is None or not set(other.seeds) & set(arm.seeds):
+                raise ValueError(
+                    f"{path}: arms.{arm.name}.references: there is no arm {name!r} with a seed of its seeds"
+                )
     for name in said["primary"]:
         if name not in said["measures"]:
             raise ValueError(f"{path}: primary: there is no measure {name!r}")

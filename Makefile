@@ -1,6 +1,7 @@
 # Every target sets up what it needs, and is quick the second time.
 #   make test                      lint and tests, in a virtual environment in .venv
 #   make demo                      the whole road in one command: runs/demo/report.html
+#   make rl-demo                   SOAR first, then RL, and what comes of it: runs/rl/report.html
 #   make test-newest               the tests with Python 3.12 or newer and the newest of everything, in .venv-newest
 #   SOAR_PYTHON=python make demo   the same in the active environment, with the torch (CUDA) it already has
 
@@ -18,7 +19,7 @@ endif
 # The tests are many small processes: one thread each.
 TEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-.PHONY: setup lint test test-newest test-slow test-gpu test-slurm demo base study clean
+.PHONY: setup lint test test-newest test-slow test-gpu test-slurm demo rl-demo base study clean
 
 setup: $(READY)
 
@@ -74,6 +75,9 @@ test-slurm: $(READY)
 
 demo: $(READY)
 	$(PYTHON) tools/demo.py
+
+rl-demo: $(READY)
+	$(PYTHON) tools/rl_demo.py
 
 base: $(READY)
 	$(PYTHON) tools/make_base.py

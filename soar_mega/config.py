@@ -57,6 +57,16 @@ class StageConfig:
         """What a sample costs. Absent points are counted like the others: they are computed, with a weight of zero."""
         raise NotImplementedError
 
+    @property
+    def drawn_rows(self) -> int:
+        """Rows of one forward that draws samples of its own."""
+        return 0
+
+    @property
+    def kept_copies(self) -> tuple[str, ...]:
+        """The copies of the weights that the method wants kept."""
+        return ()
+
     def check(self, recipe: "Recipe") -> None:
         """Raise a ValueError that names the setting and what would be right, where its settings do not fit others."""
 
@@ -103,6 +113,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # 0: no EMA
     ema_update_interval: int = 1  # the EMA moves after every n-th step
     ema_warm_up: bool = False  # after n steps it moves with the decay min(n / (9 + n), ema_decay)
+    offload_kept_weights: bool = False  # the EMA and the other copies that are kept lie in the host's memory
     exit_duration_in_mins: float | None = None  # save and exit 75 after this time
     step_timeout_minutes: float | None = (
         10.0  # a step that takes longer ends the run, with a report; null: any time
@@ -165,6 +176,7 @@ class DataConfig:
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
     prompts: str = ""  # of stages that draw their samples: a .txt or .jsonl file, or a folder with train.txt
+    validation_prompts: str = ""  # held-out ones, or a folder with test.txt; empty: no rewards of them
     prompt_cache: str = ""  # where the prompts' embeddings are kept; empty: in the run folder
     resolution: int | list[int] | None = (
         None  # pixels of what they draw, or [width, height]; None: the transformer's own
@@ -191,6 +203,7 @@ class CheckpointConfig:
     keep_last: int = 3  # newest checkpoints kept; 0 keeps all
     save_retain_interval: int = 0  # those of each n-th iteration are kept for ever as well; 0: none
     export: bool = True  # at the end write export/ (and export_ema/), diffusers pipeline folders
+    export_dtype: str = "model"  # of their transformer: model | bf16 | fp32, the optimizer's own numbers
 
 
 @dataclass(kw_only=True)

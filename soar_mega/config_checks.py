@@ -56,6 +56,7 @@ RULES: dict[str, Rule] = {
     "data.max_failed_share": within(0, 1),
     "checkpoint.save_interval": at_least(1),
     "checkpoint.keep_last": at_least(0),
+    "checkpoint.export_dtype": one_of("model", "bf16", "fp32"),
     "checkpoint.save_retain_interval": at_least(0),
     "logging.log_interval": at_least(1),
     "logging.peak_tflops": above(0),
@@ -323,11 +324,16 @@ def _check_checkpoint(recipe: Recipe) -> None:
 
 def _check_logging(recipe: Recipe) -> None:
     logging = recipe.logging
-    for key in ("eval_interval", "drift_interval"):
-        _require(
-            recipe.data.validation_path or not getattr(logging, key),
-            f"logging.{key} needs held-out samples: name their shard folder in data.validation_path",
-        )
+    data = recipe.data
+    _require(
+        data.validation_path or data.validation_prompts or not logging.eval_interval,
+        "logging.eval_interval needs held-out samples: name their shard folder in data.validation_path"
+        + (", or prompts in data.validation_prompts" if recipe.stage.collects else ""),
+    )
+    _require(
+        data.validation_path or not logging.drift_interval,
+        "logging.drift_interval needs held-out samples: name their shard folder in data.validation_path",
+    )
     for span in logging.drift_spans:
         _require(
             len(span) == 2 and 1.0 >= span[0] > span[1] > 0.0,

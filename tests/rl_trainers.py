@@ -221,3 +221,23 @@ TRAINERS: dict[str, Trainer] = {
     "unirl_nft": Trainer(_unirl_std, Nft(1.0)),
     "flow_factory_nft": Trainer(_flow_factory_std_of_prompt, Nft(1.0)),
 }
+
+
+def dpm2(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """DiffusionNFT's sampler: multistep DPM-Solver of order 2, whose first and last steps are of order 1."""
+    clean_before: Tensor | None = None
+    for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        clean = x - s * velocity(x, s)
+        if clean_before is None or i == len(sigmas) - 2:
+            x = (1 - t) * clean + t * (x - (1 - s) * clean) / s  # DDIM with eta 0
+        else:
+            lambdas = [
+                math.inf if u == 0 else -math.inf if u == 1 else math.log(1 - u) - math.log(u)
+                for u in (t, s, sigmas[i - 1])
+            ]
+            h, h_before = lambdas[0] - lambdas[1], lambdas[1] - lambdas[2]
+            d0, d1 = clean, (clean - clean_before) / (h_before / h)
+            factor = (1 - t) * (math.exp(-h) - 1)
+            x = t / s * x - factor * d0 - 0.5 * factor * d1
+        clean_before = clean
+    return x

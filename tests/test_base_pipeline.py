@@ -1,5 +1,10 @@
-"""The committed tiny pipeline: complete, small, and fit for the data it was made for."""
+"""The committed tiny pipeline: complete, small, fit for the data it was made for, and readable by older programs."""
 
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,32 @@ from soar_mega.data.canvases import KINDS, draw_caption
 from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases, score
 
 BASE = Path(__file__).parents[1] / "recipes" / "tiny" / "base"
+FLUX_BASE = BASE.with_name("flux_base")
+# what flow_grpo and DiffusionNFT pin; the last two without what they need, which is torch above all
+PINNED = [
+    "transformers==4.40.0",
+    "diffusers==0.33.1",
+    "tokenizers==0.19.1",
+    "huggingface-hub==0.29.1",
+    "numpy<2",
+]
+PINNED_ALONE = ["peft==0.10.0", "accelerate==1.4.0"]
+DRAW_AS_TRAINERS_DO = """
+import sys, torch
+from diffusers import StableDiffusion3Pipeline
+pipeline = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
+clip = pipeline.tokenizer(["a red 3"], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+t5 = pipeline.tokenizer_3(["a red 3"], padding="max_length", max_length=128, return_tensors="pt")
+assert clip.input_ids.shape == (1, 77) and t5.input_ids.shape == (1, 128)
+for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+    assert encoder(clip.input_ids)[0].isfinite().all()
+assert pipeline.text_encoder_3(t5.input_ids)[0].isfinite().all()
+images = pipeline(
+    "a red 3", height=16, width=16, max_sequence_length=10, num_inference_steps=4, output_type="pt",
+    latents=torch.load(sys.argv[2]),
+).images
+torch.save(images, sys.argv[3])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +54,7 @@ def pipeline():
 def test_folder_is_small_and_holds_safetensors_only():
     files = [path for path in BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10e6
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".txt"}
 
 
 def test_samples(pipeline):
@@ -51,6 +82,53 @@ def test_every_caption_fits_and_has_its_own_tokens(pipeline):
         # Whole words: "a red 3 left of a green 7" is eight tokens beside the special ones.
         assert len(tokenizer("a red 3 left of a green 7", add_special_tokens=False).input_ids) == 8
     assert pipeline.tokenizer_3.unk_token_id not in np.concatenate(pipeline.tokenizer_3(texts).input_ids)
+
+
+def test_clip_tokenizers_have_the_files_of_older_versions_and_t5s_their_class():
+    for folder, parts in ((BASE, ("tokenizer", "tokenizer_2")), (FLUX_BASE, ("tokenizer",))):
+        for part in parts:
+            model = json.loads((folder / part / "tokenizer.json").read_text())["model"]
+            assert json.loads((folder / part / "vocab.json").read_text()) == model["vocab"]
+            merges = (folder / part / "merges.txt").read_text().splitlines()
+            assert merges[0].startswith("#version") and [m.split(" ") for m in merges[1:]] == model["merges"]
+        index = json.loads((folder / "model_index.json").read_text())
+        last = max(part for part in index if part.startswith("tokenizer"))
+        config = json.loads((folder / last / "tokenizer_config.json").read_text())
+        assert index[last][1] == config["tokenizer_class"] == "T5TokenizerFast"
+
+
+@torch.no_grad()
+def test_clips_take_the_77_tokens_that_trainers_pad_to_and_answer_as_before_to_shorter_texts(pipeline):
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        long, short = (
+            pipeline.tokenizer(
+                ["a red 3"], padding="max_length", max_length=length, return_tensors="pt"
+            ).input_ids
+            for length in (77, 10)
+        )
+        of_long, of_short = (encoder(ids, output_hidden_states=True) for ids in (long, short))
+        assert torch.allclose(of_long.text_embeds, of_short.text_embeds, atol=1e-5)
+        assert torch.allclose(of_long.hidden_states[-2][:, :10], of_short.hidden_states[-2], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_versions_that_trainers_pin_draw_the_same(pipeline, tmp_path):
+    """In an environment of its own, with the torch of this one behind it."""
+    python = tmp_path / "pinned" / "bin" / "python"
+    venv.create(tmp_path / "pinned", with_pip=True)
+    run = {"check": True, "capture_output": True, "text": True}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PINNED], **run)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PINNED_ALONE], **run)
+    [packages] = (tmp_path / "pinned").glob("lib/python*/site-packages")
+    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    torch.save(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "noise.pt")
+    drawn = []
+    for program in (sys.executable, python):
+        files = [tmp_path / "noise.pt", tmp_path / "drawn.pt"]
+        subprocess.run([program, "-c", DRAW_AS_TRAINERS_DO, BASE, *files], **run)
+        drawn.append(torch.load(tmp_path / "drawn.pt"))
+    assert (drawn[0] - drawn[1]).abs().max() < 1e-4
 
 
 @torch.no_grad()

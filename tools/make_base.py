@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from base.flux import write_pipeline
+from base.older_readers import add_tokenizer_files, with_positions
 from base.text import build_clip, build_t5, train_encoder
 from base.vae import train_vae
 from base.vocabulary import clip_tokenizer, t5_tokenizer
@@ -62,8 +63,8 @@ def train_encoders() -> None:
     tokenizer, tokenizer_2, tokenizer_3 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     pipeline = StableDiffusion3Pipeline(
         vae=train_vae(SEED),
-        text_encoder=train_encoder(build_clip(tokenizer), tokenizer, seed=1),
-        text_encoder_2=train_encoder(build_clip(tokenizer_2), tokenizer_2, seed=2),
+        text_encoder=with_positions(train_encoder(build_clip(tokenizer), tokenizer, seed=1)),
+        text_encoder_2=with_positions(train_encoder(build_clip(tokenizer_2), tokenizer_2, seed=2)),
         text_encoder_3=train_encoder(build_t5(tokenizer_3), tokenizer_3, seed=3),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
@@ -72,6 +73,7 @@ def train_encoders() -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
     pipeline.save_pretrained(BASE, safe_serialization=True)
+    add_tokenizer_files(BASE)
 
 
 def train_transformer() -> None:
@@ -92,6 +94,7 @@ def train_transformer() -> None:
 def train_flux() -> None:
     """Writes the FLUX pipeline folder with the encoders of the SD3 one, and pretrains its transformer likewise."""
     write_pipeline(BASE, FLUX_BASE, SEED)
+    add_tokenizer_files(FLUX_BASE)
     images = WORK / "images"
     _soar_mega(
         "prepare", str(images), str(WORK / "flux_shards"), "--pipeline-dir", str(FLUX_BASE),

@@ -134,7 +134,8 @@ class Profile:
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
         answers, points, *_ = self.steps.recipe.stage.forwards()
-        step = step_work(forward_work(sizes, tokens), samples * answers, samples * points)
+        forward, adapters = forward_work(sizes, tokens), recipe.lora.rank > 0
+        step = step_work(forward, samples * answers, samples * points, adapters)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()

@@ -12,12 +12,13 @@ from soar_mega.checkpoints.checkpoint import Json
 from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.checkpoints.recipes import model_settings
 from soar_mega.checkpoints.run_folder import check_place
+from soar_mega.checkpoints.strict import held_names
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
 from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import without_room
-from soar_mega.engines.weights import sharded_copy
+from soar_mega.engines.weights import sharded_copy, sharded_main_copies
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.lora import Adapters, add_adapters, alpha, is_adapter
@@ -68,13 +69,14 @@ def checkpoint_to_adapters(source: str | Path, out: str | Path, ema: bool = Fals
 
 
 def adapted_model(
-    folder: Path, description: Json, settings: dict[str, Any], ema: bool
+    folder: Path, description: Json, settings: dict[str, Any], ema: bool, exact: bool = False
 ) -> tuple[Transformer, Callable[[str], Tensor]]:
     """The model that a checkpoint's adapters were trained on, and its tensors with them by name.
 
     Args:
         description: of the checkpoint, which has been verified.
         settings: the model group of the run.
+        exact: the adapters in float32 as the optimizer has them.
 
     Raises:
         ValueError: the base is not there, or has other weights than those that were trained on.
@@ -92,20 +94,24 @@ def adapted_model(
             f"{known}, that of the folder {found}): put these back, or write the adapters alone with --to adapters"
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
-    tensors = _read(folder, model, ema)
+    tensors = _read(folder, model, ema, exact)
     own = named_tensors(model)
     return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
 
 
 @torch.no_grad()
-def _read(folder: Path, model: Transformer, ema: bool) -> dict[str, Tensor]:
-    """The adapters of a checkpoint in the model's type."""
+def _read(folder: Path, model: Transformer, ema: bool, exact: bool = False) -> dict[str, Tensor]:
+    """The adapters of a checkpoint in the model's type, or exact."""
     state = {name: tensor for name, tensor in model.sharded_state_dict().items() if is_adapter(name)}
-    state = sharded_copy(state, "ema", without_room) if ema else state
+    if ema:
+        state = sharded_copy(state, "ema", without_room)
+    elif exact:
+        state |= sharded_main_copies(state, held_names(folder))
     for tensor in state.values():
         tensor.data = torch.empty(tensor.local_shape, dtype=tensor.dtype)
     found = read_tensors(folder, {"adapters": state})["adapters"]
-    return {name: tensor.to(model.config.params_dtype) for name, tensor in found.items()}
+    dtype = torch.float32 if exact else model.config.params_dtype
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
 def _config(description: Json) -> LoraConfig:

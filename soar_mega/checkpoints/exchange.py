@@ -11,11 +11,11 @@ from torch import Tensor
 from soar_mega.checkpoints import resume
 from soar_mega.checkpoints.adapters import ADAPTERS, adapted_model
 from soar_mega.checkpoints.checkpoint import Progress, Saver
-from soar_mega.checkpoints.model_card import card_of_run
+from soar_mega.checkpoints.model_card import notes_of_run
 from soar_mega.checkpoints.reading import Stream, size
 from soar_mega.checkpoints.recipes import model_settings
 from soar_mega.checkpoints.run_folder import RunFolder, check_place
-from soar_mega.checkpoints.strict import check_keys
+from soar_mega.checkpoints.strict import check_keys, held_names
 from soar_mega.config import CheckpointConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import (
     AS_STORED,
@@ -30,7 +30,7 @@ from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
-from soar_mega.engines.weights import sharded_copy
+from soar_mega.engines.weights import sharded_copy, sharded_main_copies
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
@@ -73,8 +73,8 @@ def checkpoint_to_folder(
     model, tensors = _open(folder, ema, files.dtype)
     iteration = resume.read_description(folder)["iteration"]
     products, name = model.sizes.family.products, "ema" if ema else "current"
-    card = card_of_run(RunFolder(folder.parent), products, iteration, name)
-    save_folder(model, out, tensors, files, card, parts)
+    notes = notes_of_run(RunFolder(folder.parent), products, iteration, name, files.dtype_name)
+    save_folder(model, out, tensors, files, notes, parts)
     return bool(parts)
 
 
@@ -100,13 +100,14 @@ def _open(folder: Path, ema: bool, dtype: torch.dtype | None) -> tuple[Transform
     start_world(ParallelConfig())
     description = resume.verified(folder, ema)
     settings = model_settings(folder)
+    exact = dtype == torch.float32
     if ADAPTERS in description["model"]:
-        return adapted_model(folder, description, settings, ema)
+        return adapted_model(folder, description, settings, ema, exact)
     name = settings.get("dtype", "fp32") if dtype is None else "fp32"
     model = build_model(
         read_sizes(description["model"]), ModelConfig(dtype=name), ParallelConfig(), meta=True
     )
-    return model, StoredTensors(folder, model, ema)
+    return model, StoredTensors(folder, model, ema, exact)
 
 
 def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bool = False) -> ShardedModel:
@@ -220,13 +221,14 @@ class StoredTensors:
     Args:
         model: on the meta device.
         ema: the EMA in place of the parameters; the position table has none.
+        exact: the optimizer's float32 copies in place of the parameters, where the checkpoint holds them.
 
     Raises:
         ValueError: names or shapes in the checkpoint are not those of the model.
     """
 
-    def __init__(self, folder: Path, model: Transformer, ema: bool) -> None:
-        stored = _stored(folder, model, ema)
+    def __init__(self, folder: Path, model: Transformer, ema: bool, exact: bool = False) -> None:
+        stored = _stored(folder, model, ema, exact)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
         )
@@ -238,7 +240,7 @@ class StoredTensors:
         return tensor
 
 
-def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool) -> dict[str, Any]:
+def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool, exact: bool = False) -> dict[str, Any]:
     """What a checkpoint must hold for this rank's part of a model, by name. Collective.
 
     Raises:
@@ -247,4 +249,6 @@ def _stored(folder: Path, model: Transformer | ModelChunks, ema: bool) -> dict[s
     state = model.sharded_state_dict()
     kept = sharded_copy(state, "ema", without_room) if ema else {}
     check_keys(folder, {"model": state, "kept": kept})
+    if exact and not ema:
+        kept = sharded_main_copies(state, held_names(folder))
     return state | kept

@@ -1,4 +1,7 @@
-"""README.md of an export: what it is, where it comes from, and how to draw with it."""
+"""What stands beside the parts of an export: what it is, where it comes from, and how to draw with it.
+
+README.md is for people, training_facts.json for programs.
+"""
 
 import json
 from pathlib import Path
@@ -9,45 +12,68 @@ import yaml
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
+from soar_mega.convert.training_facts import FILE, TrainingFacts
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.user_files import read_object
 
+CARD = "README.md"
 
-def card_of_run(run: RunFolder, products: str, iteration: int, weights: str) -> str:
-    """The text of a card.
+
+def notes_of_run(
+    run: RunFolder, products: str, iteration: int, weights: str, dtype: str | None = None
+) -> dict[str, str]:
+    """Texts by file name.
 
     Args:
         products: of the model's family.
         weights: which of the run's: current or ema.
+        dtype: of the exported numbers: fp32, bf16 or fp16; None is that of the run.
     """
     recipe = run.path / RECIPE
-    settings = recipe.read_text() if recipe.is_file() else ""
+    text = recipe.read_text() if recipe.is_file() else ""
+    settings = yaml.safe_load(text) or {}
+    trained_dtype = settings.get("model", {}).get("dtype")
+    length, width, height = _trained_with(settings)
+    facts = TrainingFacts(
+        dtype=dtype or trained_dtype or "fp32",
+        trained_dtype=trained_dtype,
+        max_sequence_length=length,
+        width=width,
+        height=height,
+        stage=settings.get("stage", {}).get("name"),
+        iteration=iteration,
+        weights=weights,
+    )
+    return {CARD: _card(run, products, text, facts), FILE: facts.to_json()}
+
+
+def _card(run: RunFolder, products: str, recipe: str, facts: TrainingFacts) -> str:
+    iteration, weights = facts.iteration, facts.weights
     what = "the exponential moving average of the weights" if weights == "ema" else "the weights"
     parts = [
         f"# {products}, trained further with soar_mega",
         f"A diffusers folder with {what} of a run after {iteration} iterations, written by soar_mega "
         f"{soar_mega.__version__}.",
         "## How to sample",
-        *_sampling(_info(yaml.safe_load(settings) or {})),
+        *_sampling(facts),
         "## Where it comes from",
         _lineage(run.path / LINEAGE),
     ]
-    if settings:
-        parts += ["## Recipe", f"```yaml\n{settings.strip()}\n```"]
+    if recipe:
+        parts += ["## Recipe", f"```yaml\n{recipe.strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def _sampling(info: DatasetInfo | None) -> list[str]:
+def _sampling(facts: TrainingFacts) -> list[str]:
     arguments, options, lines = ['"..."'], "", []
-    if info is not None:
-        length = info.max_sequence_length
-        width, height = bucket_size(info.largest_bucket)
+    length, width, height = facts.max_sequence_length, facts.width, facts.height
+    if length is not None:
         arguments += [f"width={width}", f"height={height}", f"max_sequence_length={length}"]
         options = f" --size {width}x{height} --max-sequence-length {length}"
         lines.append(
             f"The model was trained with {length} T5 tokens for a prompt. diffusers takes another number unless it is "
-            "told: always pass max_sequence_length."
+            f"told: always pass max_sequence_length. {FILE} holds the same numbers for programs."
         )
     python = [
         "from diffusers import DiffusionPipeline",
@@ -59,13 +85,22 @@ def _sampling(info: DatasetInfo | None) -> list[str]:
     return [*lines, "```python\n" + "\n".join(python) + "\n```", f"```bash\n{command}\n```"]
 
 
-def _info(settings: dict[str, Any]) -> DatasetInfo | None:
-    """What the run's data set says; None where it is not there any more."""
-    path = Path(settings.get("data", {}).get("path", ""), DATASET_FILE)
+def _trained_with(settings: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+    """(T5 tokens, width, height) as the run's data set says, or the recipe of a stage that makes its own samples.
+
+    None where the data set is not there any more.
+    """
+    data = settings.get("data", {})
+    if not data.get("path"):
+        sides = data.get("resolution") or [None, None]
+        width, height = (sides, sides) if isinstance(sides, int) else sides
+        return data.get("max_sequence_length"), width, height
+    path = Path(data["path"], DATASET_FILE)
     try:
-        return DatasetInfo.from_json(read_object(path), path)
+        info = DatasetInfo.from_json(read_object(path), path)
     except ValueError:
-        return None
+        return None, None, None
+    return info.max_sequence_length, *bucket_size(info.largest_bucket)
 
 
 def _lineage(path: Path) -> str:

@@ -19,8 +19,10 @@ from soar_mega.checkpoints.checkpoint import FORMAT, Json, Progress, Saveable
 from soar_mega.checkpoints.manifest import problems
 from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.checkpoints.run_folder import DESCRIPTION, RunFolder
-from soar_mega.checkpoints.strict import listed
+from soar_mega.checkpoints.strict import held_names, listed
 from soar_mega.config import CheckpointConfig
+from soar_mega.engines.on_demand import OnDemand
+from soar_mega.engines.weights import sharded_main_copies
 from soar_mega.faults.agreement import on_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -75,8 +77,11 @@ def resume(
     name = "ema" if config.load_ema else "current"
     if config.load_ema and "ema" not in description["kept_weights"]:
         raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
+    state = engine.weights_state_dict(name)
+    if name == "current":  # after what the model computes with, what the optimizer has of it
+        state["main"] = OnDemand(sharded_main_copies(state["model"], held_names(folder)))
     with torch.no_grad():
-        engine.load_weights(read_tensors(folder, engine.weights_state_dict(name)))
+        engine.load_weights(read_tensors(folder, state))
     logger.info("started from the %s weights of %s", name, folder)
     return Progress()
 

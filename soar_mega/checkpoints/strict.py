@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from soar_mega.checkpoints.checkpoint import FAILURES, reason
 from soar_mega.distributed import gather_on_rank_zero
+from soar_mega.engines.weights import MAIN_COPIES
 from soar_mega.faults.agreement import on_rank_zero
 
 NAMED = 20  # of the things that are wrong, in an error message
@@ -36,6 +37,11 @@ def check_keys(folder: Path, state: dict[str, Any]) -> None:
     mine = {base.key: _shape(base) for base in nested_values(sharded)}
     wanted = {key: shape for part in gather_on_rank_zero(mine) for key, shape in part.items()}
     on_rank_zero(lambda: _refuse_differences(folder, wanted))
+
+
+def held_names(folder: Path) -> set[str]:
+    """The names of all that a checkpoint holds. ValueError where it cannot be read."""
+    return {base.key for base in _held(folder)}
 
 
 def differences(saved: Shapes, wanted: Shapes) -> list[str]:
@@ -65,18 +71,13 @@ def listed(lines: list[str], separator: str = "; ") -> str:
 
 
 def _refuse_differences(folder: Path, wanted: Shapes) -> None:
-    try:
-        held = load_sharded_metadata(str(folder))
-    except FAILURES as error:
-        raise ValueError(f"{folder}: this checkpoint cannot be read ({reason(error)})") from error
-    if any(base.key == COMMON_STATE for base in held.values()) and Version(megatron_version) < Version(
-        "0.19"
-    ):
+    held = _held(folder)
+    if any(base.key == COMMON_STATE for base in held) and Version(megatron_version) < Version("0.19"):
         raise ValueError(
             f"{folder} was written with megatron-core 0.19 or newer, and {megatron_version}, which is installed here, "
             "cannot read it: resume where that version is (it needs Python 3.12 or newer)"
         )
-    found = differences({base.key: _shape(base) for base in held.values()}, wanted)
+    found = differences({base.key: _shape(base) for base in held}, wanted)
     if found:
         advice = (
             "resume with the recipe that wrote it, or start from its weights with checkpoint.finetune=true"
@@ -84,7 +85,16 @@ def _refuse_differences(folder: Path, wanted: Shapes) -> None:
         raise ValueError(f"{folder} does not hold what this run consists of ({advice}). {listed(found)}")
 
 
+def _held(folder: Path) -> list[Any]:
+    try:
+        return list(load_sharded_metadata(str(folder)).values())
+    except FAILURES as error:
+        raise ValueError(f"{folder}: this checkpoint cannot be read ({reason(error)})") from error
+
+
 def _group(key: str) -> str:
+    if key.startswith(tuple(f"{prefix}." for prefix in MAIN_COPIES)):
+        return "main copies of the weights"
     if key.startswith("optimizer."):
         return "optimizer"
     if key.startswith("experience."):

@@ -8,7 +8,20 @@ import traceback
 from collections.abc import Sequence
 
 from soar_mega import __version__
-from soar_mega.cli import chain, convert, data, doctor, evaluate, launch, prepare, sample, serve_reward, train
+from soar_mega.cli import (
+    chain,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    fetch_weights,
+    handoff,
+    launch,
+    prepare,
+    sample,
+    serve_reward,
+    train,
+)
 
 DESCRIPTION = """\
 SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on megatron-core.
@@ -30,7 +43,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"soar_mega {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
-    for module in (prepare, data, train, sample, evaluate, convert, launch, chain, serve_reward, doctor):
+    modules = (
+        prepare,
+        data,
+        train,
+        sample,
+        evaluate,
+        convert,
+        handoff,
+        launch,
+        chain,
+        serve_reward,
+        fetch_weights,
+        doctor,
+    )
+    for module in modules:
         module.add_parser(verbs)
     return parser
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from soar_mega.launch.chain import Link
 
 HELP = """\
-Run stages that follow each other, each starting from what the one before made: sft, soar, evaluate, export, rl.
+Run stages that follow each other, each starting from what the one before made: sft, soar, evaluate, flow_grpo.
 
   soar-mega chain recipes/chains/tiny.yaml --dry-run        what would be run
   soar-mega chain recipes/chains/tiny.yaml --processes 2    here, link by link

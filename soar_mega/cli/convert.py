@@ -8,6 +8,7 @@ from soar_mega.cli.adapted import split_adapted
 
 if TYPE_CHECKING:
     from soar_mega.convert import WeightFiles
+    from soar_mega.convert.weights import Weights
 
 HELP = """\
 Write weights in another form: diffusers folders, single files in the layout of a model's authors, our checkpoints.
@@ -16,7 +17,9 @@ Write weights in another form: diffusers folders, single files in the layout of 
   soar-mega convert runs/x/iter_0000500 out/ --ema      the EMA weights of a certain one
   soar-mega convert runs/x out/ --pipeline-dir P        encoders and scheduler copied from P
   soar-mega convert runs/x out/ --to adapters           the adapters alone of a run that trains them (LoRA)
-  soar-mega convert P+runs/x/export_lora out/           a pipeline with adapters in its weights
+  soar-mega convert P out/ --lora runs/x/export_lora    a pipeline with adapters (LoRA) in its weights
+  soar-mega convert runs/x out/ --lora logs/checkpoints/checkpoint-600
+                                                        the export of a run, with what flow_grpo trained on it
   soar-mega convert runs/x x.safetensors                a single file, as sd3.5_large.safetensors is
   soar-mega convert sd3.5_medium.safetensors out/ --pipeline-dir P
                                                         a pipeline of a single file, the rest copied from P
@@ -29,6 +32,10 @@ What the source is, is seen from what is in it: the weights of a diffusers folde
 and one of them can be named itself (P/transformer/diffusion_pytorch_model.fp16.safetensors); a single file may have
 names with or without model.diffusion_model. and hold other parts of a pipeline, which are left out. A checkpoint can be
 converted whatever layout it was trained at; a run that is complete has its pipeline in export/ already.
+
+Adapters are in PEFT's or in diffusers' format: a file, a folder, or a checkpoint of flow_grpo, DiffusionNFT (whose
+lora/old is the policy that it samples with) or Flow-Factory. --dtype fp32 takes the optimizer's own numbers from a
+checkpoint, and keeps what adapters add to weights that are bf16.
 
 Where --to is not given, OUT is a single file if it ends in .safetensors. Else a checkpoint becomes a pipeline, or where
 its run had none a transformer folder; a diffusers folder becomes a checkpoint, and with adapters a folder of its own
@@ -48,7 +55,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument(
         "source",
-        metavar="SOURCE[+ADAPTERS]",
+        metavar="SOURCE",
         help="run folder, iter_ folder, diffusers pipeline or transformer folder, or .safetensors file",
     )
     parser.add_argument("out", help="folder or .safetensors file to write")
@@ -65,21 +72,27 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="of one file in it (default: %(default)s)",
     )
     parser.add_argument("--prefix", default="", help="of the names in a single file: model.diffusion_model.")
-    parser.add_argument("--ema", action="store_true", help="the EMA weights of a checkpoint")
+    parser.add_argument(
+        "--ema", action="store_true", help="the EMA weights of a checkpoint, or of a run's export"
+    )
+    parser.add_argument("--lora", metavar="DIR", help="put these adapters into the weights")
     parser.add_argument("--pipeline-dir", help="copy encoders and scheduler from this pipeline folder")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    named, adapters = split_adapted(arguments.source)
-    source = Path(named)
+    source = Path(arguments.source)
     if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
+        named, adapters = split_adapted(arguments.source)
+        advice = f"; adapters are named apart here: {named} --lora {adapters}" if adapters else ""
+        raise FileNotFoundError(f"{source}: no such file or folder{advice}")
+    if arguments.lora:
+        source = _to_adapt(source, arguments)
     is_weights = source.is_file() or any(
         (source / name).is_file() for name in ("model_index.json", "config.json")
     )
-    form = arguments.to or _usual_form(arguments, source, is_weights, adapters)
-    _check(arguments, form, is_weights, adapters)
+    form = arguments.to or _usual_form(arguments, source, is_weights)
+    _check(arguments, form, is_weights)
 
     from soar_mega.cli.process import start_process
 
@@ -91,22 +104,33 @@ def run(arguments: argparse.Namespace) -> int:
     files = WeightFiles(
         int(arguments.max_shard_size * 10**9), arguments.variant, BY_NAME.get(arguments.dtype or "")
     )
-    convert = _from_adapted if adapters else _from_weights if is_weights else _from_checkpoint
+    convert = _from_weights if is_weights else _from_checkpoint
     print(f"wrote {convert(arguments, form, files)}")
     return 0
 
 
-def _usual_form(arguments: argparse.Namespace, source: Path, is_weights: bool, adapters: str) -> str:
+def _to_adapt(run: Path, arguments: argparse.Namespace) -> Path:
+    """What adapters are put into: of a run its export, which outside trainers start from."""
+    export = run / ("export_ema" if arguments.ema else "export")
+    if not (run / "run_config.yaml").is_file():
+        return run
+    if not export.is_dir():
+        raise ValueError(f"{run} has no {export.name} to put adapters into: convert its checkpoint first")
+    arguments.source, arguments.ema = str(export), False
+    return export
+
+
+def _usual_form(arguments: argparse.Namespace, source: Path, is_weights: bool) -> str:
     if arguments.out.endswith(".safetensors"):
         return "original"
-    if is_weights and source.is_dir() and not adapters:
+    if is_weights and source.is_dir() and not arguments.lora:
         return "checkpoint"
     if is_weights and not arguments.pipeline_dir and not (source / "model_index.json").is_file():
         return "transformer"
     return "pipeline"
 
 
-def _check(arguments: argparse.Namespace, form: str, is_weights: bool, adapters: str) -> None:
+def _check(arguments: argparse.Namespace, form: str, is_weights: bool) -> None:
     """ValueError for options that the form has no use for."""
     if is_weights and (arguments.ema or form == "adapters"):
         raise ValueError(
@@ -114,9 +138,9 @@ def _check(arguments: argparse.Namespace, form: str, is_weights: bool, adapters:
         )
     if form == "checkpoint" and not is_weights:
         raise ValueError(f"{arguments.source} is a checkpoint already: give another form with --to")
-    if form == "checkpoint" and adapters:
+    if arguments.lora and not is_weights:
         raise ValueError(
-            f"{arguments.source}: write a folder with the adapters first, and a checkpoint of that"
+            f"{arguments.source} is a checkpoint: adapters are put into weights, as in its run's export"
         )
     if form == "checkpoint" and arguments.dtype == "fp16":
         raise ValueError("--dtype: a checkpoint holds fp32 or bf16, which are trained in")
@@ -155,33 +179,31 @@ def _from_checkpoint(arguments: argparse.Namespace, form: str, files: "WeightFil
 def _from_weights(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
     from soar_mega.checkpoints.exchange import weights_to_checkpoint
     from soar_mega.convert.change_form import to_original_file, to_pipeline_folder, to_transformer_folder
+    from soar_mega.convert.training_facts import facts_of_copy
     from soar_mega.convert.weights import open_weights
+    from soar_mega.outputs import refuse_overlap
 
     source, out = arguments.source, arguments.out
-    with open_weights(Path(source), arguments.pipeline_dir) as weights:
+    if arguments.lora:
+        refuse_overlap(out, {"the adapters": arguments.lora})
+    with open_weights(Path(source), arguments.pipeline_dir) as stored:
+        weights = _adapted(stored, arguments.lora)
         if form == "checkpoint":
             return str(weights_to_checkpoint(weights, source, out, arguments.dtype or "fp32"))
         if form == "original":
             to_original_file(weights, out, files, arguments.prefix)
             return f"{out}, a single file"
         if form == "pipeline":
-            to_pipeline_folder(weights, arguments.pipeline_dir or source, out, files)
+            facts = facts_of_copy(source, files.dtype_name, is_changed=bool(arguments.lora))
+            to_pipeline_folder(weights, arguments.pipeline_dir or source, out, files, facts)
         else:
             to_transformer_folder(weights, out, files)
     return f"{out}, a diffusers {form} folder"
 
 
-def _from_adapted(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
-    from soar_mega.convert import save_folder, save_original_file
-    from soar_mega.convert.lora import merged_model
-    from soar_mega.outputs import refuse_overlap
+def _adapted(weights: "Weights", lora: str | None) -> "Weights":
+    if not lora:
+        return weights
+    from soar_mega.convert.merging import with_adapters
 
-    folder, adapters = split_adapted(arguments.source)
-    out, parts = arguments.out, arguments.pipeline_dir or folder
-    refuse_overlap(out, {"the weights": folder, "the adapters": adapters, "the pipeline": parts})
-    model, tensors = merged_model(folder, adapters)
-    if form == "original":
-        save_original_file(model, out, tensors, files, arguments.prefix)
-        return f"{out}, a single file"
-    save_folder(model, out, tensors, files, pipeline_dir=parts if form == "pipeline" else None)
-    return f"{out}, a diffusers {form} folder"
+    return with_adapters(weights, lora)

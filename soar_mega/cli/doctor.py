@@ -6,8 +6,10 @@ import os
 import platform as system
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soar_mega.evaluation.scorers import SCORERS, SET_METRICS
 from soar_mega.gpus import MEMORY as GPU_MEMORY
 from soar_mega.gpus import usable_memory
 
@@ -18,6 +20,7 @@ HELP = """\
 Say what this machine can do: versions, devices, and which optional libraries are usable and why not.
 
   soar-mega doctor
+  soar-mega doctor --weights DIR                                 which scorers of an evaluation can run, by their files
   soar-mega doctor --model sd35_large                            parameters, and their split over ranks
   soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 2 --virtual-pipeline 2
   soar-mega doctor --model sd35_medium --gpu h100 --gpus 8       how many points fit in its memory (SOAR, 512 px)
@@ -83,6 +86,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--points", type=int, default=6, help="auxiliary points of a sample (default: %(default)s)"
     )
+    parser.add_argument("--weights", default="", metavar="DIR", help="where the scorers' weights lie")
     parser.set_defaults(run=run)
 
 
@@ -120,6 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name in OPTIONAL:
         usable, words = examine(name)
         print(f"  {name:<20} {'usable' if usable else 'not usable'}: {words}")
+    print("\nscorers")
+    for line in scorers(arguments.weights):
+        print(f"  {line}")
     clash = unusable_pair(installed("triton"), installed("numpy"))
     if clash:
         print(f"\n{clash}")
@@ -157,6 +164,15 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
             f"{where}: one point does not fit even with recomputation; raise --tensor, --pipeline or --gpus"
         )
     return f"{where}, by the memory model:\n{found.words()}"
+
+
+def scorers(weights_dir: str) -> Iterator[str]:
+    """Whether each scorer of an evaluation can run, and what it lacks."""
+    for name, entry in (SCORERS | SET_METRICS).items():
+        lacks = entry.lacks(Path(weights_dir) if weights_dir else None)
+        if entry.files and not weights_dir:
+            lacks.append("weights (--weights DIR looks for them)")
+        yield f"{name:<20} {'usable' if not lacks else 'not usable: lacks ' + ', '.join(lacks)}"
 
 
 def unusable_pair(triton: str | None, numpy: str | None) -> str | None:

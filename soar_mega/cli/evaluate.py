@@ -58,9 +58,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
+    parser.add_argument("--seed", type=int, help="of all noise (default: the suite's, or 0)")
     built_in = parser.add_argument_group("without --suite")
     built_in.add_argument("--prompts-per-category", type=int, default=60, help="(default: %(default)s)")
-    built_in.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     suite = parser.add_argument_group("with --suite")
     suite.add_argument(
         "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, tiny"
@@ -84,6 +84,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.seed is not None and arguments.seed < 0:
+        raise ValueError("--seed must be at least 0")
     if arguments.suite:
         from soar_mega.cli.evaluate_suite import run_suite
 
@@ -100,8 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("prompts_per_category", "drift_samples", "drift_steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if arguments.seed < 0:
-        raise ValueError("--seed must be at least 0")
     if not all(math.isfinite(scale) for scale in arguments.guidance_scale or ()):
         raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         guidance_scales=arguments.guidance_scale or (1.0, 4.5),
         steps=steps,
         prompts_per_category=arguments.prompts_per_category,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         held_out=arguments.held_out,
         drift_samples=arguments.drift_samples,
         drift_steps=arguments.drift_steps,
@@ -181,11 +181,12 @@ def table(report: dict[str, Any]) -> list[str]:
         )
     drifts = {name: each["drift"] for name, each in report["pipelines"].items() if "drift" in each}
     if drifts:
-        lines += ["", f"{'drift':<{width}} sigma           error            relative to on-ray"]
+        lines += ["", f"{'drift':<{width}} guidance  sigma           error            relative to on-ray"]
         for name, drift in drifts.items():
-            for span in drift["spans"]:
-                lines.append(
-                    f"{name:<{width}} {span['from']:.2f} -> {span['to']:.2f}    "
+            for scale, spans in drift["scales"].items():
+                lines += [
+                    f"{name:<{width}} {scale:>8}  {span['from']:.2f} -> {span['to']:.2f}    "
                     f"{span['absolute']:.4f} +- {span['standard_error']:.4f}  {span['relative']:.3f}"
-                )
+                    for span in spans
+                ]
     return lines

@@ -4,8 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import os
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from soar_mega.cli.adapted import split_adapted
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from soar_mega.evaluation.suite.tables import Tables
     from soar_mega.training.evaluating import Model
 
+UNFINISHED = 75
 WAITING = timedelta(hours=2)  # of a rank for others that still draw
 
 
@@ -42,23 +47,35 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
     start_process()
 
+    from soar_mega.checkpoints.drawing import CHECKPOINT
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import device, is_rank_zero, start_world
     from soar_mega.evaluation.suite.prompts import read_prompt_set
-    from soar_mega.evaluation.suite.scoring import make_scorers
+    from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
     from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
     from soar_mega.evaluation.suite.store import Store
     from soar_mega.faults.agreement import on_rank_zero
     from soar_mega.training.evaluating import Evaluation
+    from soar_mega.training.watching import watch
 
     suite = load_suite(arguments.suite, arguments.prompts)
     suite = sampled_at(suite, arguments.guidance_scale, arguments.steps)
     drift = DriftSettings(
         held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
     )
-    suite = dataclasses.replace(suite, drift=drift)
+    suite = dataclasses.replace(
+        suite, drift=drift, seed=suite.seed if arguments.seed is None else arguments.seed
+    )
     sets = [read_prompt_set(each) for each in suite.sets]
     models = [_model(text, arguments) for text in arguments.models]
+    if len({model.name for model in models}) < len(models):
+        raise ValueError("two models have one name: tell them apart, as in before=MODEL after=MODEL")
+    whole = [model.name for model in models if model.source.kind != CHECKPOINT]
+    if whole and max(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size) > 1:
+        raise ValueError(
+            f"{whole[0]} is a pipeline folder, which lies whole on each process: evaluate checkpoints at a layout of "
+            "their own with the same --out before, then all models without one; nothing is drawn twice"
+        )
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tensor_model_parallel_size,
         pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
@@ -70,6 +87,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     scorers = make_scorers(
         [name for each in suite.sets for name in each.scorers], arguments.weights, device()
     )
+    check_prompts(sets, scorers)
     evaluation = Evaluation(
         store=store,
         suite=suite,
@@ -79,8 +97,18 @@ def run_suite(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
     )
-    with store.lock() if is_rank_zero() else contextlib.nullcontext(), _explained(arguments.out):
+    with (
+        store.lock() if is_rank_zero() else contextlib.nullcontext(),
+        _explained(arguments.out),
+        _ended_by_signals(),
+    ):
         measured = [evaluation.measure(model) for model in models]
+        if arguments.watch:
+            measured = watch(
+                evaluation, arguments.watch, measured, lambda folder: _checkpoint(folder, arguments)
+            )
+        if not measured:
+            raise ValueError(f"{arguments.watch} is complete and holds no checkpoint that could be evaluated")
         if is_rank_zero():
             print("\n".join(table(evaluation.report(measured))))
             print(
@@ -124,6 +152,30 @@ def _model(text: str, arguments: argparse.Namespace) -> "Model":
         arguments.max_sequence_length,
     )
     return Model(name=name if equals else path, source=source, size=bucket_size(size) if size else None)
+
+
+def _checkpoint(folder: Path, arguments: argparse.Namespace) -> "Model":
+    """A checkpoint of the run that is watched, by its iteration."""
+    return _model(f"{folder.name}={folder}", arguments)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """What a scheduler sends before the end of a job's time ends this process at once, as unfinished.
+
+    Files are written whole or not at all, so there is nothing to be saved.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"soar-mega: told to stop; start the same command again to go on\n")
+        os._exit(UNFINISHED)
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Judge images for other processes: a reward worker that speaks JSON over HTTP.
 
   soar-mega serve-reward digits --port 8000
   soar-mega serve-reward digits my_rewards:sharpness --port 8000
+  soar-mega serve-reward pick_score_rl clip_score --weights /shared/scorers
   soar-mega serve-reward digits --host 0.0.0.0 --port 0 --token-file ~/.reward_token --url-file /shared/reward.url
 
 It answers POST /score as UniRL's reward service does, and POST /compute (or /NAME/compute, where several rewards are
@@ -27,6 +28,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "names", nargs="+", metavar="NAME", help="what stage.rewards may name (docs/rewards.md)"
     )
+    parser.add_argument("--weights", default="", metavar="DIR", help="where published scorers find theirs")
+    parser.add_argument("--device", help="of published scorers (default: cuda where there is a GPU)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
     parser.add_argument("--token-file", default="", metavar="PATH", help="a secret that clients must show")
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     start_logging()
 
+    import torch
+
     from soar_mega.outputs import check_file
     from soar_mega.rewards.registry import make_scorers
     from soar_mega.rewards.server import MARK, RewardServer, serve
@@ -64,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         images=arguments.max_images,
         pixels=arguments.max_megapixels * 10**6,
     )
-    worker = Worker(make_scorers(arguments.names), limits)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    worker = Worker(make_scorers(arguments.names, arguments.weights, device), limits)
     server = RewardServer(worker, arguments.host, arguments.port, token)
     served = ", ".join(worker.scorers)
     serve(server, arguments.url_file, lambda: print(f"ready: {served} at {server.url}", flush=True))

@@ -10,6 +10,7 @@ from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.safetensors_writer import MARK
 from soar_mega.convert.save import AS_STORED, WeightFiles, start_folder
+from soar_mega.convert.training_facts import FILE, TrainingFacts
 from soar_mega.convert.weights import Weights
 from soar_mega.outputs import OutputFolder, in_place_of, refuse_overlap
 
@@ -21,13 +22,19 @@ def to_transformer_folder(weights: Weights, out: str | Path, files: WeightFiles 
 
 
 def to_pipeline_folder(
-    weights: Weights, pipeline_dir: str | Path, out: str | Path, files: WeightFiles = AS_STORED
+    weights: Weights,
+    pipeline_dir: str | Path,
+    out: str | Path,
+    files: WeightFiles = AS_STORED,
+    facts: TrainingFacts | None = None,
 ) -> None:
-    """Write a diffusers pipeline folder, whose other parts are copied from `pipeline_dir`."""
+    """Write a diffusers pipeline folder, whose other parts are copied from `pipeline_dir`; facts: of the weights."""
     source = Path(pipeline_dir)
     refuse_overlap(out, {"the pipeline": source})
     with OutputFolder(out).writing() as new:
         copy_parts(source, pipeline_parts(source), new)
+        if facts is not None:
+            (new / FILE).write_text(facts.to_json(), encoding="utf-8")
         _write_transformer(weights, new / "transformer", files)
 
 

@@ -1,7 +1,7 @@
 """Diffusers folders of a model's weights, written as a whole."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,15 +15,13 @@ from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import OutputFolder, in_place_of
 
-CARD = "README.md"
-
 
 def save_folder(
     model: Transformer | ModelChunks,
     folder: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
     files: WeightFiles = AS_STORED,
-    card: str = "",
+    notes: Mapping[str, str] | None = None,
     pipeline_dir: str | Path | None = None,
 ) -> None:
     """Write a transformer folder, or a pipeline folder: our transformer, the other parts copied from `pipeline_dir`.
@@ -34,7 +32,7 @@ def save_folder(
     Args:
         tensors: this rank's shard by global name, in place of the model's own tensors (an EMA), as for
             `write_transformer`.
-        card: the text of a README.md; "" writes none.
+        notes: texts to write beside the parts, by file name.
 
     Raises:
         ValueError: the folder holds what this program did not write, or the pipeline is not complete.
@@ -46,7 +44,7 @@ def save_folder(
             source, transformer = Path(pipeline_dir), new / "transformer"
             on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, transformer, tensors, files)
-        on_rank_zero(lambda: _write_card(new, card), folder)
+        on_rank_zero(lambda: _write_notes(new, notes or {}), folder)
 
 
 def save_original_file(
@@ -70,12 +68,12 @@ def save_original_file(
     dtypes = dict.fromkeys(shapes, files.dtype or model.config.params_dtype)
     with in_place_of(path, MARK.encode()) as new:
         writer = OriginalWriter(new, model.sizes, shapes, dtypes, prefix)
-        write_weights(model, lambda: writer, path, tensors)
+        write_weights(model, lambda: writer, path, tensors, files.dtype)
 
 
-def _write_card(folder: Path, card: str) -> None:
-    if card:
-        (folder / CARD).write_text(card, encoding="utf-8")
+def _write_notes(folder: Path, notes: Mapping[str, str]) -> None:
+    for name, text in notes.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """From a diffusers folder into any layout: each rank reads its own rows and columns."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -69,6 +70,25 @@ def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
     _refuse_broken(broken, path)
 
 
+@torch.no_grad()
+def exact_shards(model: Transformer | ModelChunks, folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of each tensor that a diffusers folder holds in float32, by global name and in float32.
+
+    One at a time, in the same order on all ranks. The folder is one that `load_weights` has read.
+
+    Args:
+        model: of this rank's shapes.
+    """
+    local = named_tensors(model)
+    with Reader(config_file(Path(folder)).parent) as reader:
+        for entry in model.sizes.family.entries(model.sizes):
+            if entry.name in local and all(reader.dtype(key) == torch.float32 for key in entry.keys):
+                like = local[entry.name]
+                shard = torch.empty(like.shape)
+                _fill(shard, entry, reader, model.sizes.num_attention_heads, like)
+                yield entry.name, shard
+
+
 def _refuse_broken(broken: list[str], folder: Path) -> None:
     """ValueError on all ranks where any of them holds NaN: its pictures would be black. Collective."""
     gathered = [broken]
@@ -80,9 +100,9 @@ def _refuse_broken(broken: list[str], folder: Path) -> None:
         raise ValueError(f"the weights in {folder} hold NaN or infinite numbers: {listed(names)}")
 
 
-def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int) -> None:
-    """Read this rank's rows or columns of a tensor."""
-    dim, group = partition_dim(target), tensor_parallel_group()
+def _fill(target: Tensor, entry: Entry, reader: Reader, heads: int, like: Tensor | None = None) -> None:
+    """Read this rank's rows or columns of a tensor; `like` is the parameter that says which, if not the target."""
+    dim, group = partition_dim(target if like is None else like), tensor_parallel_group()
     cut: tuple[int, ...] = ()
     if dim is not None and group is not None and group.size() > 1:
         width = entry.shape[dim] // group.size()

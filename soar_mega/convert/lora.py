@@ -24,7 +24,6 @@ from soar_mega.convert.safetensors_reader import open_file
 from soar_mega.convert.save import on_rank_zero
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
-from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.user_files import read_object
 
@@ -72,7 +71,8 @@ def open_lora(path: str | Path) -> LoraFile:
     """Find and describe adapters; of the file only the header is read.
 
     Args:
-        path: a safetensors file, or a folder with one of both formats.
+        path: a safetensors file, or a folder with one of both formats, or with such a folder named lora, as in the
+            checkpoints of flow_grpo and DiffusionNFT.
 
     Raises:
         ValueError: no such file, one that is damaged, or adapters of another kind; the message names it.
@@ -106,9 +106,10 @@ def open_lora(path: str | Path) -> LoraFile:
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
-    for name in (PEFT_FILE, DIFFUSERS_FILE):
-        if (path / name).is_file():
-            return path / name
+    for folder in (path, path / "lora"):
+        for name in (PEFT_FILE, DIFFUSERS_FILE):
+            if (folder / name).is_file():
+                return folder / name
     raise ValueError(
         f"{path} holds no adapters: expected {PEFT_FILE} or {DIFFUSERS_FILE}, or such a file itself"
     )
@@ -228,13 +229,3 @@ def load_adapted(folder: str | Path, lora: str | Path, dtype: str = "fp32") -> t
     adapters = add_adapters([model], config, seed=0)
     load_adapters(model, adapters, config, lora)
     return model, adapters
-
-
-def merged_model(folder: str | Path, lora: str | Path) -> tuple[Transformer, Callable[[str], Tensor]]:
-    """A pipeline's transformer, and its tensors by name with adapters in the weights that they hang on.
-
-    Raises:
-        ValueError: as `load_adapted`.
-    """
-    model, adapters = load_adapted(folder, lora)
-    return model, adapters.merged(named_tensors(model).__getitem__)

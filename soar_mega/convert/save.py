@@ -22,6 +22,7 @@ from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class WeightFiles:
     max_shard_size: int = MAX_SHARD_SIZE
     variant: str = ""
     dtype: torch.dtype | None = None
+
+    @property
+    def dtype_name(self) -> str | None:
+        """fp32, bf16 or fp16."""
+        return None if self.dtype is None else NAMES[self.dtype]
 
 
 AS_STORED = WeightFiles()
@@ -59,7 +65,11 @@ def write_transformer(
     """
     config, shapes = model.sizes.to_diffusers(), diffusers_shapes(model.sizes)
     dtypes = dict.fromkeys(shapes, model.config.params_dtype)
-    write_weights(model, lambda: start_folder(Path(folder), config, shapes, dtypes, files), folder, tensors)
+
+    def start() -> FolderWriter:
+        return start_folder(Path(folder), config, shapes, dtypes, files)
+
+    write_weights(model, start, folder, tensors, files.dtype)
 
 
 def start_folder(
@@ -81,6 +91,7 @@ def write_weights(
     start: Callable[[], Writer],
     place: str | Path,
     tensors: Callable[[str], Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Give all tensors of a model to a writer under diffusers' names. A collective over the whole world.
 
@@ -90,6 +101,7 @@ def write_weights(
         start: makes the writer, on rank 0 alone; place: where that writes, for messages.
         tensors: this rank's shard by global name, to be written in place of the model's own tensor (an EMA). Asked for
             each in turn, in the same order by all data-parallel ranks, so that it may be collective over them.
+        dtype: of the numbers that the writer keeps; None is the model's.
 
     Raises:
         OSError: rank 0 could not write; raised on every rank.
@@ -98,6 +110,9 @@ def write_weights(
     table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
+    sent = (
+        torch.float32 if dtype == torch.float32 else model.config.params_dtype
+    )  # rounded by the writer alone
     failure: OSError | ValueError | None = None
     writer: Writer | None = None
     if dist.get_rank() == 0:
@@ -109,7 +124,8 @@ def write_weights(
     for _, same_keys in groupby(table, key=lambda entry: entry.keys):
         group = list(same_keys)
         collected = [
-            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__) for entry in group
+            _collect(entry, model, owners[entry.name], local, tensors or local.__getitem__, sent)
+            for entry in group
         ]
         whole = [full for full in collected if full is not None]
         if whole and writer is not None and failure is None:
@@ -136,13 +152,14 @@ def _collect(
     owner: int,
     local: dict[str, Tensor],
     tensors: Callable[[str], Tensor],
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """The whole tensor on rank 0, None elsewhere."""
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     full: Tensor | None = None
     if pipeline.rank() == owner:
         # all data-parallel ranks take part; what is kept on the CPU must leave it, where NCCL takes nothing
-        full = tensors(entry.name).detach().to(device(), model.config.params_dtype)
+        full = tensors(entry.name).detach().to(device(), dtype)
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
     if full is not None:
@@ -156,7 +173,7 @@ def _collect(
     if pipeline.rank() != 0:
         return None
     rows = entry.shape[0] * len(entry.keys)
-    full = torch.empty(rows, *entry.shape[1:], dtype=model.config.params_dtype, device=device())
+    full = torch.empty(rows, *entry.shape[1:], dtype=dtype, device=device())
     dist.recv(full, group=pipeline, group_src=owner)
     return full
 

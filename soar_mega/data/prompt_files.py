@@ -75,7 +75,7 @@ def read_prompts(path: str | Path, split: str = "train", repeats: bool = False) 
         raise ValueError(f"{file} holds no prompt: write one a line")
     for what, numbers in (
         ("without a prompt, left out", empty),
-        ("with a prompt again, kept once", repeated),
+        ("with a prompt again, kept once", [] if repeats else repeated),
     ):
         if numbers and is_rank_zero():
             log.warning("%s: %d lines %s (%s)", file, len(numbers), what, _named(file, numbers))

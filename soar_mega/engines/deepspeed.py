@@ -107,6 +107,7 @@ class DeepSpeedEngine(Engine):
         for piece in self._pieces.values():
             _start_moments(optimizer, piece.owner)
         self._main = main_weights(self._deepspeed, self._stage, self.parameters, self._pieces)
+        self._take_exact()
         self._pipeline = Accumulation([self._deepspeed])
         if recipe.train.cuda_graphs != "none" and device().type == "cuda" and is_rank_zero():
             logger.warning(
@@ -295,7 +296,9 @@ def _config(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     parallel = recipe.parallel
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "reduce_bucket_size": min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters())),
+        "reduce_bucket_size": min(
+            LARGEST_BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ),
         "stage3_param_persistence_threshold": 0,  # every parameter is cut, so that kept weights can take its place
     }
     on_cpu = {"device": "cpu", "pin_memory": device().type == "cuda"}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.config import Recipe
-from soar_mega.convert import load_weights
+from soar_mega.convert import exact_shards, load_weights
 from soar_mega.convert.lora import load_adapters
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device
@@ -254,22 +254,30 @@ class Engine(ABC):
 
     @torch.no_grad()
     def velocity(
-        self, latents: Tensor, sigma: Tensor, conditions: Conditions, weights: str = "current"
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        weights: str = "current",
+        micro_batch_size: int | None = None,
     ) -> Tensor:
         """Velocity [B, C, H, W] float32 on every rank of the pipeline, for this data-parallel rank's own states.
 
         A forward may gather parameters from all replicas, so all must make the same number of them: the same number
-        of calls, each of at most micro_batch_size states, or of the same number of states on all. Shapes may differ.
+        of calls, each of at most train.micro_batch_size states, or of the same number of states on all. Shapes may
+        differ.
 
         Args:
             latents: [B, C, H, W]; sigma: [B] in [0, 1]; conditions: [B]. The shapes are read on all ranks, the
                 values on the first stage. A guidance-distilled model is told the scale of its training if they name
                 none.
+            micro_batch_size: most states of a forward; None: twice train.micro_batch_size.
         """
         if self._told_scale is not None and conditions.guidance is None:
             conditions = conditions.told(self._told_scale)
         # an interleaved pipeline would fill up few large micro-batches with empty ones
-        size = min(2 * self.recipe.train.micro_batch_size, -(-len(latents) // self._pipeline.group))
+        most = micro_batch_size or 2 * self.recipe.train.micro_batch_size
+        size = min(most, -(-len(latents) // self._pipeline.group))
         with self.using(weights):
             return predict_velocity(self._pipeline, latents, sigma * TIMESTEPS, conditions, size)
 
@@ -277,7 +285,7 @@ class Engine(ABC):
         """Keep a float32 copy of the weights as they are now."""
         assert name != "current" and (name != "reference" or self.adapters is None)
         self._sync()
-        self.weights[name] = KeptWeights(self._main)
+        self.weights[name] = KeptWeights(self._main, self.recipe.train.offload_kept_weights)
 
     def blend_weights(self, name: str, decay: float) -> None:
         """Move a kept copy toward the weights as they are now: decay of it and 1 - decay of them."""
@@ -305,19 +313,23 @@ class Engine(ABC):
         with adapters, self.weights[name].swapped_in():
             yield
 
-    def tensors(self, weights: str = "current") -> Callable[[str], Tensor]:
+    def tensors(self, weights: str = "current", exact: bool = False) -> Callable[[str], Tensor]:
         """This rank's shard of a tensor by its global name, as `convert` asks for them one after another.
 
         A call is collective over the data-parallel group, for what the ranks of it hold in parts is put together then.
+
+        Args:
+            exact: in float32 as the optimizer keeps them, not as the model computes with them.
         """
         self._sync()
-        value = self._main.value if weights == "current" else self.weights[weights].value
+        held = self._main if weights == "current" else self.weights[weights]
+        value = held.exact if exact else held.value
         buffers = dict(self.model.named_buffers())
         return lambda name: buffers[name] if name in buffers else value(name)
 
-    def exported(self, weights: str = "current") -> Callable[[str], Tensor]:
+    def exported(self, weights: str = "current", exact: bool = False) -> Callable[[str], Tensor]:
         """`tensors` of a model without adapters: those are in the weights."""
-        tensors = self.tensors(weights)
+        tensors = self.tensors(weights, exact)
         return tensors if self.adapters is None else self.adapters.merged(tensors)
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
@@ -334,6 +346,18 @@ class Engine(ABC):
                 if key in self.parameters:
                     self._main.assign(key, tensor.to(device()))
         self.model.weights_changed()
+
+    def _take_exact(self) -> None:
+        """Have the main copies hold what the pipeline folder does, where it is float32 and the model rounds it.
+
+        Called by an engine as soon as there are main copies.
+        """
+        model = self.recipe.model
+        if model.init != "pretrained" or model.dtype == "fp32" or self.adapters is not None:
+            return
+        for name, shard in exact_shards(self.layout, model.pipeline_dir):
+            if name in self.parameters and self.parameters[name].requires_grad:
+                self._main.assign(name, shard.to(device()))
 
     def gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""
@@ -374,7 +398,7 @@ class Engine(ABC):
         wholes = {key: self._main.value(key).float().view(-1) for key in frozen}
         pieces = []
         for name, kept in self.weights.items():
-            pieces += self._saved_pieces(f"weights.{name}", kept.pieces)
+            pieces += self._saved_pieces(f"weights.{name}", kept.still())
             pieces += self._saved_pieces(f"weights.{name}", wholes, divided=False)
         return pieces
 

@@ -43,6 +43,7 @@ class MegatronEngine(Engine):
         self._ddp = _data_parallel(self.model, recipe)
         self.optimizer = _optimizer(self._ddp, self.parameters, recipe)
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
+        self._take_exact()
         self._pipeline = Pipeline(self._ddp)
         if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
             reason = why_no_graphs(recipe.model)

@@ -5,7 +5,7 @@ of it per data-parallel rank. A kept copy has a piece for each of those, at the 
 copied.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.distributed import device
+from soar_mega.engines.on_demand import without_room
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class MainWeights:
         """A parameter as the model computes with it, whole. Collective over the data-parallel group."""
         return self.parameters[name].detach()
 
+    def exact(self, name: str) -> Tensor:
+        """A parameter as the optimizer has it, whole and float32. Collective over the data-parallel group."""
+        if not self.parameters[name].requires_grad:
+            return self.value(name).float()
+        return self.gather(lambda trained: self.pieces[trained].flat, name)
+
     @torch.no_grad()
     def assign(self, name: str, whole: Tensor) -> None:
         """Set a parameter and its main copy from a whole tensor."""
@@ -112,7 +119,9 @@ class MainWeights:
     @torch.no_grad()
     def _show(self, part: Callable[[str], Tensor]) -> None:
         for name in self.pieces:
-            self._held(name).copy_(part(name))
+            held = self._held(name)
+            # from pinned memory on the host nobody waits for it; to the host one does
+            held.copy_(part(name), non_blocking=held.device == device())
         self._complete()
         self._shown = part
 
@@ -128,17 +137,32 @@ class MainWeights:
 
 
 class KeptWeights:
-    """A copy of the weights as they are now, which stays so until it is moved."""
+    """A copy of the weights as they are now, which stays so until it is moved.
 
-    def __init__(self, main: MainWeights) -> None:
+    Args:
+        on_host: it lies in the memory of the host, pinned where there is a GPU.
+    """
+
+    def __init__(self, main: MainWeights, on_host: bool = False) -> None:
         self._main = main
-        self.pieces = {name: piece.flat.float().clone() for name, piece in main.pieces.items()}
+        self.pieces = {name: _copy_of(piece.flat, on_host) for name, piece in main.pieces.items()}
 
     @torch.no_grad()
     def blend(self, decay: float) -> None:
         """Move the copy toward the main weights, of which it has 1 - decay then; at 0 it is them."""
         for name, kept in self.pieces.items():
-            kept.lerp_(self._main.pieces[name].flat, 1.0 - decay)
+            current = self._main.pieces[name].flat
+            here = kept.to(current.device, non_blocking=True)
+            here.lerp_(current, 1.0 - decay)
+            if here is not kept:
+                kept.copy_(here, non_blocking=True)
+
+    def still(self) -> dict[str, Tensor]:
+        """The pieces for a checkpoint, which copies what lies on a GPU: pinned ones would change with the next step."""
+        if not any(piece.is_pinned() for piece in self.pieces.values()):
+            return self.pieces
+        torch.cuda.current_stream().synchronize()
+        return {name: piece.clone() for name, piece in self.pieces.items()}
 
     def value(self, name: str) -> Tensor:
         """A parameter as the model would compute with it, whole: in the model's type, and a frozen one as it is.
@@ -150,6 +174,12 @@ class KeptWeights:
             return self._main.value(name)
         return self._main.gather(self.pieces.__getitem__, name, parameter.dtype)
 
+    def exact(self, name: str) -> Tensor:
+        """The same in float32, as it is kept."""
+        if not self._main.parameters[name].requires_grad:
+            return self._main.exact(name)
+        return self._main.gather(self.pieces.__getitem__, name)
+
     def assign(self, name: str, whole: Tensor) -> None:
         """Set this rank's piece from a whole tensor."""
         if name in self.pieces:
@@ -158,6 +188,33 @@ class KeptWeights:
     def swapped_in(self) -> AbstractContextManager[None]:
         """The model computes with these weights inside the context. Collective over data parallelism."""
         return self._main.replaced(self.pieces.__getitem__)
+
+
+def _copy_of(flat: Tensor, on_host: bool) -> Tensor:
+    if not on_host:
+        return flat.float().clone()
+    copy = torch.empty(flat.shape, dtype=torch.float32, device="cpu", pin_memory=flat.is_cuda)
+    return copy.copy_(flat)
+
+
+MAIN_COPIES = (
+    "optimizer.state.param",
+    "optimizer.state.fp32_param",
+)  # in checkpoints: cut over ranks, or whole
+
+
+def sharded_main_copies(model_state: dict[str, Any], held: Collection[str]) -> dict[str, Any]:
+    """The main copies that a checkpoint holds of a model, by the parameters' names; without data.
+
+    Args:
+        model_state: as for `sharded_copy`.
+        held: all names in the checkpoint.
+    """
+    found: dict[str, Any] = {}
+    for prefix in MAIN_COPIES:
+        copies = _copies(model_state, prefix, without_room)
+        found |= {name: copy for name, copy in copies.items() if copy.key in held}
+    return found
 
 
 def sharded_copy(
@@ -169,6 +226,10 @@ def sharded_copy(
         model_state: the model's sharded_state_dict, whose tensors hold the parameters themselves.
         name: of the kept copy; part of the keys.
     """
+    return _copies(model_state, f"weights.{name}", whole)
+
+
+def _copies(model_state: dict[str, Any], prefix: str, whole: Callable[[Parameter], Tensor]) -> dict[str, Any]:
     tensors, _ = extract_sharded_tensors_and_factories(model_state)
     parameters = [t for t in nested_values(tensors) if isinstance(t.data, Parameter)]
-    return {t.key: make_sharded_optimizer_tensor(t, whole(t.data), f"weights.{name}") for t in parameters}
+    return {t.key: make_sharded_optimizer_tensor(t, whole(t.data), prefix) for t in parameters}

@@ -1,7 +1,7 @@
 """What judges images: a metric of the evaluation, and by the same protocol a reward of RL."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,4 +31,13 @@ class Scorer(Protocol):
         Raises:
             ValueError: a prompt or its metadata is not of a kind that can be judged; names it.
         """
+        ...
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """A scorer that can judge some prompts alone, and says so before there is an image."""
+
+    def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """ValueError where a prompt or its metadata is not of a kind that can be judged; names it."""
         ...

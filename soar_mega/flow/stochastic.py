@@ -48,7 +48,8 @@ def sample_steps(
 
     Args:
         latents: [B, ...] float32, the states at sigmas[0].
-        sigmas: [n + 1] float64, n at least 2: sigmas[1] stands in for a sigma of 1 (`rollout_coefficients`).
+        sigmas: [n + 1] float64, n at least 2: where the first is 1, the second stands in for it where a step divides by
+            1 - sigma, as by default in `rollout_coefficients`.
         variant, eta: of the stochastic steps.
         stochastic: [B, n] bool, which steps of which sample are stochastic; on the CPU.
         noise: asked for the stochastic steps alone.
@@ -71,7 +72,7 @@ def mixed_coefficients(
 ) -> Coefficients:
     """(A, B, C), each [B] float64, of step `index` of a sampler: C is 0 where it is an Euler step."""
     start, end = sigmas[index], sigmas[index + 1]
-    noisy = rollout_coefficients(variant, start, end, eta, sigmas[1].item())
+    noisy = rollout_coefficients(variant, start, end, eta)
     plain = rollout_coefficients("ode", start, end, 0.0)
     a, b, c = (torch.where(stochastic, x, y) for x, y in zip(noisy, plain, strict=True))
     return a, b, c

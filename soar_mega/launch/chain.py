@@ -6,10 +6,13 @@
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
-      - {name: evaluate, evaluate: [--steps, 10]}
+      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
       - {name: export, export: []}
-      - {name: rl, command: [bash, rl.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
+      - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
+      - {name: outside, from: soar, handoff: [--to, flow_grpo, --run-in, ../flow_grpo, --checkpoints, 5]}
+
+Exports are float32, the optimizer's own numbers, unless a link says otherwise: the next one starts from them.
 
 Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
 """
@@ -26,12 +29,13 @@ from soar_mega.config import Recipe
 from soar_mega.launch.slurm import Resources, resources
 from soar_mega.stages import load_recipe
 
-KINDS = ("train", "evaluate", "export", "command")
+KINDS = ("train", "evaluate", "export", "handoff", "command")
 STARTS = ("export", "export_ema", "checkpoint")
 _KEYS = {
     "train": ("overrides", "start"),
     "evaluate": (),
     "export": (),
+    "handoff": (),
     "command": ("product",),
 }
 
@@ -41,13 +45,14 @@ class Link:
     """One link with all of its paths."""
 
     name: str
-    kind: str  # train | evaluate | export | command
+    kind: str  # train | evaluate | export | handoff | command
     folder: Path
     arguments: list[str]  # of the soar-mega command, or the words of a command
     product: Path  # what the link is for: verified by its hash
     parent: str | None  # the link whose product this one starts from; None: the chain's own pipeline
     after: str | None  # the link that must be done before this one begins; None: nothing
     recipe: Recipe | None  # of a train link
+    is_parallel: bool = False  # all ranks of its job run its command, as of train links and suites
     resources: Resources
 
 
@@ -124,6 +129,7 @@ class _Builder:
             "train": self._train,
             "evaluate": self._evaluate,
             "export": self._export,
+            "handoff": self._handoff,
             "command": self._command,
         }
         self._after = self.links[-1].name if self.links else None
@@ -142,7 +148,7 @@ class _Builder:
 
     def _link(self, settings: Any, kind: str, where: str, **values: Any) -> Link:
         wanted = {**self._slurm, **settings.get("slurm", {})}
-        if kind != "train":
+        if not values.get("is_parallel"):
             wanted |= {"nodes": 1, "processes_per_node": 1}
         parent = self._made_by or None
         named = {
@@ -176,12 +182,12 @@ class _Builder:
             overrides += [f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
         else:
             overrides += [f"model.pipeline_dir={self._pipeline}"]
-        overrides = [*map(str, settings.get("overrides", [])), *overrides]
+        overrides = ["checkpoint.export_dtype=fp32", *map(str, settings.get("overrides", [])), *overrides]
         try:
             recipe = load_recipe(settings["train"], overrides)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
-        self._check_ema(start, where)
+        self._check_start(start, recipe, where)
         if not recipe.checkpoint.export:
             raise ValueError(f"{where}: checkpoint.export=false, but a link is done by its export")
         arguments = ["train", settings["train"], *overrides]
@@ -193,30 +199,58 @@ class _Builder:
             arguments=arguments,
             product=folder / "export",
             recipe=recipe,
+            is_parallel=True,
         )
         self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
         return link
 
-    def _check_ema(self, start: str, where: str) -> None:
+    def _check_start(self, start: str, recipe: Recipe, where: str) -> None:
         before = self._run.recipe if self._run else None
         if start == "export_ema" and before is not None and before.train.ema_decay == 0:
             raise ValueError(
                 f"{where}: start: export_ema, but the link before keeps no EMA (train.ema_decay=0)"
             )
+        if start == "checkpoint" and before is not None and (before.lora.rank > 0) != (recipe.lora.rank > 0):
+            raise ValueError(
+                f"{where}: start: checkpoint, but only one of the two links trains adapters (lora.rank): start: export "
+                "takes the weights with the adapters in them"
+            )
 
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
-        out = folder / "metrics.json"
+        asked = list(map(str, settings["evaluate"]))
+        has_suite = any(word == "--suite" or word.startswith("--suite=") for word in asked)
+        out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
-        arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out)]
-        arguments += map(str, settings["evaluate"])
-        return self._link(settings, "evaluate", where, folder=folder, arguments=arguments, product=out)
+        arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]
+        product = folder / "report.json" if has_suite else out
+        return self._link(
+            settings,
+            "evaluate",
+            where,
+            folder=folder,
+            arguments=arguments,
+            product=product,
+            is_parallel=has_suite,
+        )
 
     def _export(self, settings: Any, folder: Path, where: str) -> Link:
         if self._run is None:
             raise ValueError(f"{where}: export needs a train link before it")
         out = folder / "pipeline"
-        arguments = ["convert", str(self._run.folder), str(out), *map(str, settings["export"])]
+        words = list(map(str, settings["export"]))
+        dtype = [] if "--dtype" in words else ["--dtype", "fp32"]
+        arguments = ["convert", str(self._run.folder), str(out), *words, *dtype]
         link = self._link(settings, "export", where, folder=folder, arguments=arguments, product=out)
+        self._pipeline, self._made_by = str(out), link.name
+        return link
+
+    def _handoff(self, settings: Any, folder: Path, where: str) -> Link:
+        words = list(map(str, settings["handoff"]))
+        if "--run-in" not in words:
+            raise ValueError(f"{where}: handoff: name the folder of the trainer's repository with --run-in")
+        out = folder / "pipeline"
+        arguments = ["handoff", self._pipeline, "--save", str(folder), *words]
+        link = self._link(settings, "handoff", where, folder=folder, arguments=arguments, product=out)
         self._pipeline, self._made_by = str(out), link.name
         return link
 

@@ -73,6 +73,10 @@ def begin(chain: Chain, link: Link) -> bool:
     if link.kind == "train" and run.complete() is not None and broken:
         run.reopen()  # there is nothing left to train: it exports again
     (link.folder / COMPLETED).unlink(missing_ok=True)
+    if link.kind == "evaluate":
+        link.product.unlink(
+            missing_ok=True
+        )  # of what the parent was before; images and scores are kept apart by hash
     said = {"link": link.name, "settings": _settings(link), "parent": _parent_hash(chain, link)}
     write_durably(link.folder / BEGUN, json.dumps(said, indent=1) + "\n")
     return True

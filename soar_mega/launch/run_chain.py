@@ -22,7 +22,7 @@ def run_local(chain: Chain, processes: int) -> None:
     """Runs what is not done, in order; stops at the first link that fails.
 
     Args:
-        processes: ranks of a train link.
+        processes: ranks of a link that trains or evaluates a suite.
 
     Raises:
         ValueError: a link could not run, which is found before the first one does, or it failed; the message then
@@ -82,7 +82,7 @@ def command(link: Link, processes: int) -> list[str]:
     if link.kind == "command":
         return link.arguments
     program = ["-m", "soar_mega", *link.arguments]
-    if link.kind == "train" and processes > 1:
+    if link.is_parallel and processes > 1:
         return [
             sys.executable,
             "-m",
@@ -127,14 +127,14 @@ def to_do(chain: Chain) -> list[Link]:
 
 
 def job(chain: Chain, link: Link) -> slurm.Job:
-    """The job of a link. Ranks of a train link run train itself; other links are one process that runs the link."""
+    """The job of a link: all ranks of a parallel one run its command; of another one, a process runs the link."""
     name = f"{chain.file.stem}.{link.name}"
     here = ["chain", str(chain.file)]
-    if link.kind == "train":
+    if link.is_parallel:
         return slurm.Job(
             name=name,
             arguments=link.arguments,
-            marker=link.folder / MARKER,
+            marker=link.folder / MARKER if link.kind == "train" else link.product,
             num_workers=link.recipe.data.num_workers if link.recipe else 0,
             before=[*here, "--begin", link.name],
             after=[*here, "--end", link.name],

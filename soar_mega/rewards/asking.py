@@ -1,8 +1,11 @@
 """Requests to a reward worker: patient while it is away, short with one that says no."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +28,18 @@ UNKNOWN_PAGE = (404, 405, 501)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """Seconds: for one request; in all, while a worker is away or late; until it is asked again, doubled each time."""
+    """In seconds.
 
-    request: float = 180
-    in_all: float = 300
+    Attributes:
+        connect: until there is a connection.
+        request: for a whole request.
+        in_all: while a worker is away or late.
+        pause: until it is asked again, doubled each time up to longest_pause.
+    """
+
+    connect: float = 10
+    request: float = 300
+    in_all: float = 600
     pause: float = 1
     longest_pause: float = 30
 
@@ -43,6 +54,8 @@ class Peer:
         """ValueError where the place is no URL, or the token is unusable."""
         self.place = place
         self._patience = patience
+        self._closed = threading.Event()
+        self._connection: HTTPConnection | None = None  # while a request is under way
         self._headers = {"Content-Type": "application/json"}
         if VARIABLE in os.environ:
             self._headers["Authorization"] = f"Bearer {read_token(os.environ[VARIABLE])}"
@@ -61,6 +74,14 @@ class Peer:
         """
         return self._request("POST", path, json.dumps(content).encode())
 
+    def close(self) -> None:
+        """Ends what another thread is asking, which raises WorkerError there."""
+        self._closed.set()
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
     def error(self, words: str, said: Any) -> WorkerError:
         """What is wrong with what the worker said."""
         return WorkerError(f"reward worker {self.place}: {words}: {repr(said)[:SHOWN]}")
@@ -68,6 +89,8 @@ class Peer:
     def _request(self, method: str, path: str, body: bytes | None) -> bytes:
         until = time.monotonic() + self._patience.in_all
         for tries, pause in enumerate(self._pauses(), start=1):
+            if self._closed.is_set():
+                raise WorkerError(f"reward worker {self.place} is not asked any more")
             try:
                 status, answer = self._once(method, path, body)
             except WorkerError:
@@ -86,10 +109,10 @@ class Peer:
                     why += f" ({VARIABLE} names the file that holds it)"
                 if status not in COME_BACK and (status != FAILED or tries == TRIES):
                     raise WorkerError(f"reward worker {self.place}: {why}")
-            if time.monotonic() + pause > until:
+            if self._closed.is_set() or time.monotonic() + pause > until:
                 raise WorkerError(f"reward worker {self.place}: {why}; it was asked {tries} times")
             log.warning("reward worker %s: %s; it is asked again in %g seconds", self.place, why, pause)
-            time.sleep(pause)
+            self._closed.wait(pause)
         raise AssertionError("pauses never end")
 
     def _pauses(self) -> Iterator[float]:
@@ -102,8 +125,10 @@ class Peer:
         url = urlsplit(self._url())
         kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
         until = time.monotonic() + self._patience.request
-        connection = kind(str(url.hostname), url.port, timeout=self._patience.request)
+        connection = kind(str(url.hostname), url.port, timeout=self._patience.connect)
+        self._connection = connection
         try:
+            self._connect(connection)
             connection.request(method, url.path.rstrip("/") + path, body, self._headers)
             response = connection.getresponse()
             answer = bytearray()
@@ -117,7 +142,17 @@ class Peer:
                     raise TimeoutError
             return response.status, bytes(answer)
         finally:
+            self._connection = None
             connection.close()
+
+    def _connect(self, connection: HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            raise ConnectionError(f"no connection within {self._patience.connect:g} seconds") from error
+        if self._closed.is_set():
+            raise ConnectionError("closed")
+        connection.sock.settimeout(self._patience.request)
 
     def _url(self) -> str:
         if not self.place.startswith("file:"):

@@ -15,7 +15,7 @@ from soar_mega.rewards.asking import SHOWN, Patience, Peer
 from soar_mega.rewards.pictures import to_base64
 
 log = logging.getLogger(__name__)
-BATCH = 16  # images of a request
+BATCH, PIXELS = 16, 2**25  # images of a request, and pixels of all of them
 DEFAULT = Patience()
 
 # A value, or why there is none.
@@ -64,13 +64,18 @@ class WorkerScorer:
         """
         ask = self._ask_compute if self._compute else self._ask_score
         given: list[Given] = []
-        for start in range(0, len(images), BATCH):
-            part = slice(start, start + BATCH)
+        size = max(1, min(BATCH, PIXELS // max(1, images.shape[2] * images.shape[3])))
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
             given += ask([to_base64(image) for image in images[part]], prompts[part], metadata[part])
         if why := [each for each in given if isinstance(each, str)]:
             log.warning("reward worker %s: %s", self._peer.place, why[0][:SHOWN])
         values = [torch.nan if isinstance(each, str) else each for each in given]
         return {self.name: torch.tensor(values, dtype=torch.float64)}
+
+    def close(self) -> None:
+        """Ends what another thread is asking, which raises WorkerError there."""
+        self._peer.close()
 
     def _ask_score(
         self, pictures: Sequence[str], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

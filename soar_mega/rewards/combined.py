@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from soar_mega.evaluation.scorer import Scorer
+from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.judging import judge
 
 log = logging.getLogger(__name__)
 TOTAL = "total"
+SAME = 1e-3  # relative: a model in bf16 on a GPU does not repeat its values to the last bit
 
 
 class Rewards:
@@ -27,6 +29,7 @@ class Rewards:
         self.names = tuple(scorer.name for scorer in scorers)
         self.weights = dict(zip(self.names, weights, strict=True))
         self._scorers = tuple(scorers)
+        self._seen_alone: set[str] = set()  # names of those that have judged a sample by itself too
         self._not_judged: Counter[str] = Counter()  # samples since the start
         self._constant: Counter[str] = Counter()  # collections since the start
         self._last_words: dict[str, str] = {}
@@ -37,7 +40,8 @@ class Rewards:
         """The values of each reward by its name, and "total", their sum by weight: [N] float64 on the CPU.
 
         A value does not depend on the other samples. Where a reward could not judge a sample its value is NaN, and the
-        total of the sample with it: such a sample is to be left out of learning. That is logged and counted.
+        total of the sample with it, unless the weight is 0: such a sample is to be left out of learning. That is logged
+        and counted.
 
         Args:
             images: [N, 3, H, W] in [0, 1]; one that is not finite is not judged.
@@ -61,11 +65,16 @@ class Rewards:
         values = {}
         for scorer in self._scorers:
             judged, broken = judge(scorer, images, prompts, metadata)
+            if len(images) > 1 and scorer.name not in self._seen_alone:
+                self._seen_alone.add(scorer.name)
+                alone, _ = judge(scorer, images[:1], prompts[:1], metadata[:1])
+                _compare(scorer.name, float(alone[0]), float(judged[0]))
             values[scorer.name] = torch.full((len(whole),), torch.nan, dtype=torch.float64)
             values[scorer.name][chosen] = judged
             why = {i: "the image is not finite" for i, finite in enumerate(whole) if not finite}
             self._tell(scorer.name, len(whole), why | {chosen[i]: words for i, words in broken.items()})
-        values[TOTAL] = torch.stack([self.weights[name] * values[name] for name in self.names]).sum(dim=0)
+        counted = [name for name in self.names if self.weights[name]]
+        values[TOTAL] = torch.stack([self.weights[name] * values[name] for name in counted]).sum(dim=0)
         return values
 
     def examine(self, collection: Mapping[str, Tensor]) -> None:
@@ -81,7 +90,7 @@ class Rewards:
                     f"reward {name} could not judge one of the {len(collection[name])} samples of a collection"
                     f"{f': {self._last_words[name]}' if name in self._last_words else ''}"
                 )
-            if len(values) > 1 and values.min() == values.max():
+            if self.weights[name] and len(values) > 1 and values.min() == values.max():
                 self._constant[name] += 1
                 log.warning(
                     "reward %s is %g for all samples of a collection: there is nothing to learn from it "
@@ -90,6 +99,12 @@ class Rewards:
                     values[0],
                     self._constant[name],
                 )
+
+    def close(self) -> None:
+        """Ends what another thread is asking a worker, which raises OSError there: or a process would end after it."""
+        for scorer in self._scorers:
+            if isinstance(scorer, WorkerScorer):
+                scorer.close()
 
     def _tell(self, name: str, count: int, broken: Mapping[int, str]) -> None:
         if not broken:
@@ -103,4 +118,15 @@ class Rewards:
             count,
             self._not_judged[name],
             self._last_words[name],
+        )
+
+
+def _compare(name: str, alone: float, among_others: float) -> None:
+    """Warns where a sample judged by itself is worth something else than among others."""
+    if abs(alone - among_others) > SAME * max(abs(alone), abs(among_others)):
+        log.warning(
+            "reward %s gives a sample %g by itself and %g among others: a run at another layout learns something else",
+            name,
+            alone,
+            among_others,
         )

@@ -34,16 +34,21 @@ class DigitsScorer:
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> dict[str, Tensor]:
-        wanted = [
-            asked_by_metadata(more, prompt) if "include" in more else asked_by_prompt(prompt)
-            for prompt, more in zip(prompts, metadata, strict=True)
-        ]
+        wanted = [_asked(prompt, more) for prompt, more in zip(prompts, metadata, strict=True)]
         shown = self._verifier.read_all(images.cpu().numpy())
         values = [
             read_back(caption, cells) if caption.kind == OCR else float(fulfils(caption, cells))
             for caption, cells in zip(wanted, shown, strict=True)
         ]
         return {self.name: torch.tensor(values, dtype=torch.float64)}
+
+    def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """See `Particular`."""
+        _asked(prompt, metadata)
+
+
+def _asked(prompt: str, metadata: Mapping[str, Any]) -> Caption:
+    return asked_by_metadata(metadata, prompt) if "include" in metadata else asked_by_prompt(prompt)
 
 
 def asked_by_prompt(prompt: str) -> Caption:

@@ -4,7 +4,11 @@ import importlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
+
+from soar_mega.evaluation import scorers as published
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.combined import TOTAL, Rewards
@@ -20,11 +24,14 @@ BUILT_IN = {
 }
 
 
-def make_rewards(weights: Mapping[str, float]) -> Rewards:
+def make_rewards(
+    weights: Mapping[str, float], weights_dir: str | Path = "", device: str | torch.device = "cpu"
+) -> Rewards:
     """The rewards of a recipe, ready to score.
 
     Args:
-        weights: by what `make_scorer` takes.
+        weights: by what `make_scorer` takes; one of weight 0 is only looked at.
+        weights_dir, device: as `make_scorer` takes them.
 
     Raises:
         ValueError: one is not known, has no usable weight, or two have the same name.
@@ -37,32 +44,41 @@ def make_rewards(weights: Mapping[str, float]) -> Rewards:
     for key, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"stage.rewards: the weight of {key} is {weight!r}, a number is expected")
-    scorers = make_scorers(list(weights))
+    if not any(weights.values()):
+        raise ValueError(
+            f"stage.rewards: every weight of {', '.join(weights)} is 0, so nothing would be learned"
+        )
+    scorers = make_scorers(list(weights), weights_dir, device)
     for scorer, weight in zip(scorers, weights.values(), strict=True):
         log.info("reward %s (%s) x %g", scorer.name, scorer.version, weight)
     return Rewards(scorers, [float(weight) for weight in weights.values()])
 
 
-def make_scorers(keys: Sequence[str]) -> list[Scorer]:
+def make_scorers(
+    keys: Sequence[str], weights_dir: str | Path = "", device: str | torch.device = "cpu"
+) -> list[Scorer]:
     """Scorers of different names. ValueError where two have the same; else raises what `make_scorer` does."""
     scorers: list[Scorer] = []
     for key in keys:
-        scorer = make_scorer(key)
+        scorer = make_scorer(key, weights_dir, device)
         if scorer.name in (TOTAL, *(other.name for other in scorers)):
             raise ValueError(f"{key} is called {scorer.name}, as another reward is: give one another name")
         scorers.append(scorer)
     return scorers
 
 
-def make_scorer(key: str) -> Scorer:
+def make_scorer(key: str, weights_dir: str | Path = "", device: str | torch.device = "cpu") -> Scorer:
     """A scorer by what a recipe calls it.
 
     Args:
-        key: the name of a built-in scorer; module:function, with #NAME where the function gives several values;
-            http://host:port/score#NAME, http://host:port/compute or file:PATH#NAME for a worker, which is waited for.
+        key: the name of a built-in scorer, or of one of `soar_mega.evaluation.scorers`; module:function, with #NAME
+            where the function gives several values; http://host:port/score#NAME, http://host:port/compute or
+            file:PATH#NAME for a worker, which is waited for.
+        weights_dir: where published scorers find their weights.
+        device: on which they judge.
 
     Raises:
-        ValueError: there is none; says which there are.
+        ValueError: there is none, or its weights are not there; says which there are, or which files are missing.
         OSError: the worker is not there.
     """
     source, _, entry = key.partition("#")
@@ -70,10 +86,14 @@ def make_scorer(key: str) -> Scorer:
         module, _, maker = BUILT_IN[key].partition(":")
         scorer: Scorer = getattr(importlib.import_module(f"soar_mega.rewards.{module}"), maker)()
         return scorer
+    if key in published.SCORERS:
+        return published.make_scorer(key, weights_dir, device)
     if source.startswith(("http://", "https://", "file:")):
         return WorkerScorer(key)
     if ":" in source:
         return FunctionScorer(source, entry)
+    known = ", ".join([*BUILT_IN, *published.SCORERS])
     raise ValueError(
-        f"there is no reward {key!r}: choose one of {', '.join(BUILT_IN)}, module:function of your own, or http://host:port/score#NAME"
+        f"there is no reward {key!r}: choose one of {known}; module:function of your own; "
+        "or a worker as http://host:port/score#NAME"
     )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import select
 import signal
 import socket
 import threading
@@ -122,7 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise BadRequest(f"there is no {self.path}: POST /score or /compute", 404)
         length = self._length()
         with self.server.places:
-            return answer(self._read(length))
+            body = self._read(length)
+            # whoever had no patience asks again: to answer twice would make all others wait
+            if self._is_left():
+                raise ConnectionError("the peer went away")
+            return answer(body)
 
     def _split_path(self) -> tuple[str, str]:
         """/NAME/compute is ("NAME", "/compute"): to Flow-Factory's client http://host:port/NAME is a server."""
@@ -147,6 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
                 raise BadRequest(f"the body did not arrive within {ARRIVAL} seconds", 408)
             body += piece
         return bytes(body)
+
+    def _is_left(self) -> bool:
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _answer(self, make: Callable[[], dict[str, Any]]) -> None:
         try:

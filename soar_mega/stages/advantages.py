@@ -14,17 +14,15 @@ from soar_mega.stages.collecting_settings import CollectingConfig
 
 @dataclass(frozen=True)
 class Groups:
-    """What the G prompts of a collection say of its rewards, each [G] float64 but `index`.
+    """What the G prompts of a collection say of its rewards.
 
     Attributes:
         index: [N] int64, the group of each sample.
-        count: samples that were judged.
-        mean: of their rewards.
-        spread: [G] their standard deviation, 0 exactly where all are equal.
+        mean: [G] float64, of the rewards of a group; NaN where none of its samples was judged.
+        spread: [G] float64, their standard deviation, 0 exactly where all are equal.
     """
 
     index: Tensor
-    count: Tensor
     mean: Tensor
     spread: Tensor
 
@@ -45,8 +43,8 @@ def groups(rewards: Tensor, prompt: Tensor, unbiased: bool = False) -> Groups:
     # a mean of equal numbers may be another number
     low = torch.full_like(total, torch.inf).scatter_reduce(0, index[judged], rewards[judged], "amin")
     high = torch.full_like(total, -torch.inf).scatter_reduce(0, index[judged], rewards[judged], "amax")
-    equal = low >= high
-    return Groups(index, count, torch.where(equal, low, mean), torch.where(equal, 0.0, variance).sqrt())
+    equal = low == high
+    return Groups(index, torch.where(equal, low, mean), torch.where(equal, 0.0, variance).sqrt())
 
 
 def advantages(rewards: Tensor, prompt: Tensor, config: CollectingConfig) -> Tensor:

@@ -82,6 +82,10 @@ class CollectingConfig(StageConfig):
         )
 
     @property
+    def drawn_rows(self) -> int:
+        return self.collect_micro_batch_size
+
+    @property
     def kept_copies(self) -> tuple[str, ...]:
         """Copies of the weights whose answers the loss reads."""
         return ("reference",) if self.kl_beta > 0 else ()

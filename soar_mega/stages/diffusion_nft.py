@@ -20,7 +20,7 @@ from soar_mega.data.batch import Batch
 from soar_mega.flow import SOURCES, spread, uniform
 from soar_mega.stages.collecting import Experience, SamplingPlan, Trajectories
 from soar_mega.stages.collecting_settings import DiffusionNftConfig
-from soar_mega.stages.learning_from_samples import LearningFromSamples
+from soar_mega.stages.learning_from_samples import LearningFromSamples, known
 from soar_mega.stages.points import Points
 
 
@@ -42,7 +42,8 @@ class DiffusionNft(LearningFromSamples):
     def experience(self, drawn: Trajectories, advantages: Tensor) -> Experience:
         """One row per sample. advantages: [B] float64, NaN where a sample could not be judged."""
         sample = torch.arange(len(drawn.clean))
-        return Experience(latents=drawn.clean, sample=sample, collected={"advantage": advantages})
+        latents = known(drawn.clean, advantages.isfinite())
+        return Experience(latents=latents, sample=sample, collected={"advantage": advantages})
 
     def points(self, batch: Batch) -> Points:
         """Of each sample, one at every level that it is learned at."""

@@ -17,7 +17,7 @@ from soar_mega.flow import SOURCES, normal, rollout_coefficients, spread, step_l
 from soar_mega.flow.rollout import Coefficients
 from soar_mega.stages.collecting import STEP_NOISE, Experience, SamplingPlan, Trajectories
 from soar_mega.stages.collecting_settings import FlowGrpoConfig
-from soar_mega.stages.learning_from_samples import LearningFromSamples
+from soar_mega.stages.learning_from_samples import LearningFromSamples, known
 from soar_mega.stages.points import Points
 from soar_mega.stages.stochastic_steps import learned_steps, stochastic_steps
 
@@ -52,16 +52,17 @@ class FlowGrpo(LearningFromSamples):
         both = torch.stack([drawn.state, drawn.following], dim=2).flatten(0, 2)
         is_row = torch.stack([torch.ones_like(behind), behind], dim=2)
         step = torch.stack([drawn.step, torch.full_like(drawn.step, FOLLOWS)], dim=2)
-        old = torch.stack([drawn.log_probability, torch.zeros_like(drawn.log_probability)], dim=2)
+        old = torch.stack([drawn.log_probability, torch.zeros_like(drawn.log_probability)], dim=2).flatten()
         rows = is_row.flatten()
         sample = torch.arange(count)[:, None, None].expand_as(is_row).flatten()[rows]
+        judged = advantages.isfinite()[sample]
         collected = {
             "advantage": advantages[sample],
             "position": drawn.position[sample],
             "step": step.flatten()[rows],
-            "old_log_probability": old.flatten()[rows],
+            "old_log_probability": torch.where(judged, old[rows], 0.0),
         }
-        return Experience(latents=both[rows], sample=sample, collected=collected)
+        return Experience(latents=known(both[rows], judged), sample=sample, collected=collected)
 
     def points(self, batch: Batch) -> Points:
         """One per step that is learned from."""
@@ -152,7 +153,7 @@ class FlowGrpo(LearningFromSamples):
         squared = (mean - others).square().flatten(1).mean(dim=1)
         if self.config.kl == "latents":
             return squared
-        # published with the noise of the SDE, which a step's length is not in, but with that of the whole step of cps
+        # flow_grpo's std leaves out the length of a step, but not with cps
         variance = points.extra["coefficients"][:, 2].square()
         if self.config.variant != "cps":
             variance = variance / points.extra["length"]
@@ -160,9 +161,8 @@ class FlowGrpo(LearningFromSamples):
 
     def _coefficients(self, step: Tensor) -> Coefficients:
         """(A, B, C) of steps [P], each [P] float64."""
-        config, sigmas = self.config, self.sigmas
         return rollout_coefficients(
-            config.variant, sigmas[step], sigmas[step + 1], config.eta, sigmas[1].item()
+            self.config.variant, self.sigmas[step], self.sigmas[step + 1], self.config.eta
         )
 
 

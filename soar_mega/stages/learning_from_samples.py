@@ -135,3 +135,8 @@ class LearningFromSamples:
     def _clipped(self, advantage: Tensor) -> Tensor:
         clip = self.config.advantage_clip
         return advantage if clip is None else advantage.clamp(-clip, clip)
+
+
+def known(latents: Tensor, judged: Tensor) -> Tensor:
+    """Latents [R, C, H, W], zero where a sample was not judged [R]: it may be NaN, which no weight of 0 takes out."""
+    return torch.where(judged[:, None, None, None], latents, 0.0)

@@ -18,7 +18,6 @@ from soar_mega.config import Recipe
 from soar_mega.config_checks import check_replicas
 from soar_mega.data.batch import Batch
 from soar_mega.data.info import DatasetInfo, bucket_name
-from soar_mega.data.prompt_cache import PromptCache
 from soar_mega.data.prompt_files import PromptSet
 from soar_mega.data.prompt_order import PromptOrder
 from soar_mega.data.ranks import Ranks, this_rank
@@ -27,13 +26,13 @@ from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import branches
 from soar_mega.flow import guided
 from soar_mega.flow.samplers import Velocity
-from soar_mega.models.common.conditions import Conditions
 from soar_mega.phases import phases
 from soar_mega.stages.collecting import CollectingStage, Trajectories
 from soar_mega.stages.settings import CollectingConfig
 from soar_mega.training.drawing import draw
 from soar_mega.training.experience import Experience, Share, order_of_pass
 from soar_mega.training.judging import Judge, Values, rewards_of_all
+from soar_mega.training.prompt_texts import PromptTexts
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,10 @@ class Collector:
         consumed_samples: that were learned from in the whole run, each as often as it was, over all ranks.
 
     Args:
-        cache: the embeddings of the prompts.
+        texts: the embeddings of the prompts.
         judge: on the one rank of each replica that judges, None on the others.
         size: (width, height) of images in pixels.
+        validation: held-out prompts.
     """
 
     def __init__(
@@ -80,16 +80,17 @@ class Collector:
         recipe: Recipe,
         info: DatasetInfo,
         prompts: PromptSet,
-        cache: PromptCache,
+        texts: PromptTexts,
         judge: Judge | None,
         size: tuple[int, int],
+        validation: tuple[PromptSet, PromptTexts] | None = None,
     ) -> None:
         config = recipe.stage
         assert isinstance(config, CollectingConfig)
         self._config, self._seed, self.info = config, recipe.train.seed, info
         self.ranks: Ranks = this_rank()
         check_replicas(recipe.train.global_batch_size, self.ranks.data_size)
-        self.prompts, self._cache, self.judge, self._size = prompts, cache, judge, size
+        self.prompts, self._texts, self.judge, self._size = prompts, texts, judge, size
         self._order = PromptOrder(self._seed, len(prompts), config.prompts_per_collection, prompts.path)
         self.samples = config.prompts_per_collection * config.images_per_prompt
         self._share = Share(
@@ -98,12 +99,10 @@ class Collector:
             replica=self.ranks.data_rank,
             replicas=self.ranks.data_size,
         )
-        self._dtype, self._text_shape = info.torch_text_dtype(), info.text_shape
-        self._pooled_size = info.pooled_size
         self._latent_shape = info.latent_shape(bucket_name(*size))
+        self.validation, self.forward_size = validation, config.collect_micro_batch_size
         self.consumed_samples = 0
         self._held: Experience | None = None
-        self._texts: tuple[int, Conditions, Conditions] | None = None  # of a collection, on the first stage
         self._rows = torch.zeros(0, dtype=torch.int64)  # of the last batch, its prompts
 
     def serve(self, engine: Engine, stage: CollectingStage) -> None:
@@ -261,26 +260,9 @@ class Collector:
 
     def _velocity(self, group: Tensor, row: Tensor, guidance_scale: float) -> Velocity:
         """At the prompts `row` [B] of the collection; a guidance-distilled model is told its scale by the engine."""
-        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in self._conditions(group, row))
+        prompts, empty = self._texts.of(group)
+        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (prompts.rows(row), empty))
         return guided(*branches(self._engine.velocity, asked, empty), guidance_scale)
-
-    def _conditions(self, group: Tensor, row: Tensor) -> tuple[Conditions, Conditions]:
-        """Of prompts, and of the empty one: their values on the first stage, their shapes everywhere."""
-        if not self.ranks.first_stage:
-            return self._blank(len(row)), self._blank(1)
-        prompts, empty = self._text(group)
-        return prompts.rows(row), empty
-
-    def _text(self, group: Tensor) -> tuple[Conditions, Conditions]:
-        """All prompts of the collection, and the empty one, on the CPU."""
-        number = self._collection
-        if self._texts is None or self._texts[0] != number:
-            self._texts = number, self._cache.rows(group), self._cache.empty()
-        return self._texts[1:]
-
-    def _blank(self, count: int) -> Conditions:
-        text = torch.zeros(1, 1, 1, dtype=self._dtype).expand(count, *self._text_shape)
-        return Conditions(text, torch.zeros(1, 1, dtype=self._dtype).expand(count, self._pooled_size))
 
     def _submit(self, places: Tensor, clean: Tensor, group: Tensor) -> None:
         if self.judge is not None:
@@ -317,14 +299,14 @@ class Collector:
             position=(first + share.columns())[rows],
             valid=~advantages.isnan()[rows],
             latent_shape=self._latent_shape,
-            text_length=self._text_shape[0],
+            text_length=self.info.text_shape[0],
             collected=experience.collected,
             names=[self.prompts.prompts[i] for i in self._rows.tolist()],
         )
         if ranks.first_stage or ranks.last_stage:
             batch.latents = experience.latents.to(device())
         if ranks.first_stage:
-            prompts, empty = self._text(group)
+            prompts, empty = self._texts.of(group)
             used, batch.prompt = prompt.unique(return_inverse=True)
             batch.text, batch.pooled = prompts.text[used].to(device()), prompts.pooled[used].to(device())
             batch.empty_text, batch.empty_pooled = empty.text[0].to(device()), empty.pooled[0].to(device())

@@ -3,6 +3,7 @@
 The text encoders run here, once for a set of prompts, and are gone when the model comes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from soar_mega.config import Recipe
@@ -12,12 +13,14 @@ from soar_mega.data.info import bucket_name
 from soar_mega.data.prompt_cache import PromptCache, cache_name
 from soar_mega.data.prompt_files import PromptSet, read_prompts
 from soar_mega.data.ranks import agree, this_rank
+from soar_mega.distributed import device
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import DTYPES
 from soar_mega.rewards import make_rewards
 from soar_mega.stages.settings import CollectingConfig
 from soar_mega.training.collecting import Collector
 from soar_mega.training.judging import Judge
+from soar_mega.training.prompt_texts import PromptTexts
 
 CACHE = "prompts"  # in the run folder
 
@@ -35,19 +38,34 @@ def make_collector(recipe: Recipe) -> Collector:
         size = image_size(recipe, facts)
         facts.latent_shape(*size)
         prompts = read_prompts(data.prompts)
+        held_out = _held_out(recipe)
         judge = _judge(recipe)
     except (ValueError, OSError) as error:
         failure = str(error)
     agree({}, 0, failure)
-    cache = _filled_cache(recipe, prompts)
     info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, fingerprints(pipeline))
-    return Collector(recipe, info, prompts, cache, judge, size)
+    first_stage = this_rank().first_stage
+
+    def texts(of: PromptSet) -> PromptTexts:
+        return PromptTexts(_filled_cache(recipe, of), info, first_stage)
+
+    validation = None if held_out is None else (held_out, texts(held_out))
+    return Collector(recipe, info, prompts, texts(prompts), judge, size, validation)
 
 
 def image_size(recipe: Recipe, facts: EncoderFacts) -> tuple[int, int]:
     """(width, height) in pixels of what is drawn."""
     asked = recipe.data.resolution or facts.default_resolution
     return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
+
+
+def _held_out(recipe: Recipe) -> PromptSet | None:
+    """The held-out prompts that are measured."""
+    if not (recipe.data.validation_prompts and recipe.logging.eval_interval):
+        return None
+    found = read_prompts(recipe.data.validation_prompts, "test")
+    count = recipe.logging.eval_samples
+    return replace(found, prompts=found.prompts[:count], metadata=found.metadata[:count])
 
 
 def _judge(recipe: Recipe) -> Judge | None:
@@ -58,7 +76,8 @@ def _judge(recipe: Recipe) -> Judge | None:
         return None
     from soar_mega.data.vae import Decoder  # brings diffusers, which most ranks do not need
 
-    return Judge(Decoder.load(Path(recipe.model.pipeline_dir)), make_rewards(recipe.stage.rewards))
+    rewards = make_rewards(recipe.stage.rewards, recipe.stage.scorer_weights_dir, device())
+    return Judge(Decoder.load(Path(recipe.model.pipeline_dir)), rewards)
 
 
 def _filled_cache(recipe: Recipe, prompts: PromptSet) -> PromptCache:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -126,10 +127,14 @@ def order_of_pass(seed: int, position: int, share: Share, number: int) -> Tensor
 
 
 def _shards(share: Share, tensors: Mapping[str, Tensor]) -> dict[str, ShardedTensor]:
-    """How those with anything in them are cut over replicas, as megatron says it."""
+    """How those with anything in them are cut over replicas, as megatron says it; all ranks of one have the same."""
+    rank = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_and_context_parallel_rank(),
+    )
     return {
         name: ShardedTensor.from_rank_offsets(
-            f"{PREFIX}.{name}", tensor, (1, share.replica, share.replicas), replica_id=0
+            f"{PREFIX}.{name}", tensor, (1, share.replica, share.replicas), replica_id=rank
         )
         for name, tensor in tensors.items()
         if tensor.numel()

@@ -6,11 +6,11 @@ import shlex
 import shutil
 from pathlib import Path
 
-from soar_mega.checkpoints.model_card import card_of_run
+from soar_mega.checkpoints.model_card import notes_of_run
 from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.convert import is_pipeline, pipeline_parts, save_folder
+from soar_mega.convert import WeightFiles, is_pipeline, pipeline_parts, save_folder
 from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
@@ -55,7 +55,7 @@ def check_exports(recipe: Recipe) -> None:
     parts = sum(pipeline_parts(source).values()) if wanted and is_pipeline(source) else 0
     sizes = model_sizes(recipe.model)
     elements = sum(len(entry.keys) * math.prod(entry.shape) for entry in sizes.family.entries(sizes))
-    needed = len(wanted) * (parts + elements * DTYPES[recipe.model.dtype].itemsize)
+    needed = len(wanted) * (parts + elements * DTYPES[_dtype(recipe)].itemsize)
     free = shutil.disk_usage(recipe.checkpoint.save).free
     if needed > free:
         raise ValueError(
@@ -82,18 +82,19 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
 
 
 def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
-    source = recipe.model.pipeline_dir
+    source, run = recipe.model.pipeline_dir, RunFolder(recipe.checkpoint.save)
+    dtype = _dtype(recipe)
+    exact = dtype == "fp32"
     for name, weights in _exports(recipe).items():
-        place, tensors = _place(recipe, name), engine.exported(weights)
-        card = card_of_run(
-            RunFolder(recipe.checkpoint.save), engine.model.sizes.family.products, iteration, weights
-        )
+        place, tensors = _place(recipe, name), engine.exported(weights, exact)
+        notes = notes_of_run(run, engine.model.sizes.family.products, iteration, weights, dtype)
         parts = source if is_pipeline(source) else None
-        save_folder(engine.model, place, tensors, card=card, pipeline_dir=parts)
+        save_folder(engine.model, place, tensors, WeightFiles(dtype=DTYPES[dtype]), notes, parts)
         logger.info("wrote %s", place)
         if engine.adapters is not None:
-            alone = Path(recipe.checkpoint.save, _adapters(name))
-            save_adapters(engine.model, engine.adapters, recipe.lora, alone, engine.tensors(weights), source)
+            alone = run.path / _adapters(name)
+            own = engine.tensors(weights, exact)
+            save_adapters(engine.model, engine.adapters, recipe.lora, alone, own, source)
             logger.info("wrote %s", alone)
 
 
@@ -102,6 +103,12 @@ def _exports(recipe: Recipe) -> dict[str, str]:
     if not recipe.checkpoint.export:
         return {}
     return {"export": "current"} | ({"export_ema": "ema"} if recipe.train.ema_decay > 0 else {})
+
+
+def _dtype(recipe: Recipe) -> str:
+    """Of an export's numbers."""
+    asked = recipe.checkpoint.export_dtype
+    return recipe.model.dtype if asked == "model" else asked
 
 
 def _adapters(name: str) -> str:
@@ -117,8 +124,11 @@ def _place(recipe: Recipe, name: str) -> Path:
 
 def _advice(recipe: Recipe, error: Exception) -> str:
     run = recipe.checkpoint.save
+    dtype = [] if _dtype(recipe) == recipe.model.dtype else ["--dtype", _dtype(recipe)]
     commands = [
-        shlex.join(["soar-mega", "convert", run, str(_place(recipe, name))] + ["--ema"] * (weights == "ema"))
+        shlex.join(
+            ["soar-mega", "convert", run, str(_place(recipe, name)), *dtype] + ["--ema"] * (weights == "ema")
+        )
         for name, weights in _exports(recipe).items()
     ]
     return (

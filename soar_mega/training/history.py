@@ -10,11 +10,14 @@ from soar_mega.checkpoints.lineage import FILE as LINEAGE
 from soar_mega.checkpoints.resume import read_description
 from soar_mega.checkpoints.run_folder import DESCRIPTION, RECIPE, RunFolder
 from soar_mega.config import Recipe
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.stages import load_recipe
+from soar_mega.stages.settings import CollectingConfig
 from soar_mega.user_files import read_object
 
 log = logging.getLogger(__name__)
@@ -75,10 +78,25 @@ def _progress(run: Path, weights: Path) -> tuple[int, int]:
 
 
 def _work_of_sample(recipe: Recipe) -> float:
+    """Floating point operations of learning from one sample, drawing it included where the method draws."""
     sizes = model_sizes(recipe.model)
-    path = Path(recipe.data.path, DATASET_FILE)
-    info = DatasetInfo.from_json(read_object(path), path)
-    latents = info.latent_shape(info.largest_bucket)
-    forward = forward_work(sizes, Tokens(image_tokens(sizes, latents[1:]), info.text_shape[0]))
-    forwards = recipe.stage.asking(sizes.guidance_embeds).forwards()
-    return float(step_work(forward, forwards.answers, forwards.points).total)
+    stage = recipe.stage.asking(sizes.guidance_embeds)
+    forward = forward_work(sizes, _tokens(recipe, sizes))
+    forwards = stage.forwards()
+    work = float(step_work(forward, forwards.answers, forwards.points).total)
+    if isinstance(stage, CollectingConfig):
+        work += stage.sampling_forwards() / stage.updates_per_sample * forward.total
+    return work
+
+
+def _tokens(recipe: Recipe, sizes: Sizes) -> Tokens:
+    """Of a sample of the size that most have."""
+    if recipe.data.path:
+        path = Path(recipe.data.path, DATASET_FILE)
+        info = DatasetInfo.from_json(read_object(path), path)
+        return Tokens(image_tokens(sizes, info.latent_shape(info.largest_bucket)[1:]), info.text_shape[0])
+    facts = encoder_facts(Path(recipe.model.pipeline_dir), recipe.data.max_sequence_length)
+    asked = recipe.data.resolution or facts.default_resolution
+    width, height = asked if isinstance(asked, list) else (asked, asked)
+    latents = height // facts.vae_scale_factor, width // facts.vae_scale_factor
+    return Tokens(image_tokens(sizes, latents), facts.text_shape[0])

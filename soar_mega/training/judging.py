@@ -42,7 +42,8 @@ class Judge:
             found = [(place, future.result()) for place, future in self._waiting]
         finally:
             self.drop()
-        values = {name: torch.zeros(count, dtype=torch.float64) for name in found[0][1]}
+        names = list(found[0][1]) if found else []
+        values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
         for place, judged in found:
             for name, value in judged.items():
                 values[name][place] = value

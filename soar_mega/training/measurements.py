@@ -12,6 +12,8 @@ from soar_mega.data.shards import open_shards
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule
+from soar_mega.training.collecting import Collector
+from soar_mega.training.held_out_rewards import HeldOutRewards
 from soar_mega.training.samples import SampleGrid, write_png
 from soar_mega.training.tensorboard import Events
 from soar_mega.training.validation import HeldOut
@@ -20,12 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class Measurements:
-    """Validation loss, drift and sample grids of a run, by the EMA weights where they are kept: those are what is used.
+    """Validation loss, rewards, drift and sample grids of a run; collective over the world.
 
-    Collective over the world.
+    By the EMA weights where they are kept: those are what is used.
 
     Args:
         prompts: of sample grids; None: none are drawn.
+        collector: of a run that draws its samples; its held-out prompts are measured by its rewards.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Measurements:
         info: DatasetInfo,
         prompts: EncodedPrompts | None,
         events: Events,
+        collector: Collector | None = None,
     ) -> None:
         self._settings = recipe.logging
         self._folder = folder
@@ -47,6 +51,13 @@ class Measurements:
         if recipe.data.validation_path and (self._settings.eval_interval or self._settings.drift_interval):
             shards = open_shards(recipe.data.validation_path, recipe.model.pipeline_dir)
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
+        self._rewards: HeldOutRewards | None = None
+        if collector is not None and collector.validation is not None and self._settings.eval_interval:
+            held_out, texts = collector.validation
+            size = collector.forward_size
+            self._rewards = HeldOutRewards(
+                held_out, texts, collector.judge, self._settings, info, schedule, size, weights
+            )
         self._grid: SampleGrid | None = None
         if prompts is not None:
             self._grid = SampleGrid(
@@ -58,6 +69,8 @@ class Measurements:
         settings, values = self._settings, dict[str, float]()
         if self._held_out is not None and _due(settings.eval_interval, iteration):
             values |= self._held_out.loss(self._engine, settings.eval_samples)
+        if self._rewards is not None and _due(settings.eval_interval, iteration):
+            values |= self._rewards.measure(self._engine)
         if self._held_out is not None and _due(settings.drift_interval, iteration):
             values |= self._held_out.drift(self._engine, settings)
         if values:

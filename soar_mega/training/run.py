@@ -27,6 +27,7 @@ from soar_mega.training.export import check_exports, check_places, finish
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.measurements import Measurements
+from soar_mega.training.memory_report import log_memory
 from soar_mega.training.progress import drawing_bar, progress_bar
 from soar_mega.training.samples import encode_sample_prompts
 from soar_mega.training.tensorboard import Events, peak_memory_gib
@@ -121,6 +122,7 @@ class Trainer(Steps):
         loader = make_loader(recipe)
         prompts = encode_sample_prompts(recipe, loader.info)  # before the engine takes the device's memory
         super().__init__(recipe, run, loader)
+        log_memory(recipe, self.engine.model.sizes, loader.info)
         self.run = run
         self.saved = self.progress.iteration  # of the newest checkpoint
         self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
@@ -128,7 +130,9 @@ class Trainer(Steps):
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
         self.events = Events(on_disk, self.progress.iteration)
         schedule, info = self.stage.schedule, self.loader.info
-        self.measurements = Measurements(recipe, run.path, self.engine, schedule, info, prompts, self.events)
+        self.measurements = Measurements(
+            recipe, run.path, self.engine, schedule, info, prompts, self.events, self.collector
+        )
         self.collections = None
         if self.collector is not None:
             self.collections = CollectionReport(self.collector, run.path, recipe.logging, self.events)

@@ -26,6 +26,7 @@ class Throughput:
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
+        self._adapters = recipe.lora.rank > 0
         self._stage = recipe.stage.asking(sizes.guidance_embeds)
         self._forwards = self._stage.forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -37,9 +38,10 @@ class Throughput:
         """Counts one step, of whose samples this rank has `batch`."""
         tokens = Tokens(image_tokens(self._sizes, batch.latent_shape[1:]), batch.text_length)
         if tokens not in self._steps:
-            answers, points = self._forwards.answers, self._forwards.points
-            step = step_work(forward_work(self._sizes, tokens), answers, points)
-            self._steps[tokens] = self._samples * step
+            answers = round(self._samples * self._forwards.answers)
+            points = self._samples * self._forwards.points
+            forward = forward_work(self._sizes, tokens)
+            self._steps[tokens] = step_work(forward, answers, points, self._adapters)
         self._work += self._steps[tokens]
         self._seconds += seconds
 

@@ -180,7 +180,7 @@ def edited(folder: Path, name: str, **changes: object) -> Path:
         (
             "tokenizer/tokenizer_config.json",
             {"model_max_length": 10**30},
-            "model_max_length is 1000.*from 1 to 10 is",
+            "model_max_length is 1000.*from 1 to 77 is",
         ),
         ("tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'"),
         ("tokenizer_3/tokenizer_config.json", {"model_max_length": [7]}, r"model_max_length is \[7\]"),

@@ -100,7 +100,14 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "pp2": ((1, 2), 2, {"overlap_rollout": True}),
     "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
     "dp2": ((1, 1), 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
-    "dp2-plain-optimizer": ((1, 1), 2, {"use_distributed_optimizer": False}),
+    "dp2-plain-optimizer": (
+        (1, 1),
+        2,
+        {
+            "use_distributed_optimizer": False,
+            "train": {"micro_batch_size": 3, "points_per_micro_batch": 3, "offload_kept_weights": True},
+        },
+    ),
     "zero1": ((1, 1), 2, {"engine": "deepspeed", "zero_stage": 1}),
     "zero2": ((1, 1), 2, {"engine": "deepspeed", "zero_stage": 2}),
     "tp2-pp2-sp": ((2, 2), 4, {"sequence_parallel": True}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from collecting_cases import Collecting, collected_batch, collecting_recipe, learn_once, with_kept_weights
 from engine_cases import SOAR, VPP2, make_batch, make_recipe, start_engine
-from gpu_stand_in import Seen, nccl_alone
+from gpu_stand_in import Seen, is_on_cpu, nccl_alone
 from multirank import run_ranks
 from test_branches import VARIED
 
@@ -43,6 +43,8 @@ def two_steps_of_own_samples(recipe: Recipe) -> Seen:
     """The same of a method that collects: it measures, is guided, asks kept weights, observes and moves a copy."""
     with nccl_alone() as seen:
         engine, stage = with_kept_weights(recipe), Collecting()
+        kept = [piece for one in engine.weights.values() for piece in one.pieces.values()]
+        assert {is_on_cpu(piece) for piece in kept} == {recipe.train.offload_kept_weights}
         for _ in range(2):
             batch = collected_batch()
             seen.collectives.clear()
@@ -90,10 +92,10 @@ def assert_one_wait(seen: Seen, wanted: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"layout": (1, 2), **VPP2},
+        {"layout": (1, 2), **VPP2, "train": VPP2["train"] | {"offload_kept_weights": True}},
         pytest.param({"engine": "deepspeed", "zero_stage": 2}, marks=pytest.mark.slow),
     ],
-    ids=["two-chunks", "deepspeed"],
+    ids=["two-chunks-copies-on-host", "deepspeed"],
 )
 def test_nor_does_a_step_on_own_samples_wait_for_more(settings):
     wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("

@@ -10,14 +10,18 @@ from multirank import run_ranks
 
 from soar_mega.distributed import data_size, start_world
 from soar_mega.models.common.memory import in_flight, rank_memory, workload
-from soar_mega.stages import make_stage
+from soar_mega.stages import SoarConfig, make_stage
 
 WIDE = replace(EIGHT_LAYERS, attention_head_dim=32, caption_projection_dim=128)
 BF16 = {"dtype": "bf16"}
+LORA = {"rank": 8, "targets": ["*.attn.*", "*.ff.net.*", "*norm1.linear"]}
 LARGEST = 4 * 9 * WIDE.hidden_size**2  # bytes of a dual layer's modulation
 # those of a line have the same groups, and follow each other in the same processes
 LAYOUTS = {
-    "tp2 dp2": [make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9})],
+    "tp2 dp2": [
+        make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9}),
+        make_recipe((2, 1), model=BF16, lora=LORA, train={"ema_decay": 0.9}),
+    ],
 }
 MORE = {  # make test-slow
     "tp2 dp2, zero 1": [make_recipe((2, 1), model=BF16, engine="deepspeed", zero_stage=1)],
@@ -31,6 +35,14 @@ MORE = {  # make test-slow
     "pp2 vpp2 cp2": [
         make_recipe((1, 2), model=BF16, virtual_pipeline_model_parallel_size=2, context_parallel_size=2)
     ],
+    "pp2 dp2, adapters": [
+        make_recipe((1, 2), lora=LORA),
+        make_recipe((1, 2), model=BF16, lora=LORA, use_distributed_optimizer=False),
+    ],
+    "dp4, adapters": [
+        make_recipe((1, 1), model=BF16, lora=LORA, engine="deepspeed", zero_stage=stage)
+        for stage in (1, 2, 3)
+    ],
     "dp4, fp32": [make_recipe((1, 1), engine="deepspeed", zero_stage=stage) for stage in (0, 1, 3)],
 }
 
@@ -40,6 +52,7 @@ def compared(recipes):
     from megatron.core import parallel_state
 
     found = []
+    SoarConfig.kept_copies = ("old", "reference")  # like a method that learns from its own samples
     for recipe in recipes:
         start_world(recipe.parallel)
         rank = parallel_state.get_pipeline_model_parallel_rank()

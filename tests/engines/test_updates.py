@@ -115,7 +115,7 @@ def test_ema_follows_the_main_weights_and_swaps_in(dtype, distributed):
         engine.using("reference")
 
 
-def test_velocity_and_answers_use_the_weights_asked_for():
+def test_velocity_and_answers_use_the_weights_asked_for(monkeypatch):
     engine, stage = started()
     engine.keep_weights("old")
     batch = make_batch(0, invalid=None)
@@ -126,6 +126,17 @@ def test_velocity_and_answers_use_the_weights_asked_for():
     with torch.no_grad():
         expected = engine.model(batch.latents, sigma * 1000, batch.text, batch.pooled)
     torch.testing.assert_close(current, expected, rtol=1e-5, atol=1e-6)
+    sizes, forward = [], engine._pipeline.forward
+    monkeypatch.setattr(
+        engine._pipeline,
+        "forward",
+        lambda chunk, given, *rest: sizes.append(len(given[0])) or forward(chunk, given, *rest),
+    )
+    for most in (None, 3, 8):
+        found = engine.velocity(*inputs, micro_batch_size=most)
+        torch.testing.assert_close(found, current, rtol=1e-5, atol=1e-6)
+    assert sizes == [4, 4, 3, 3, 3, 8]
+    monkeypatch.undo()
     assert (current - old).abs().max() > 1e-2
     answers = [engine.answer(stage.queries, batch, weights=name).get(0) for name in ("current", "old")]
     assert (answers[0] - answers[1]).abs().max() > 1e-2

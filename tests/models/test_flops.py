@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from soar_mega.config import ModelConfig, ParallelConfig, StageConfig
+from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.flops import (
@@ -21,6 +22,7 @@ from soar_mega.models.common.flops import (
     recomputed_work,
     step_work,
 )
+from soar_mega.models.common.lora import add_adapters
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.models.sd3.work import layer_work
@@ -85,6 +87,27 @@ def test_work_is_what_torch_counts(seed: int) -> None:
         again = recomputed_work(sizes, tokens, granularity, every)
         assert counter.get_total_flops() == batch * (forward.backward + again).total
         assert (again.total > 0) == (granularity != "none")
+
+
+def test_adapters_have_no_gradients_of_weights_computed() -> None:
+    sizes = replace(
+        random_sizes(random.Random(3)),
+        num_layers=8,
+        num_attention_heads=12,
+        attention_head_dim=64,
+        caption_projection_dim=768,
+        dual_attention_layers=(0,),
+    )
+    mmdit = build_model(sizes, ModelConfig(dtype="fp32"), ParallelConfig(), meta=True)
+    mmdit.requires_grad_(False)
+    add_adapters([mmdit], LoraConfig(rank=1), seed=0)
+    latent_size, text = (16, 16), 9
+    with counting() as counter:
+        mmdit(*inputs_of(sizes, 1, latent_size, text)).sum().backward()
+    forward = forward_work(sizes, Tokens(image_tokens(sizes, latent_size), text))
+    found = step_work(forward, 0, 1, adapters=True)
+    assert found.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert found.total < 0.75 * step_work(forward, 0, 1).total
 
 
 def test_each_kind_is_what_its_modules_do() -> None:

@@ -1,5 +1,6 @@
 """The recipes of large models carry the published hyperparameters, and fit the GPUs that they are written for."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from soar_mega.models.common.micro_batches import recommend
 from soar_mega.models.common.pipeline_layout import stage_layers
 from soar_mega.models.family import presets
 from soar_mega.stages import load_recipe
+from soar_mega.stages.published import PUBLISHED
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # replicas on eight GPUs, text tokens
@@ -43,6 +45,30 @@ def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(model, name
     assert found is not None and recipe.model.recompute_granularity == found.recompute_granularity == "none"
     assert (work.points, work.micro_batches) == (found.points_per_micro_batch, found.micro_batches)
     assert largest_rank(sizes, recipe, work, replicas).total < usable_memory("h100")
+
+
+OF_OWN_SAMPLES = {
+    "flow_grpo_ocr": "flow_grpo_ocr",
+    "flow_grpo_geneval": "flow_grpo_geneval",
+    "flow_grpo_pickscore": "flow_grpo_pickscore",
+    "nft_multi_reward": "diffusion_nft_multi_reward",
+}
+
+
+@pytest.mark.parametrize(("name", "published"), OF_OWN_SAMPLES.items())
+def test_reinforcement_learning_has_the_published_settings_and_fits_eight_gpus(name, published):
+    recipe, (stage, others) = load_recipe(RECIPES / f"sd35_medium/{name}.yaml"), PUBLISHED[published]
+    ours = asdict(recipe.stage) | {"scorer_weights_dir": "", "collect_micro_batch_size": 8}
+    assert ours == asdict(stage)
+    for key, value in others.items():
+        group, _, setting = key.partition(".")
+        assert getattr(getattr(recipe, group), setting) == value, key
+    sizes, replicas, text = presets()["sd35_medium"], 8, 77 + 128
+    per_replica = recipe.stage.samples_per_collection // replicas
+    assert per_replica % recipe.stage.collect_micro_batch_size == 0
+    room = usable_memory("h100") - 12 * 2**30  # the VAE and three scorers
+    work = workload(recipe, replicas, (64, 64), text)
+    assert largest_rank(sizes, recipe, work, replicas).total < room
 
 
 def test_the_layers_of_sd35_large_are_cut_unevenly():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from soar_mega.data.canvases import KINDS, draw_caption
 from soar_mega.evaluation.benchmark import CATEGORIES, OCR, benchmark_prompts, real_canvases, score
+from soar_mega.evaluation.scorers.tiny import write_tiny_weights
 from soar_mega.rewards import Rewards, make_rewards
 from soar_mega.rewards.digits import DigitsScorer, asked_by_metadata, asked_by_prompt
 
@@ -56,6 +57,11 @@ def not_finite(images: Tensor, prompts: Sequence[str], _: object) -> list[float]
     return [float(prompt) for prompt in prompts]
 
 
+def among_others(images: Tensor, *_: object) -> Tensor:
+    red = images[:, 0].mean(dim=(1, 2))
+    return red - red.mean()
+
+
 def broken(*_: object) -> Tensor:
     raise RuntimeError("out of paint")
 
@@ -91,6 +97,18 @@ def test_the_total_is_the_weighted_sum() -> None:
         + torch.tensor([1, 2, 3.5])
     )
     torch.testing.assert_close(values["total"], expected, rtol=1e-6, atol=0)
+
+
+def test_a_reward_of_weight_0_is_only_looked_at() -> None:
+    rewards = make_rewards({HERE + "mean_red": 2.0, HERE + "not_finite": 0.0})
+    values = rewards.score(pictures(2), ["1", "nan"], [NOTHING] * 2)
+    assert torch.equal(values["total"], 2 * values["mean_red"]) and values["not_finite"].isnan().any()
+
+
+def test_published_scorers_are_rewards(tmp_path: Path) -> None:
+    write_tiny_weights("clip_score", tmp_path)
+    values = make_rewards({"clip_score": 2.0}, tmp_path).score(pictures(2), ["a fox", "a box"], [NOTHING] * 2)
+    assert torch.equal(values["total"], 2 * values["clip_score"]) and values["total"].isfinite().all()
 
 
 def test_digits_agree_with_the_benchmark() -> None:
@@ -229,6 +247,16 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
     assert "reward mean_red is" in caplog.text and "nothing to learn from it (so far in 1 coll" in caplog.text
 
 
+def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("mean_red", "among_others"):
+        rewards = make_rewards({HERE + name: 1.0})
+        for _ in range(2):
+            rewards.score(pictures(2), ["a", "b"], [NOTHING] * 2)
+    assert [message.partition(" by itself")[0] for message in caplog.messages] == [
+        "reward among_others gives a sample 0"
+    ]
+
+
 # -- names
 
 
@@ -239,6 +267,8 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
         ({"digitz": 1.0}, "no reward 'digitz': choose one of digits, jpeg_compressibility"),
         ({"digits": math.nan}, "the weight of digits is nan"),
         ({"digits": "much"}, "the weight of digits is 'much'"),
+        ({"digits": 0.0}, "every weight of digits is 0"),
+        ({"clip_score": 1.0}, "the scorer clip_score lacks files"),
         ({HERE + "two#digits": 1.0, "digits": 1.0}, "digits is called digits, as another reward is"),
         ({"no_such_module_xyz:fn": 1.0}, "PYTHONPATH"),
         ({HERE + "three": 1.0}, "has no function three"),

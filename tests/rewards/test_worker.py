@@ -460,9 +460,77 @@ def test_values_that_are_none_are_left_out() -> None:
     assert given((200, {"results": [{"x": {"a": 1, "b": 2}}]}), "score#x/b") == [2.0]
 
 
+def test_a_request_holds_no_more_pixels_than_a_worker_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("soar_mega.rewards.client.PIXELS", 2 * 256 + 1)
+    script = Script(UP, *((200, {"rewards": rewards}) for rewards in ([1.0, 2.0], [3.0, 4.0], [5.0])))
+    scorer = WorkerScorer(f"{script.url}/compute", BRIEF)
+    assert scorer.score(pictures(5), ["a"] * 5, [{}] * 5)["compute"].tolist() == [1, 2, 3, 4, 5]
+    script.close()
+
+
+class Gate:
+    """A scorer that waits to be let through, and counts."""
+
+    name, version, weights_hash = "gate", "1", ""
+
+    def __init__(self) -> None:
+        self.open, self.calls = threading.Event(), 0
+
+    def score(self, images: Tensor, prompts: Any, metadata: Any) -> dict[str, Tensor]:
+        self.calls += 1
+        assert self.open.wait(30)
+        return {"gate": torch.ones(len(images))}
+
+
+def test_whoever_left_is_not_answered() -> None:
+    """A worker that answers them too makes those wait who are still there, until they leave as well."""
+    gate = Gate()
+    server = RewardServer(Worker([gate], Limits()))
+    threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+    port = server.server_address[1]
+    body = json.dumps({"prompt": ["a"], "image": [to_base64(pictures(1)[0])]}).encode()
+    sent = f"POST /compute HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as patient:
+        patient.sendall(sent)
+        for _ in range(6):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as impatient:
+                impatient.sendall(sent)
+        with socket.create_connection(
+            ("127.0.0.1", port), timeout=30
+        ) as last:  # all before it have been taken
+            last.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            assert b"200" in last.recv(100)
+        gate.open.set()
+        assert b'{"rewards": [1.0]}' in b"".join(iter(lambda: patient.recv(4096), b""))
+    server.shutdown()
+    server.server_close()
+    assert gate.calls <= 2  # one may have had its place already
+
+
 def test_a_late_worker_ends_the_run() -> None:
     with pytest.raises(OSError, match="it did not answer within 0.2 seconds; it was asked 1 times"):
         given(1.0, patience=Patience(request=0.2, in_all=0.1, pause=0.01))
+
+
+@pytest.mark.parametrize("answer", [30.0, (503, b"")])
+def test_a_worker_that_is_waited_for_keeps_no_process(answer: tuple[int, Any] | float) -> None:
+    script = Script(UP, answer)
+    rewards = make_rewards({f"{script.url}/compute": 1.0})  # patient for minutes
+    found: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            rewards.score(pictures(1), ["a"], [{}])
+        except OSError as error:
+            found.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    time.sleep(0.1)
+    rewards.close()
+    asking.join(timeout=20)
+    assert not asking.is_alive() and "reward worker http://127.0.0.1" in str(found[0])
+    script.close()
 
 
 def test_a_worker_that_comes_back_is_used(caplog: pytest.LogCaptureFixture) -> None:

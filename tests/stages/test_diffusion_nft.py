@@ -4,11 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_case import FIRST, REFERENCE, REWARDS, SAMPLES, SEED, SHAPE, THETA, Case, collect, with_guidance
-from rl_trainers import TRAINERS, advantages_of, nft_decay
+from rl_trainers import TRAINERS, advantages_of, dpm2, nft_decay
+from small_collection import (
+    FIRST,
+    REFERENCE,
+    REWARDS,
+    SAMPLES,
+    SEED,
+    SHAPE,
+    THETA,
+    Case,
+    collect,
+    with_guidance,
+)
 
 from soar_mega.config import Recipe, TrainConfig
-from soar_mega.flow import Schedule, normal
+from soar_mega.flow import Schedule, normal, sample
 from soar_mega.kernels import STREAMS
 from soar_mega.stages import DiffusionNftConfig, make_stage
 from soar_mega.stages.published import PUBLISHED
@@ -50,6 +61,11 @@ def test_loss_and_gradient_are_the_trainers(name):
     both_gradients(collect(PRESETS[name]), TRAINERS[name])
 
 
+def test_advantages_are_cut_off():
+    config, trainer = replace(PRESETS["diffusion_nft_ocr"], advantage_clip=0.6), TRAINERS["diffusion_nft_ocr"]
+    both_gradients(collect(config), replace(trainer, loss=replace(trainer.loss, clip=0.6)))
+
+
 def test_it_can_learn_with_guidance():
     config = replace(PRESETS["diffusion_nft_ocr"], guidance_scale=2.0)
     case = collect(config)
@@ -75,6 +91,15 @@ def test_samples_are_drawn_by_the_old_policy_and_only_their_ends_are_kept():
     case = collect(PRESETS["diffusion_nft_geneval"])
     assert torch.equal(case.stage.points(case.batch).timestep.unique(), (1000 * plan.sigmas[:-1]).unique())
     assert torch.equal(case.batch.latents, case.drawn.clean) and len(case.batch) == SAMPLES
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+def test_the_sampler_takes_the_steps_of_the_trainer(steps):
+    sigmas = Schedule(3.0).inference_sigmas(steps)
+    z = normal(0, "start", torch.arange(2), 0, SHAPE).double()
+    theirs = dpm2(lambda x, s: 0.7 * x + s * s - 0.4 * s * x.sin(), z, sigmas.tolist())
+    ours = sample(lambda x, s: 0.7 * x + s[0] ** 2 - 0.4 * s[0] * x.sin(), z, sigmas, "dpm++2m")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 def test_levels_are_those_of_the_settings():
@@ -112,7 +137,10 @@ def test_old_policy_follows_after_each_collection_by_the_published_decay():
 
 def test_what_cannot_be_learned_from_counts_for_nothing():
     case = collect(PRESETS["diffusion_nft_ocr"])
-    case.batch.collected["advantage"][0] = torch.nan
+    case.drawn.clean[0] = torch.nan  # and so is its reward
+    advantages = case.batch.collected["advantage"].index_fill(0, torch.tensor([0]), torch.nan)
+    experience = case.stage.experience(case.drawn, advantages)
+    case.batch.latents, case.batch.collected = experience.latents, experience.collected
     case.batch.valid[2] = False
     points = case.points()
     gone = (points.sample == 0) | (points.sample == 2)

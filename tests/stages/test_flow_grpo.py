@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_case import (
+from rl_trainers import TRAINERS, Step, advantages_of
+from small_collection import (
     FIRST,
     IMAGES,
     PROMPTS,
@@ -18,7 +19,6 @@ from rl_case import (
     collect,
     with_guidance,
 )
-from rl_trainers import TRAINERS, Step, advantages_of
 
 from soar_mega.config import LoraConfig, Recipe, TrainConfig
 from soar_mega.flow import SOURCES, Schedule, normal
@@ -96,9 +96,15 @@ def test_every_distance_from_the_reference_is_the_trainers(kl, variant):
     both_gradients(collect(config), replace(trainer, loss=loss))
 
 
-def test_learning_may_have_another_guidance_than_drawing():
-    config = replace(PRESETS["flow_grpo_ocr"], learning_guidance_scale=1.0)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_learning_may_have_another_guidance_than_drawing(scale):
+    config = replace(PRESETS["flow_grpo_ocr"], learning_guidance_scale=scale)
     both_gradients(collect(config), TRAINERS["flow_grpo_ocr"])
+
+
+def test_advantages_are_cut_off():
+    config, trainer = replace(PRESETS["flow_grpo_ocr"], advantage_clip=0.6), TRAINERS["flow_grpo_ocr"]
+    both_gradients(collect(config), replace(trainer, loss=replace(trainer.loss, advantage_clip=0.6)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -151,6 +157,21 @@ def test_what_cannot_be_learned_from_counts_for_nothing():
     assert torch.equal(points.count == 0, gone[points.sample]) and torch.equal(points.weight, points.count)
     kept = replace(config, drop_zero_advantages=False)
     assert bool((collect(kept).stage.points(collect(kept).batch).count == 1).all())
+
+
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "grpo_guard_ocr", "unirl_grpo"])
+def test_a_sample_that_ended_in_nan_harms_nothing(name):
+    case = collect(PRESETS[name])
+    advantages = case.stage.advantages(REWARDS.index_fill(0, torch.tensor([0]), torch.nan), case.prompt)
+    broken = replace(case.drawn)
+    losses = []
+    for value in (0.0, torch.nan):
+        for tensor in (broken.state, broken.following, broken.log_probability):
+            tensor[0] = value
+        experience = case.stage.experience(broken, advantages)
+        case.batch.latents, case.batch.collected = experience.latents, experience.collected
+        losses.append(case.loss(NOW, **({"reference": REFERENCE} if case.stage.keeps else {}))[0])
+    assert bool(losses[0].isfinite()) and torch.equal(losses[0], losses[1])
 
 
 def test_stochastic_steps_are_those_of_the_settings():

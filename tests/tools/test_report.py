@@ -38,7 +38,7 @@ def make_metrics(soar_score: float = 0.70, soar_drift: float = 1.7) -> dict[str,
         }
         return {
             "guidance": guidance,
-            "drift": {"guidance_scale": 3.0, "steps": 5, "samples": 64, "spans": [span]},
+            "drift": {"steps": 5, "samples": 64, "scales": {"1": [span], "3": [span]}},
         }
 
     run = {
@@ -96,7 +96,7 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     metrics = make_metrics()
     write_report(metrics, samples, tmp_path / "out" / "report.html")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r'(src|href)="(?!data:)', page)
     for line in findings(metrics):
         assert line.split(",")[0] in page

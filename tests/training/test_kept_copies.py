@@ -1,5 +1,7 @@
 """What a method keeps of the weights: from the first step on, moved as it says, and saved and resumed like the rest."""
 
+import logging
+
 import pytest
 import tiny_runs
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.stages.points import Points
+from soar_mega.stages.settings import SftConfig
 from soar_mega.stages.sft import Sft
 from soar_mega.training import loop
+from soar_mega.training.memory_report import log_memory
 
 
 class Keeping(Sft):
@@ -28,7 +32,7 @@ class Keeping(Sft):
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_stage", lambda config, shift: Keeping(config, shift))
+    monkeypatch.setattr(loop, "make_stage", lambda config, shift, **_: Keeping(config, shift))
     return tiny_runs.make_shards(tmp_path / "shards", samples=16, seed=0)
 
 
@@ -74,10 +78,17 @@ def test_copies_of_a_run(shards, tmp_path):
             assert_same(pieces(run, name), current)
 
 
-def test_adapters_need_no_reference(shards, tmp_path):
-    with tiny_runs.steps(shards, tmp_path / "run", name="sft", lora__rank=2) as run:
+def test_adapters_need_no_reference(shards, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(SftConfig, "kept_copies", Keeping.keeps)
+    settings = {"lora__rank": 2, "train__offload_kept_weights": "true"}
+    with tiny_runs.steps(shards, tmp_path / "run", name="sft", **settings) as run:
         assert set(run.engine.weights) == {"ema", "old"}
         assert pieces(run, "old").keys() == set(run.engine.adapters.names)
+        elements = sum(run.engine.parameters[name].numel() for name in run.engine.adapters.names)
+        with caplog.at_level(logging.INFO, logger="soar_mega"):
+            log_memory(run.recipe, run.engine.model.sizes, run.loader.info)
+    told = f"kept on the host: {2 * 4 * elements / 2**20:.1f} MiB"
+    assert caplog.messages == [each for each in caplog.messages if each.endswith(told)] != []
 
 
 @pytest.mark.parametrize(

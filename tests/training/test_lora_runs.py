@@ -127,7 +127,9 @@ def test_resumed_at_another_layout(shards: Path, run: Path, halfway: Path, layou
             torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
-def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
+def test_the_export_is_the_base_with_adapters(
+    run: Path, tmp_path: Path, world: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Merged and unmerged are equal to 1e-5; both formats hold the same; a checkpoint gives both again."""
     merged = load_diffusers(run / "export")
     given = inputs(merged)
@@ -158,17 +160,29 @@ def test_the_export_is_the_base_with_adapters(run: Path, tmp_path: Path, world: 
     assert checkpoint_to_folder(run, tmp_path / "merged")
     ours, exported = load_file(tmp_path / "merged" / TRANSFORMER), load_file(run / "export" / TRANSFORMER)
     assert all(torch.equal(ours[key], exported[key]) for key in exported)
-    assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(tmp_path / "by_hand")]) == 0
-    ours = load_file(tmp_path / "by_hand" / TRANSFORMER)
-    assert all(torch.equal(ours[key], exported[key]) for key in exported)
+    adapters = ["--lora", str(run / "export_lora")]
+    assert main(["convert", str(BASE), str(tmp_path / "by_hand"), *adapters]) == 0
+    merged = load_file(tmp_path / "by_hand" / TRANSFORMER)
+    nested = tmp_path / "checkpoint-2/lora"  # as flow_grpo keeps them
+    shutil.copytree(run / "export_lora", nested)
+    assert main(["convert", str(run), str(tmp_path / "twice"), "--lora", str(nested.parent)]) == 0
+    twice = load_file(tmp_path / "twice" / TRANSFORMER)
+    base = load_file(BASE / TRANSFORMER)
+    key = "transformer_blocks.0.attn.to_q.weight"
+    torch.testing.assert_close(twice[key] - base[key], 2 * (merged[key] - base[key]), rtol=1e-3, atol=1e-7)
+    assert (tmp_path / "twice/training_facts.json").is_file()
+    assert main(["convert", f"{BASE}+{nested}", str(tmp_path / "old_way")]) == 1
+    assert f"{BASE} --lora {nested}" in capsys.readouterr().err
+    for key, tensor in exported.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-6, atol=1e-8)
     options = ["--to", "transformer", "--dtype", "bf16"]
-    assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(tmp_path / "half"), *options]) == 0
+    assert main(["convert", str(BASE), str(tmp_path / "half"), *adapters, *options]) == 0
     ours = load_file(tmp_path / "half" / Path(TRANSFORMER).name)
-    assert all(torch.equal(ours[key], exported[key].bfloat16()) for key in exported)
+    assert all(torch.equal(ours[key], merged[key].bfloat16()) for key in merged)
     file = tmp_path / "one.safetensors"
-    assert main(["convert", f"{BASE}+{run / 'export_lora'}", str(file)]) == 0
+    assert main(["convert", str(BASE), str(file), *adapters]) == 0
     with open_weights(file, BASE) as weights:
-        assert all(torch.equal(weights.read(key, torch.float32), exported[key]) for key in exported)
+        assert all(torch.equal(weights.read(key, torch.float32), merged[key]) for key in merged)
 
 
 def test_diffusers_and_peft_load_the_files(run: Path, world: None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -167,7 +168,11 @@ def test_sigterm_saves_and_asks_to_be_started_again(
         assert logged(tmp_path)[iteration] == pytest.approx(values, rel=1e-5)
     before = (tmp_path / "iter_0000010").stat().st_mtime_ns
     assert run_ranks(tiny_runs.run, 1, recipe) == [0]
-    assert "is complete (10 iterations): nothing to do" in (tmp_path / "train.log").read_text()
+    log = (tmp_path / "train.log").read_text()
+    assert "is complete (10 iterations): nothing to do" in log
+    assert re.search(
+        r"memory of a rank .* \| in all: .* \| weights: [\d.]+ MiB \| gradients: .* \| kept: ", log
+    )
     assert (tmp_path / "iter_0000010").stat().st_mtime_ns == before
 
 

@@ -9,7 +9,8 @@ from plan.hardware import H100, Hardware
 from plan.step_time import StepModel
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.models.common.flops import Tokens
-from soar_mega.models.common.memory import largest_rank, rank_elements, workload
+from soar_mega.models.common.memory import largest_rank, workload
+from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.family import presets
 from soar_mega.stages import SoarConfig
 
@@ -46,7 +47,7 @@ def check(hardware: Hardware = H100) -> str:
         )
         work = workload(recipe, 1, (64, 64), tokens.text)
         time = StepModel(sizes, recipe, hardware, 1, 8, tokens).step(work)
-        adds = work.micro_batches * ADDED * rank_elements(sizes, recipe.parallel, 0) / hardware.copy
+        adds = work.micro_batches * ADDED * trained_elements(sizes, recipe, 0) / hardware.copy
         # where the host is the slower one, the device has room for them
         is_host_bound = points < 16
         total = time.total + (0.0 if is_host_bound else adds)

@@ -14,8 +14,9 @@ from plan.hardware import Hardware
 from soar_mega.config import Recipe
 from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import is_sequence_parallel
-from soar_mega.models.common.memory import ITEM, Workload, is_recomputed, rank_elements
+from soar_mega.models.common.memory import ITEM, Workload, is_recomputed
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.common.sizes import Sizes
 
 # H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
@@ -142,12 +143,13 @@ class StepModel:
             if stream or parts.text_goes_on:
                 shapes += attentions * [(m, hidden // tensor, hidden)]
                 shapes += [(m, hidden, 4 * hidden / tensor), (m, 4 * hidden // tensor, hidden)]
-        total = 0.0
-        for m, k, n in shapes:
-            total += self.gemm(m, k, n) if not backward else self.gemm(m, n, k) + self.gemm(n, m, k)
+        has_gradients = backward and not self.recipe.lora.rank  # adapters' own products are a hundredth
+        total = sum(self.gemm(m, n, k) if backward else self.gemm(m, k, n) for m, k, n in shapes)
+        if has_gradients:
+            total += sum(self.gemm(n, m, k) for m, k, n in shapes)
         # adaLN: one vector per sample; its weights are read
         weights = self.item * parts.modulation * hidden**2 / tensor
-        return total + (2 if backward else 1) * weights / self.hardware.copy
+        return total + (2 if has_gradients else 1) * weights / self.hardware.copy
 
     def gemm(self, m: float, k: float, n: float) -> float:
         """Seconds of a product [m, k] x [k, n]: whole waves of tiles, or its bytes where they take longer."""
@@ -214,7 +216,7 @@ class StepModel:
         replicas = self.data_size * self.context
         if replicas == 1:
             return 0.0
-        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
         scatter, gather = (self._over_replicas(size * elements, replicas) for size in (4, self.item))
         if parallel.engine == "deepspeed":
             # DeepSpeed reduces at each backward from stage 2 on, and at stage 3 gathers for each forward and backward
@@ -241,7 +243,7 @@ class StepModel:
 
     def _optimizer(self) -> float:
         parallel = self.recipe.parallel
-        elements = max(rank_elements(self.sizes, parallel, rank) for rank in range(self.ranks))
+        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
         is_divided = parallel.engine == "deepspeed" or parallel.use_distributed_optimizer
         share = self.data_size * self.context if is_divided else 1
         return elements / share * self.hardware.optimizer / self.hardware.copy

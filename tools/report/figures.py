@@ -57,15 +57,15 @@ def scores(
     return to_png(figure)
 
 
-def drift(pipelines: Mapping[str, Any], titles: Mapping[str, str]) -> bytes:
-    """Drift of every arm at every span of noise, with error bars."""
+def drift(pipelines: Mapping[str, Any], titles: Mapping[str, str], scale: str) -> bytes:
+    """Drift of every arm at every span of noise and one guidance scale, with error bars."""
     figure, axes = plt.subplots(figsize=(9, 2.8), layout="constrained")
-    spans = next(iter(pipelines.values()))["drift"]["spans"]
+    spans = next(iter(pipelines.values()))["drift"]["scales"][scale]
     place = np.arange(len(spans))
     width = 0.8 / len(pipelines)
     for i, (arm, measured) in enumerate(pipelines.items()):
         where = place + (i - (len(pipelines) - 1) / 2) * width
-        _bars(axes, where, measured["drift"]["spans"], "absolute", width, arm, titles[arm])
+        _bars(axes, where, measured["drift"]["scales"][scale], "absolute", width, arm, titles[arm])
     axes.set_xticks(place, [f"noise {span['from']:g} to {span['to']:g}" for span in spans])
     axes.set_ylabel("error (lower is better)")
     _legend(axes)

@@ -12,7 +12,7 @@ def findings(metrics: Mapping[str, Any]) -> list[str]:
     scale = max(next(iter(pipelines.values()))["guidance"], key=float)
     lines = [_training_helps(pipelines, scale)]
     lines += [_score(pipelines, scale, other, words) for other, words in OTHERS.items()]
-    lines += [_drift(pipelines, other, words) for other, words in OTHERS.items()]
+    lines += [_drift(pipelines, scale, other, words) for other, words in OTHERS.items()]
     lines.append(_energy(pipelines, scale))
     return lines
 
@@ -36,15 +36,16 @@ def _score(pipelines: Mapping[str, Any], scale: str, other: str, words: str) -> 
     return f"Overall score, SOAR against {words}: {_signed(change)}, {change.verdict()}."
 
 
-def _drift(pipelines: Mapping[str, Any], other: str, words: str) -> str:
+def _drift(pipelines: Mapping[str, Any], scale: str, other: str, words: str) -> str:
     parts = []
     for theirs, ours in zip(
-        pipelines[other]["drift"]["spans"], pipelines["soar"]["drift"]["spans"], strict=True
+        *(pipelines[arm]["drift"]["scales"][scale] for arm in (other, "soar")), strict=True
     ):
         change = paired_difference(theirs["errors"], ours["errors"])
         share = change.value / theirs["absolute"]
         parts.append(f"{share:+.1%} from noise {ours['from']:g} to {ours['to']:g} [{change.verdict()}]")
-    return f"Exposure bias (drift, lower is better), SOAR against {words}: " + "; ".join(parts) + "."
+    found = "; ".join(parts)
+    return f"Exposure bias (drift with guidance {scale}, lower is better), SOAR against {words}: {found}."
 
 
 def _energy(pipelines: Mapping[str, Any], scale: str) -> str:

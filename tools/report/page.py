@@ -19,7 +19,6 @@ def write_report(metrics: Mapping[str, Any], samples: Mapping[str, Path], out: P
         metrics: the content of the demo's metrics.json: what `soar-mega evaluate` wrote, and "demo".
         samples: per arm a picture with one row per prompt of metrics["demo"]["sample_prompts"].
     """
-    style = (Path(__file__).parent / "style.css").read_text()
     body = "\n".join([
         "<h1>SOAR on a small picture generator</h1>",
         words.INTRODUCTION,
@@ -30,14 +29,19 @@ def write_report(metrics: Mapping[str, Any], samples: Mapping[str, Path], out: P
         "<h2>Training</h2>", training_section(metrics),
         "<h2>What to doubt</h2>", doubts_section(metrics),
     ])  # fmt: skip
-    html = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SOAR demo report</title>\n'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(whole_page("SOAR demo report", body), encoding="utf-8")
+
+
+def whole_page(title: str, body: str) -> str:
+    """A self-contained page around a body."""
+    style = (Path(__file__).parent / "style.css").read_text()
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>\n{style}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
 
 
 def findings_box(metrics: Mapping[str, Any]) -> str:
@@ -79,20 +83,19 @@ def benchmark_section(metrics: Mapping[str, Any]) -> str:
 def drift_section(metrics: Mapping[str, Any]) -> str:
     pipelines = metrics["pipelines"]
     first = next(iter(pipelines.values()))["drift"]
-    rows = []
-    for i, span in enumerate(first["spans"]):
-        each = [p["drift"]["spans"][i] for p in pipelines.values()]
-        noise = f"noise {span['from']:g} to {span['to']:g}"
-        rows.append([f"{noise}: drift", *(plus_minus(s, "absolute", 3) for s in each)])
-        rows.append([f"{noise}: relative", *(f"{s['relative']:.2f}" for s in each)])
-    png = figures.drift(pipelines, titles(metrics))
-    scale = first["guidance_scale"]
-    caption = f"{first['samples']} held-out pictures, guidance {scale:g}. {words.DRIFT_BARS.strip()}"
-    return (
-        words.DRIFT.format(steps=first["steps"])
-        + picture(png, "Drift of each version", caption)
-        + table(["", *titles(metrics).values()], rows)
-    )
+    parts = [words.DRIFT.format(steps=first["steps"])]
+    for scale, heading in scales(metrics):
+        rows = []
+        for i, span in enumerate(first["scales"][scale]):
+            each = [p["drift"]["scales"][scale][i] for p in pipelines.values()]
+            noise = f"noise {span['from']:g} to {span['to']:g}"
+            rows.append([f"{noise}: drift", *(plus_minus(s, "absolute", 3) for s in each)])
+            rows.append([f"{noise}: relative", *(f"{s['relative']:.2f}" for s in each)])
+        png = figures.drift(pipelines, titles(metrics), scale)
+        caption = f"{first['samples']} held-out pictures. {words.DRIFT_BARS.strip()}"
+        parts.append(f"<h3>{heading}</h3>" + picture(png, f"Drift of each version: {heading}", caption))
+        parts.append(table(["", *titles(metrics).values()], rows))
+    return "\n".join(parts)
 
 
 def training_section(metrics: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ the two.</p>
 
 DRIFT = """
 <p>Exposure bias can be measured. Take a held-out picture, add noise up to the first level, let the model
-take {steps} guided steps down to the second, and ask it for the direction to the real picture from where it
+take {steps} steps down to the second, and ask it for the direction to the real picture from where it
 landed. Its mean squared error there is the <em>drift</em>. <em>Relative</em> is that error divided by the
 error at an ideal state of the same noise level: 1 would mean no exposure bias at all. SOAR trains on
 something close to this number, so read it together with the benchmark, which no version trains on.</p>

@@ -11,8 +11,11 @@ from soar_mega.evaluation.scorers.weights import (
     BERT_VOCABULARY,
     CLIP_H_TOKENIZER,
     CLIP_L,
+    DETECTOR,
     HPS_WEIGHTS,
     IMAGE_REWARD_WEIGHTS,
+    INCEPTION,
+    PADDLE_OCR,
     PICK_SCORE,
     WeightFile,
     missing,
@@ -40,13 +43,30 @@ class Entry:
     files: tuple[WeightFile, ...]
     packages: tuple[str, ...] = ()
 
-    def absent_packages(self) -> list[str]:
-        """Modules that are not installed."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+    def lacks(self, weights_dir: Path | None) -> list[str]:
+        """What is not here: packages, and files where a folder is given."""
+        packages = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        lines = [f"the package {name} (pip install 'soar_mega[evaluation]')" for name in packages]
+        if weights_dir:
+            lines += [f"{weights_dir / file.path}" for file in missing(self.files, weights_dir)]
+        return lines
+
+    def check(self, name: str, weights_dir: Path) -> None:
+        """ValueError that names everything that `name` lacks."""
+        if lacks := self.lacks(weights_dir):
+            listing = "\n  ".join(lacks)
+            advice = "`soar-mega fetch-weights --list` says where files come from"
+            raise ValueError(f"{name} lacks\n  {listing}\n{advice}")
 
 
 SCORERS = {
     "clip_score": Entry("cosine of image and prompt, CLIP ViT-L/14", "clip_score:ClipScore", CLIP_L),
+    "ocr": Entry("text that can be read, by RapidOCR", "ocr:RapidReader", (), ("rapidocr", "onnxruntime")),
+    "ocr_paddle": Entry(
+        "text that can be read, by PaddleOCR 2", "ocr:PaddleReader", PADDLE_OCR, ("paddleocr", "paddle")
+    ),
+    "gen_eval": Entry("objects, counts, colours, positions", "gen_eval:GenEval", (DETECTOR, *CLIP_L)),
+    "gen_eval_rl": Entry("share of what GenEval demands", "gen_eval:GenEvalReward", (DETECTOR, *CLIP_L)),
     "pick_score": Entry("preference of people, logit scale x cosine", "pick_score:PickScore", PICK_SCORE),
     "pick_score_rl": Entry("pick_score / 26", "pick_score:PickScoreReward", PICK_SCORE),
     "hps": Entry("preference of people, HPS v2.1", "hps:HumanPreference", (HPS_WEIGHTS, *CLIP_H_TOKENIZER)),
@@ -55,6 +75,16 @@ SCORERS = {
         "preference of people, ImageReward v1.0",
         "image_reward:ImageReward",
         (IMAGE_REWARD_WEIGHTS, BERT_VOCABULARY),
+    ),
+}
+
+# Of a whole set of images: no scorer judges them one by one.
+SET_METRICS = {
+    "fid": Entry(
+        "FID, KID, precision and recall against a held-out set",
+        "held_out:distance_to_held_out",
+        (INCEPTION,),
+        ("torch_fidelity", "torchvision"),
     ),
 }
 
@@ -80,17 +110,7 @@ def make_scorer(name: str, weights_dir: str | Path, device: "str | torch.device"
 
 
 def check_scorer(name: str, weights_dir: Path) -> None:
-    """ValueError where a scorer cannot be made here; names everything that is missing."""
+    """ValueError where a scorer cannot be made here; names everything that it lacks."""
     if name not in SCORERS:
         raise ValueError(f"there is no scorer {name!r}; there are {', '.join(SCORERS)}")
-    entry = SCORERS[name]
-    if packages := entry.absent_packages():
-        raise ValueError(
-            f"the scorer {name} needs {', '.join(packages)}: pip install 'soar_mega[evaluation]'"
-        )
-    if files := missing(entry.files, weights_dir):
-        listing = "\n  ".join(f"{file.path}  (from {file.place})" for file in files)
-        raise ValueError(
-            f"the scorer {name} lacks files in {weights_dir}:\n  {listing}\n"
-            "`soar-mega fetch-weights --list` says what has to be copied there"
-        )
+    SCORERS[name].check(f"the scorer {name}", weights_dir)

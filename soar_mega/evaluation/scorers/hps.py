@@ -16,7 +16,12 @@ from soar_mega.evaluation.scorers.pixels import by_padded_tensor, from_pil, to_p
 from soar_mega.evaluation.scorers.state import read_json, read_state
 from soar_mega.evaluation.scorers.weights import CLIP_H_TOKENIZER, HPS_WEIGHTS, LAION_CLIP
 
-STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
+# What the library ftfy, which open_clip cleans text with, does to texts that are not broken: straight quotes, and
+# letters of plain width in place of those for Chinese lines.
+PLAIN = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u3000": " "}
+    | {chr(wide): chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}
+)
 
 
 class HumanPreference(PerImage):
@@ -38,8 +43,8 @@ class HumanPreference(PerImage):
 
 
 def cleaned(prompt: str) -> str:
-    """As open_clip cleans text: straight quotes, and no HTML entities, which may be escaped twice."""
-    return html.unescape(html.unescape(prompt.translate(STRAIGHT)))
+    """As open_clip cleans text; entities of HTML may be escaped twice."""
+    return html.unescape(html.unescape(prompt.translate(PLAIN)))
 
 
 def clip_h_config(folder: Path) -> CLIPConfig:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 Network = TypeVar("Network", bound=nn.Module)
 Model = TypeVar("Model", bound=PreTrainedModel)
-MAX_LISTED = 10
+MAX_LISTED = 4  # of a kind
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,16 +60,16 @@ def fill(network: Network, state: Mapping[str, Tensor], path: Path, device: torc
         ValueError: a tensor is missing, unknown or of another shape.
     """
     wanted = network.state_dict()
-    problems = [
-        f"missing: {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in state
-    ]
-    problems += [f"unknown: {name}" for name in state if name not in wanted]
-    problems += [
-        _misshaped(name, state[name].shape, value.shape)
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    _complain(problems, path)
+    _complain(
+        path,
+        [name for name in wanted if name not in state],
+        [name for name in state if name not in wanted],
+        [
+            (name, state[name].shape, value.shape)
+            for name, value in wanted.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    )
     network.load_state_dict(state)
     return network.float().eval().requires_grad_(False).to(device)
 
@@ -102,21 +102,31 @@ def fill_model(
             **arguments,
         )
     missing = [name for name in report["missing_keys"] if not name.startswith(unneeded)]
-    problems = [f"missing: {name}" for name in sorted(missing)]
-    problems += [f"unknown: {name}" for name in sorted(report["unexpected_keys"])]
-    problems += [_misshaped(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
-    _complain(problems, path)
+    _complain(path, missing, report["unexpected_keys"], report["mismatched_keys"])
     return model.eval().requires_grad_(False).to(device)
 
 
-def _misshaped(name: str, found: torch.Size, wanted: torch.Size) -> str:
-    return f"shape of {name} is {tuple(found)}, not {tuple(wanted)}"
-
-
-def _complain(problems: list[str], path: Path) -> None:
-    if problems:
-        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        listing = "\n  ".join(problems[:MAX_LISTED]) + more
+def _complain(
+    path: Path,
+    missing: Iterable[str],
+    unknown: Iterable[str],
+    misshaped: Iterable[tuple[str, torch.Size, torch.Size]],
+) -> None:
+    kinds = (
+        [f"missing: {name}" for name in sorted(missing)],
+        [f"unknown: {name}" for name in sorted(unknown)],
+        [
+            f"shape of {name} is {tuple(found)}, not {tuple(wanted)}"
+            for name, found, wanted in sorted(misshaped)
+        ],
+    )
+    lines = []
+    for problems in kinds:
+        lines += problems[:MAX_LISTED]
+        if len(problems) > MAX_LISTED:
+            lines.append(f"and {len(problems) - MAX_LISTED} more like that")
+    if lines:
+        listing = "\n  ".join(lines)
         raise ValueError(f"the weights in {path} are of another architecture:\n  {listing}")
 
 

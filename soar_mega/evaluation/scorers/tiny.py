@@ -4,16 +4,15 @@ Their values mean nothing.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
 from transformers import BlipConfig, CLIPConfig, CLIPModel
 
 from soar_mega.evaluation.scorers.heads import LinearHead
+from soar_mega.evaluation.scorers.tiny_detector import write_detector
+from soar_mega.evaluation.scorers.tiny_state import Shapes, linear, norms, random_state, save_pickled
 from soar_mega.evaluation.scorers.weights import (
     AESTHETIC_HEAD,
     BERT_VOCABULARY,
@@ -30,8 +29,6 @@ LAYERS = 2
 HEADS = 2
 PATCH = 14
 IMAGE = 28
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_tiny_weights(name: str, weights_dir: Path) -> None:
@@ -128,17 +125,17 @@ def open_clip_shapes(config: CLIPConfig) -> Shapes:
         "positional_embedding": (TEXT_LENGTH, WIDTH),
         "text_projection": (WIDTH, dim),
         "logit_scale": (),
-        **_norms("visual.ln_pre", "visual.ln_post", "ln_final"),
+        **norms("visual.ln_pre", "visual.ln_post", "ln_final", width=WIDTH),
     }
     for tower in ("visual.", ""):
         for layer in range(LAYERS):
             block = f"{tower}transformer.resblocks.{layer}"
-            shapes |= _norms(f"{block}.ln_1", f"{block}.ln_2")
+            shapes |= norms(f"{block}.ln_1", f"{block}.ln_2", width=WIDTH)
             shapes |= {f"{block}.attn.in_proj_weight": (3 * WIDTH, WIDTH)}
             shapes |= {f"{block}.attn.in_proj_bias": (3 * WIDTH,)}
-            shapes |= _linear(f"{block}.attn.out_proj", WIDTH, WIDTH)
-            shapes |= _linear(f"{block}.mlp.c_fc", 2 * WIDTH, WIDTH)
-            shapes |= _linear(f"{block}.mlp.c_proj", WIDTH, 2 * WIDTH)
+            shapes |= linear(f"{block}.attn.out_proj", WIDTH, WIDTH)
+            shapes |= linear(f"{block}.mlp.c_fc", 2 * WIDTH, WIDTH)
+            shapes |= linear(f"{block}.mlp.c_proj", WIDTH, 2 * WIDTH)
     return shapes
 
 
@@ -158,57 +155,41 @@ def image_reward_shapes(vocabulary: int) -> Shapes:
         f"{vision}.pos_embed": (1, (IMAGE // PATCH) ** 2 + 1, WIDTH),
         f"{vision}.patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
         f"{vision}.patch_embed.proj.bias": (WIDTH,),
-        **_norms(f"{vision}.norm"),
+        **norms(f"{vision}.norm", width=WIDTH),
         f"{text}.embeddings.word_embeddings.weight": (vocabulary, width),
         f"{text}.embeddings.position_embeddings.weight": (40, width),
         f"{text}.embeddings.position_ids": (1, 40),
-        **_norms(f"{text}.embeddings.LayerNorm", width=width),
-        **_linear("blip.vision_proj", 16, WIDTH),
+        **norms(f"{text}.embeddings.LayerNorm", width=width),
+        **linear("blip.vision_proj", 16, WIDTH),
     }
     for layer in range(LAYERS):
         block = f"{vision}.blocks.{layer}"
-        shapes |= _norms(f"{block}.norm1", f"{block}.norm2")
-        shapes |= _linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | _linear(f"{block}.attn.proj", WIDTH, WIDTH)
-        shapes |= _linear(f"{block}.mlp.fc1", 2 * WIDTH, WIDTH)
-        shapes |= _linear(f"{block}.mlp.fc2", WIDTH, 2 * WIDTH)
+        shapes |= norms(f"{block}.norm1", f"{block}.norm2", width=WIDTH)
+        shapes |= linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | linear(f"{block}.attn.proj", WIDTH, WIDTH)
+        shapes |= linear(f"{block}.mlp.fc1", 2 * WIDTH, WIDTH)
+        shapes |= linear(f"{block}.mlp.fc2", WIDTH, 2 * WIDTH)
         block = f"{text}.encoder.layer.{layer}"
         for attention, read in (("attention", width), ("crossattention", WIDTH)):
-            shapes |= _linear(f"{block}.{attention}.self.query", width, width)
-            shapes |= _linear(f"{block}.{attention}.self.key", width, read)
-            shapes |= _linear(f"{block}.{attention}.self.value", width, read)
-            shapes |= _linear(f"{block}.{attention}.output.dense", width, width)
-            shapes |= _norms(f"{block}.{attention}.output.LayerNorm", width=width)
-        shapes |= _linear(f"{block}.intermediate.dense", 2 * WIDTH, width)
-        shapes |= _linear(f"{block}.output.dense", width, 2 * WIDTH)
-        shapes |= _norms(f"{block}.output.LayerNorm", width=width)
+            shapes |= linear(f"{block}.{attention}.self.query", width, width)
+            shapes |= linear(f"{block}.{attention}.self.key", width, read)
+            shapes |= linear(f"{block}.{attention}.self.value", width, read)
+            shapes |= linear(f"{block}.{attention}.output.dense", width, width)
+            shapes |= norms(f"{block}.{attention}.output.LayerNorm", width=width)
+        shapes |= linear(f"{block}.intermediate.dense", 2 * WIDTH, width)
+        shapes |= linear(f"{block}.output.dense", width, 2 * WIDTH)
+        shapes |= norms(f"{block}.output.LayerNorm", width=width)
     head = LinearHead(width).state_dict()
     return shapes | {f"mlp.{name}": tuple(value.shape) for name, value in head.items()}
 
 
-def _norms(*names: str, width: int = WIDTH) -> Shapes:
-    return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
-
-
-def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-
-def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
-    """Normally distributed, as wide as keeps activations of about 1."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in shapes.items():
-        fan_in = 1 if len(shape) < 2 or "embed" in name else torch.Size(shape[1:]).numel()
-        state[name] = torch.randn(shape, generator=generator) * (0.5 if fan_in == 1 else fan_in**-0.5)
-    return state
-
-
-def save_pickled(content: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+def write_gen_eval(weights_dir: Path) -> None:
+    write_clip_l(weights_dir)
+    write_detector(weights_dir)
 
 
 WRITERS = {
+    "gen_eval": write_gen_eval,
+    "gen_eval_rl": write_gen_eval,
     "clip_score": write_clip_l,
     "pick_score": write_pick_score,
     "pick_score_rl": write_pick_score,

@@ -32,21 +32,35 @@ class WeightFile:
         return f"{self.place}/{self.name}"
 
 
-def clip_tokenizer_files(place: str) -> tuple[WeightFile, ...]:
-    """The vocabulary and the merges of a CLIP."""
-    return WeightFile(place, "vocab.json"), WeightFile(place, "merges.txt")
-
-
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 LAION_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
+# Sizes and hashes are those that public lists of them agree on, or of the file itself where it could be had; else they
+# are unknown.
 CLIP_L = (
-    WeightFile(OPENAI_CLIP, "config.json"),
-    WeightFile(OPENAI_CLIP, "model.safetensors"),
-    *clip_tokenizer_files(OPENAI_CLIP),
+    WeightFile(
+        OPENAI_CLIP, "config.json", 4519, "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a"
+    ),
+    WeightFile(
+        OPENAI_CLIP,
+        "model.safetensors",
+        1710540580,
+        "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    ),
+    WeightFile(
+        OPENAI_CLIP,
+        "vocab.json",
+        961143,
+        "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
+    ),
+    WeightFile(
+        OPENAI_CLIP,
+        "merges.txt",
+        524619,
+        "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+    ),
 )
-
-CLIP_H_TOKENIZER = clip_tokenizer_files(LAION_CLIP)
+CLIP_H_TOKENIZER = (WeightFile(LAION_CLIP, "vocab.json"), WeightFile(LAION_CLIP, "merges.txt"))
 PICK_SCORE = (
     WeightFile("yuvalkirstain/PickScore_v1", "config.json"),
     WeightFile("yuvalkirstain/PickScore_v1", "model.safetensors"),
@@ -60,7 +74,30 @@ AESTHETIC_HEAD = WeightFile(
 )
 HPS_WEIGHTS = WeightFile("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 IMAGE_REWARD_WEIGHTS = WeightFile("THUDM/ImageReward", "ImageReward.pt")
-BERT_VOCABULARY = WeightFile("google-bert/bert-base-uncased", "vocab.txt")
+BERT_VOCABULARY = WeightFile(
+    "google-bert/bert-base-uncased",
+    "vocab.txt",
+    231508,
+    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+)
+DETECTOR = WeightFile(
+    "open-mmlab/mmdetection",
+    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    sha256="743b7d99",  # its name ends with the first digits
+)
+PADDLE_DETECTION, PADDLE_RECOGNITION = "en_PP-OCRv3_det_infer", "en_PP-OCRv4_rec_infer"
+PADDLE_DIRECTION = "ch_ppocr_mobile_v2.0_cls_infer"
+PADDLE_OCR = tuple(
+    WeightFile("PaddlePaddle/PaddleOCR", f"{folder}/inference.{kind}")
+    for folder in (PADDLE_DETECTION, PADDLE_RECOGNITION, PADDLE_DIRECTION)
+    for kind in ("pdmodel", "pdiparams")
+)
+INCEPTION = WeightFile(
+    "toshas/torch-fidelity",
+    "weights-inception-2015-12-05-6726825d.pth",
+    95628359,
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
 
 
 def missing(files: Iterable[WeightFile], weights_dir: Path) -> list[WeightFile]:
@@ -69,10 +106,30 @@ def missing(files: Iterable[WeightFile], weights_dir: Path) -> list[WeightFile]:
     return [file for file, path in paths.items() if not path.is_file() or path.stat().st_size == 0]
 
 
+def differs(file: WeightFile, weights_dir: Path, verify: bool = False) -> str:
+    """How a file in the folder is not the published one, "" where nothing speaks against it.
+
+    Args:
+        verify: read it all for its SHA-256, where that is known.
+    """
+    path = weights_dir / file.path
+    if not path.is_file():
+        return "MISSING"
+    if file.size and path.stat().st_size != file.size:
+        return (
+            f"has {path.stat().st_size:,} bytes, not {file.size:,}: not the published file, or not all of it"
+        )
+    if verify and file.sha256 and not (found := _sha256(path)).startswith(file.sha256):
+        return f"has SHA-256 {found}: not the published file"
+    return ""
+
+
 def hash_of_files(paths: Iterable[Path]) -> str:
     """SHA-256 over the SHA-256 of each file, in the order of their names; "" of none."""
-    lines = []
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.name}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else ""
+    listing = "".join(f"{_sha256(path)} {path.name}\n" for path in sorted(paths))
+    return hashlib.sha256(listing.encode()).hexdigest() if listing else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

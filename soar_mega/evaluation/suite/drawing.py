@@ -100,7 +100,9 @@ class DiffusersDrawer:
 
     def __init__(self, folder: str | Path, drawn: Drawn) -> None:
         from diffusers import DiffusionPipeline  # slow to import
+        from diffusers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._drawn = drawn
         with loading(Path(folder)):
             self._pipeline: Any = DiffusionPipeline.from_pretrained(

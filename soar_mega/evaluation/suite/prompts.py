@@ -13,7 +13,15 @@ from soar_mega.data.prompt_files import read_prompts
 from soar_mega.evaluation.suite.settings import PromptSetSettings
 
 TAG = "tag"  # of a line of GenEval's: what kind of prompt it is
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TAGS = (
+    "single_object",
+    "two_object",
+    "counting",
+    "colors",
+    "position",
+    "color_attr",
+    "ocr",
+)  # the last of digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +30,14 @@ class Item:
 
     Attributes:
         key: of the prompt's text; names its images.
+        line: where it stands in its file, for messages.
         position: where its noise stands in the keyed stream: of the text alone, not of its place in a file.
         category: its tag, "" where prompts have none.
         half: 0 or 1, by the text: settings are chosen on half 0 and reported on half 1.
     """
 
     key: str
+    line: int
     prompt: str
     metadata: dict[str, Any]
     noises: int
@@ -95,6 +105,7 @@ def read_prompt_set(settings: PromptSetSettings) -> PromptSet:
         items.append(
             Item(
                 key=digest.hex()[:16],
+                line=lines[0],
                 prompt=prompt,
                 metadata=metadata,
                 noises=len(lines) * settings.noises,

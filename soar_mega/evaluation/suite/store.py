@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -27,12 +28,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from soar_mega.evaluation.scorers.broken import what_is_broken
 from soar_mega.outputs import check_file, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
+OWN_NAMES = ("images", "scores", "drift", "report.json", "report.html", "table.csv", "outcomes.csv")
 DEFECT = "Defect"  # of a PNG's texts: what was wrong with the image before it was rounded
-NOT_FINITE = "not finite"
+DEFECTS = ("NaN", "black")
 
 Json = dict[str, Any]
 Values = dict[str, float]
@@ -42,7 +45,7 @@ class Store:
     """The folder.
 
     Args:
-        path: it is made; what is there already must be an evaluation of this program.
+        path: it is made. What is in it under names of ours must be an evaluation of this program.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,9 +60,11 @@ class Store:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: give the name of a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ABOUT).is_file():
+        foreign = [name for name in OWN_NAMES if (self.path / name).exists()]
+        if foreign and not (self.path / ABOUT).is_file():
             raise ValueError(
-                f"{self.path} holds what this program did not write: give the evaluation a folder of its own"
+                f"{self.path} holds {foreign[0]}, which this program did not write: give the evaluation a folder of "
+                "its own"
             )
         check_file(self.path / ABOUT, MARK)
         if not (self.path / ABOUT).exists():
@@ -123,11 +128,10 @@ class Images:
         return self._folder / f"{name}.png"
 
     def write(self, name: str, image: Tensor) -> None:
-        """Writes an image [3, H, W] in [0, 1], rounded to 8 bits; one that is not finite says so in its file."""
+        """Writes an image [3, H, W] in [0, 1], rounded to 8 bits; one that is no picture says so in its file."""
         info = PngInfo()
         info.add_text("Software", MARK.decode())
-        if not bool(image.isfinite().all()):
-            info.add_text(DEFECT, NOT_FINITE)
+        info.add_text(DEFECT, what_is_broken(image[None])[0])
         pixels = (image.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
         content = BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(content, "PNG", pnginfo=info)
@@ -140,23 +144,23 @@ class Images:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
     def defect(self, name: str) -> str:
-        """What is wrong with an image: "not finite", "black", or nothing."""
+        """What is wrong with an image: one of DEFECTS, or nothing."""
         with Image.open(self.path(name)) as picture:
-            if DEFECT in picture.info:
-                return NOT_FINITE
-            return "" if picture.getbbox() else "black"
+            return str(picture.info[DEFECT])
 
 
 class ScoreFile:
     """The values that one scorer gave to the images of one set.
 
     Args:
-        path: of the file once all values are there.
-        header: what they depend on.
+        folder: of the images' scores.
+        header: what the values depend on.
         rank: of this process among those that score.
     """
 
-    def __init__(self, path: Path, header: Json, rank: int) -> None:
+    def __init__(self, folder: Path, prompt_set: str, header: Json, rank: int) -> None:
+        scorer = re.sub(r"[^\w-]", "_", header["scorer"])
+        path = folder / f"{prompt_set}.{scorer}-{digest(header)}.jsonl"
         self._path = path
         self._header = json.dumps({"written_by": MARK.decode()} | header, sort_keys=True) + "\n"
         self._part = path.with_name(f"{path.name}.part-{rank}")

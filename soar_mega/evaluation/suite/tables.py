@@ -12,8 +12,8 @@ import numpy as np
 from soar_mega.evaluation.suite.prompts import PromptSet
 from soar_mega.evaluation.suite.settings import Point, Suite
 from soar_mega.evaluation.suite.statistics import Bootstrap, Estimate, Outcomes, between_runs, outcomes
-from soar_mega.evaluation.suite.store import MARK, Images, Values
-from soar_mega.evaluation.suite.work import DEFECTS
+from soar_mega.evaluation.suite.store import DEFECTS, MARK, Images, Values
+from soar_mega.evaluation.suite.work import PICTURES
 
 Json = dict[str, Any]
 CHOOSING, REPORTING = 0, 1  # halves of the prompts
@@ -76,7 +76,7 @@ class Tables:
 
     def _scorers(self, prompt_set: PromptSet) -> list[str]:
         values = self.models[0].values[self.suite.points[0], prompt_set.name]
-        return [name for name in values if name != DEFECTS]
+        return [name for name in values if name != PICTURES]
 
     def more_values(self, column: Column) -> list[str]:
         """What a scorer says beside its own value, such as why an image is wrong."""
@@ -197,15 +197,15 @@ class Tables:
         return self.bootstrap(column.prompt_set).score(np.array(rows)).value
 
     def defects(self) -> list[Json]:
-        """How many images are black or were not finite, where there are such."""
+        """How many images are black or NaN, where there are such."""
         rows = []
         for model in self.models:
             for (point, name), scorers in model.values.items():
-                for kind in ("black", "not finite"):
-                    count = sum(values[kind] for values in scorers[DEFECTS].values())
+                for kind in DEFECTS:
+                    count = sum(values[kind] for values in scorers[PICTURES].values())
                     if count:
                         said = {"model": model.name, **asdict(point), "set": name}
-                        rows.append(said | {"images": int(count), "of": len(scorers[DEFECTS]), "are": kind})
+                        rows.append(said | {"images": int(count), "of": len(scorers[PICTURES]), "are": kind})
         return rows
 
     def report(self) -> Json:

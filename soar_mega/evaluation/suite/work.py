@@ -15,11 +15,11 @@ from soar_mega.evaluation.scorer import Scorer
 from soar_mega.evaluation.suite.drawing import Drawer
 from soar_mega.evaluation.suite.prompts import PromptSet, Task
 from soar_mega.evaluation.suite.settings import Point
-from soar_mega.evaluation.suite.store import NOT_FINITE, Images, ScoreFile, Store, Values, digest
+from soar_mega.evaluation.suite.store import DEFECTS, Images, ScoreFile, Store, Values, digest
 
 log = logging.getLogger(__name__)
 
-DEFECTS = "defects"  # beside the scorers: which images are black or were not finite
+PICTURES = "pictures"  # beside the scorers: which images are none, but black or NaN
 SAID_EVERY = 30.0  # seconds
 
 
@@ -64,13 +64,9 @@ class Cell:
         self._files = {}
         for scorer in (None, *scorers):
             header = base | _identity(scorer)
-            path = (
-                store.path
-                / "scores"
-                / folder
-                / f"{prompt_set.name}.{header['scorer']}-{digest(header)}.jsonl"
+            self._files[header["scorer"]] = ScoreFile(
+                store.path / "scores" / folder, prompt_set.name, header, rank
             )
-            self._files[header["scorer"]] = ScoreFile(path, header, rank)
 
     def look(self) -> None:
         """Finds out what is there."""
@@ -97,12 +93,11 @@ class Cell:
 
     def score(self, tasks: Sequence[Task]) -> None:
         """Has images that are there judged by every scorer that has not."""
-        if missing := [task for task in tasks if task.name not in self._scored[DEFECTS]]:
+        if missing := [task for task in tasks if task.name not in self._scored[PICTURES]]:
             found = {task.name: self.images.defect(task.name) for task in missing}
-            self._files[DEFECTS].add(
-                {name: {NOT_FINITE: float(was == NOT_FINITE), "black": float(was == "black")}
-                 for name, was in found.items()}
-            )  # fmt: skip
+            self._files[PICTURES].add(
+                {name: {kind: float(was == kind) for kind in DEFECTS} for name, was in found.items()}
+            )
         for scorer in self.scorers:
             if missing := [task for task in tasks if task.name not in self._scored[scorer.name]]:
                 # alone on a CPU, where a value is to be the same to the last bit in any company
@@ -125,7 +120,7 @@ class Cell:
 
 def _identity(scorer: Scorer | None) -> dict[str, str]:
     if scorer is None:
-        return {"scorer": DEFECTS, "version": "1", "weights": ""}
+        return {"scorer": PICTURES, "version": "1", "weights": ""}
     return {"scorer": scorer.name, "version": scorer.version, "weights": scorer.weights_hash}
 
 

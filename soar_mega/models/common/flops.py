@@ -44,6 +44,14 @@ class Work:
         """Of the backward of this forward: the gradients of both factors, but no input's."""
         return Work(**{**vars(2 * self), "embedding": self.embedding})
 
+    @property
+    def backward_to_adapters(self) -> "Work":
+        """Where adapters alone are trained: the gradients of the inputs, and of both factors in attention.
+
+        What the adapters themselves compute, about a hundredth, is left out.
+        """
+        return Work(image=self.image, text=self.text, attention=2 * self.attention, output=self.output)
+
     def __add__(self, other: "Work") -> "Work":
         return Work(**{kind: count + getattr(other, kind) for kind, count in vars(self).items()})
 
@@ -83,6 +91,11 @@ def recomputed_work(sizes: Sizes, tokens: Tokens, granularity: str, every: int =
     return Work()
 
 
-def step_work(forward: Work, answers: float, points: int) -> Work:
-    """Of a step: `answers` forwards of one sample without a gradient, `points` forwards with their backward."""
-    return (answers + points) * forward + points * forward.backward
+def step_work(forward: Work, answers: float, points: int, adapters: bool = False) -> Work:
+    """Of a step: `answers` forwards of one sample without a gradient, `points` forwards with their backward.
+
+    Args:
+        adapters: they alone are trained.
+    """
+    backward = forward.backward_to_adapters if adapters else forward.backward
+    return (answers + points) * forward + points * backward

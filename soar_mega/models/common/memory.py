@@ -8,16 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
-from soar_mega.models.common.gather import full_shape, partition_dim
 from soar_mega.models.common.layout import is_sequence_parallel
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
+from soar_mega.models.common.rank_parameters import (
+    Elements,
+    buffer_elements,
+    chunk_parameters,
+    trained,
+    trained_elements,
+)
 from soar_mega.models.common.rank_tokens import RankTokens
 from soar_mega.models.common.sequence_shards import cut_multiple
 from soar_mega.models.common.sizes import Sizes
-from soar_mega.models.common.summary import meta_model
 
 ITEM = {"bf16": 2, "fp32": 4}
 BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, where reduction is overlapped
@@ -36,7 +40,7 @@ class Workload:
         latent_size: (H, W) of the latents, an eighth of the pixels.
         text_length: tokens, as prepared: 77 of CLIP and max_sequence_length of T5.
         points: of one training forward, both branches of guidance counted.
-        rows: of one forward of the answer pass, likewise; 0: there is none.
+        rows: of the largest forward without a gradient, likewise; 0: there is none.
         samples: of the rank's share of the global batch.
         micro_batches: training forwards of a step.
     """
@@ -56,18 +60,24 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int  # main copies and moments
-    kept: int  # EMA
+    kept: int  # EMA, and the copies that the method wants
     activations: int  # between forward and backward
     batch: int  # latents, conditions and answers of the rank's samples
     temporary: int  # the most that comes on top, in a backward or in the answer pass
+    on_host: int  # kept copies in the host's memory, which are no part of the total
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is on the device, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "on_host"}
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts.values())
 
     def words(self) -> str:
         """The sum and its parts in GiB."""
-        parts = {field.name: getattr(self, field.name) / 2**30 for field in fields(self)}
+        parts = {name: size / 2**30 for name, size in self.parts.items()}
         shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
         return f"{self.total / 2**30:.1f} GiB: {shown}"
 
@@ -93,7 +103,8 @@ def workload(
     total = samples * forwards.points // branches
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
     asked = min(train.micro_batch_size * forwards.query_branches, math.ceil(samples * forwards.answers))
-    return Workload(latent_size, text_length, size * branches, asked, samples, -(-total // size))
+    rows = max(asked, stage.drawn_rows)
+    return Workload(latent_size, text_length, size * branches, rows, samples, -(-total // size))
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:
@@ -103,24 +114,37 @@ def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, ra
         ValueError: a layout that is not possible.
     """
     model, parallel = recipe.model, recipe.parallel
-    chunks = _chunk_elements(sizes, parallel, rank)
+    chunks = chunk_parameters(sizes, recipe, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
-    weights += ITEM[model.dtype] * (_buffer_elements(sizes) if rank == 0 else 0)
-    elements = rank_elements(sizes, parallel, rank)
-    divided = (
-        parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
-    )
-    copies = data_size * parallel.context_parallel_size if divided else 1
+    weights += ITEM[model.dtype] * (buffer_elements(sizes) if rank == 0 else 0)
+    kept = kept_copies(recipe) * _copy_bytes(sizes, recipe, data_size, rank)
+    on_host = recipe.train.offload_kept_weights
     activations, temporary = _activations(sizes, recipe, work, rank)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        kept=4 * elements // copies if recipe.train.ema_decay else 0,
+        kept=0 if on_host else kept,
         activations=activations,
         batch=_batch(sizes, recipe, work, rank),
         temporary=temporary + zero_temporary,
+        on_host=kept if on_host else 0,
     )
+
+
+def kept_copies(recipe: Recipe) -> int:
+    """How many copies of the weights are kept: with adapters the reference is the model without them."""
+    names = {name for name in recipe.stage.kept_copies if not (name == "reference" and recipe.lora.rank)}
+    return len(names) + (recipe.train.ema_decay > 0)
+
+
+def _copy_bytes(sizes: Sizes, recipe: Recipe, data_size: int, rank: int) -> int:
+    parallel = recipe.parallel
+    divided = (
+        parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
+    )
+    shares = data_size * parallel.context_parallel_size if divided else 1
+    return 4 * trained_elements(sizes, recipe, rank) // shares
 
 
 def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -> Memory:
@@ -129,63 +153,24 @@ def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -
     return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
 
 
-def rank_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> int:
-    """Parameters on one rank of a pipeline rank."""
-    return sum(map(sum, _chunk_elements(sizes, parallel, rank)))
-
-
-@cache
-def _elements(sizes: Sizes) -> dict[str, tuple[tuple[int, bool], ...]]:
-    """Of each layer by number, of `embedding` and of `output`: elements of parameters, and whether TP cuts them."""
-    parts: dict[str, list[tuple[int, bool]]] = {}
-    for name, parameter in meta_model(sizes).named_parameters():
-        head = name.split(".")
-        part = (
-            head[1]
-            if head[0] == "layers"
-            else "output"
-            if head[0] in ("norm_out", "proj_out")
-            else "embedding"
-        )
-        parts.setdefault(part, []).append(
-            (full_shape(parameter).numel(), partition_dim(parameter) is not None)
-        )
-    return {part: tuple(found) for part, found in parts.items()}
-
-
-@cache
-def _buffer_elements(sizes: Sizes) -> int:
-    return sum(buffer.numel() for buffer in meta_model(sizes).buffers())
-
-
-def _chunk_elements(sizes: Sizes, parallel: ParallelConfig, rank: int) -> list[list[int]]:
-    """Elements of each parameter of each model chunk of a rank, in the order in which they were made."""
-    stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
-    chunks = []
-    for stage in range(rank, len(stages), parallel.pipeline_model_parallel_size):
-        parts = ["embedding"] * (stage == 0) + [str(n) for n in stages[stage]]
-        parts += ["output"] * (stage == len(stages) - 1)
-        elements = [entry for part in parts for entry in _elements(sizes)[part]]
-        chunks.append([count // tensor if is_cut else count for count, is_cut in elements])
-    return chunks
-
-
 def _state(
-    chunks: list[list[int]], model: ModelConfig, parallel: ParallelConfig, data_size: int
+    chunks: list[list[Elements]], model: ModelConfig, parallel: ParallelConfig, data_size: int
 ) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients and optimizer, and what DeepSpeed reduces with."""
-    elements, item = sum(map(sum, chunks)), ITEM[model.dtype]
+    elements = sum(parameter.size for chunk in chunks for parameter in chunk)
+    learning, item = sum(map(trained, chunks)), ITEM[model.dtype]
     main = 0 if model.dtype == "fp32" else 4
     if parallel.engine == "deepspeed":
-        return _zero_state(elements, item, parallel.zero_stage, data_size)
+        return _zero_state(elements, learning, item, parallel.zero_stage, data_size)
     if not parallel.use_distributed_optimizer:
-        return item * elements, 4 * elements, (main + 8) * elements, 0
+        return item * elements, 4 * learning, (main + 8) * learning, 0
     replicas = data_size * parallel.context_parallel_size
     bucket = max(BUCKET, 1_000_000 * replicas) if parallel.overlap_grad_reduce else None
+    buffers = [[parameter.size for parameter in chunk if parameter.is_trained] for chunk in chunks]
     padded = sum(
-        padded_elements(chunk, replicas, None if number else bucket) for number, chunk in enumerate(chunks)
+        padded_elements(buffer, replicas, None if number else bucket) for number, buffer in enumerate(buffers)
     )
-    return item * padded, 4 * padded, (main + 8) * elements // replicas, 0
+    return item * (elements - learning + padded), 4 * padded, (main + 8) * learning // replicas, 0
 
 
 def padded_elements(parameters: Sequence[int], replicas: int, bucket: int | None) -> int:
@@ -199,15 +184,18 @@ def padded_elements(parameters: Sequence[int], replicas: int, bucket: int | None
     return -(-end // divisor) * divisor
 
 
-def _zero_state(elements: int, item: int, stage: int, data_size: int) -> tuple[int, int, int, int]:
-    share = -(-elements // data_size)
-    bucket = 4 * min(ZERO_BUCKET, elements)
+def _zero_state(
+    elements: int, learning: int, item: int, stage: int, data_size: int
+) -> tuple[int, int, int, int]:
+    """Args: elements: of all parameters. learning: of the trained ones."""
+    share = -(-learning // data_size)
+    bucket = 4 * min(ZERO_BUCKET, learning)
     if stage == 0:  # float32 alone; the main copies are the parameters
-        return item * elements, 4 * elements, 8 * elements, 0
+        return item * elements, 4 * learning, 8 * learning, 0
     if stage == 3:
-        return item * share, bucket + 4 * share, 12 * share, item * elements // 8
+        return -(-item * elements // data_size), bucket + 4 * share, 12 * share, item * elements // 8
     if stage == 1 and item == 2:  # the gradients of the model's type stay beside the float32 ones
-        return item * elements, (4 + 2) * elements, 12 * share, 0
+        return item * elements, (4 + 2) * learning, 12 * share, 0
     return item * elements, 4 * share, 12 * share, bucket
 
 

@@ -129,7 +129,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_image(
     match damage:
         case "missing":
             path.unlink()
-            words = "lacks files"
+            words = "lacks\n"
         case "truncated":
             path.write_bytes(path.read_bytes()[:-1000])
             words = "cannot be read"
@@ -160,5 +160,5 @@ def test_all_that_is_missing_is_named(tmp_path: Path) -> None:
         ValueError, match=r"(?s)PickScore_v1/config.json.*PickScore_v1/model.safe.*merges.txt"
     ):
         make_scorer("pick_score", tmp_path)
-    with pytest.raises(ValueError, match="no scorer 'pickscore'; there are clip_score, pick_score"):
+    with pytest.raises(ValueError, match="no scorer 'pickscore'; there are clip_score, ocr"):
         make_scorer("pickscore", tmp_path)

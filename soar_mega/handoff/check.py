@@ -1,0 +1,207 @@
+"""Whether a pipeline folder is what a trainer of another repository reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soar_mega.convert import pipeline_parts, scheduler_shift
+from soar_mega.convert.safetensors_reader import Reader
+from soar_mega.convert.save import NAMES
+from soar_mega.convert.training_facts import TrainingFacts, read_facts
+from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.handoff.trainers import Handoff, Trainer
+from soar_mega.user_files import read_object, whole
+
+PIPELINE = "StableDiffusion3Pipeline"
+CLASSES = {
+    "transformer": ("SD3Transformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_3": ("T5EncoderModel",),
+    "tokenizer": ("CLIPTokenizer",),
+    "tokenizer_2": ("CLIPTokenizer",),
+    "tokenizer_3": ("T5TokenizerFast", "T5Tokenizer"),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+CLIP_TOKENS = 77  # written into the code of those that pad to it
+UNKNOWN_RESOLUTION = 512  # what they draw where nothing else is said
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the trainer will stop at (stops), or that changes what it does."""
+
+    stops: bool
+    words: str
+
+
+def check(pipeline: Path, trainer: Trainer) -> list[Finding]:
+    """What is wrong with a pipeline folder, and what to do about it; those that stop the trainer come first."""
+    found = [Finding(True, words) for words in _missing(pipeline)]
+    if found:
+        return found  # the rest would be told of files that are not there
+    found += [*_classes(pipeline), *_tokenizers(pipeline, trainer), *_positions(pipeline, trainer)]
+    found += [
+        *_scheduler(pipeline),
+        *_texts(pipeline, trainer),
+        *_numbers(pipeline, trainer),
+        *_size(pipeline),
+    ]
+    return sorted(found, key=lambda finding: not finding.stops)
+
+
+def handoff(pipeline: Path, out: Path) -> Handoff:
+    """What the trainer's lines are made of. ValueError where a configuration is damaged."""
+    facts = read_facts(pipeline) or TrainingFacts(dtype="fp32")
+    return Handoff(
+        pipeline=pipeline.absolute(),
+        out=out.absolute(),
+        resolution=facts.width or _drawn_by_default(pipeline),
+        tokens=facts.max_sequence_length or 256,
+        shift=float(_config(pipeline, "scheduler", "scheduler_config.json").get("shift", 1.0)),
+    )
+
+
+def _missing(pipeline: Path) -> list[str]:
+    try:
+        pipeline_parts(pipeline)
+        index = read_object(pipeline / "model_index.json")
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if index.get("_class_name") != PIPELINE:
+        return [f"{pipeline} is a {index.get('_class_name')}: what is handed on here is a {PIPELINE}"]
+    lacking = [part for part in CLASSES if part not in index or None in index[part]]
+    if lacking:
+        return [f"{pipeline} does without {', '.join(lacking)}, which the trainer loads: copy them into it"]
+    weights = pipeline / "transformer"
+    if not any((weights / name).is_file() for name in (SINGLE, INDEX)):
+        return [
+            f"{weights} holds no weights under the plain name {SINGLE}, and the trainer asks for no variant: "
+            f"soar-mega convert {pipeline} OUT --to pipeline"
+        ]
+    return []
+
+
+def _classes(pipeline: Path) -> list[Finding]:
+    index = read_object(pipeline / "model_index.json")
+    return [
+        Finding(
+            True, f"model_index.json: {part} is a {index[part][1]}, the trainer loads a {' or '.join(known)}"
+        )
+        for part, known in CLASSES.items()
+        if index[part][1] not in known
+    ]
+
+
+def _tokenizers(pipeline: Path, trainer: Trainer) -> list[Finding]:
+    found = []
+    for part in ("tokenizer", "tokenizer_2"):
+        lacking = [name for name in ("vocab.json", "merges.txt") if not (pipeline / part / name).is_file()]
+        if lacking:
+            words = (
+                f"{part}/ lacks {' and '.join(lacking)}, which transformers 4 reads: copy them from the model "
+                "that the pipeline was made of"
+            )
+            found.append(Finding(trainer.pins_old_tokenizers, words))
+    t5 = pipeline / "tokenizer_3"
+    index = read_object(pipeline / "model_index.json")
+    if index["tokenizer_3"][1] == "T5Tokenizer" and not (t5 / "spiece.model").is_file():
+        words = (
+            "tokenizer_3 is a T5Tokenizer without spiece.model, which transformers 4 reads: with a tokenizer.json name "
+            "it T5TokenizerFast in model_index.json"
+        )
+        found.append(Finding(trainer.pins_old_tokenizers, words))
+    return found
+
+
+def _positions(pipeline: Path, trainer: Trainer) -> list[Finding]:
+    found = []
+    for part in ("text_encoder", "text_encoder_2"):
+        positions = _config(pipeline, part).get("max_position_embeddings", CLIP_TOKENS)
+        if positions < CLIP_TOKENS and trainer.pads_clips:
+            words = f"{part} has {positions} positions, and the trainer pads to {CLIP_TOKENS} tokens: it fails there"
+            found.append(Finding(True, words))
+    length = read_object(pipeline / "tokenizer" / "tokenizer_config.json").get(
+        "model_max_length", CLIP_TOKENS
+    )
+    if length != CLIP_TOKENS and trainer.pads_clips:
+        words = (
+            f"tokenizer says {length} tokens, with which this model was trained, and the trainer takes {CLIP_TOKENS}: "
+            "the model sees padding that it does not know"
+        )
+        found.append(Finding(False, words))
+    return found
+
+
+def _scheduler(pipeline: Path) -> list[Finding]:
+    config = _config(pipeline, "scheduler", "scheduler_config.json")
+    if config.get("use_dynamic_shifting"):
+        return [Finding(True, "scheduler: use_dynamic_shifting needs a mu that the trainer does not give")]
+    try:
+        scheduler_shift(pipeline, tokens=1)
+    except ValueError as error:
+        return [Finding(False, f"scheduler: {error}")]
+    return []
+
+
+def _texts(pipeline: Path, trainer: Trainer) -> list[Finding]:
+    facts = read_facts(pipeline)
+    if facts is None or facts.max_sequence_length is None:
+        words = (
+            f"nothing says with how many T5 tokens this model was trained; {trainer.name} takes {trainer.tokens}. "
+            "Padding is attended to, so that another number is another model"
+        )
+        return [Finding(False, words)]
+    tokens = facts.max_sequence_length
+    if tokens == trainer.tokens or not trainer.how_to_set:
+        return []
+    words = (
+        f"trained with {tokens} T5 tokens, and {trainer.name} takes {trainer.tokens}. In its repository: "
+        f"{trainer.how_to_set.format(tokens=tokens)} (or train with soar-mega prepare --max-sequence-length "
+        f"{trainer.tokens})"
+    )
+    return [Finding(False, words)]
+
+
+def _numbers(pipeline: Path, trainer: Trainer) -> list[Finding]:
+    with Reader(pipeline / "transformer") as reader:
+        types = {NAMES[reader.dtype(key)] for key in reader.files}
+    facts = read_facts(pipeline)
+    if types != {"fp32"}:
+        words = (
+            f"the transformer is {' and '.join(sorted(types))}, rounded from float32: checkpoint.export_dtype=fp32, or "
+            "soar-mega convert RUN OUT --dtype fp32, keeps what a short training changed"
+        )
+        return [Finding(False, words)] if facts is not None else []
+    if trainer.holds != "fp32":
+        return [
+            Finding(
+                False,
+                f"{trainer.name} rounds the weights to {trainer.holds} when it loads: {trainer.keep} keeps them",
+            )
+        ]
+    return []
+
+
+def _size(pipeline: Path) -> list[Finding]:
+    facts = read_facts(pipeline)
+    if facts is not None and facts.width != facts.height:
+        words = (
+            f"trained on {facts.width} x {facts.height} pixels for the most part; the lines below draw squares of "
+            f"{facts.width}"
+        )
+        return [Finding(False, words)]
+    return []
+
+
+def _drawn_by_default(pipeline: Path) -> int:
+    """UNKNOWN_RESOLUTION, or what the transformer was made for where that is less."""
+    path = pipeline / "transformer" / "config.json"
+    vae = _config(pipeline, "vae")
+    sample = whole(read_object(path), "sample_size", path) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return min(UNKNOWN_RESOLUTION, sample)
+
+
+def _config(pipeline: Path, part: str, name: str = "config.json") -> dict[str, Any]:
+    return read_object(pipeline / part / name)

@@ -1,0 +1,90 @@
+"""The parameters on a rank: how many elements they have, and which of them are trained."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple
+
+from soar_mega.config import LoraConfig, Recipe
+from soar_mega.models.common.gather import full_shape, partition_dim
+from soar_mega.models.common.lora import add_adapters, is_adapter
+from soar_mega.models.common.pipeline_layout import stage_layers
+from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.summary import meta_model
+
+
+class Elements(NamedTuple):
+    """Those of one parameter."""
+
+    size: int
+    is_trained: bool
+
+
+class _Whole(NamedTuple):
+    """A parameter of the whole model."""
+
+    elements: Elements
+    is_cut: bool  # over tensor parallelism
+
+
+def chunk_parameters(sizes: Sizes, recipe: Recipe, rank: int) -> list[list[Elements]]:
+    """Each parameter of each model chunk of a pipeline rank, in the order in which they were made.
+
+    Raises:
+        ValueError: a layout that is not possible.
+    """
+    parallel, lora = recipe.parallel, recipe.lora
+    stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
+    found = _parts(sizes, lora.rank, tuple(lora.targets), tuple(recipe.optimizer.frozen))
+    chunks = []
+    for stage in range(rank, len(stages), parallel.pipeline_model_parallel_size):
+        parts = ["embedding"] * (stage == 0) + [str(n) for n in stages[stage]]
+        parts += ["output"] * (stage == len(stages) - 1)
+        whole = [parameter for part in parts for parameter in found[part]]
+        chunks.append([_on_rank(parameter, tensor) for parameter in whole])
+    return chunks
+
+
+def trained_elements(sizes: Sizes, recipe: Recipe, rank: int) -> int:
+    """Elements of the trained parameters on one rank of a pipeline rank."""
+    return sum(trained(chunk) for chunk in chunk_parameters(sizes, recipe, rank))
+
+
+def trained(parameters: Iterable[Elements]) -> int:
+    """Elements of those that are trained."""
+    return sum(parameter.size for parameter in parameters if parameter.is_trained)
+
+
+@cache
+def buffer_elements(sizes: Sizes) -> int:
+    """Of what is kept with the weights and is no weight; on the first pipeline rank."""
+    return sum(buffer.numel() for buffer in meta_model(sizes).buffers())
+
+
+def _on_rank(parameter: _Whole, tensor: int) -> Elements:
+    size, is_trained = parameter.elements
+    return Elements(size // tensor if parameter.is_cut else size, is_trained)
+
+
+@cache
+def _parts(
+    sizes: Sizes, lora_rank: int, targets: tuple[str, ...], frozen: tuple[str, ...]
+) -> dict[str, tuple[_Whole, ...]]:
+    """The parameters of each layer by number, of `embedding` and of `output`."""
+    model = meta_model(sizes)
+    if lora_rank:
+        add_adapters([model], LoraConfig(rank=lora_rank, targets=list(targets)), seed=0)
+    parts: dict[str, list[_Whole]] = {}
+    for name, parameter in model.named_parameters():
+        is_candidate = is_adapter(name) or not lora_rank
+        is_trained = is_candidate and not any(fnmatchcase(name, pattern) for pattern in frozen)
+        elements = Elements(full_shape(parameter).numel(), is_trained)
+        parts.setdefault(_part(name), []).append(_Whole(elements, partition_dim(parameter) is not None))
+    return {part: tuple(found) for part, found in parts.items()}
+
+
+def _part(name: str) -> str:
+    head = name.split(".")
+    if head[0] == "layers":
+        return head[1]
+    return "output" if head[0] in ("norm_out", "proj_out") else "embedding"

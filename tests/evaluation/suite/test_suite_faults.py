@@ -1,0 +1,184 @@
+"""What goes wrong in an evaluation: told before the first image where it can be, and nothing that is made is lost."""
+
+import errno
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
+from torch import Tensor
+
+from soar_mega.config import ParallelConfig
+from soar_mega.distributed import start_world
+from soar_mega.evaluation.suite import store as store_module
+from soar_mega.evaluation.suite.prompts import Task, read_prompt_set
+from soar_mega.evaluation.suite.settings import Point, load_suite
+from soar_mega.evaluation.suite.store import Store
+from soar_mega.evaluation.suite.work import PICTURES, Cell, Place, run_model
+
+ALONE = Place(replica=0, replicas=1, writes=True, rank=0, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"tag": "colours", "prompt": "a red 8"}, "unknown tag 'colours'; the tags are single_object,"),
+        ({"prompt": "a red 8"}, "the tag is missing, which other lines have"),
+        ({"tag": "colors", "include": []}, "is not a JSON object with 'prompt'"),
+        (
+            {"tag": "colors", "include": [{"class": "dog", "count": 1}], "prompt": "a red dog"},
+            "'dog' is no digit",
+        ),
+    ],
+)
+def test_a_bad_line_is_told_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: dict[str, Any], words: str
+) -> None:
+    suite = write_suite(tmp_path)
+    file = tmp_path / "digits" / "test_metadata.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (*GENEVAL[:2], line, GENEVAL[2])))
+    assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 1
+    said = capsys.readouterr().err
+    assert f"{file}:3" in said and words in said
+    assert not (tmp_path / "out" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("scorers", "words"),
+    [
+        (["clip_score"], "the scorer clip_score lacks files in"),
+        (["no_such"], "there is no reward 'no_such'"),
+    ],
+)
+def test_a_scorer_that_cannot_be_made_is_told_before_the_first_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scorers: list[str], words: str
+) -> None:
+    suite = write_suite(tmp_path, sets={"digits": {"prompts": "digits", "scorers": ["digits", *scorers]}})
+    assert evaluate(suite, tmp_path / "out", f"base={BASE}", "--weights", str(tmp_path / "none")) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guidence": 3}, "unknown key 'guidence'; the keys are guidance_scale"),
+        ({"steps": [0]}, "steps: a whole number of at least 1 is expected, found 0"),
+        ({"sets": {"a": {"prompts": "digits", "scorers": "digits"}}}, "sets.a: scorers: a list of names"),
+        ({"sets": {"a/b": {"prompts": "digits", "scorers": ["digits"]}}}, "sets.a/b: a name of letters"),
+    ],
+)
+def test_a_suite_that_cannot_be_is_told_by_its_key(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError) as told:
+        load_suite(str(write_suite(tmp_path, **changes)))
+    assert words in str(told.value)
+
+
+def test_what_others_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("mine")
+    assert evaluate(write_suite(tmp_path), out, f"base={BASE}") == 1
+    assert "holds report.html, which this program did not write" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["report.html"] and (
+        out / "report.html"
+    ).read_text() == "mine"
+
+
+class Painter:
+    """Draws what it is told to, by prompt; a grey picture otherwise."""
+
+    def __init__(self, images: dict[str, Tensor]) -> None:
+        self._images = images
+
+    def draw(self, tasks: Sequence[Task], point: Point) -> Tensor:
+        grey = torch.full((3, 16, 16), 0.5)
+        return torch.stack([self._images.get(task.item.prompt, grey) for task in tasks])
+
+
+class Mean:
+    """The mean of an image."""
+
+    name, version, weights_hash = "mean", "1", ""
+
+    def score(self, images: Tensor, prompts: Any, metadata: Any) -> dict[str, Tensor]:
+        return {"mean": images.mean(dim=(1, 2, 3)).double()}
+
+
+def _cell(folder: Path, scorer: Any) -> Cell:
+    start_world(ParallelConfig())
+    store = Store(folder / "out")
+    store.check()
+    settings = load_suite(str(write_suite(folder))).sets[0]
+    return Cell(store, "painted", read_prompt_set(settings), Point(3.0, 2), {"model": "painter"}, [scorer])
+
+
+def test_images_that_are_black_or_nan_are_told_of_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = torch.full((3, 16, 16), 0.5)
+    broken[1, 2, 3] = torch.nan
+    cell = _cell(tmp_path, Mean())
+    painter = Painter({"a red 3": torch.zeros(3, 16, 16), "a blue 7": broken})
+    with caplog.at_level(logging.WARNING, "soar_mega"):
+        run_model("painted", [cell], ALONE, lambda prompts: painter, 8)
+    assert "the image of 'a red 3' (guidance 3, 2 steps) is black" in caplog.text
+    assert "the image of 'a blue 7' (guidance 3, 2 steps) is NaN" in caplog.text
+    found = list(cell.values()[PICTURES].values())
+    assert sum(each["black"] for each in found) == 1 and sum(each["NaN"] for each in found) == 1
+
+
+def test_a_scorer_without_a_number_ends_the_evaluation_and_loses_nothing(tmp_path: Path) -> None:
+    class Mute(Mean):
+        def score(self, images: Tensor, prompts: Any, metadata: Any) -> dict[str, Tensor]:
+            return {"mean": torch.full((len(images),), torch.nan)}
+
+    cell = _cell(tmp_path, Mute())
+    with pytest.raises(ValueError, match="scorer mean gave no finite value to .*png"):
+        run_model("painted", [cell], ALONE, lambda prompts: Painter({}), 8)
+    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 4
+
+
+def test_a_new_version_of_a_scorer_judges_again_what_is_drawn(tmp_path: Path) -> None:
+    run_model("painted", [_cell(tmp_path, Mean())], ALONE, lambda prompts: Painter({}), 8)
+
+    class Newer(Mean):
+        version = "2"
+
+        def score(self, images: Tensor, prompts: Any, metadata: Any) -> dict[str, Tensor]:
+            return {"mean": 2 * images.mean(dim=(1, 2, 3)).double()}
+
+    cell = _cell(tmp_path, Newer())
+    run_model("painted", [cell], ALONE, lambda prompts: pytest.fail("nothing is to be drawn"), 8)
+    assert {each["mean"] for each in cell.values()["mean"].values()} == {2 * float(torch.tensor(128 / 255))}
+    assert len(list((tmp_path / "out").glob("scores/*/digits.mean-*.jsonl"))) == 2
+
+
+def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = write_suite(tmp_path, guidance_scale=[1])
+    assert evaluate(suite, tmp_path / "whole", f"base={BASE}") == 0
+    room = [5]
+
+    def write(path: Path, content: bytes, mark: bytes, real: Any = store_module.write_file) -> None:
+        if path.suffix == ".png":
+            room[0] -= 1
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, content, mark)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_file", write)
+        assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 1
+    said = capsys.readouterr().err
+    assert "there is no room left" in said and "start the same command again" in said
+    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 5
+    assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 0
+    assert kept(tmp_path / "out") == kept(tmp_path / "whole")

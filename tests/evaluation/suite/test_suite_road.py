@@ -1,0 +1,150 @@
+"""An evaluation from prompts to report: the same bytes on one process and two, after a kill, in any batch."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluations import BASE, evaluate, kept, write_suite
+from multirank import run_ranks
+from PIL import Image
+
+from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.cli import main
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """suite.yaml, and in out/ what it makes of the base."""
+    folder = tmp_path_factory.mktemp("suite")
+    suite = write_suite(folder)
+    assert evaluate(suite, folder / "out", f"base={BASE}") == 0
+    return folder
+
+
+def test_the_report_holds_what_the_images_got(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = road / "out"
+    said = json.loads((out / "report.json").read_text())
+    rows = list(csv.DictReader((out / "outcomes.csv").open()))
+    assert len([row for row in rows if row["scorer"] == "digits"]) == 2 * (4 + 3)
+    for guidance in (3.0, 1.0):
+        own = [
+            row for row in rows
+            if row["set"] == "digits" and row["scorer"] == "digits" and float(row["guidance_scale"]) == guidance
+        ]  # fmt: skip
+        by_tag = [
+            np.mean([float(row["score"]) for row in own if row["category"] == tag])
+            for tag in ("counting", "colors")
+        ]
+        [score] = [
+            row for row in said["scores"]
+            if row["set"] == "digits" and row["category"] == "" and row["guidance_scale"] == guidance
+        ]  # fmt: skip
+        assert score["score"] == np.mean(by_tag) and score["prompts"] == 4
+    assert said["sets"]["numbers"] | {"file": ""} == {"file": "", "prompts": 2, "images": 3}
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "http" not in page and page.count("data:image/png;base64,") == 4 + 3 + 3
+
+
+def test_two_processes_and_another_batch_size_make_the_same_bytes(road: Path, tmp_path: Path) -> None:
+    words = (f"base={BASE}", "--batch-size", "3")
+    run_ranks(_evaluate, 2, str(road / "suite.yaml"), str(tmp_path), words)
+    assert len(kept(road / "out")) == 2 * (7 + 5)
+    assert kept(tmp_path) == kept(road / "out")
+
+
+def test_a_checkpoint_that_lies_on_two_ranks_draws_what_its_pipeline_does(road: Path, tmp_path: Path) -> None:
+    """Up to the rounding to 8 bits; and its images serve a report that is made on one process."""
+    run = tmp_path / "run"
+    assert main(["convert", str(BASE), str(run)]) == 0
+    words = ("--pipeline-dir", str(BASE), "--guidance-scale", "3")
+    cut = (f"cut={run}", *words, "--tensor-model-parallel-size", "2")
+    run_ranks(_evaluate, 2, str(road / "suite.yaml"), str(tmp_path / "out"), cut)
+    drawn = sorted((tmp_path / "out").glob("images/cut-*/*/*.png"))
+    assert len(drawn) == 7
+    for path in drawn:
+        [same] = (road / "out").glob(f"images/base-g3-*/{path.parent.name}/{path.name}")
+        assert np.abs(_pixels(path) - _pixels(same)).max() <= 1
+    before = kept(tmp_path / "out", "cut")
+    assert evaluate(road / "suite.yaml", tmp_path / "out", f"cut={run}", f"base={BASE}", *words) == 0
+    assert kept(tmp_path / "out", "cut") == before
+
+
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def _evaluate(suite: str, out: str, words: tuple[str, ...]) -> None:
+    assert evaluate(Path(suite), Path(out), *words) == 0
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(road: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["evaluate", f"base={BASE}", "--suite", str(road / "suite.yaml"), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "soar_mega", *words])
+    while process.poll() is None and len(list(out.glob("images/*/*/*.png"))) < 2:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert not (out / "report.json").exists()
+    # as a kill in the middle of a line leaves it
+    for part in out.glob("scores/*/*.part-0"):
+        part.write_bytes(part.read_bytes()[:-9])
+    assert main(words) == 0
+    assert kept(out) == kept(road / "out")
+    assert all(
+        (out / name).read_bytes() == (road / "out" / name).read_bytes()
+        for name in ("table.csv", "outcomes.csv")
+    )
+
+
+def test_what_is_there_is_not_made_again(road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor under another name; other sampling steps and other weights are other images."""
+    out = tmp_path / "out"
+    shutil.copytree(road / "out", out)
+    times = {path: path.stat().st_mtime_ns for path in out.glob("images/*/*/*.png")}
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("soar_mega.evaluation.generate.Generator.load", refuse)
+        assert evaluate(road / "suite.yaml", out, f"other={BASE}") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("images/*/*/*.png")} == times
+    assert list(json.loads((out / "report.json").read_text())["models"]) == ["other"]
+
+    changed = tmp_path / "changed"
+    shutil.copytree(BASE, changed)
+    config = changed / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 2.0}))
+    assert (
+        evaluate(road / "suite.yaml", out, f"base={BASE}", f"shifted={changed}", "--guidance-scale", "3") == 0
+    )
+    folders = {path.name.rpartition("-")[0] for path in (out / "images").iterdir()}
+    assert folders == {"base-g3-s2", "base-g1-s2", "shifted-g3-s2"}
+    said = json.loads((out / "report.json").read_text())
+    assert {(row["model"], row["minus"]) for row in said["differences"]} == {("shifted", "base")}
+
+
+def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
+    """Each checkpoint is a point of the curves; a complete run ends the watching."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert main(["convert", str(BASE), str(run)]) == 0
+    RunFolder(run).mark_complete(0, 0)
+    out = tmp_path / "out"
+    words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
+    assert evaluate(road / "suite.yaml", out, *words) == 0
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    said = json.loads((out / "report.json").read_text())
+    [score] = [row for row in said["scores"] if row["scorer"] == "jpeg_incompressibility"]
+    [point] = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
+    assert point.step == 0 and point.value == pytest.approx(score["score"])

@@ -124,7 +124,7 @@ def test_chance_is_what_arms_and_seeds_leave() -> None:
     with_prompts = contrast(scores, "b", "a", "score", chance, 1.0, 0.0)
     assert with_prompts.high - 1 == pytest.approx(4.302653 * math.hypot(math.sqrt(variance / 3), 1.0))
     assert with_prompts.p > found.p == pytest.approx(0.2254033)  # t = sqrt(3), two degrees of freedom
-    alone = contrast(scores, "c", "a", "score", Chance(deviation=math.nan, freedom=0), 0.1, 0.0)
+    alone = contrast(scores, "c", "a", "score", Chance(deviation=0.0, freedom=0), 0.1, 0.0)
     assert alone.value == 8.0 and alone.p is alone.low is None
     assert pooled({"a": {1: 1.0}, "b": {1: 2.0}}).freedom == 0
 

@@ -17,7 +17,7 @@ Scores = Mapping[str, Mapping[int, float]]  # by arm and seed
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """Of a single run: its standard deviation with the degrees of freedom it is known by."""
+    """Of a single run: its standard deviation with the degrees of freedom it is known by; both 0 where it is not."""
 
     deviation: float
     freedom: int
@@ -74,12 +74,12 @@ def pooled(scores: Scores) -> Chance:
     for row, (arm, seed, _) in enumerate(rows):
         design[row, arm] = design[row, len(arms) + seeds.index(seed)] = 1.0
     if not rows:
-        return Chance(deviation=math.nan, freedom=0)
+        return Chance(deviation=0.0, freedom=0)
     values = np.array([value for _, _, value in rows])
     fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(rows) - int(rank)
     if freedom == 0:
-        return Chance(deviation=math.nan, freedom=0)
+        return Chance(deviation=0.0, freedom=0)
     return Chance(
         deviation=float(np.linalg.norm(values - design @ fitted) / math.sqrt(freedom)), freedom=freedom
     )

@@ -226,6 +226,7 @@ def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
     assert result["measures"]["drift"]["scores"]["sft"][2] == pytest.approx(0.5)
     assert best["curves"]["soar"] == [{"iteration": 5, "forward_units": 55, "mean": pytest.approx(0.65)}]
     assert best["base"] == pytest.approx(0.2)
+    assert "model.pipeline_dir=recipes/tiny/base" in sweep.arm("sft").overrides  # all runs start from it
 
     page = write_page(json.loads(json.dumps(result)), Path("small.html")).decode()
     assert "soar - sft" in page and "+0.200" in page and page.count("data:image/png") == 3

@@ -33,7 +33,17 @@ from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/tiny/base")
-VERBS = ("prepare", "data", "train", "sample", "evaluate", "convert", "serve-reward", "fetch-weights", "doctor")
+VERBS = (
+    "prepare",
+    "data",
+    "train",
+    "sample",
+    "evaluate",
+    "convert",
+    "serve-reward",
+    "fetch-weights",
+    "doctor",
+)
 
 
 # -- help and usage

@@ -14,12 +14,12 @@ from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.resume import find_checkpoint
 from soar_mega.config import ParallelConfig
 from soar_mega.convert import is_pipeline
-from soar_mega.training_facts import read_facts
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.vae import Decoder
 from soar_mega.evaluation.generate import Generator, schedule_of
 from soar_mega.models.family import families
+from soar_mega.training_facts import read_facts
 from soar_mega.user_files import read_object
 
 log = logging.getLogger(__name__)

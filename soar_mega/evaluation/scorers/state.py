@@ -2,11 +2,12 @@
 
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,14 @@ from transformers.utils import logging
 Network = TypeVar("Network", bound=nn.Module)
 Model = TypeVar("Model", bound=PreTrainedModel)
 MAX_LISTED = 4  # of a kind
+# What a record of the training beside the weights may consist of; none of it runs code.
+_NUMBER: Callable[..., Any] = np.float64().__reduce__()[0]  # type: ignore[assignment]
+NUMPY_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,8 +48,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is no file of weights, or holds more than numbers and tensors") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason}); is the copy complete?") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), Mapping):

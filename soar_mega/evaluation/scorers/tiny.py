@@ -6,6 +6,7 @@ Their values mean nothing.
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BlipConfig, CLIPConfig, CLIPModel
@@ -69,7 +70,9 @@ def write_image_reward(weights_dir: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     vocabulary.parent.mkdir(parents=True, exist_ok=True)
     vocabulary.write_text("".join(f"{word}\n" for word in words))
-    save_pickled(random_state(image_reward_shapes(len(words))), path)
+    state = random_state(image_reward_shapes(len(words)))
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    save_pickled(state, path)
     (path.parent / "config.json").write_text(json.dumps(tiny_blip_config(len(words)).to_dict()))
 
 
@@ -158,7 +161,6 @@ def image_reward_shapes(vocabulary: int) -> Shapes:
         **norms(f"{vision}.norm", width=WIDTH),
         f"{text}.embeddings.word_embeddings.weight": (vocabulary, width),
         f"{text}.embeddings.position_embeddings.weight": (40, width),
-        f"{text}.embeddings.position_ids": (1, 40),
         **norms(f"{text}.embeddings.LayerNorm", width=width),
         **linear("blip.vision_proj", 16, WIDTH),
     }

@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import by_hand
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from torch import Tensor
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.evaluation.scorers import make_scorer
 from soar_mega.evaluation.scorers.hps import cleaned
+from soar_mega.evaluation.scorers.state import read_state
 from soar_mega.evaluation.scorers.weights import (
     AESTHETIC_HEAD,
     HPS_WEIGHTS,
@@ -153,6 +156,27 @@ def test_a_file_of_something_else_is_refused(weights_dir: Path, tmp_path: Path) 
     torch.save({"epoch": 3}, folder / HPS_WEIGHTS.path)
     with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt holds no state dict"):
         make_scorer("hps", folder)
+    (folder / HPS_WEIGHTS.path).write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )  # a pointer, not the file
+    with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt is no file of weights"):
+        make_scorer("hps", folder)
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this ran",)
+
+
+def test_numbers_of_numpy_beside_the_weights_are_no_danger(tmp_path: Path) -> None:
+    """But what would run code is."""
+    path = tmp_path / "weights.pth"
+    weights = {"state_dict": {"a": torch.ones(2)}}
+    torch.save(weights | {"meta": {"best": np.float64(0.5), "iteration": np.int64(3)}}, path)
+    assert read_state(path)["a"].tolist() == [1, 1]
+    torch.save(weights | {"meta": Harmful()}, path)
+    with pytest.raises(ValueError, match="weights.pth is no file of weights, or holds more than numbers"):
+        read_state(path)
 
 
 def test_all_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The list of files that scorers read, and what the commands say of them."""
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from soar_mega.cli import doctor, main
-from soar_mega.evaluation.scorers import SCORERS, SET_METRICS
+from soar_mega.evaluation.scorers import SCORERS, SET_METRICS, make_scorer
 from soar_mega.evaluation.scorers.tiny import WRITERS
 from soar_mega.evaluation.scorers.weights import BERT_VOCABULARY, OPENAI_CLIP, hash_of_files
 
@@ -26,6 +27,16 @@ def test_tiny_weights_are_the_files_that_each_scorer_reads(tmp_path: Path) -> No
     for name, write in WRITERS.items():
         write(tmp_path / name)
         assert SCORERS[name].lacks(tmp_path / name) == []
+
+
+def test_no_scorer_asks_the_network(weights_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in WRITERS:
+        make_scorer(name, weights_dir)
 
 
 def test_the_hash_is_of_the_content_of_all_files(tmp_path: Path) -> None:

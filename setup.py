@@ -61,10 +61,10 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
         ],
-        # What some scorers of an evaluation need beside the rest; the others need nothing (docs/scorers.md).
-        "evaluation": ["rapidocr>=3.10,<4", "onnxruntime>=1.20", "torch-fidelity>=0.4", "torchvision"],
         # Compiled against the torch at hand: see the Dockerfile.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.13", "flash-attn>=2.7"],
+        # What some scorers of an evaluation need beside the rest; the others need nothing (docs/scorers.md).
+        "evaluation": ["rapidocr>=3.10,<4", "onnxruntime>=1.20", "torch-fidelity>=0.4", "torchvision"],
     },
     entry_points={"console_scripts": ["soar-mega=soar_mega.cli:main"]},
     classifiers=[

@@ -181,7 +181,7 @@ class DataConfig:
     resolution: int | list[int] | None = (
         None  # pixels of what they draw, or [width, height]; None: the transformer's own
     )
-    max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as diffusers
+    max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as the pipeline's training
     num_workers: int = 0  # reader processes per data-parallel rank
     max_failed_share: float = (
         0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)

@@ -179,6 +179,12 @@ def in_place_of(path: str | Path, mark: bytes) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def remove_left_over_files(folder: Path) -> None:
+    """Removes what killed processes began to write as files of a folder; nobody may be writing there."""
+    for path in folder.glob(_beside(Path("*"), "new-*").name):
+        path.unlink()
+
+
 def sync(path: Path) -> None:
     """Makes a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)

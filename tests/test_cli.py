@@ -33,7 +33,17 @@ from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/tiny/base")
-VERBS = ("prepare", "data", "train", "sample", "evaluate", "convert", "serve-reward", "fetch-weights", "doctor")
+VERBS = (
+    "prepare",
+    "data",
+    "train",
+    "sample",
+    "evaluate",
+    "convert",
+    "serve-reward",
+    "fetch-weights",
+    "doctor",
+)
 
 
 # -- help and usage
@@ -148,8 +158,9 @@ def test_other_ranks_let_rank_0_speak_first(
         (["convert", "nowhere", "out"], "nowhere: no such file or folder"),
         (["convert", BASE, "out", "--ema"], "--ema"),
         (["convert", BASE, "out", "--to", "adapters"], "--to adapters go with a checkpoint"),
-        (["convert", f"{BASE}+lora", "out", "--to", "checkpoint"], "write a folder with the adapters first"),
-        (["convert", f"{BASE}+lora", "out", "--prefix", "x."], "--prefix goes with --to original"),
+        (["convert", f"{BASE}+lora", "out"], f"adapters are named apart here: {BASE} --lora lora"),
+        (["convert", BASE, "out", "--lora", "lora", "--prefix", "x."], "--prefix goes with --to original"),
+        (["convert", BASE, "out", "--lora", "nowhere"], "nowhere holds no adapters"),
         (["convert", BASE, "out", "--to", "original"], "out: a single file ends in .safetensors"),
         (["convert", BASE, "out", "--variant", "fp16"], "not with --to checkpoint"),
         (["convert", BASE, "out", "--dtype", "fp16"], "--dtype: a checkpoint holds fp32 or bf16"),

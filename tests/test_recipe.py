@@ -255,3 +255,27 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_empty_groups_keep_their_defaults(tmp_path: Path) -> None:
     assert load_text(tmp_path, SMALLEST + "train:\n").train == Recipe(stage=SoarConfig()).train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.prompts="], "data.prompts is empty: flow_grpo draws its samples for prompts"),
+        (["data.path=shards"], "data.path is not read by flow_grpo"),
+        (
+            ["data.resolution=[512]"],
+            r"data.resolution is \[512\]: it must be a number of pixels, or \[width, height\]",
+        ),
+        (["data.resolution=big"], "data.resolution: expected a whole number"),
+        (["model.pipeline_dir=", "model.preset=sd35_medium", "model.init=random"], "give model.pipeline_dir"),
+        (["data.validation_prompts="], "prompts in data.validation_prompts"),
+    ],
+)
+def test_what_a_stage_that_draws_its_samples_needs(overrides: list[str], said: str) -> None:
+    recipe = Path(__file__).parents[1] / "recipes/tiny/flow_grpo.yaml"
+    with pytest.raises(ValueError, match=said):
+        load_recipe(recipe, overrides)
+    assert load_recipe(recipe, ["data.resolution=[32, 16]"]).data.resolution == [32, 16]
+    assert load_recipe(recipe, ["data.resolution=512"]).data.resolution == 512
+    with pytest.raises(ValueError, match="data.prompts is for stages that draw their samples"):
+        load_recipe(recipe.with_name("soar.yaml"), ["data.prompts=some.txt"])

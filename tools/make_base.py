@@ -24,6 +24,7 @@ from base.vocabulary import clip_tokenizer, t5_tokenizer
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from soar_mega.data.canvases import write_image_folder
+from soar_mega.training_facts import FILE as FACTS
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,7 @@ def train_transformer() -> None:
         "prepare", str(images), str(WORK / "shards"), "--pipeline-dir", str(BASE), "--batch-size", "64"
     )
     _soar_mega("train", "recipes/tiny/pretrain.yaml")
-    shutil.copytree(
-        WORK / "pretrain" / "export_ema" / "transformer", BASE / "transformer", dirs_exist_ok=True
-    )
+    _take(WORK / "pretrain", BASE)
     log.info("the tiny pipeline is complete: %s", BASE)
 
 
@@ -101,10 +100,15 @@ def train_flux() -> None:
         "--resolution", "16", "--batch-size", "64",
     )  # fmt: skip
     _soar_mega("train", "recipes/tiny/flux_pretrain.yaml")
-    shutil.copytree(
-        WORK / "flux_pretrain" / "export_ema" / "transformer", FLUX_BASE / "transformer", dirs_exist_ok=True
-    )
+    _take(WORK / "flux_pretrain", FLUX_BASE)
     log.info("the tiny FLUX pipeline is complete: %s", FLUX_BASE)
+
+
+def _take(run: Path, folder: Path) -> None:
+    """Put what a run has trained into a pipeline folder."""
+    export = run / "export_ema"
+    shutil.copytree(export / "transformer", folder / "transformer", dirs_exist_ok=True)
+    shutil.copyfile(export / FACTS, folder / FACTS)
 
 
 def _soar_mega(*arguments: str) -> None:

@@ -64,7 +64,9 @@ until_complete() {
 }
 
 latest_checkpoint() {
-    cat "$folder/latest_checkpointed_iteration.txt" 2> /dev/null
+    cat "$folder/latest_checkpointed_iteration.txt" 2> /dev/null && return
+    # an evaluation has drawn more
+    [[ -d $folder/images ]] && echo "$(find "$folder/images" -name '*.png' | wc -l) images"
 }
 
 ask_to_stop() {

@@ -76,11 +76,43 @@ def adapted_model(
     Args:
         description: of the checkpoint, which has been verified.
         settings: the model group of the run.
-        exact: the adapters in float32 as the optimizer has them.
+        exact: the adapters in float32 as the optimizer has them, and their base as its folder has it.
 
     Raises:
         ValueError: the base is not there, or has other weights than those that were trained on.
     """
+    model, adapters, tensors = _on_base(folder, description, settings, ema, exact)
+    own = named_tensors(load_diffusers(settings["pipeline_dir"]) if exact else model)
+    return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Whether a checkpoint is of a run that trained adapters."""
+    return ADAPTERS in resume.read_description(folder)["model"]
+
+
+@torch.no_grad()
+def load_adapted_checkpoint(folder: Path, dtype: str, ema: bool = False) -> Transformer:
+    """A checkpoint's adapters on the model that they were trained on, ready to predict in one process. Collective.
+
+    Raises what `resume.verified` and `adapted_model` do.
+    """
+    start_world(ParallelConfig())
+    description, settings = resume.verified(folder, ema), model_settings(folder)
+    model, _, tensors = _on_base(folder, description, settings, ema)
+    if dtype != settings["dtype"]:
+        model = load_diffusers(settings["pipeline_dir"], dtype)
+        add_adapters([model], _config(description), seed=0)
+    own = named_tensors(model)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return model
+
+
+def _on_base(
+    folder: Path, description: Json, settings: dict[str, Any], ema: bool, exact: bool = False
+) -> tuple[Transformer, Adapters, dict[str, Tensor]]:
+    """The base with new adapters on it, and what the checkpoint holds of them; raises what `adapted_model` does."""
     base = settings.get("pipeline_dir")
     if not base or settings.get("init") != "pretrained":
         raise ValueError(
@@ -94,9 +126,7 @@ def adapted_model(
             f"{known}, that of the folder {found}): put these back, or write the adapters alone with --to adapters"
         )
     adapters: Adapters = add_adapters([model], _config(description), seed=0)
-    tensors = _read(folder, model, ema, exact)
-    own = named_tensors(model)
-    return model, adapters.merged(lambda name: tensors[name] if name in tensors else own[name])
+    return model, adapters, _read(folder, model, ema, exact)
 
 
 @torch.no_grad()

@@ -1,23 +1,28 @@
 """What draws images: a pipeline folder, with adapters or without, a checkpoint at any layout, or a pipeline of another
 architecture in diffusers' own classes."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.checkpoints.adapters import holds_adapters, load_adapted_checkpoint
 from soar_mega.checkpoints.exchange import load_model, pipeline_of
 from soar_mega.checkpoints.lineage import content_hash
 from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.resume import find_checkpoint
 from soar_mega.config import ParallelConfig
 from soar_mega.convert import is_pipeline
+from soar_mega.training_facts import read_facts
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.vae import Decoder
 from soar_mega.evaluation.generate import Generator, schedule_of
 from soar_mega.models.family import families
 from soar_mega.user_files import read_object
+
+log = logging.getLogger(__name__)
 
 PIPELINE, CHECKPOINT, DIFFUSERS = "pipeline", "checkpoint", "diffusers"
 
@@ -50,9 +55,7 @@ class Source:
             return said | {"weights": content_hash(self.path)}
         said |= {
             "encoders": fingerprints(self.pipeline_dir),
-            "max_sequence_length": encoder_facts(
-                self.pipeline_dir, self.max_sequence_length
-            ).max_sequence_length,
+            "max_sequence_length": self.text_length(),
         }
         if self.shift is None:
             said["scheduler"] = content_hash(self.pipeline_dir / "scheduler")
@@ -60,6 +63,18 @@ class Source:
             return said | {"weights": content_hash(self.path / MANIFEST), "ema": self.ema}
         adapters = content_hash(self.adapters) if self.adapters else ""
         return said | {"weights": content_hash(self.path / "transformer"), "adapters": adapters}
+
+    def text_length(self) -> int:
+        """T5 tokens of a prompt. Warns where an export of ours says that it was trained with another number."""
+        used = encoder_facts(self.pipeline_dir, self.max_sequence_length).max_sequence_length
+        facts = read_facts(self.path)
+        trained = None if facts is None else facts.max_sequence_length
+        if trained not in (None, used):
+            log.warning(
+                "%s was trained with %d T5 tokens of a prompt and is drawn with %d: --max-sequence-length",
+                *(self.path, trained, used),
+            )
+        return used
 
     def generator(self, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
         """The transformer in our implementation, ready to draw. Collective for a checkpoint, which stays cut.
@@ -71,6 +86,8 @@ class Source:
         assert self.kind != DIFFUSERS, "diffusers draws it"
         if self.kind == PIPELINE:
             return Generator.load(self.path, dtype, self.shift, self.adapters)
+        if holds_adapters(self.path):
+            return self._adapted(dtype, parallel)
         model = load_model(self.path, dtype, parallel, self.ema)
         return Generator(
             facts=encoder_facts(self.pipeline_dir),
@@ -79,6 +96,15 @@ class Source:
             decoder=Decoder.load(self.pipeline_dir) if decodes else None,
             schedule=schedule_of(self.pipeline_dir, self.shift),
         )
+
+    def _adapted(self, dtype: str, parallel: ParallelConfig) -> Generator:
+        if max(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) > 1:
+            raise ValueError(
+                f"{self.path} holds adapters, and the model under them lies whole in each process: leave out "
+                "--tensor-model-parallel-size and --pipeline-model-parallel-size"
+            )
+        model = load_adapted_checkpoint(self.path, dtype, self.ema)
+        return Generator.of(model, self.pipeline_dir, self.shift)
 
 
 def find_source(

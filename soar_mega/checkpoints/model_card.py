@@ -12,9 +12,9 @@ import yaml
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
-from soar_mega.convert.training_facts import FILE, TrainingFacts
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shard_writer import DATASET_FILE
+from soar_mega.training_facts import FILE, TrainingFacts
 from soar_mega.user_files import read_object
 
 CARD = "README.md"
@@ -73,7 +73,7 @@ def _sampling(facts: TrainingFacts) -> list[str]:
         options = f" --size {width}x{height} --max-sequence-length {length}"
         lines.append(
             f"The model was trained with {length} T5 tokens for a prompt. diffusers takes another number unless it is "
-            f"told: always pass max_sequence_length. {FILE} holds the same numbers for programs."
+            f"told: always pass max_sequence_length. soar-mega takes it from {FILE}."
         )
     python = [
         "from diffusers import DiffusionPipeline",

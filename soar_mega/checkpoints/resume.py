@@ -79,7 +79,7 @@ def resume(
         raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
     state = engine.weights_state_dict(name)
     if name == "current":  # after what the model computes with, what the optimizer has of it
-        state["main"] = OnDemand(sharded_main_copies(state["model"], held_names(folder)))
+        state["main"] = OnDemand(sharded_main_copies(state, held_names(folder)))
     with torch.no_grad():
         engine.load_weights(read_tensors(folder, state))
     logger.info("started from the %s weights of %s", name, folder)

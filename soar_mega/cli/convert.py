@@ -179,9 +179,9 @@ def _from_checkpoint(arguments: argparse.Namespace, form: str, files: "WeightFil
 def _from_weights(arguments: argparse.Namespace, form: str, files: "WeightFiles") -> str:
     from soar_mega.checkpoints.exchange import weights_to_checkpoint
     from soar_mega.convert.change_form import to_original_file, to_pipeline_folder, to_transformer_folder
-    from soar_mega.convert.training_facts import facts_of_copy
     from soar_mega.convert.weights import open_weights
     from soar_mega.outputs import refuse_overlap
+    from soar_mega.training_facts import facts_of_copy
 
     source, out = arguments.source, arguments.out
     if arguments.lora:

@@ -8,15 +8,15 @@ import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from soar_mega.cli.adapted import split_adapted
 
 if TYPE_CHECKING:
+    from soar_mega.evaluation.suite.settings import Suite
     from soar_mega.evaluation.suite.tables import Tables
-    from soar_mega.training.evaluating import Model
+    from soar_mega.training.evaluating import Evaluation, Model
 
 UNFINISHED = 75
 WAITING = timedelta(hours=2)  # of a rank for others that still draw
@@ -47,65 +47,23 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
     start_process()
 
-    from soar_mega.checkpoints.drawing import CHECKPOINT
-    from soar_mega.config import ParallelConfig
-    from soar_mega.distributed import device, is_rank_zero, start_world
-    from soar_mega.evaluation.suite.prompts import read_prompt_set
-    from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
-    from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
-    from soar_mega.evaluation.suite.store import Store
-    from soar_mega.faults.agreement import on_rank_zero
-    from soar_mega.training.evaluating import Evaluation
+    from soar_mega.distributed import is_rank_zero
     from soar_mega.training.watching import watch
 
-    suite = load_suite(arguments.suite, arguments.prompts)
-    suite = sampled_at(suite, arguments.guidance_scale, arguments.steps)
-    drift = DriftSettings(
-        held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
-    )
-    suite = dataclasses.replace(
-        suite, drift=drift, seed=suite.seed if arguments.seed is None else arguments.seed
-    )
-    sets = [read_prompt_set(each) for each in suite.sets]
-    models = [_model(text, arguments) for text in arguments.models]
-    if len({model.name for model in models}) < len(models):
-        raise ValueError("two models have one name: tell them apart, as in before=MODEL after=MODEL")
-    whole = [model.name for model in models if model.source.kind != CHECKPOINT]
-    if whole and max(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size) > 1:
-        raise ValueError(
-            f"{whole[0]} is a pipeline folder, which lies whole on each process: evaluate checkpoints at a layout of "
-            "their own with the same --out before, then all models without one; nothing is drawn twice"
-        )
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
-        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-    )
-    start_world(parallel, WAITING)
-    store = Store(arguments.out)
-    on_rank_zero(store.check)
-    # before the first image: a scorer whose weights are missing is found now
-    scorers = make_scorers(
-        [name for each in suite.sets for name in each.scorers], arguments.weights, device()
-    )
-    check_prompts(sets, scorers)
-    evaluation = Evaluation(
-        store=store,
-        suite=suite,
-        sets=sets,
-        scorers=scorers,
-        parallel=parallel,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-    )
+    models = _models(arguments)
+    evaluation = _evaluation(arguments)
     with (
-        store.lock() if is_rank_zero() else contextlib.nullcontext(),
-        _explained(arguments.out),
+        evaluation.store.lock() if is_rank_zero() else contextlib.nullcontext(),
+        explained(arguments.out),
         _ended_by_signals(),
     ):
         measured = [evaluation.measure(model) for model in models]
         if arguments.watch:
             measured = watch(
-                evaluation, arguments.watch, measured, lambda folder: _checkpoint(folder, arguments)
+                evaluation,
+                arguments.watch,
+                measured,
+                lambda folder: _model(f"{folder.name}={folder}", arguments),
             )
         if not measured:
             raise ValueError(f"{arguments.watch} is complete and holds no checkpoint that could be evaluated")
@@ -115,6 +73,55 @@ def run_suite(arguments: argparse.Namespace) -> int:
                 f"\nthe report is {arguments.out}/report.html, its numbers are in report.json and table.csv"
             )
     return 0
+
+
+def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
+    """All but the models, checked before the first image. Starts the world."""
+    from soar_mega.config import ParallelConfig
+    from soar_mega.distributed import device, start_world
+    from soar_mega.evaluation.suite.distances import check_distances
+    from soar_mega.evaluation.suite.prompts import read_prompt_set
+    from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
+    from soar_mega.evaluation.suite.store import Store
+    from soar_mega.faults.agreement import on_rank_zero
+    from soar_mega.training.evaluating import Evaluation
+
+    suite = _suite(arguments)
+    sets = [read_prompt_set(each) for each in suite.sets]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+    )
+    start_world(parallel, WAITING)
+    store = Store(arguments.out)
+    on_rank_zero(store.check)
+    names = [name for each in suite.sets for name in each.scorers]
+    scorers = make_scorers(names, arguments.weights, device())
+    check_prompts(sets, scorers)
+    check_distances(sets, arguments.weights)
+    return Evaluation(
+        store=store,
+        suite=suite,
+        sets=sets,
+        scorers=scorers,
+        parallel=parallel,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        weights_dir=arguments.weights,
+    )
+
+
+def _suite(arguments: argparse.Namespace) -> "Suite":
+    from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
+
+    suite = sampled_at(
+        load_suite(arguments.suite, arguments.prompts), arguments.guidance_scale, arguments.steps
+    )
+    drift = DriftSettings(
+        held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
+    )
+    seed = suite.seed if arguments.seed is None else arguments.seed
+    return dataclasses.replace(suite, drift=drift, seed=seed)
 
 
 def table(tables: "Tables") -> list[str]:
@@ -130,6 +137,22 @@ def table(tables: "Tables") -> list[str]:
                 cells.append(f"{f'{found.value:.4g} +- {found.standard_error:.2g}':>24}")
             lines.append(f"{model.name:<{width}}{point!s:<24}" + "".join(cells))
     return lines
+
+
+def _models(arguments: argparse.Namespace) -> "list[Model]":
+    """All that are named. ValueError where two have one name, or one cannot be drawn with at the layout."""
+    from soar_mega.checkpoints.drawing import CHECKPOINT
+
+    models = [_model(text, arguments) for text in arguments.models]
+    if len({model.name for model in models}) < len(models):
+        raise ValueError("two models have one name: tell them apart, as in before=MODEL after=MODEL")
+    whole = [model.name for model in models if model.source.kind != CHECKPOINT]
+    if whole and max(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size) > 1:
+        raise ValueError(
+            f"{whole[0]} is a pipeline folder, which lies whole on each process: evaluate checkpoints at a layout of "
+            "their own with the same --out before, then all models without one; nothing is drawn twice"
+        )
+    return models
 
 
 def _model(text: str, arguments: argparse.Namespace) -> "Model":
@@ -154,11 +177,6 @@ def _model(text: str, arguments: argparse.Namespace) -> "Model":
     return Model(name=name if equals else path, source=source, size=bucket_size(size) if size else None)
 
 
-def _checkpoint(folder: Path, arguments: argparse.Namespace) -> "Model":
-    """A checkpoint of the run that is watched, by its iteration."""
-    return _model(f"{folder.name}={folder}", arguments)
-
-
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """What a scheduler sends before the end of a job's time ends this process at once, as unfinished.
@@ -179,7 +197,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(out: str) -> Iterator[None]:
+def explained(out: str) -> Iterator[None]:
     """A full disk ends the evaluation with what to do about it."""
     try:
         yield

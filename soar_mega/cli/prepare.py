@@ -72,7 +72,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--skip-invalid", action="store_true", help="finish without the images that cannot be used"
     )
     parser.add_argument(
-        "--max-sequence-length", type=int, help="T5 tokens (default: 256, or what the tokenizer allows)"
+        "--max-sequence-length",
+        type=int,
+        help="T5 tokens (default: as in the training of an export, else 256 or what the tokenizer allows)",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the embeddings (default: %(default)s)"

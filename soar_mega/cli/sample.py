@@ -74,7 +74,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--max-sequence-length",
         type=int,
-        help="T5 tokens of a prompt, as in training (default: 256, or what the tokenizer allows)",
+        help="T5 tokens of a prompt (default: as in the training of an export, else 256 or what the tokenizer allows)",
     )
     parser.set_defaults(run=run)
 

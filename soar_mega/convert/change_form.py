@@ -10,9 +10,9 @@ from soar_mega.convert.original_file import OriginalWriter
 from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
 from soar_mega.convert.safetensors_writer import MARK
 from soar_mega.convert.save import AS_STORED, WeightFiles, start_folder
-from soar_mega.convert.training_facts import FILE, TrainingFacts
 from soar_mega.convert.weights import Weights
 from soar_mega.outputs import OutputFolder, in_place_of, refuse_overlap
+from soar_mega.training_facts import FILE, TrainingFacts
 
 
 def to_transformer_folder(weights: Weights, out: str | Path, files: WeightFiles = AS_STORED) -> None:

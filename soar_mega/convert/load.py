@@ -1,6 +1,6 @@
 """From a diffusers folder into any layout: each rank reads its own rows and columns."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -71,18 +71,23 @@ def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def exact_shards(model: Transformer | ModelChunks, folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of each tensor that a diffusers folder holds in float32, by global name and in float32.
+def exact_shards(
+    model: Transformer | ModelChunks, folder: str | Path, names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of those tensors that a diffusers folder holds in float32, by global name and in float32.
 
     One at a time, in the same order on all ranks. The folder is one that `load_weights` has read.
 
     Args:
         model: of this rank's shapes.
+        names: what is wanted.
     """
     local = named_tensors(model)
     with Reader(config_file(Path(folder)).parent) as reader:
         for entry in model.sizes.family.entries(model.sizes):
-            if entry.name in local and all(reader.dtype(key) == torch.float32 for key in entry.keys):
+            if entry.name not in names or entry.name not in local:
+                continue
+            if all(reader.dtype(key) == torch.float32 for key in entry.keys):
                 like = local[entry.name]
                 shard = torch.empty(like.shape)
                 _fill(shard, entry, reader, model.sizes.num_attention_heads, like)

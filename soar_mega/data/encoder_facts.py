@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.data.info import DatasetInfo
 from soar_mega.models.family import family_in
+from soar_mega.training_facts import read_facts
 from soar_mega.user_files import lfs_advice, number, read_object, whole
 
 LARGEST_T5_LENGTH = 512  # of diffusers' pipelines
@@ -91,7 +92,8 @@ def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) ->
     """Read the configs of a diffusers pipeline folder.
 
     Args:
-        max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
+        max_sequence_length: T5 tokens; None takes what the transformer was trained with where the folder says it, else
+            what diffusers does, or less where the T5 tokenizer allows less.
 
     Raises:
         ValueError: a config is missing or damaged, with its path, or the transformer is of no known family.
@@ -123,7 +125,11 @@ def clip_length(pipeline_dir: Path, parts: Sequence[str]) -> int:
 
 
 def t5_length(pipeline_dir: Path, tokenizer: str, asked: int | None, default: int) -> int:
-    """How many tokens of a prompt T5 takes: `asked`, or the smaller of `default` and what its tokenizer allows."""
+    """How many tokens of a prompt T5 takes: `asked`, or as in the training that made the folder, or the smaller of
+    `default` and what its tokenizer allows."""
+    facts = read_facts(pipeline_dir) if asked is None else None
+    if facts is not None:
+        asked = facts.max_sequence_length
     if asked is not None:
         if not 1 <= asked <= LARGEST_T5_LENGTH:
             raise ValueError(

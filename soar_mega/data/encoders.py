@@ -33,7 +33,7 @@ class Encoders:
 
         Args:
             dtype: of the text encoders and of the embeddings they make.
-            max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
+            max_sequence_length: T5 tokens; None: as `encoder_facts`.
             text: load the text encoders too; without them only images can be encoded.
 
         Raises:

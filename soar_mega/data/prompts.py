@@ -45,7 +45,7 @@ def encode_prompts(
     Args:
         dtype: of the text encoders and of the embeddings they make.
         negative_prompt: what guidance leads away from, in the place of the empty prompt.
-        max_sequence_length: T5 tokens; None takes what diffusers does, or less where the T5 tokenizer allows less.
+        max_sequence_length: T5 tokens; None: as `encoder_facts`.
         batch_size: prompts that are encoded together; the last bits of an embedding may depend on it.
 
     Raises:

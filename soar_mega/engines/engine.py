@@ -330,7 +330,21 @@ class Engine(ABC):
     def exported(self, weights: str = "current", exact: bool = False) -> Callable[[str], Tensor]:
         """`tensors` of a model without adapters: those are in the weights."""
         tensors = self.tensors(weights, exact)
-        return tensors if self.adapters is None else self.adapters.merged(tensors)
+        if self.adapters is None:
+            return tensors
+        return self.adapters.merged(self._on_exact_base(tensors) if exact else tensors)
+
+    def _on_exact_base(self, tensors: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """Tensors by name; those that are not trained come from the pipeline folder, where nothing has rounded them."""
+        model = self.recipe.model
+
+        def value(name: str) -> Tensor:
+            if model.init == "pretrained" and not is_adapter(name):
+                for _, shard in exact_shards(self.layout, model.pipeline_dir, {name}):
+                    return shard.to(device())
+            return tensors(name)
+
+        return value
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
@@ -355,9 +369,9 @@ class Engine(ABC):
         model = self.recipe.model
         if model.init != "pretrained" or model.dtype == "fp32" or self.adapters is not None:
             return
-        for name, shard in exact_shards(self.layout, model.pipeline_dir):
-            if name in self.parameters and self.parameters[name].requires_grad:
-                self._main.assign(name, shard.to(device()))
+        trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        for name, shard in exact_shards(self.layout, model.pipeline_dir, trained):
+            self._main.assign(name, shard.to(device()))
 
     def gradients(self) -> dict[str, Tensor]:
         """Every trained parameter's float32 gradient after `learn`, whole, in the single-process layout."""

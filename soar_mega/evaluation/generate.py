@@ -19,6 +19,7 @@ from soar_mega.evaluation.drift import ModelVelocity, at_scale
 from soar_mega.flow import Schedule, normal, sample
 from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.transformer import Transformer
 from soar_mega.outputs import check_file, write_file
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
@@ -56,12 +57,17 @@ class Generator:
 
         Text encoders are not loaded: encode prompts before (`encode_prompts`), while their memory is free.
         """
-        schedule = schedule_of(pipeline_dir, shift)
+        schedule_of(pipeline_dir, shift)  # before the weights are read: says what cannot be
         if adapters:
             loaded, _ = load_adapted(pipeline_dir, adapters, dtype)
         else:
             loaded = load_diffusers(pipeline_dir, dtype)
-        transformer = loaded.to(device()).eval()
+        return Generator.of(loaded, pipeline_dir, shift)
+
+    @staticmethod
+    def of(model: Transformer, pipeline_dir: str | Path, shift: float | None = None) -> "Generator":
+        """From a transformer that is whole in this process, and the other parts of a pipeline folder."""
+        transformer = model.to(device()).eval()
 
         @torch.no_grad()
         def velocity(latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -76,8 +82,8 @@ class Generator:
             facts=encoder_facts(Path(pipeline_dir)),
             velocity=velocity,
             decoder=Decoder.load(Path(pipeline_dir)),
-            schedule=schedule,
-            is_told=loaded.sizes.guidance_embeds,
+            schedule=schedule_of(pipeline_dir, shift),
+            is_told=model.sizes.guidance_embeds,
         )
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:

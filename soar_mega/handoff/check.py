@@ -7,10 +7,11 @@ from typing import Any
 from soar_mega.convert import pipeline_parts, scheduler_shift
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.save import NAMES
-from soar_mega.convert.training_facts import TrainingFacts, read_facts
 from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.data.encoder_facts import class_name, vae_shape
 from soar_mega.handoff.trainers import Handoff, Trainer
-from soar_mega.user_files import read_object, whole
+from soar_mega.training_facts import TrainingFacts, read_facts
+from soar_mega.user_files import number, read_object, whole
 
 PIPELINE = "StableDiffusion3Pipeline"
 CLASSES = {
@@ -54,12 +55,13 @@ def check(pipeline: Path, trainer: Trainer) -> list[Finding]:
 def handoff(pipeline: Path, out: Path) -> Handoff:
     """What the trainer's lines are made of. ValueError where a configuration is damaged."""
     facts = read_facts(pipeline) or TrainingFacts(dtype="fp32")
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
     return Handoff(
         pipeline=pipeline.absolute(),
         out=out.absolute(),
         resolution=facts.width or _drawn_by_default(pipeline),
         tokens=facts.max_sequence_length or 256,
-        shift=float(_config(pipeline, "scheduler", "scheduler_config.json").get("shift", 1.0)),
+        shift=number({"shift": 1.0, **read_object(scheduler)}, "shift", scheduler),
     )
 
 
@@ -71,7 +73,10 @@ def _missing(pipeline: Path) -> list[str]:
         return [str(error)]
     if index.get("_class_name") != PIPELINE:
         return [f"{pipeline} is a {index.get('_class_name')}: what is handed on here is a {PIPELINE}"]
-    lacking = [part for part in CLASSES if part not in index or None in index[part]]
+    try:
+        lacking = [part for part in CLASSES if class_name(pipeline, part) is None]
+    except ValueError as error:
+        return [str(error)]
     if lacking:
         return [f"{pipeline} does without {', '.join(lacking)}, which the trainer loads: copy them into it"]
     weights = pipeline / "transformer"
@@ -84,13 +89,10 @@ def _missing(pipeline: Path) -> list[str]:
 
 
 def _classes(pipeline: Path) -> list[Finding]:
-    index = read_object(pipeline / "model_index.json")
     return [
-        Finding(
-            True, f"model_index.json: {part} is a {index[part][1]}, the trainer loads a {' or '.join(known)}"
-        )
+        Finding(True, f"model_index.json: {part} is a {found}, the trainer loads a {' or '.join(known)}")
         for part, known in CLASSES.items()
-        if index[part][1] not in known
+        if (found := class_name(pipeline, part)) not in known
     ]
 
 
@@ -105,8 +107,7 @@ def _tokenizers(pipeline: Path, trainer: Trainer) -> list[Finding]:
             )
             found.append(Finding(trainer.pins_old_tokenizers, words))
     t5 = pipeline / "tokenizer_3"
-    index = read_object(pipeline / "model_index.json")
-    if index["tokenizer_3"][1] == "T5Tokenizer" and not (t5 / "spiece.model").is_file():
+    if class_name(pipeline, "tokenizer_3") == "T5Tokenizer" and not (t5 / "spiece.model").is_file():
         words = (
             "tokenizer_3 is a T5Tokenizer without spiece.model, which transformers 4 reads: with a tokenizer.json name "
             "it T5TokenizerFast in model_index.json"
@@ -118,7 +119,8 @@ def _tokenizers(pipeline: Path, trainer: Trainer) -> list[Finding]:
 def _positions(pipeline: Path, trainer: Trainer) -> list[Finding]:
     found = []
     for part in ("text_encoder", "text_encoder_2"):
-        positions = _config(pipeline, part).get("max_position_embeddings", CLIP_TOKENS)
+        config = {"max_position_embeddings": CLIP_TOKENS, **_config(pipeline, part)}
+        positions = whole(config, "max_position_embeddings", pipeline / part / "config.json")
         if positions < CLIP_TOKENS and trainer.pads_clips:
             words = f"{part} has {positions} positions, and the trainer pads to {CLIP_TOKENS} tokens: it fails there"
             found.append(Finding(True, words))
@@ -198,9 +200,8 @@ def _size(pipeline: Path) -> list[Finding]:
 def _drawn_by_default(pipeline: Path) -> int:
     """UNKNOWN_RESOLUTION, or what the transformer was made for where that is less."""
     path = pipeline / "transformer" / "config.json"
-    vae = _config(pipeline, "vae")
-    sample = whole(read_object(path), "sample_size", path) * 2 ** (len(vae["block_out_channels"]) - 1)
-    return min(UNKNOWN_RESOLUTION, sample)
+    _, factor = vae_shape(pipeline)
+    return min(UNKNOWN_RESOLUTION, whole(read_object(path), "sample_size", path) * factor)
 
 
 def _config(pipeline: Path, part: str, name: str = "config.json") -> dict[str, Any]:

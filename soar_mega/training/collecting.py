@@ -9,9 +9,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_pipeline_model_parallel_world_size
 from torch import Tensor
 
 from soar_mega.config import Recipe
@@ -243,10 +245,12 @@ class Collector:
     def _drawn(self, group: Tensor) -> Iterator[tuple[Tensor, Trajectories]]:
         """This replica's samples, some at a time: their places in the collection, and what was drawn.
 
-        All forwards have one size, as the replicas must make equally many: the last one draws some again.
+        All forwards have one size, as the replicas must make equally many: the last ones draw some again. A pipeline is
+        filled: as many of them are drawn side by side as it has ranks.
         """
-        size, all_places = self._config.collect_micro_batch_size, self._share.places().flatten()
-        width, height = self._size
+        all_places, (width, height) = self._share.places().flatten(), self._size
+        ranks, forwards = get_pipeline_model_parallel_world_size(), -(-len(all_places) // self.forward_size)
+        size = self.forward_size * min(ranks, forwards)
         for places in all_places.split(size):
             phases.leave_step("collect")  # each has the whole time of a phase
             filled = torch.cat([places, places[-1:].expand(size - len(places))])
@@ -262,7 +266,8 @@ class Collector:
         """At the prompts `row` [B] of the collection; a guidance-distilled model is told its scale by the engine."""
         prompts, empty = self._texts.of(group)
         asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (prompts.rows(row), empty))
-        return guided(*branches(self._engine.velocity, asked, empty), guidance_scale)
+        velocity = partial(self._engine.velocity, micro_batch_size=self.forward_size)
+        return guided(*branches(velocity, asked, empty), guidance_scale)
 
     def _submit(self, places: Tensor, clean: Tensor, group: Tensor) -> None:
         if self.judge is not None:

@@ -15,9 +15,10 @@ from soar_mega.checkpoints.lineage import code_version, content_hash
 from soar_mega.config import ParallelConfig
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.data.shards import ShardSet, open_shards
-from soar_mega.distributed import data_rank, data_size, is_first_of_replica, is_rank_zero
+from soar_mega.distributed import data_rank, data_size, device, is_first_of_replica, is_rank_zero
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.scorer import Scorer
+from soar_mega.evaluation.suite.distances import distance
 from soar_mega.evaluation.suite.drawing import DiffusersDrawer, Drawer, Drawn, KeyedDrawer, encode_alone
 from soar_mega.evaluation.suite.exposure import measure_drift
 from soar_mega.evaluation.suite.page import write_page
@@ -58,6 +59,7 @@ class Evaluation:
         scorers: by name, all that the sets ask for.
         parallel: the layout of checkpoints.
         batch_size: images drawn together.
+        weights_dir: of scorers and of the network that FID looks with.
     """
 
     store: Store
@@ -67,6 +69,7 @@ class Evaluation:
     parallel: ParallelConfig
     dtype: str
     batch_size: int
+    weights_dir: str
 
     def measure(self, model: Model) -> Measured:
         """Draws and scores what is not there yet of one model, and reads the rest. Collective over the world.
@@ -83,7 +86,8 @@ class Evaluation:
             dtype=self.dtype,
             batch_size=self.batch_size,
         )
-        fingerprint = on_rank_zero(source.fingerprint)
+        facts = on_rank_zero(lambda: self._facts(model))
+        fingerprint = facts["fingerprint"]
         place = _place(source)
         shards = self._shards(source)
 
@@ -100,14 +104,36 @@ class Evaluation:
 
         cells = self._cells(model, fingerprint, drawn)
         run_model(model.name, cells, place, drawer, self.batch_size)
+        distances = on_rank_zero(
+            lambda: [distance(self.store, each, self.weights_dir, device()) for each in cells]
+        )
         return Measured(
             name=model.name,
-            path=str(source.path) + (f"+{source.adapters}" if source.adapters else ""),
+            path=facts["path"],
             images={(cell.point, cell.prompt_set.name): cell.images for cell in cells},
             values={(cell.point, cell.prompt_set.name): cell.values() for cell in cells if is_rank_zero()},
-            history=history(source.adapters or source.path) if is_rank_zero() else (),
+            distances={
+                (cell.point, cell.prompt_set.name): found for cell, found in zip(cells, distances) if found
+            },
+            history=facts["training"],
             drift=self._drift(model, fingerprint, shards, generator, place) if shards is not None else None,
         )
+
+    def _facts(self, model: Model) -> Json:
+        """Where a model is, what its images depend on, and the training behind it; kept for when it is gone.
+
+        A run removes its older checkpoints: what was drawn with them stays in the report.
+        """
+        source = model.source
+        name = f"facts/{model.file_name}.json"
+        path = str(source.path) + (f"+{source.adapters}" if source.adapters else "")
+        known = self.store.read_json(name)
+        if known is not None and known["path"] == path and not source.path.exists():
+            return known
+        training = history(source.adapters or source.path)
+        facts = {"path": path, "fingerprint": source.fingerprint(), "training": training}
+        self.store.write_json(name, facts)
+        return facts
 
     def _cells(self, model: Model, fingerprint: Json, drawn: Drawn) -> list[Cell]:
         said = {"model": fingerprint} | dataclasses.asdict(drawn)

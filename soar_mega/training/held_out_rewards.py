@@ -1,5 +1,7 @@
 """Rewards of images for held-out prompts while training: what a method that learns from rewards is worth."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,7 @@ class HeldOutRewards:
         prompts, empty = self._texts.of(torch.arange(self._count))
         asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (prompts.rows(places), empty))
         is_told = engine.model.sizes.guidance_embeds
-        velocity = at_scale(engine.velocity, asked, empty, self._guidance_scale, is_told)
+        velocity = partial(engine.velocity, micro_batch_size=self._size)
+        guided = at_scale(velocity, asked, empty, self._guidance_scale, is_told)
         start = normal(SEED, "sample", places, 0, self._latent_shape, device())
-        return sample(velocity, start, self._sigmas)
+        return sample(guided, start, self._sigmas)

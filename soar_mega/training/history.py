@@ -83,7 +83,7 @@ def _work_of_sample(recipe: Recipe) -> float:
     stage = recipe.stage.asking(sizes.guidance_embeds)
     forward = forward_work(sizes, _tokens(recipe, sizes))
     forwards = stage.forwards()
-    work = float(step_work(forward, forwards.answers, forwards.points).total)
+    work = float(step_work(forward, forwards.answers, forwards.points, recipe.lora.rank > 0).total)
     if isinstance(stage, CollectingConfig):
         work += stage.sampling_forwards() / stage.updates_per_sample * forward.total
     return work

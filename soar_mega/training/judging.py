@@ -57,6 +57,7 @@ class Judge:
 
     def close(self) -> None:
         """Ends the thread when it has done what it is doing."""
+        self.rewards.close()  # or a worker that does not answer would be waited for
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _judge(self, latents: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Values:

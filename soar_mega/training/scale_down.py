@@ -31,9 +31,15 @@ def scale_down(recipe: Recipe, processes: int, writes: bool) -> Recipe:
         writes: whether this process writes the inputs: rank 0.
 
     Raises:
-        ValueError: the processes do not fit the recipe's layout, or the folder holds what this program did not write.
+        ValueError: the processes do not fit the recipe's layout, the folder holds what this program did not write, or
+            the stage draws its samples.
     """
     parallel = recipe.parallel
+    if recipe.stage.collects:
+        raise ValueError(
+            f"--scale-down makes up shards, and {recipe.stage.name} draws samples with encoders, a VAE and rewards: "
+            "try it on the built-in pipeline with recipes/tiny"
+        )
     layout = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     check_layout(processes, *layout, parallel.context_parallel_size)
     replicas = processes // (layout[0] * layout[1] * parallel.context_parallel_size)

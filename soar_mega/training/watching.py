@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -22,7 +23,7 @@ def watch(
 ) -> list[Measured]:
     """Evaluates every checkpoint of a run until the run is complete, and reports after each. Collective.
 
-    A checkpoint that the run removes before its turn is left out.
+    A checkpoint that the run removes before its turn is left out; one that an earlier start has evaluated stays.
 
     Args:
         first: what is reported before the checkpoints.
@@ -41,11 +42,13 @@ def watch(
     while True:
         # in this order: checkpoints that come between the two looks are seen in the next round
         is_complete = on_rank_zero(lambda: run.complete() is not None)
-        new = [each for each in on_rank_zero(run.iterations) if each not in seen]
+        there = on_rank_zero(run.iterations)
+        known = on_rank_zero(lambda: _evaluated(evaluation, run)) if there else []
+        new = sorted({*there, *known} - seen)
         for iteration in new:
             seen.add(iteration)
             try:
-                found = evaluation.measure(model(run.checkpoint(iteration)))
+                found = evaluation.measure(_model(model, run, iteration, there))
             except (ValueError, OSError, PeerFailure) as error:
                 if run.checkpoint(iteration).is_dir():
                     raise
@@ -64,6 +67,21 @@ def watch(
     if events is not None:
         events.close()
     return measured
+
+
+def _evaluated(evaluation: Evaluation, run: RunFolder) -> list[int]:
+    """Iterations that an earlier start began to evaluate."""
+    facts = map(evaluation.store.read_json, evaluation.store.names("facts/iter_*.json"))
+    paths = [Path(each["path"]) for each in facts if each is not None]
+    return [int(path.name.partition("_")[2]) for path in paths if path.parent == run.path]
+
+
+def _model(model: Callable[[Path], Model], run: RunFolder, iteration: int, there: Sequence[int]) -> Model:
+    """A checkpoint; one that is gone is as one that is there but for its name."""
+    if iteration in there:
+        return model(run.checkpoint(iteration))
+    other, folder = model(run.checkpoint(there[-1])), run.checkpoint(iteration)
+    return replace(other, name=folder.name, source=replace(other.source, path=folder))
 
 
 def _check(run: RunFolder) -> None:

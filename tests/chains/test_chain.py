@@ -70,7 +70,11 @@ def test_shipped_chains() -> None:
     assert last.arguments[3:] == [str(export.product), str(last.folder)]
     assert job(chain, soar).arguments[0] == "train" and soar.resources.nodes == 2
     assert job(chain, soar).num_workers == soar.recipe.data.num_workers
-    assert job(chain, evaluate).arguments[-2:] == ["--link", "evaluate"] and evaluate.resources.processes == 1
+    # a suite is drawn by all ranks of its job
+    assert job(chain, evaluate).arguments == evaluate.arguments and evaluate.arguments[0] == "evaluate"
+    assert job(chain, evaluate).marker == evaluate.product == evaluate.folder / "report.json"
+    assert evaluate.resources.processes == soar.resources.processes > 1
+    assert job(chain, export).arguments[-2:] == ["--link", "export"] and export.resources.processes == 1
 
 
 def test_the_chain_of_a_real_model() -> None:
@@ -242,6 +246,29 @@ def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "chain").exists()
     torchrun = command(load_chain(path).links[0], 2)
     assert torchrun[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_an_evaluate_link_takes_the_benchmark_or_a_suite(tmp_path: Path) -> None:
+    links = [
+        train("a"),
+        {"name": "b", "evaluate": ["--steps", 10]},
+        {"name": "s", "evaluate": ["--suite", "tiny"]},
+    ]
+    chain = load_chain(write(tmp_path, links))
+    benchmark, suite = chain.link("b"), chain.link("s")
+    assert benchmark.product == benchmark.folder / "metrics.json" and "torch.distributed.run" not in command(
+        benchmark, 2
+    )
+    assert "torch.distributed.run" in command(suite, 2) and "--nproc-per-node=2" in command(suite, 2)
+    assert suite.arguments[1:3] == [f"start={tmp_path}/base", f"a={chain.link('a').product}"]
+    # done again with other weights, the report of before must not stand for the new one
+    make_run(chain, "a")
+    begin(chain, suite)
+    suite.product.write_text("a report")
+    end(suite)
+    assert why_not_done(chain, suite) is None
+    make_run(chain, "a", weights="others")
+    assert begin(chain, suite) and not suite.product.exists()
 
 
 @pytest.mark.slow

@@ -41,11 +41,11 @@ def test_differences_are_listed_by_group_and_name() -> None:
         "weights.ema.a": (3,),
     }
     assert differences(saved, wanted) == [
+        "main copies of the weights: 1 missing: optimizer.state.param.c",
+        "main copies of the weights: 1 not wanted: optimizer.state.param.b",
         "model: 1 missing: c",
         "model: 1 not wanted: b",
         "model: 1 of another shape: a.weight (4 x 2 there, 2 x 4 here)",
-        "optimizer: 1 missing: optimizer.state.param.c",
-        "optimizer: 1 not wanted: optimizer.state.param.b",
     ]
     assert differences(saved, {"weights.reference.a": (3,)}) == []
     many: dict[str, Any] = {f"layers.{i:02}": (1,) for i in range(30)}

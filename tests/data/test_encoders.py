@@ -29,7 +29,7 @@ PROMPTS = [
 
 
 def without_t5(folder: Path) -> Path:
-    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*_3", "training_facts.json"))
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder_3"] = index["tokenizer_3"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -171,6 +171,8 @@ def edited(folder: Path, name: str, **changes: object) -> Path:
     content = json.loads((folder / name).read_text())
     (folder / name).chmod(0o644)
     (folder / name).write_text(json.dumps({**content, **changes}))
+    if name != "training_facts.json":
+        (folder / "training_facts.json").unlink()  # whose length would go before the tokenizer's
     return folder
 
 
@@ -207,6 +209,19 @@ def test_a_t5_without_a_limit_of_its_own_has_diffusers(tmp_path):
     for i, length in enumerate((10**30, 1e30)):
         folder = edited(tmp_path / f"{i}", "tokenizer_3/tokenizer_config.json", model_max_length=length)
         assert encoder_facts(folder).max_sequence_length == 256
+
+
+def test_an_export_is_read_as_it_was_trained(tmp_path):
+    folder = edited(tmp_path / "p", "training_facts.json", max_sequence_length=7)
+    assert encoder_facts(folder).max_sequence_length == 7
+    assert encoder_facts(folder, 9).max_sequence_length == 9
+    for content, words in (
+        ('{"max_sequence_length": 7}', " is not what soar-mega writes there"),
+        ('{"max_sequence_length": "7"}', ": max_sequence_length is '7', a whole number"),
+    ):
+        (folder / "training_facts.json").write_text(content)
+        with pytest.raises(ValueError, match=f"training_facts.json{words}"):
+            encoder_facts(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\ufeff", '"' + "a" * 1000 + '"', "[" * 100_000])

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from soar_mega.cli import main
-from soar_mega.convert.training_facts import TrainingFacts
 from soar_mega.handoff import outside
 from soar_mega.handoff.check import check, handoff
 from soar_mega.handoff.trainers import TRAINERS, Handoff, script
+from soar_mega.training_facts import TrainingFacts
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
 STAND_IN = Path(__file__).parent / "stand_in_trainer.py"

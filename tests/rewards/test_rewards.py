@@ -268,7 +268,7 @@ def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCapture
         ({"digits": math.nan}, "the weight of digits is nan"),
         ({"digits": "much"}, "the weight of digits is 'much'"),
         ({"digits": 0.0}, "every weight of digits is 0"),
-        ({"clip_score": 1.0}, "the scorer clip_score lacks files"),
+        ({"clip_score": 1.0}, "the scorer clip_score lacks"),
         ({HERE + "two#digits": 1.0, "digits": 1.0}, "digits is called digits, as another reward is"),
         ({"no_such_module_xyz:fn": 1.0}, "PYTHONPATH"),
         ({HERE + "three": 1.0}, "has no function three"),

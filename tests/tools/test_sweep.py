@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from sweeping.contrasts import Chance, contrast, holm, pooled
+from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
 from sweeping.page import curves_figure, write_page
-from sweeping.plan import read_sweep
-from sweeping.results import results
+from sweeping.plan import Measure, read_sweep
+from sweeping.results import prompts_errors, results
 from sweeping.runs import job_script, runs_of
 
 from soar_mega.recipe import recipe_to_yaml
@@ -115,17 +116,47 @@ def test_chance_is_what_arms_and_seeds_leave() -> None:
     differences = [1.0, 0.0, 2.0]  # b - a; their variance is twice that of a run
     variance = sum((d - 1.0) ** 2 for d in differences) / 2
     assert chance.freedom == 2 and chance.deviation == pytest.approx(math.sqrt(variance / 2))
-    found = contrast(scores, "b", "a", "score", chance, prompts_error=0.0)
+    found = contrast(scores, "b", "a", "score", chance, 0.0, 0.0)
     assert found.value == 1.0 and found.seeds == 3
     # then the interval is that of the paired t test
     reach = 4.302653 * math.sqrt(variance / 3)
     assert (found.low, found.high) == pytest.approx((1 - reach, 1 + reach))
-    with_prompts = contrast(scores, "b", "a", "score", chance, prompts_error=1.0)
+    with_prompts = contrast(scores, "b", "a", "score", chance, 1.0, 0.0)
     assert with_prompts.high - 1 == pytest.approx(4.302653 * math.hypot(math.sqrt(variance / 3), 1.0))
     assert with_prompts.p > found.p == pytest.approx(0.2254033)  # t = sqrt(3), two degrees of freedom
-    alone = contrast(scores, "c", "a", "score", Chance(deviation=math.nan, freedom=0), 0.1)
+    alone = contrast(scores, "c", "a", "score", Chance(deviation=0.0, freedom=0), 0.1, 0.0)
     assert alone.value == 8.0 and alone.p is alone.low is None
     assert pooled({"a": {1: 1.0}, "b": {1: 2.0}}).freedom == 0
+
+
+def test_the_chance_of_images_counts_once() -> None:
+    assert Errors(seeds=3.0, prompts=4.0, images=0.0).total == 5.0
+    assert Errors(seeds=3.0, prompts=4.0, images=3.0).total == 4.0  # training has no chance of its own
+    assert Errors(seeds=3.0, prompts=4.0, images=9.0).total == 4.0
+
+
+@pytest.mark.parametrize("images", [0.0, 0.4])
+def test_prompts_and_images_are_told_apart(images: float) -> None:
+    """Drift of 4000 samples: a difference of deviation .3 that all seeds have, and chance of each run's own."""
+    draw = np.random.default_rng(0)
+    size, seeds = 4000, 5
+    shared = draw.normal(0, 0.3, size)
+    errors = {f"a#{s}": draw.normal(0, images, size) for s in range(seeds)}
+    errors |= {f"b#{s}": shared + draw.normal(0, images, size) for s in range(seeds)}
+
+    class Known(Evaluated):
+        def __init__(self) -> None:
+            pass
+
+        def errors(self, model: str, measure: Measure) -> list[float]:
+            return list(errors[model])
+
+    measure = Measure(name="drift", drift=(0.9, 0.65), guidance_scale=3.0)
+    pairs = [(f"a#{s}", f"b#{s}") for s in range(seeds)]
+    prompts, chance = prompts_errors(Known(), measure, pairs, (3.0, 3.0))
+    of_images = math.sqrt(2 * images**2 / seeds / size)
+    assert chance == pytest.approx(of_images, rel=0.1, abs=1e-6)
+    assert prompts == pytest.approx(math.hypot(0.3 / math.sqrt(size), of_images), rel=0.05)
 
 
 def test_more_arms_make_the_chance_better_known() -> None:
@@ -188,13 +219,14 @@ def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
     found = {(each["measure"], each["arm"]): each for each in result["contrasts"]}
     soar = found["best", "soar"]
     assert soar["value"] == pytest.approx(0.2) and soar["seeds"] == 2
-    assert soar["prompts_error"] > 0.05  # the prompts that make the difference
-    assert soar["seeds_error"] == pytest.approx(0.0, abs=1e-9)  # a seed did the same to both
+    assert soar["errors"]["prompts"] > 0.05  # the prompts that make the difference
+    assert soar["errors"]["seeds"] == pytest.approx(0.0, abs=1e-9)  # a seed did the same to both
     assert soar["adjusted"] == soar["p"] and found["unguided", "soar"]["adjusted"] is None
     assert found["drift", "soar"]["value"] == pytest.approx(0.2)
     assert result["measures"]["drift"]["scores"]["sft"][2] == pytest.approx(0.5)
     assert best["curves"]["soar"] == [{"iteration": 5, "forward_units": 55, "mean": pytest.approx(0.65)}]
     assert best["base"] == pytest.approx(0.2)
+    assert "model.pipeline_dir=recipes/tiny/base" in sweep.arm("sft").overrides  # all runs start from it
 
     page = write_page(json.loads(json.dumps(result)), Path("small.html")).decode()
     assert "soar - sft" in page and "+0.200" in page and page.count("data:image/png") == 3

@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, steps, tiny_recipe
 
 from soar_mega.checkpoints.adapters import checkpoint_to_adapters
+from soar_mega.checkpoints.drawing import find_source
 from soar_mega.checkpoints.exchange import checkpoint_to_folder
 from soar_mega.cli import main
+from soar_mega.config import ParallelConfig
 from soar_mega.convert import load_diffusers
 from soar_mega.convert.lora import load_adapted, open_lora
 from soar_mega.convert.weights import open_weights
 from soar_mega.distributed import stop_world
+from soar_mega.models.common.conditions import Conditions
 
 GOLDEN = Path(__file__).with_name("golden_lora_losses.json")
 BASE = ROOT / "recipes/tiny/base"
@@ -209,12 +212,13 @@ def test_diffusers_and_peft_load_the_files(run: Path, world: None) -> None:
 
 @pytest.mark.slow
 def test_sampling_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
-    """The same pictures from base and adapters as from the merged pipeline."""
+    """The same pictures from base and adapters, and from a checkpoint of them, as from the merged pipeline."""
     words = ["--prompt", "a red 3", "--steps", "3", "--seed", "1", "--guidance-scale", "2"]
     pictures = []
     for name, pipeline in (
         ("merged", run / "export"),
         ("adapted", f"{BASE}+{run / 'export_lora'}"),
+        ("checkpoint", run),
         ("base", BASE),
     ):
         out = tmp_path / f"{name}.png"
@@ -222,10 +226,28 @@ def test_sampling_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
         pictures.append(out)
     from PIL import Image
 
-    merged, adapted, base = (
+    merged, adapted, checkpoint, base = (
         torch.tensor(list(Image.open(p).convert("RGB").tobytes())).int() for p in pictures
     )
     assert (merged - adapted).abs().max() <= 1 < (merged - base).abs().max()
+    assert torch.equal(checkpoint, adapted)
+
+
+def test_a_checkpoint_of_adapters_is_drawn_with_on_its_base(run: Path, world: None) -> None:
+    """What evaluates a run while it trains draws with its checkpoints."""
+    of_checkpoint = find_source(str(run), ema=True).generator("fp32", ParallelConfig(), decodes=True)
+    exported = find_source(BASE, adapters=str(run / "export_lora_ema")).generator(
+        "fp32", ParallelConfig(), True
+    )
+    draw = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 8, generator=draw)
+    said = Conditions(torch.randn(2, 20, 64, generator=draw), torch.randn(2, 64, generator=draw))
+    sigma = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    velocities = [each.velocity(latents, sigma, said) for each in (of_checkpoint, exported)]
+    base = find_source(BASE).generator("fp32", ParallelConfig(), True).velocity(latents, sigma, said)
+    assert torch.equal(*velocities) and not torch.equal(velocities[0], base)
+    with pytest.raises(ValueError, match="lies whole in each process"):
+        find_source(str(run)).generator("fp32", ParallelConfig(tensor_model_parallel_size=2), True)
 
 
 def first_state(shards: Path, folder: Path, **overrides: Any) -> dict[str, torch.Tensor]:
@@ -322,10 +344,8 @@ def test_other_adapters_and_another_base_are_refused(
         first_state(shards, halfway, model__pipeline_dir=other, **adapters)
     recipe = halfway / "run_config.yaml"
     recipe.write_text(recipe.read_text().replace(f"pipeline_dir: {BASE}\n", f"pipeline_dir: {other}\n"))
-    for verb, words in {
-        "convert": f"{other} does not hold the weights that the adapters in {halfway}/iter_0000003 were trained on",
-        "sample": f"{halfway}/iter_0000003 holds adapters without their base",
-    }.items():
+    words = f"{other} does not hold the weights that the adapters in {halfway}/iter_0000003 were trained on"
+    for verb in ("convert", "sample"):
         options = [str(tmp_path / "out")] if verb == "convert" else ["--prompt", "a red 3"]
         assert main([verb, str(halfway), *options]) == 1
         assert words in capsys.readouterr().err

@@ -32,7 +32,12 @@ def recipes(folder: Path, **layout: Any) -> list[Any]:
     return [rl_recipe(folder, stage, **layout) for stage in STAGES]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+SLOW = ("pp2", "dp2")  # test_rl_runs.py draws with replicas and learns with a pipeline
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
+)
 def test_reinforcement_learning_does_not_depend_on_the_layout(layout: str, folder: Path) -> None:
     processes, settings = LAYOUTS[layout]
     expected = single_process(folder)

@@ -1,13 +1,21 @@
 """Runs of reinforcement learning: resumed at any point of a collection, stopped, refused; and rewards that rise."""
 
+import os
+import pkgutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
-from multirank import run_ranks
+import torch.distributed as dist
+from multirank import RankFailure, run_ranks
+from PIL import Image
 from rl_cases import STAGES, rl_recipe, rl_steps, taken
+from safetensors.torch import load_file
+from tiny_runs import held_out, logged, tiny_recipe
 from torch import Tensor
 
 from soar_mega.checkpoints.checkpoint import Saver
@@ -60,13 +68,13 @@ def saved_run(recipe: Recipe) -> list[float]:
 
 
 def resumed_losses(recipe: Recipe, iteration: int) -> list[float]:
-    """The losses of a run that goes on from the checkpoint of an iteration."""
+    """The next losses of a run that goes on from the checkpoint of an iteration."""
     RunFolder(recipe.checkpoint.save).set_latest(iteration)
     with rl_steps(recipe) as run:
         assert run.progress.iteration == iteration
         assert run.collector is not None
         found = []
-        for _ in range(iteration, ITERATIONS):
+        for _ in range(iteration, min(iteration + 2, ITERATIONS)):
             assert (run.collect() is not None) == (run.progress.iteration == 4)
             found.append(run.learn()["loss"])
             run.update()
@@ -79,52 +87,68 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=STAGES)
-def finished(request: pytest.FixtureRequest, folder: Path) -> tuple[Recipe, list[float]]:
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> dict[str, tuple[Recipe, list[float]]]:
     """A run of each stage, with a checkpoint of every iteration, and its losses."""
+    return {stage: finished_run(stage, folder) for stage in STAGES}
+
+
+def finished_run(stage: str, folder: Path) -> tuple[Recipe, list[float]]:
     recipe = rl_recipe(
         folder,
-        request.param,
-        checkpoint__save=folder / request.param,
+        stage,
+        checkpoint__save=folder / stage,
         checkpoint__keep_last=0,
         checkpoint__async_save="false",
-        **OPTIONS[request.param],
+        **OPTIONS[stage],
     )
     return recipe, saved_run(recipe)
 
 
-def test_resumed_within_a_collection_it_is_the_same_run(finished: tuple[Recipe, list[float]]) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_within_a_collection_it_is_the_same_run(
+    stage: str, finished: dict[str, tuple[Recipe, list[float]]]
+) -> None:
     """Bitwise, from before the first update, from between any two, and over the end of the collection."""
-    recipe, losses = finished
+    recipe, losses = finished[stage]
     assert len(set(losses)) == ITERATIONS
     for iteration in range(ITERATIONS):
-        assert resumed_losses(recipe, iteration) == losses[iteration:], iteration
+        assert resumed_losses(recipe, iteration) == losses[iteration : iteration + 2], iteration
 
 
-def saved_within_a_collection(recipe: Recipe) -> None:
-    with rl_steps(recipe) as run:
-        taken(run, 1)
-        checkpoint(run)
+def saved_within_a_collection(recipes: list[Recipe]) -> None:
+    """A checkpoint of each after its first step."""
+    for recipe in recipes:
+        with rl_steps(recipe) as run:
+            taken(run, 1)
+            checkpoint(run)
 
 
-def continued(recipe: Recipe) -> list[float]:
+def continued(recipes: list[Recipe]) -> list[list[float]]:
     """The losses of the steps that were left of a collection, and of the first one behind it."""
-    with rl_steps(recipe) as run:
-        assert run.progress.iteration == 1 and not run.collector.is_empty
-        return taken(run, 4)["losses"].tolist()
+    found = []
+    for recipe in recipes:
+        with rl_steps(recipe) as run:
+            assert run.progress.iteration == 1 and not run.collector.is_empty
+            found.append(taken(run, 4)["losses"].tolist())
+    return found
 
 
 def test_a_collection_is_learned_from_at_another_layout(
-    finished: tuple[Recipe, list[float]], folder: Path, tmp_path: Path
+    finished: dict[str, tuple[Recipe, list[float]]], folder: Path, tmp_path: Path
 ) -> None:
     """Drawn by two replicas, learned from by two pipeline ranks."""
-    recipe, losses = finished
-    stage = recipe.stage.name
-    settings = {"checkpoint__save": tmp_path / "run", **OPTIONS[stage]}
-    run_ranks(saved_within_a_collection, 2, rl_recipe(folder, stage, **settings))
-    pipeline = rl_recipe(folder, stage, parallel__pipeline_model_parallel_size=2, **settings)
-    for found in run_ranks(continued, 2, pipeline):
-        assert found == pytest.approx(losses[1:5], rel=1e-5, abs=1e-5 * max(map(abs, losses)))
+
+    def recipes(**layout: Any) -> list[Recipe]:
+        return [
+            rl_recipe(folder, stage, checkpoint__save=tmp_path / stage, **OPTIONS[stage], **layout)
+            for stage in STAGES
+        ]
+
+    run_ranks(saved_within_a_collection, 2, recipes())
+    for rank in run_ranks(continued, 2, recipes(parallel__pipeline_model_parallel_size=2)):
+        for found, (_, losses) in zip(rank, finished.values(), strict=True):
+            assert found == pytest.approx(losses[1:5], rel=1e-5, abs=1e-5 * max(map(abs, losses)))
 
 
 def not_red(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -178,9 +202,9 @@ def test_a_run_that_is_stopped_while_it_draws_draws_the_same_again(folder: Path)
 
 
 def test_what_a_run_cannot_go_on_with_is_named(
-    finished: tuple[Recipe, list[float]], folder: Path, tmp_path: Path
+    finished: dict[str, tuple[Recipe, list[float]]], folder: Path, tmp_path: Path
 ) -> None:
-    recipe, _ = finished
+    recipe, _ = finished["flow_grpo"]
     stage, save = recipe.stage.name, recipe.checkpoint.save
     settings = OPTIONS[stage] | {"checkpoint__save": save}
     RunFolder(save).set_latest(2)
@@ -224,3 +248,114 @@ def test_the_pictures_of_a_collection() -> None:
     advantages = torch.tensor([0.5, torch.nan, -2.0, 3.0, 0.0, 1.0, -1.0, 0.2])
     assert best_median_worst(advantages).tolist() == [3, 5, 0, 7, 6, 2]
     assert best_median_worst(torch.tensor([torch.nan, 1.0])).tolist() == [1, 1, 1]
+
+
+DEATHS = {  # what is killed in the middle of: on one of two ranks, all of which go
+    "drawing": ("soar_mega.training.collecting.draw", 3),
+    "judging": ("soar_mega.training.collecting.rewards_of_all", 1),
+    "learning": ("soar_mega.training.loop.Steps.learn", 4),
+    "updating": ("soar_mega.training.loop.Steps.update", 6),
+}
+
+
+def run_and_die(recipe: Recipe, where: str, times: int) -> int:
+    """Kill -9 of rank 1 at a call that comes for so many times."""
+    calls = []
+    act = pkgutil.resolve_name(where)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(where)
+        if len(calls) == times and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, dying)
+        return tiny_runs.run(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(
+    stage: str, folder: Path, tmp_path: Path
+) -> None:
+    def recipe(name: str) -> Recipe:
+        settings = {
+            "checkpoint__save": tmp_path / name,
+            "checkpoint__save_interval": 2,
+            "train__train_iters": 7,
+        }
+        return rl_recipe(folder, stage, **settings, **OPTIONS[stage])
+
+    assert run_ranks(tiny_runs.run, 2, recipe("undisturbed")) == [0, 0]
+    expected = logged(tmp_path / "undisturbed")
+    for name, (where, times) in DEATHS.items():
+        with pytest.raises(RankFailure, match="died without a word"):
+            run_ranks(run_and_die, 2, recipe(name), where, times)
+        assert run_ranks(tiny_runs.run, 2, recipe(name)) == [0, 0], name
+        assert logged(tmp_path / name) == expected, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_reward_that_is_known_rises(stage: str, folder: Path) -> None:
+    """How red an image is, in a few updates: this tests the machinery, not the methods."""
+    recipe = rl_recipe(
+        folder,
+        stage,
+        stage__images_per_prompt=8,
+        stage__updates_per_sample=1,
+        stage__collect_micro_batch_size=32,
+        stage__guidance_scale=1.0,
+        stage__kl_beta=0,
+        train__global_batch_size=32,
+        train__micro_batch_size=32,
+        train__points_per_micro_batch=32,
+        optimizer__lr=1e-3,
+    )
+    with rl_steps(recipe) as run:
+        rewards = taken(run, 7)["rewards"]
+    before, after = rewards[0], rewards[-1]
+    noise = (before.var() / len(before) + after.var() / len(after)).sqrt()
+    assert after.mean() - before.mean() > 5 * noise
+
+
+def test_a_whole_run_from_the_weights_of_soar(shards: Path, folder: Path, tmp_path: Path) -> None:
+    """With all that is measured and written; the reference is what the run started from."""
+    soar = tiny_recipe(shards, tmp_path / "soar", train__train_iters=1)
+    assert tiny_runs.run(soar) == 0
+    recipe = rl_recipe(
+        folder,
+        "flow_grpo",
+        checkpoint__save=tmp_path / "run",
+        checkpoint__load=tmp_path / "soar",
+        checkpoint__finetune="true",
+        checkpoint__export="true",
+        train__train_iters=5,
+        train__ema_decay=0.5,
+        data__validation_prompts=folder / "prompts.txt",
+        data__validation_path=shards,
+        logging__tensorboard="true",
+        logging__collection_interval=1,
+        logging__eval_interval=5,
+        logging__eval_samples=5,
+        logging__sample_interval=5,
+        logging__sample_prompts="[a red 3]",
+        logging__sample_steps=2,
+    )
+    name = "context_embedder.weight"
+    base = load_file(Path(recipe.model.pipeline_dir, "transformer/diffusion_pytorch_model.safetensors"))[name]
+    with rl_steps(recipe) as run:
+        reference = run.engine.tensors("reference")(name)
+        assert torch.equal(reference, run.engine.tensors()(name)) and not torch.equal(reference, base)
+    stop_world()
+    assert tiny_runs.run(recipe) == 0
+    said = (tmp_path / "run/train.log").read_text()
+    measured = held_out(tmp_path / "run")
+    assert len(measured) == 2 and all(0 < line["validation/reward/mean_red"] < 1 for line in measured)
+    assert all("validation/loss" in line for line in measured)
+    for collection, iteration in ((0, 1), (1, 5)):
+        assert said.count(f" collection {collection} for iteration {iteration} | reward/total: ") == 1
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"collections", "samples", "tensorboard", "export", "export_ema", "complete.json"} <= left
+    sheet = Image.open(tmp_path / "run/collections/iter_0000005.png")
+    assert sheet.size == (4 * 98 + 2, 3 * 98 + 2)

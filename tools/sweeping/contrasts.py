@@ -2,7 +2,7 @@
 
 Training: a run's score is that of its arm, plus what its seed does to all arms alike, plus chance of its own. The size
 of that chance is taken from all arms together, for two seeds of one arm say little. Prompts: bootstrap, paired. Both
-are added in squares. The chance of a few images is in both of them, so intervals are rather too wide than too narrow.
+squares are added. The chance of single images is in both of them, so its square is taken off once.
 """
 
 import math
@@ -17,10 +17,31 @@ Scores = Mapping[str, Mapping[int, float]]  # by arm and seed
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """Of a single run: its standard deviation with the degrees of freedom it is known by."""
+    """Of a single run: its standard deviation with the degrees of freedom it is known by; both 0 where it is not."""
 
     deviation: float
     freedom: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Standard errors of a difference.
+
+    Attributes:
+        seeds: by the chance in training, with these prompts.
+        prompts: by the choice of prompts, with these runs.
+        images: the part that both of them count.
+    """
+
+    seeds: float
+    prompts: float
+    images: float
+
+    @property
+    def total(self) -> float:
+        """By all of it."""
+        squares = self.seeds**2, self.prompts**2
+        return math.sqrt(max(*squares, sum(squares) - self.images**2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +49,7 @@ class Contrast:
     """An arm minus its reference, over the seeds that both have.
 
     Attributes:
-        seeds_error, prompts_error: standard errors. low, high, p: None where no arm has two seeds.
+        errors: standard errors. low, high, p: None where no arm has two seeds.
         adjusted: p after Holm's correction; None where it is not one of those that are corrected.
     """
 
@@ -37,8 +58,7 @@ class Contrast:
     measure: str
     value: float
     seeds: int
-    seeds_error: float
-    prompts_error: float
+    errors: "Errors"
     low: float | None
     high: float | None
     p: float | None
@@ -54,29 +74,34 @@ def pooled(scores: Scores) -> Chance:
     for row, (arm, seed, _) in enumerate(rows):
         design[row, arm] = design[row, len(arms) + seeds.index(seed)] = 1.0
     if not rows:
-        return Chance(deviation=math.nan, freedom=0)
+        return Chance(deviation=0.0, freedom=0)
     values = np.array([value for _, _, value in rows])
     fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
     freedom = len(rows) - int(rank)
     if freedom == 0:
-        return Chance(deviation=math.nan, freedom=0)
+        return Chance(deviation=0.0, freedom=0)
     return Chance(
         deviation=float(np.linalg.norm(values - design @ fitted) / math.sqrt(freedom)), freedom=freedom
     )
 
 
 def contrast(
-    scores: Scores, arm: str, reference: str, measure: str, chance: Chance, prompts_error: float
+    scores: Scores,
+    arm: str,
+    reference: str,
+    measure: str,
+    chance: Chance,
+    prompts_error: float,
+    images_error: float,
 ) -> Contrast:
-    """ValueError where the two arms have no seed in common."""
+    """Of two arms that have seeds in common."""
     seeds = [seed for seed in scores[arm] if seed in scores[reference]]
-    if not seeds:
-        raise ValueError(f"arms {arm} and {reference} have no seed in common: their runs cannot be paired")
     value = float(np.mean([scores[arm][seed] - scores[reference][seed] for seed in seeds]))
     seeds_error = chance.deviation * math.sqrt(2 / len(seeds))
+    errors = Errors(seeds=seeds_error, prompts=prompts_error, images=images_error)
     low = high = p = None
     if chance.freedom:
-        error = math.hypot(seeds_error, prompts_error)
+        error = errors.total
         reach = error * float(student.ppf(0.975, chance.freedom))
         low, high = value - reach, value + reach
         p = 2 * float(student.sf(abs(value) / error, chance.freedom)) if error else float(value == 0)
@@ -86,8 +111,7 @@ def contrast(
         measure=measure,
         value=value,
         seeds=len(seeds),
-        seeds_error=seeds_error,
-        prompts_error=prompts_error,
+        errors=errors,
         low=low,
         high=high,
         p=p,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sweeping.plan import BEST, Measure
 
-from soar_mega.evaluation.suite.statistics import Bootstrap, Estimate, Outcomes
+from soar_mega.evaluation.suite.statistics import Bootstrap, Outcomes
 
 CHOOSING, REPORTING = 0, 1  # halves of the prompts
 
@@ -109,14 +109,21 @@ class Evaluated:
         return self.bootstrap(measure).score(self.outcomes([model], measure, scale)).value
 
     def over_prompts(
-        self, before: Sequence[str], after: Sequence[str], measure: Measure, scales: tuple[float, float]
-    ) -> Estimate:
-        """The difference of two arms, each the mean of its models, with the error that the choice of prompts makes."""
+        self, pairs: Sequence[tuple[str, str]], measure: Measure, scales: tuple[float, float]
+    ) -> float:
+        """The standard error that the choice of prompts gives the mean difference of pairs of models."""
+        before, after = zip(*pairs, strict=True)
+        if measure.drift is not None:
+            means = [
+                np.mean([self.errors(model, measure) for model in models], axis=0)
+                for models in (before, after)
+            ]
+            return float(np.std(means[1] - means[0], ddof=1) / len(means[0]) ** 0.5)
         first, second = (
             self.outcomes(models, measure, scale)
             for models, scale in zip((before, after), scales, strict=True)
         )
-        return self.bootstrap(measure).difference(first, second)
+        return self.bootstrap(measure).difference(first, second).standard_error
 
     def errors(self, model: str, measure: Measure) -> list[float]:
         """The drift of each held-out sample."""

@@ -69,7 +69,7 @@ class Sweep:
 
     Attributes:
         folder: of runs, evaluation and page.
-        base: the pipeline that the runs start from, which is evaluated too; "" is none.
+        base: the pipeline that all runs start from, which is evaluated too; "": each starts as its recipe says.
         curve: iterations before the last one at which runs are evaluated as well.
         evaluate: arguments of `soar-mega evaluate` beside the models and --out.
         primary: the measures whose contrasts are corrected for being many.
@@ -124,11 +124,16 @@ def read_sweep(path: str | Path) -> Sweep:
         _measure(name, each, f"{path}: measures.{name}") for name, each in said["measures"].items()
     )
     shared = {key: said.get(key) for key in ("overrides", "seeds", "budget")}
+    if said.get("base"):
+        shared["overrides"] = [f"model.pipeline_dir={said['base']}", *(shared["overrides"] or ())]
     arms = tuple(_arm(name, each, shared, f"{path}: arms.{name}") for name, each in said["arms"].items())
     for arm in arms:
         for name in arm.references:
-            if name not in said["arms"]:
-                raise ValueError(f"{path}: arms.{arm.name}.references: there is no arm {name!r}")
+            other = next((each for each in arms if each.name == name), None)
+            if other is None or not set(other.seeds) & set(arm.seeds):
+                raise ValueError(
+                    f"{path}: arms.{arm.name}.references: there is no arm {name!r} with a seed of its seeds"
+                )
     for name in said["primary"]:
         if name not in said["measures"]:
             raise ValueError(f"{path}: primary: there is no measure {name!r}")

@@ -46,9 +46,11 @@ def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
         }
         for arm in sweep.arms:
             for name in arm.references:
-                reference = sweep.arm(name)
-                error = prompts_error(evaluated, measure, arm, reference, scales)
-                contrasts.append(contrast(scores, arm.name, reference.name, measure.name, chance, error))
+                pairs = [
+                    (f"{name}#{seed}", f"{arm.name}#{seed}") for seed in arm.seeds if seed in scores[name]
+                ]
+                errors = prompts_errors(evaluated, measure, pairs, (scales[name], scales[arm.name]))
+                contrasts.append(contrast(scores, arm.name, name, measure.name, chance, *errors))
     return {
         "written_by": "tools/sweep.py",
         "command": command,
@@ -107,19 +109,22 @@ def curve(
     ]
 
 
-def prompts_error(
-    evaluated: Evaluated, measure: Measure, arm: Arm, reference: Arm, scales: dict[str, float]
-) -> float:
-    """The standard error that the choice of prompts, or of held-out samples, gives a contrast."""
-    before, after = models_of(reference), models_of(arm)
-    if measure.drift is not None:
-        first, second = (
-            np.mean([evaluated.errors(model, measure) for model in models], axis=0)
-            for models in (before, after)
-        )
-        return float(np.std(second - first, ddof=1) / len(first) ** 0.5)
-    chosen = scales[reference.name], scales[arm.name]
-    return evaluated.over_prompts(before, after, measure, chosen).standard_error
+def prompts_errors(
+    evaluated: Evaluated, measure: Measure, pairs: Sequence[tuple[str, str]], scales: tuple[float, float]
+) -> tuple[float, float]:
+    """The standard errors that the choice of prompts, or of held-out samples, and single images give a contrast.
+
+    What single images do becomes less with each pair of runs, and what prompts do stays: so the variance of a single
+    pair's difference tells the two apart.
+
+    Args:
+        pairs: the runs of the reference and of the arm, with one seed each.
+    """
+    together = evaluated.over_prompts(pairs, measure, scales)
+    if len(pairs) == 1:
+        return together, 0.0
+    alone = float(np.mean([evaluated.over_prompts([pair], measure, scales) ** 2 for pair in pairs]))
+    return together, max(0.0, (alone - together**2) / (len(pairs) - 1)) ** 0.5
 
 
 def corrected(contrasts: Sequence[Contrast], primary: Sequence[str]) -> list[Contrast]:

@@ -52,6 +52,7 @@ def write_page(tables: Tables, said: Json) -> str:
         _sweep(tables, said),
         _categories(tables, said),
         _reasons(tables, said),
+        _distances(said),
         _drift(tables),
         _training(tables),
         *(contact_sheet(tables, column) for column in tables.columns()),
@@ -158,14 +159,21 @@ def _best(tables: Tables, said: Json) -> str:
         cells = []
         for column in columns:
             own = [each for each in found if each["model"] == model.name and each["column"] == column]
-            cells.append(f"{_cell(own[0])} <small>at {own[0]['guidance_scale']:g}</small>" if own else "")
+            cells.append(_best_cell(own[0]) if own else "")
         rows.append(_row([escape(model.name), *cells]))
     head = _row(["", *map(escape, columns)], "th")
     return (
         "<h3>Each model at its own best scale</h3>"
-        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half.</p>'
+        '<p class="note">The scale was chosen on one half of the prompts; the scores are those of the other half, in '
+        "front of them the difference from the first model.</p>"
         f"<table>{head}{''.join(rows)}</table>"
     )
+
+
+def _best_cell(row: Json) -> str:
+    text = f"{_cell(row)} <small>at {row['guidance_scale']:g}</small>"
+    change = row.get("minus_first")
+    return text if change is None else f"<small>{_change(change)}</small> {text}"
 
 
 def _categories(tables: Tables, said: Json) -> str:
@@ -198,6 +206,22 @@ def _reasons(tables: Tables, said: Json) -> str:
             head = _row([escape(column.title), *(escape(model.name) for model in tables.models)], "th")
             parts.append(f"<table>{head}{''.join(rows)}</table>")
     return f"<h2>What the scorers say beside the score, {point}</h2>{''.join(parts)}" if parts else ""
+
+
+def _distances(said: Json) -> str:
+    if not said["distances"]:
+        return ""
+    keys = [key for key in said["distances"][0] if key not in ("model", "guidance_scale", "steps", "set")]
+    rows = []
+    for each in said["distances"]:
+        point = Point(each["guidance_scale"], each["steps"])
+        name = f"{escape(each['model'])}, {point}, {escape(each['set'])}"
+        rows.append(_row([name, *(f"{each[key]:.4g}" for key in keys)]))
+    return (
+        '<h2>Distance to real images</h2><p class="note">All by InceptionV3; fid and kid: lower is better. They are of '
+        "the whole set and depend on how many images it has.</p>"
+        f"<table>{_row(['', *keys], 'th')}{''.join(rows)}</table>"
+    )
 
 
 def _drift(tables: Tables) -> str:
@@ -265,7 +289,11 @@ def _cell(row: Json) -> str:
 
 def _signed(row: Json) -> str:
     beyond = "" if row["low"] <= 0.0 <= row["high"] else ' class="beyond"'
-    return f"<td{beyond}>{row['score']:+.3g} <small>&plusmn; {row['standard_error']:.2g}</small></td>"
+    return f"<td{beyond}>{_change(row)}</td>"
+
+
+def _change(row: Json) -> str:
+    return f"{row['score']:+.3g} <small>&plusmn; {row['standard_error']:.2g}</small>"
 
 
 def _row(cells: Sequence[Any], tag: str = "td", kind: str = "") -> str:

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from soar_mega.evaluation.scorer import Particular, Scorer
-from soar_mega.evaluation.scorers import SCORERS
-from soar_mega.evaluation.scorers import make_scorer as make_published
 from soar_mega.evaluation.suite.prompts import PromptSet
-from soar_mega.rewards import make_scorer
+from soar_mega.rewards.registry import make_scorers as make_named
 
 
 def make_scorers(names: Iterable[str], weights_dir: str, device: torch.device) -> dict[str, Scorer]:
@@ -19,12 +17,10 @@ def make_scorers(names: Iterable[str], weights_dir: str, device: torch.device) -
         weights_dir: where those of evaluation/scorers find their files.
 
     Raises:
-        ValueError: one is not known, or lacks a file or a package; names it.
+        ValueError: one is not known, has the name of another, or lacks a file or a package; names it.
     """
-    scorers: dict[str, Scorer] = {}
-    for name in dict.fromkeys(names):
-        scorers[name] = make_published(name, weights_dir, device) if name in SCORERS else make_scorer(name)
-    return scorers
+    keys = list(dict.fromkeys(names))
+    return dict(zip(keys, make_named(keys, weights_dir, device), strict=True))
 
 
 def check_prompts(prompt_sets: Iterable[PromptSet], scorers: Mapping[str, Scorer]) -> None:

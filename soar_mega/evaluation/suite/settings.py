@@ -4,10 +4,11 @@ size: 512x512                        # pixels; left out: what each transformer d
 guidance_scale: [4.5, 1]             # the first one is the table's
 steps: [40]                          # likewise; further ones are drawn at the first guidance scale
 sets:
-  geneval: {prompts: geneval, scorers: [geneval]}            # geneval/test_metadata.jsonl
-  drawbench: {prompts: drawbench, scorers: [clipscore, pickscore], noises: 2}
+  geneval: {prompts: geneval, scorers: [gen_eval]}           # geneval/test_metadata.jsonl
+  drawbench: {prompts: drawbench, scorers: [clip_score, pick_score], noises: 2}
+  photos: {prompts: captions.txt, scorers: [aesthetic], real: photos}    # FID and KID to the images there
 published:                           # rows of the table to compare with, by scorer
-  SD3.5-M: {geneval: 0.63}
+  SD3.5-M: {gen_eval: 0.63}
 """
 
 import math
@@ -32,6 +33,7 @@ class PromptSetSettings:
     Attributes:
         prompts: a file, or a folder with <split>_metadata.jsonl or <split>.txt.
         noises: images of each line; a prompt that stands in several lines gets as many for each of them.
+        real: a folder of images whose distance to those that are drawn is measured; None: it is not.
     """
 
     name: str
@@ -39,6 +41,7 @@ class PromptSetSettings:
     scorers: tuple[str, ...]
     split: str = "test"
     noises: int = 1
+    real: Path | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -144,7 +147,7 @@ def sampled_at(suite: Suite, guidance_scales: list[float] | None, steps: list[in
 def _prompt_set(name: Any, said: Any, folder: Path, where: str) -> PromptSetSettings:
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
         raise ValueError(f"{where}: a name of letters, digits, - and _ is expected: it names files")
-    _check_keys(said, {"prompts", "scorers", "split", "noises"}, where)
+    _check_keys(said, {"prompts", "scorers", "split", "noises", "real"}, where)
     scorers = said.get("scorers")
     if not isinstance(scorers, list) or not scorers or not all(isinstance(each, str) for each in scorers):
         raise ValueError(f"{where}: scorers: a list of names is expected, found {scorers!r}")
@@ -156,7 +159,14 @@ def _prompt_set(name: Any, said: Any, folder: Path, where: str) -> PromptSetSett
         scorers=tuple(dict.fromkeys(scorers)),
         split=str(said.get("split", "test")),
         noises=_whole(said.get("noises", 1), f"{where}: noises"),
+        real=_images(folder / str(said["real"]), f"{where}: real") if said.get("real") else None,
     )
+
+
+def _images(folder: Path, where: str) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"{where}: {folder} is no folder of images")
+    return folder
 
 
 def _published(said: Any, where: str) -> dict[str, dict[str, float]]:

@@ -4,7 +4,8 @@
     images/<model>-<point>-<hash>/<set>/*.png    one file per image; the hash is of all that an image depends on
     scores/<model>-<point>-<hash>/<set>.<scorer>-<hash>.jsonl    one line per image, written when all are there;
         before that each process has a file of its own, *.part-<rank>
-    drift/<model>-<hash>.json
+    facts/<model>.json                           where it is, and what its images depend on
+    drift/<model>-<hash>.json  distances/<model>-<point>-<hash>/<set>-<hash>.json
     report.html report.json table.csv outcomes.csv
 
 An image or a score of other weights or settings has another hash, so nothing is ever mixed. Files are replaced as a
@@ -29,11 +30,21 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from soar_mega.evaluation.scorers.broken import what_is_broken
-from soar_mega.outputs import check_file, write_file
+from soar_mega.outputs import check_file, remove_left_over_files, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
-OWN_NAMES = ("images", "scores", "drift", "report.json", "report.html", "table.csv", "outcomes.csv")
+OWN_NAMES = (
+    "images",
+    "scores",
+    "drift",
+    "facts",
+    "distances",
+    "report.json",
+    "report.html",
+    "table.csv",
+    "outcomes.csv",
+)
 DEFECT = "Defect"  # of a PNG's texts: what was wrong with the image before it was rounded
 DEFECTS = ("NaN", "black")
 
@@ -84,6 +95,10 @@ class Store:
         finally:
             os.close(folder)
 
+    def names(self, pattern: str) -> list[str]:
+        """Files of the folder, in order."""
+        return [path.relative_to(self.path).as_posix() for path in sorted(self.path.glob(pattern))]
+
     def folder_of(self, images: str, name: str) -> str:
         """The folder of images with this hash: the one that there is, whatever the model was called, or a new one."""
         known = sorted((self.path / "images").glob(f"*-{images}"))
@@ -116,16 +131,20 @@ class Images:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def names(self) -> set[str]:
         """Of those that are there."""
-        if not self._folder.is_dir():
+        if not self.folder.is_dir():
             return set()
-        return {path.stem for path in self._folder.glob("*.png")}
+        return {path.stem for path in self.folder.glob("*.png")}
+
+    def clean(self) -> None:
+        """Removes what a killed process left half written. Before any process draws."""
+        remove_left_over_files(self.folder)
 
     def path(self, name: str) -> Path:
-        return self._folder / f"{name}.png"
+        return self.folder / f"{name}.png"
 
     def write(self, name: str, image: Tensor) -> None:
         """Writes an image [3, H, W] in [0, 1], rounded to 8 bits; one that is no picture says so in its file."""

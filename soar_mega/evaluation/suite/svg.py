@@ -1,5 +1,6 @@
 """Figures of the page as inline SVG: bars and curves with error bars."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -64,14 +65,21 @@ class _Axis:
 
     def lines(self) -> list[str]:
         parts = []
-        for step in range(5):
-            value = self._low + step * (self._high - self._low) / 4
+        for value in _round_numbers(self._low, self._high):
             y = self.y(value)
             parts.append(
                 f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e3e3"/>'
             )
             parts.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
         return parts
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """About four between two others."""
+    step = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(step))
+    step = next(power * factor for factor in (1.0, 2.0, 5.0, 10.0) if power * factor >= step)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _figure(parts: Sequence[str], names: Sequence[str]) -> str:

@@ -26,12 +26,14 @@ class Measured:
     Attributes:
         values: {(point, set): {scorer: {image: values}}}
         images: {(point, set): its images}
+        distances: {(point, set): {fid, kid, ...}} of the sets that name real images
     """
 
     name: str
     path: str
     images: Mapping[tuple[Point, str], Images]
     values: Mapping[tuple[Point, str], Mapping[str, Mapping[str, Values]]]
+    distances: Mapping[tuple[Point, str], Mapping[str, float]] = field(default_factory=dict)
     history: Sequence[Json] = ()
     drift: Json | None = None
 
@@ -208,6 +210,14 @@ class Tables:
                         rows.append(said | {"images": int(count), "of": len(scorers[PICTURES]), "are": kind})
         return rows
 
+    def distances(self) -> list[Json]:
+        """FID and the like, of each model, point and set that has them."""
+        return [
+            {"model": model.name, **asdict(point), "set": name} | dict(found)
+            for model in self.models
+            for (point, name), found in model.distances.items()
+        ]
+
     def report(self) -> Json:
         """All of it."""
         return {
@@ -226,6 +236,7 @@ class Tables:
             "best_of_sweep": self.best_of_sweep(),
             "arms": self.arms(),
             "between_noises": self.between_noises(),
+            "distances": self.distances(),
             "defects": self.defects(),
         }
 

@@ -43,7 +43,11 @@ class Cell:
     """One set of prompts, drawn by one model at one point.
 
     Args:
-        drawn: all that an image depends on.
+        drawn: all that an image depends on, but the point and the prompt.
+
+    Attributes:
+        hash: of all that its images depend on, and
+        folder: what their folder is called.
     """
 
     def __init__(
@@ -57,15 +61,15 @@ class Cell:
         rank: int = 0,
     ) -> None:
         self.prompt_set, self.point, self.scorers = prompt_set, point, scorers
-        said = {**drawn, "guidance_scale": point.guidance_scale, "steps": point.steps}
-        folder = store.folder_of(digest(said), f"{name}-g{point.guidance_scale:g}-s{point.steps}")
-        self.images = Images(store.path / "images" / folder / prompt_set.name)
-        base = {"images": digest(said), "prompts": prompt_set.hash}
+        self.hash = digest({**drawn, "guidance_scale": point.guidance_scale, "steps": point.steps})
+        self.folder = store.folder_of(self.hash, f"{name}-g{point.guidance_scale:g}-s{point.steps}")
+        self.images = Images(store.path / "images" / self.folder / prompt_set.name)
+        base = {"images": self.hash, "prompts": prompt_set.hash}
         self._files = {}
         for scorer in (None, *scorers):
             header = base | _identity(scorer)
             self._files[header["scorer"]] = ScoreFile(
-                store.path / "scores" / folder, prompt_set.name, header, rank
+                store.path / "scores" / self.folder, prompt_set.name, header, rank
             )
 
     def look(self) -> None:
@@ -160,6 +164,8 @@ def run_model(
         ValueError: what the model or a scorer raises.
     """
     for cell in cells:
+        if place.rank == 0:
+            cell.images.clean()
         cell.look()
     todo = [(cell, cell.unfinished(place)) for cell in cells]
     prompts = list(

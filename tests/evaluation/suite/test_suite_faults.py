@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
 from torch import Tensor
 
+from soar_mega.checkpoints.drawing import find_source
+from soar_mega.cli.evaluate_suite import explained
 from soar_mega.config import ParallelConfig
+from soar_mega.convert.training_facts import FILE as FACTS
+from soar_mega.convert.training_facts import TrainingFacts
 from soar_mega.distributed import start_world
 from soar_mega.evaluation.suite import store as store_module
 from soar_mega.evaluation.suite.prompts import Task, read_prompt_set
@@ -50,7 +55,7 @@ def test_a_bad_line_is_told_by_file_and_line(
 @pytest.mark.parametrize(
     ("scorers", "words"),
     [
-        (["clip_score"], "the scorer clip_score lacks files in"),
+        (["clip_score"], "the scorer clip_score lacks"),
         (["no_such"], "there is no reward 'no_such'"),
     ],
 )
@@ -161,11 +166,9 @@ def test_a_new_version_of_a_scorer_judges_again_what_is_drawn(tmp_path: Path) ->
 
 
 def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite = write_suite(tmp_path, guidance_scale=[1])
-    assert evaluate(suite, tmp_path / "whole", f"base={BASE}") == 0
-    room = [5]
+    room = [2]
 
     def write(path: Path, content: bytes, mark: bytes, real: Any = store_module.write_file) -> None:
         if path.suffix == ".png":
@@ -174,11 +177,31 @@ def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, content, mark)
 
+    (tmp_path / "whole").mkdir()
+    run_model("painted", [_cell(tmp_path / "whole", Mean())], ALONE, lambda prompts: Painter({}), 1)
+    cell = _cell(tmp_path, Mean())
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_file", write)
-        assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 1
-    said = capsys.readouterr().err
-    assert "there is no room left" in said and "start the same command again" in said
-    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 5
-    assert evaluate(suite, tmp_path / "out", f"base={BASE}") == 0
-    assert kept(tmp_path / "out") == kept(tmp_path / "whole")
+        words = "there is no room left for .*start the same command again"
+        with pytest.raises(OSError, match=words), explained(str(tmp_path / "out")):
+            run_model("painted", [cell], ALONE, lambda prompts: Painter({}), 1)
+    assert len(list((tmp_path / "out").glob("images/*/*/*.png"))) == 2
+    assert len(cell.values()["mean"]) == 2
+    run_model("painted", [cell], ALONE, lambda prompts: Painter({}), 1)
+    assert kept(tmp_path / "out", "painted") == kept(tmp_path / "whole" / "out", "painted")
+
+
+def test_another_length_of_text_than_in_training_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(BASE, export)
+    facts = TrainingFacts(dtype="fp32", max_sequence_length=7)
+    (export / FACTS).write_text(facts.to_json())
+    with caplog.at_level(logging.WARNING, "soar_mega"):
+        assert find_source(str(export), max_sequence_length=7).fingerprint()["max_sequence_length"] == 7
+        assert not caplog.text
+        assert find_source(str(export)).fingerprint()["max_sequence_length"] == 10
+    assert (
+        "was trained with 7 T5 tokens of a prompt and is drawn with 10: --max-sequence-length" in caplog.text
+    )

@@ -142,9 +142,42 @@ def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
     assert evaluate(road / "suite.yaml", out, *words) == 0
+    # a later checkpoint comes, and the run removes the first one
+    shutil.copytree(run / "iter_0000000", run / "iter_0000005")
+    shutil.rmtree(run / "iter_0000000")
+    assert evaluate(road / "suite.yaml", out, *words) == 0
+    said = json.loads((out / "report.json").read_text())
+    assert list(said["models"]) == ["iter_0000000", "iter_0000005"]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    said = json.loads((out / "report.json").read_text())
-    [score] = [row for row in said["scores"] if row["scorer"] == "jpeg_incompressibility"]
-    [point] = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
-    assert point.step == 0 and point.value == pytest.approx(score["score"])
+    scores = [row["score"] for row in said["scores"] if row["scorer"] == "jpeg_incompressibility"]
+    points = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
+    assert {point.step for point in points} == {0, 5}
+    assert [point.value for point in points] == pytest.approx([scores[0]] * len(points))
+
+
+def test_distances_to_real_images_are_measured_once_for_each_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What measures them is not installed or has no weights here, which is told before the first image."""
+    (tmp_path / "photos").mkdir()
+    digits = {"prompts": "digits", "scorers": ["jpeg_incompressibility"], "real": "photos"}
+    suite = write_suite(tmp_path, sets={"digits": digits}, guidance_scale=[1])
+    words = (f"base={BASE}", "--weights", str(tmp_path / "none"))
+    assert evaluate(suite, tmp_path / "out", *words) == 1 and "FID" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "images").exists()
+    seen: list[int] = []
+
+    def measure(images: Path, real: Path, *more: object) -> dict[str, float]:
+        assert real == tmp_path / "photos"
+        seen.append(len(list(images.glob("*.png"))))
+        return {"fid": 12.5}
+
+    monkeypatch.setattr("soar_mega.evaluation.suite.distances.distance_to_held_out", measure)
+    monkeypatch.setattr("soar_mega.evaluation.suite.distances.check_distances", lambda *ignored: None)
+    for _ in range(2):
+        assert evaluate(suite, tmp_path / "out", *words) == 0
+    assert seen == [4]
+    [row] = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
+    assert (row["model"], row["set"], row["fid"]) == ("base", "digits", 12.5)
+    assert "<td>12.5</td>" in (tmp_path / "out" / "report.html").read_text()

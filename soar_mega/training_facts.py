@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from soar_mega.user_files import read_object
+from soar_mega.user_files import read_object, whole
 
 FILE = "training_facts.json"
 
@@ -60,7 +60,11 @@ def read_facts(folder: str | Path) -> TrainingFacts | None:
     path = Path(folder, FILE)
     if not path.is_file():
         return None
+    values = read_object(path)
+    for key in ("max_sequence_length", "width", "height"):
+        if values.get(key) is not None:
+            whole(values, key, path)
     try:
-        return TrainingFacts(**read_object(path))
+        return TrainingFacts(**values)
     except TypeError as error:
         raise ValueError(f"{path} is not what soar-mega writes there: {error}") from error

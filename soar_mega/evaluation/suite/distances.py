@@ -1,0 +1,37 @@
+"""How far the images of a set are from real ones: FID, KID, precision and recall, kept like scores."""
+
+from pathlib import Path
+
+import torch
+
+from soar_mega.evaluation.scorers import SET_METRICS
+from soar_mega.evaluation.scorers.held_out import distance_to_held_out
+from soar_mega.evaluation.suite.prompts import PromptSet
+from soar_mega.evaluation.suite.store import Store, digest
+from soar_mega.evaluation.suite.work import Cell
+
+
+def check_distances(sets: list[PromptSet], weights_dir: str) -> None:
+    """ValueError where a set asks for a distance and what measures it is not there; before the first image."""
+    if any(each.settings.real for each in sets):
+        SET_METRICS["fid"].check("FID", Path(weights_dir))
+
+
+def distance(store: Store, cell: Cell, weights_dir: str, device: torch.device) -> dict[str, float]:
+    """Of a finished cell, measured once; {} where its set names no real images. By one process.
+
+    Raises:
+        ValueError: there are too few images, or the network that looks at them cannot be read.
+    """
+    real = cell.prompt_set.settings.real
+    if real is None:
+        return {}
+    listing = sorted((path.name, path.stat().st_size) for path in real.rglob("*") if path.is_file())
+    said = {"images": cell.hash, "prompts": cell.prompt_set.hash, "real": listing}
+    name = f"distances/{cell.folder}/{cell.prompt_set.name}-{digest(said)}.json"
+    known = store.read_json(name)
+    if known is None:
+        known = {"distances": distance_to_held_out(cell.images.folder, real, Path(weights_dir), str(device))}
+        store.write_json(name, known)
+    found: dict[str, float] = known["distances"]
+    return found

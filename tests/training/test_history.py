@@ -1,0 +1,57 @@
+"""The training behind weights: steps, samples and operations of each run of their line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from soar_mega.models.common.flops import Tokens, forward_work, step_work
+from soar_mega.models.family import read_sizes
+from soar_mega.recipe import recipe_to_yaml
+from soar_mega.stages import load_recipe
+from soar_mega.stages.settings import CollectingConfig
+from soar_mega.training.history import history
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(folder: Path, recipe: str, samples: int, parent: Path | None) -> Path:
+    """What a finished run leaves, and its export."""
+    (folder / "export").mkdir(parents=True)
+    said = recipe_to_yaml(
+        load_recipe(ROOT / "recipes" / "tiny" / recipe, ["data.path=gone"] * (recipe == "sft.yaml"))
+    )
+    (folder / "run_config.yaml").write_text(said)
+    found = None if parent is None else {"path": str(parent), "sha256": "", "lineage": None}
+    (folder / "lineage.json").write_text(json.dumps({"parent": found, "starts": []}))
+    (folder / "complete.json").write_text(json.dumps({"iteration": 10, "consumed_samples": samples}))
+    return folder / "export"
+
+
+def test_the_line_of_a_run_and_the_work_of_rl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RL is counted with the drawing of its samples; where a data set is gone the work is not known."""
+    monkeypatch.chdir(ROOT)
+    start = _run(tmp_path / "sft", "sft.yaml", 40, ROOT / "recipes/tiny/base/transformer")
+    export = _run(tmp_path / "rl", "flow_grpo.yaml", 80, start / "transformer")
+    rl, sft = history(export)
+    assert (sft["run"], sft["stage"], sft["samples"], sft["flops"]) == (
+        str(tmp_path / "sft"),
+        "sft",
+        40,
+        None,
+    )
+    recipe = load_recipe(ROOT / "recipes/tiny/flow_grpo.yaml")
+    stage, sizes = recipe.stage, read_sizes(ROOT / "recipes/tiny/base")
+    assert isinstance(stage, CollectingConfig)
+    forward = forward_work(
+        sizes, Tokens(image=16, text=20)
+    )  # 16 x 16 pixels are 8 x 8 latents in patches of 2
+    learned = step_work(forward, stage.forwards().answers, stage.forwards().points).total
+    drawn = stage.sampling_forwards() / stage.updates_per_sample * forward.total
+    assert (rl["iterations"], rl["samples"], rl["flops"]) == (10, 80, 80 * (learned + drawn))
+
+
+def test_weights_that_no_run_made_have_no_history(tmp_path: Path) -> None:
+    assert history(ROOT / "recipes/tiny/base") == []
+    own = _run(tmp_path / "run", "sft.yaml", 8, tmp_path / "run" / "export")  # a lineage that bites its tail
+    assert len(history(own)) == 1

@@ -71,7 +71,7 @@ class Source:
         trained = None if facts is None else facts.max_sequence_length
         if trained not in (None, used):
             log.warning(
-                "%s was trained with %d T5 tokens of a prompt and is drawn with %d: --max-sequence-length",
+                "%s was trained with %d T5 tokens of a prompt and is drawn with %d",
                 *(self.path, trained, used),
             )
         return used

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from soar_mega.evaluation.suite.settings import Suite
     from soar_mega.evaluation.suite.tables import Tables
     from soar_mega.training.evaluating import Evaluation, Model
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = 75
 WAITING = timedelta(hours=2)  # of a rank for others that still draw
@@ -52,6 +55,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
 
     models = _models(arguments)
     evaluation = _evaluation(arguments)
+    if is_rank_zero():
+        tell_text_lengths(models)
     with (
         evaluation.store.lock() if is_rank_zero() else contextlib.nullcontext(),
         explained(arguments.out),
@@ -153,6 +158,20 @@ def _models(arguments: argparse.Namespace) -> "list[Model]":
             "their own with the same --out before, then all models without one; nothing is drawn twice"
         )
     return models
+
+
+def tell_text_lengths(models: "list[Model]") -> None:
+    """Warns where models that are compared are told prompts of different lengths."""
+    from soar_mega.checkpoints.drawing import DIFFUSERS
+
+    own = [model for model in models if model.source.kind != DIFFUSERS]
+    lengths = {model.name: model.source.text_length() for model in own}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        log.warning(
+            "prompts are cut at different numbers of T5 tokens: %s; --max-sequence-length gives all models one",
+            said,
+        )
 
 
 def _model(text: str, arguments: argparse.Namespace) -> "Model":

@@ -25,7 +25,8 @@ def test_every_scorer_judges_the_images_on_disk_or_none_is_drawn(
     for name in SCORERS:
         write_tiny_weights(name, weights)
     sets = {"published": {"prompts": "lines.jsonl", "scorers": SCORERS}}
-    suite = write_suite(tmp_path, sets=sets, guidance_scale=[3])
+    published = {"SD3.5-M": {"gen_eval": 0.63, "clip_score": 0.285}}
+    suite = write_suite(tmp_path, sets=sets, guidance_scale=[3], published=published)
     (tmp_path / "lines.jsonl").write_text(json.dumps(LINE) + "\n")
 
     hps = (weights / HPS_WEIGHTS.path).rename(tmp_path / "elsewhere.pt")
@@ -40,3 +41,6 @@ def test_every_scorer_judges_the_images_on_disk_or_none_is_drawn(
     for name in SCORERS:
         value = make_scorer(name, weights).score(pixels, [str(LINE["prompt"])], [LINE])[name].item()
         assert float(rows[name]["score"]) == value
+    page = (out / "report.html").read_text()
+    assert "<td>SD3.5-M (published)</td><td>0.63</td><td>0.285</td><td></td>" in page
+    assert "<td>gen_eval/missing</td>" in page and "<td>gen_eval/color</td>" in page

@@ -14,16 +14,17 @@ from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
 from torch import Tensor
 
 from soar_mega.checkpoints.drawing import find_source
-from soar_mega.cli.evaluate_suite import explained
+from soar_mega.cli.evaluate_suite import explained, tell_text_lengths
 from soar_mega.config import ParallelConfig
-from soar_mega.convert.training_facts import FILE as FACTS
-from soar_mega.convert.training_facts import TrainingFacts
 from soar_mega.distributed import start_world
 from soar_mega.evaluation.suite import store as store_module
 from soar_mega.evaluation.suite.prompts import Task, read_prompt_set
 from soar_mega.evaluation.suite.settings import Point, load_suite
 from soar_mega.evaluation.suite.store import Store
 from soar_mega.evaluation.suite.work import PICTURES, Cell, Place, run_model
+from soar_mega.training.evaluating import Model
+from soar_mega.training_facts import FILE as FACTS
+from soar_mega.training_facts import TrainingFacts
 
 ALONE = Place(replica=0, replicas=1, writes=True, rank=0, world_size=1)
 
@@ -191,17 +192,15 @@ def test_a_full_disk_is_told_of_and_the_evaluation_goes_on_later(
     assert kept(tmp_path / "out", "painted") == kept(tmp_path / "whole" / "out", "painted")
 
 
-def test_another_length_of_text_than_in_training_is_told_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lengths_of_text_that_differ_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From what an export was trained with, and between models that are compared."""
     export = tmp_path / "export"
     shutil.copytree(BASE, export)
-    facts = TrainingFacts(dtype="fp32", max_sequence_length=7)
-    (export / FACTS).write_text(facts.to_json())
+    (export / FACTS).write_text(TrainingFacts(dtype="fp32", max_sequence_length=7).to_json())
     with caplog.at_level(logging.WARNING, "soar_mega"):
-        assert find_source(str(export), max_sequence_length=7).fingerprint()["max_sequence_length"] == 7
+        assert find_source(str(export)).text_length() == 7
         assert not caplog.text
-        assert find_source(str(export)).fingerprint()["max_sequence_length"] == 10
-    assert (
-        "was trained with 7 T5 tokens of a prompt and is drawn with 10: --max-sequence-length" in caplog.text
-    )
+        assert find_source(str(export), max_sequence_length=9).text_length() == 9
+        assert f"{export} was trained with 7 T5 tokens of a prompt and is drawn with 9" in caplog.text
+        tell_text_lengths([Model(name=path.name, source=find_source(str(path))) for path in (BASE, export)])
+        assert "prompts are cut at different numbers of T5 tokens: base 10, export 7" in caplog.text

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.evaluation.scorer import Scorer
+from soar_mega.evaluation.scorer import Particular, Scorer
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.judging import judge
 
@@ -33,6 +33,12 @@ class Rewards:
         self._not_judged: Counter[str] = Counter()  # samples since the start
         self._constant: Counter[str] = Counter()  # collections since the start
         self._last_words: dict[str, str] = {}
+
+    def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """ValueError where a reward that counts says, before there is an image, that it cannot judge such a prompt."""
+        for scorer in self._scorers:
+            if isinstance(scorer, Particular) and self.weights[scorer.name]:
+                scorer.check(prompt, metadata)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

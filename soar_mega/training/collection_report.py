@@ -10,7 +10,7 @@ from torch import Tensor
 from soar_mega.config import LoggingConfig
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.training.collecting import TOTAL, Collection, Collector
-from soar_mega.training.samples import grid, write_png
+from soar_mega.training.samples import enlarge, grid, write_png
 from soar_mega.training.tensorboard import Events
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class CollectionReport:
     def _show(self, latents: Tensor, iteration: int) -> None:
         judge = self.collector.judge
         assert judge is not None
-        sheet = grid(judge.decoder.decode(latents), columns=len(latents) // 3)
+        sheet = grid(enlarge(judge.decoder.decode(latents)), columns=len(latents) // 3)
         self._events.image("collection", sheet, iteration)
         write_png(sheet, self._folder / f"iter_{iteration:07d}.png")
 

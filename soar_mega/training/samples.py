@@ -88,17 +88,21 @@ class SampleGrid:
         if not is_rank_zero():
             return None
         assert self._decoder is not None
-        return grid(self._decoder.decode(latents))
+        return grid(enlarge(self._decoder.decode(latents)))
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """Images [B, 3, h, w] with each pixel repeated until they are large enough to be looked at."""
+    times = max(1, SMALLEST_SHOWN // images.shape[-1])
+    return images.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Images [B, 3, h, w] side by side with white gaps -> [3, H, W]; small ones are enlarged.
+    """Images [B, 3, h, w] side by side with white gaps -> [3, H, W].
 
     Args:
         columns: None: as many as make it nearly square.
     """
-    enlarged = max(1, SMALLEST_SHOWN // images.shape[-1])
-    images = images.repeat_interleave(enlarged, dim=-2).repeat_interleave(enlarged, dim=-1)
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

@@ -198,6 +198,13 @@ def test_jpeg_sizes_are_pillows() -> None:
     assert expected[0] > expected[2]
 
 
+def test_a_prompt_is_checked_by_the_rewards_that_count() -> None:
+    make_rewards({"digits": 1.0, HERE + "mean_red": 1.0}).check("a 3", NOTHING)
+    make_rewards({"digits": 0, HERE + "mean_red": 1.0}).check("a fox", NOTHING)
+    with pytest.raises(ValueError, match="'a fox' is none that digits can judge"):
+        make_rewards({"digits": 1.0}).check("a fox", NOTHING)
+
+
 # -- samples that cannot be judged
 
 

@@ -79,7 +79,8 @@ def whether_the_grid_is_there(folder: Path) -> bool:
     start_world(ParallelConfig())
     measurements = Measurements.__new__(Measurements)
     measurements._settings, measurements._folder = LoggingConfig(sample_interval=1), folder
-    measurements._engine, measurements._held_out = None, None  # type: ignore[assignment]
+    measurements._engine = None  # type: ignore[assignment]
+    measurements._held_out = measurements._rewards = None
     measurements._events, measurements._grid = SlowEvents(), Squares()  # type: ignore[assignment]
     measurements.take(1)
     return (folder / "samples" / "iter_0000001.png").exists()

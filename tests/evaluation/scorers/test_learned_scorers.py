@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BlipVisionModel, CLIPModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.evaluation.scorers import make_scorer
-from soar_mega.evaluation.scorers.hps import cleaned
+from soar_mega.evaluation.scorers.hps import cleaned, clip_h_config
+from soar_mega.evaluation.scorers.image_reward import blip_configs
 from soar_mega.evaluation.scorers.state import read_state
 from soar_mega.evaluation.scorers.weights import (
     AESTHETIC_HEAD,
@@ -115,8 +118,28 @@ def test_an_image_that_cannot_be_judged(weights_dir: Path, images: Tensor) -> No
         scores(scorer, images * 0 + 255, PROMPTS)
 
 
-def test_open_clip_cleans_a_prompt() -> None:
-    assert cleaned("an astronaut\u2019s &amp;quot;glove&quot;") == 'an astronaut\'s "glove"'
+def test_the_published_sizes_are_known_without_a_config(tmp_path: Path) -> None:
+    """Heads, activations and small constants cannot be seen from weights."""
+    clip = clip_h_config(tmp_path)
+    towers = clip.vision_config, clip.text_config
+    assert [tower.num_attention_heads for tower in towers] == [16, 16]
+    assert {(tower.hidden_act, tower.layer_norm_eps) for tower in towers} == {("gelu", 1e-5)}
+    vision, text = blip_configs(tmp_path)
+    assert (vision.num_attention_heads, text.num_attention_heads) == (16, 12)
+    assert (vision.layer_norm_eps, text.layer_norm_eps) == (1e-6, 1e-12)
+    assert (vision.hidden_act, text.hidden_act, vision.image_size) == ("gelu", "gelu", 224)
+    with torch.device("meta"):
+        models = CLIPModel(clip), BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+    sizes = [sum(each.numel() for each in model.parameters()) for model in models]
+    assert sizes[0] == 986_109_441  # open_clip's ViT-H-14
+    assert sizes[1] + sizes[2] == 445_278_720  # in float32 with the head the 1.79 GB of the published file
+
+
+def test_open_clip_cleans_a_prompt(weights_dir: Path, images: Tensor) -> None:
+    dirty = "an astronaut\u2019s &amp;quot;glove&quot;\uff0c 50\uff4d\uff4d"
+    assert cleaned(dirty) == 'an astronaut\'s "glove", 50mm'
+    both = scores(make_scorer("hps", weights_dir), images[[0, 0]], [dirty, 'an astronaut\'s "glove", 50mm'])
+    assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "shape", "other", "vocabulary"])

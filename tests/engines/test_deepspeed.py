@@ -35,7 +35,7 @@ BEHAVIOURS = {
     "zero3": (3, {}),
     "zero3-offload": (3, OFFLOADED | {"offload_parameters": True}),
 }
-QUICK = ("zero0", "zero2-offload", "zero3")
+QUICK = ("zero2-offload", "zero3")
 
 
 @functools.cache

@@ -48,7 +48,7 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "tp2-pp2-vpp2-sp": ((2, 2), 4, {"sequence_parallel": True, **VPP2}),
     "deepspeed-zero3": ((1, 1), 2, {"engine": "deepspeed", "zero_stage": 3}),
 }
-FAST = ("tp2-sp", "deepspeed-tp2-sp")
+FAST = ("tp2-sp",)
 
 
 def lora_recipe(*layout, lora=LORA, **settings):

@@ -96,6 +96,7 @@ def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
         named(every, ["nothing"])
 
 
+@pytest.mark.slow
 def test_a_failing_arm_says_why_and_its_process_takes_another() -> None:
     case = make_case("tiny", stage=SoarConfig(num_auxiliary_points=1, shift=3.0), batch_size=2)
     worker = Worker("broken")

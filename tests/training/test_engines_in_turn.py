@@ -15,6 +15,7 @@ ZERO_3 = {"parallel__engine": "deepspeed", "parallel__zero_stage": 3}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.slow  # test_deepspeed.py has engines go on from each other without a run
 def test_a_run_goes_on_with_another_engine(tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "data", 48, seed=1)
     for folder, starts in (("whole", [(1, 4, {})]), ("turns", [(2, 2, ZERO_3), (1, 3, {}), (2, 4, ZERO_3)])):

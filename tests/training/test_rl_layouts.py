@@ -32,7 +32,7 @@ def recipes(folder: Path, **layout: Any) -> list[Any]:
     return [rl_recipe(folder, stage, **layout) for stage in STAGES]
 
 
-SLOW = ("pp2", "dp2")  # test_rl_runs.py draws with replicas and learns with a pipeline
+SLOW = ("pp2", "dp2", "zero2")  # test_rl_runs.py draws with replicas and learns with a pipeline
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_two_processes_and_another_batch_size_make_the_same_bytes(road: Path, tm
     assert kept(tmp_path) == kept(road / "out")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_lies_on_two_ranks_draws_what_its_pipeline_does(road: Path, tmp_path: Path) -> None:
     """Up to the rounding to 8 bits; and its images serve a report that is made on one process."""
     run = tmp_path / "run"

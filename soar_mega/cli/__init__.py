@@ -24,7 +24,7 @@ from soar_mega.cli import (
 )
 
 DESCRIPTION = """\
-SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5) on megatron-core.
+SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5, FLUX.1) on megatron-core.
 
 The usual road:
   soar-mega doctor                                    what this machine can do

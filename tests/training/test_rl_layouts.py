@@ -12,8 +12,25 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"parallel__tensor_model_parallel_size": 2}),
     "pp2": (2, {"parallel__pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
-    "zero2": (2, {"parallel__engine": "deepspeed"}),
+    "cp2": (2, {"parallel__context_parallel_size": 2}),
+    "tp2-sp-pp2": (
+        4,
+        {
+            "parallel__tensor_model_parallel_size": 2,
+            "parallel__sequence_parallel": True,
+            "parallel__pipeline_model_parallel_size": 2,
+        },
+    ),
+    "pp2-vpp2": (
+        2,
+        {
+            "parallel__pipeline_model_parallel_size": 2,
+            "parallel__virtual_pipeline_model_parallel_size": 2,
+        },
+    ),
+    **{f"zero{n}": (2, {"parallel__engine": "deepspeed", "parallel__zero_stage": n}) for n in (1, 2, 3)},
 }
+FAST = "tp2"  # test_rl_runs.py draws with replicas and learns with a pipeline
 ITERATIONS = 5  # over the end of a collection of 4 updates
 
 
@@ -32,11 +49,8 @@ def recipes(folder: Path, **layout: Any) -> list[Any]:
     return [rl_recipe(folder, stage, **layout) for stage in STAGES]
 
 
-SLOW = ("pp2", "dp2", "zero2")  # test_rl_runs.py draws with replicas and learns with a pipeline
-
-
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
+    "layout", [pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow]) for name in LAYOUTS]
 )
 def test_reinforcement_learning_does_not_depend_on_the_layout(layout: str, folder: Path) -> None:
     processes, settings = LAYOUTS[layout]

@@ -18,10 +18,11 @@ CURVES = (
     "Left: against optimizer updates. Right: against computation, in forwards of one sample (a backward counts two), "
     "drawing included. Both starts cost equally much and are not counted. Faint: the reward of each collection, "
     "which is what the method trains on. Held-out rewards are for captions that no run has seen; drift is measured on "
-    "held-out pictures."
+    "held-out pictures, at the guidance that held-out captions are drawn with."
 )
 SCORES = """
 <p>All models, judged once more on captions that no run has seen, with 95 % intervals by bootstrap over the captions.
+The score is the mean over kinds of captions, as GenEval's; the curves are means over captions.
 The page <a href="evaluation/report.html">evaluation/report.html</a> compares them pair by pair.</p>
 """
 DOUBTS = """

@@ -259,7 +259,8 @@ def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCapture
         rewards = make_rewards({HERE + name: 1.0})
         for _ in range(2):
             rewards.score(pictures(2), ["a", "b"], [NOTHING] * 2)
-    assert [message.partition(" by itself")[0] for message in caplog.messages] == [
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(" by itself")[0] for message in warnings] == [
         "reward among_others gives a sample 0"
     ]
 

@@ -41,6 +41,7 @@ from soar_mega.models.common.names import global_parameter_names, named_tensors
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.phases import phases
 from soar_mega.private_names import without_shared_memory
+from soar_mega.stages.points import Queries
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,12 @@ class DeepSpeedEngine(Engine):
 
     def _sync(self) -> None:
         """A step returns when all parameters are complete."""
+
+    def _askable(self, queries: Queries) -> Queries:
+        if self._stage == 3 and not isinstance(queries.unconditional, bool):
+            # a forward gathers parameters from all replicas, so all make equally many
+            return replace(queries, unconditional=True)
+        return queries
 
     def _clear_gradients(self) -> None:
         drop_gradients(self._deepspeed, self._stage)

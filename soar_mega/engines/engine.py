@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import torch
@@ -109,18 +109,13 @@ class Engine(TrainedModel):
         asked = queries(placed.batch)
         if asked is None:
             return None
-        parallel = self.recipe.parallel
-        if (
-            parallel.engine == "deepspeed"
-            and parallel.zero_stage == 3
-            and not isinstance(asked.unconditional, bool)
-        ):
-            # a forward gathers parameters from all replicas, so all make equally many
-            asked = replace(asked, unconditional=True)
+        size = self.recipe.train.micro_batch_size
         with self.using(weights):
-            return answer_pass(
-                self._pipeline, self._channel, placed, asked, self.recipe.train.micro_batch_size
-            )
+            return answer_pass(self._pipeline, self._channel, placed, self._askable(asked), size)
+
+    def _askable(self, queries: Queries) -> Queries:
+        """What the forwards of an engine can ask in place of these."""
+        return queries
 
     def _place(self, batch: Batch) -> PlacedBatch:
         """The batch on the device; the one of the last call is there already."""

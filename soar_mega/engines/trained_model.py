@@ -69,8 +69,13 @@ class TrainedModel(ABC):
         """Have all parameters complete before they are read outside a forward."""
 
     def keep_weights(self, name: str) -> None:
-        """Keep a float32 copy of the weights as they are now."""
-        assert name != "current" and (name != "reference" or self.adapters is None)
+        """Keep a float32 copy of the weights as they are now.
+
+        With adapters `reference` is the model without them, and there is nothing to keep.
+        """
+        assert name != "current"
+        if name == "reference" and self.adapters is not None:
+            return
         self._sync()
         self.weights[name] = KeptWeights(self._main, self.recipe.train.offload_kept_weights)
 

@@ -88,8 +88,7 @@ class Steps:
         if self.recipe.train.ema_decay > 0:
             self.engine.keep_weights("ema")
         for name in self.stage.keeps:
-            if not (name == "reference" and self.engine.adapters):  # the model without them
-                self.engine.keep_weights(name)
+            self.engine.keep_weights(name)
 
     def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
         """What comes before a step that has nothing left to learn from: the next collection.

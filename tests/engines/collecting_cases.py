@@ -167,29 +167,18 @@ def with_kept_weights(recipe: Recipe):
     """An engine whose weights, old weights and reference differ."""
     engine = start_engine(recipe)
     shapes = global_parameter_names(engine.layout)
+    if engine.adapters is not None:
+        shapes = {name: p for name, p in shapes.items() if name in engine.adapters.names}
 
     def load(factor: float) -> None:
         engine.load_weights({"model": {name: factor * random_tensor(name, p) for name, p in shapes.items()}})
 
     engine.keep_weights("old")
-    if engine.adapters is None:
-        engine.keep_weights("reference")
-        load(1.1)
-    else:
-        load_adapters(engine, shapes, 1.1)
+    engine.keep_weights("reference")
+    load(1.1)
     engine.blend_weights("old", 0.25)
-    if engine.adapters is None:
-        load(0.9)
-    else:
-        load_adapters(engine, shapes, 0.9)
+    load(0.9)
     return engine
-
-
-def load_adapters(engine, shapes, factor: float) -> None:
-    names = set(engine.adapters.names)
-    engine.load_weights(
-        {"model": {name: factor * random_tensor(name, p) for name, p in shapes.items() if name in names}}
-    )
 
 
 def answered(engine, stage, batch):

@@ -25,8 +25,7 @@ def held_bytes(recipe: Recipe, sizes: SD3Sizes = SIZES) -> dict[str, int]:
         if recipe.train.ema_decay:
             engine.keep_weights("ema")
         for name in recipe.stage.kept_copies:
-            if not (name == "reference" and engine.adapters):
-                engine.keep_weights(name)
+            engine.keep_weights(name)
         iterate(engine, stage, make_batch(0, recipe.train.global_batch_size))
         batch = make_batch(1, recipe.train.global_batch_size)
         engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))

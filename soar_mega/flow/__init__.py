@@ -6,7 +6,7 @@ the schedule. Sigmas and coefficients are float64, latents and noise float32.
 """
 
 from soar_mega.flow.auxiliary import auxiliary_latents
-from soar_mega.flow.noise import balanced, normal, philox, stream_key, uniform
+from soar_mega.flow.noise import balanced, normal, philox, stream_key, subset, uniform
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
@@ -53,6 +53,7 @@ __all__ = [
     "step_mean",
     "stochastic_step",
     "stream_key",
+    "subset",
     "uniform",
     "weighted_sum",
 ]

@@ -78,6 +78,12 @@ def uniform(
     return pairs.flatten(1)[:, :count]
 
 
+def subset(seed: int, stream: str, position: Tensor, size: int, count: int) -> Tensor:
+    """`count` of the numbers 0..size-1, rising, [B, count] int64: any as likely as others, keyed as `uniform` is."""
+    drawn = uniform(seed, stream, position, count=size).argsort(dim=1, stable=True)[:, :count]
+    return drawn.sort(dim=1).values
+
+
 BALANCED = 6  # neighbours that `balanced` keeps apart: 2^6
 
 

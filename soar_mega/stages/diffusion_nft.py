@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import SOURCES, spread, uniform
+from soar_mega.flow import SOURCES, spread, subset, uniform
 from soar_mega.stages.collecting import Experience, SamplingPlan, Trajectories
 from soar_mega.stages.collecting_settings import DiffusionNftConfig
 from soar_mega.stages.learning_from_samples import LearningFromSamples, known
@@ -109,8 +109,7 @@ class DiffusionNft(LearningFromSamples):
         if config.levels == "first":
             return torch.arange(count).expand(len(batch), -1)
         if config.levels == "random":
-            drawn = uniform(batch.seed, "levels", batch.position, count=size).argsort(dim=1, stable=True)
-            return drawn[:, :count].sort(dim=1).values
+            return subset(batch.seed, "levels", batch.position, size, count)
         last = int((self.sigmas[:-1] >= config.lowest_sigma).sum()) - 1
         bounds = torch.linspace(0, last, count + 1, dtype=torch.float64).long()
         drawn = uniform(batch.seed, "levels", batch.position, count=count)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from soar_mega.flow import uniform
+from soar_mega.flow import subset, uniform
 from soar_mega.stages.collecting_settings import FlowGrpoConfig
 
 
@@ -20,7 +20,7 @@ def learned_steps(config: FlowGrpoConfig, seed: int, position: Tensor) -> Tensor
     candidates = _candidates(config, seed, position)
     if config.num_learned_steps is None:
         return candidates
-    drawn = _subset(seed, "learned_steps", position, candidates.shape[1], config.num_learned_steps)
+    drawn = subset(seed, "learned_steps", position, candidates.shape[1], config.num_learned_steps)
     return candidates.gather(1, drawn)
 
 
@@ -31,7 +31,7 @@ def _candidates(config: FlowGrpoConfig, seed: int, position: Tensor) -> Tensor:
     first, end = config.stochastic_range
     count, key = config.num_stochastic_steps, _key(config, position)
     if config.stochastic_steps == "random":
-        return first + _subset(seed, "stochastic_steps", key, end - first, count)
+        return first + subset(seed, "stochastic_steps", key, end - first, count)
     starts = end - first - count + 1
     if config.stochastic_steps == "window":
         start = (starts * uniform(seed, "stochastic_steps", key)[:, 0]).long()
@@ -57,9 +57,3 @@ def _key(config: FlowGrpoConfig, position: Tensor) -> Tensor:
 def _collection(config: FlowGrpoConfig, position: Tensor) -> Tensor:
     """[B] int64, the number of a sample's collection."""
     return position // (config.samples_per_collection * config.updates_per_sample)
-
-
-def _subset(seed: int, stream: str, key: Tensor, size: int, count: int) -> Tensor:
-    """[B, count] int64, rising: so many of `size`, drawn for each key [B]."""
-    drawn = uniform(seed, stream, key, count=size).argsort(dim=1, stable=True)[:, :count]
-    return drawn.sort(dim=1).values

@@ -7,7 +7,7 @@ the schedule. Sigmas and coefficients are float64, latents and noise float32.
 
 from soar_mega.flow.auxiliary import auxiliary_latents
 from soar_mega.flow.noise import balanced, normal, philox, stream_key, subset, uniform
-from soar_mega.flow.rollout import ROLLOUT_VARIANTS, rollout_coefficients
+from soar_mega.flow.rollout import ROLLOUT_VARIANTS, mixed_coefficients, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample
 from soar_mega.flow.schedule import TIMESTEPS, Schedule
@@ -41,6 +41,7 @@ __all__ = [
     "correction_strength",
     "guided",
     "loss_weight",
+    "mixed_coefficients",
     "normal",
     "philox",
     "rollout_coefficients",

@@ -61,6 +61,16 @@ def rollout_coefficients(
     return torch.where(moves, a, 1.0), torch.where(moves, b, 0.0), torch.where(moves, c, 0.0)
 
 
+def mixed_coefficients(
+    variant: str, sigma0: Tensor, sigma1: Tensor, eta: float, stochastic: Tensor
+) -> Coefficients:
+    """(A, B, C), each [B] float64, of steps by `variant` where `stochastic` [B], and elsewhere of Euler's: C is 0."""
+    noisy = rollout_coefficients(variant, sigma0, sigma1, eta)
+    plain = rollout_coefficients("ode", sigma0, sigma1, 0.0)
+    a, b, c = (torch.where(stochastic, x, y) for x, y in zip(noisy, plain, strict=True))
+    return a, b, c
+
+
 def _odds(sigma0: Tensor, sigma1: Tensor, sigma_max: float | None) -> Tensor:
     """sigma0 / (1 - sigma0), finite at a sigma0 of 1 too."""
     top = sigma1 if sigma_max is None else torch.full_like(sigma0, sigma_max)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from soar_mega.flow.rollout import Coefficients, rollout_coefficients
+from soar_mega.flow.rollout import Coefficients, mixed_coefficients
 from soar_mega.flow.samplers import Velocity
 
 STOCHASTIC_VARIANTS = ("flow_sde", "cps", "dance")
@@ -59,23 +59,14 @@ def sample_steps(
     for index in range(len(sigmas) - 1):
         sigma = torch.full((len(latents),), given[index], dtype=torch.float64, device=latents.device)
         v = velocity(latents, sigma).to(latents.dtype)
-        coefficients = mixed_coefficients(variant, sigmas, index, eta, stochastic[:, index])
+        coefficients = mixed_coefficients(
+            variant, sigmas[index], sigmas[index + 1], eta, stochastic[:, index]
+        )
         drawn = coefficients[2].nonzero().flatten()
         eps = noise(index, drawn) if len(drawn) else None
         following, log_probability = stochastic_step(variant, coefficients, latents, v, eps)
         yield SampledStep(index, latents, following, log_probability)
         latents = following
-
-
-def mixed_coefficients(
-    variant: str, sigmas: Tensor, index: int, eta: float, stochastic: Tensor
-) -> Coefficients:
-    """(A, B, C), each [B] float64, of step `index` of a sampler: C is 0 where it is an Euler step."""
-    start, end = sigmas[index], sigmas[index + 1]
-    noisy = rollout_coefficients(variant, start, end, eta)
-    plain = rollout_coefficients("ode", start, end, 0.0)
-    a, b, c = (torch.where(stochastic, x, y) for x, y in zip(noisy, plain, strict=True))
-    return a, b, c
 
 
 def stochastic_step(

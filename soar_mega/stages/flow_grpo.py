@@ -68,8 +68,9 @@ class FlowGrpo(LearningFromSamples):
         """One per step that is learned from."""
         row = (batch.collected["step"] != FOLLOWS).nonzero().flatten()
         collected = {name: column[row] for name, column in batch.collected.items()}
-        a, b, c = self._coefficients(collected["step"])
-        sigma, length = self.sigmas[collected["step"]], -self.sigmas.diff()[collected["step"]]
+        step = collected["step"]
+        sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
+        coefficients = rollout_coefficients(self.config.variant, sigma, sigma_next, self.config.eta)
         advantage = self._clipped(collected["advantage"])
         present = batch.valid[row] & collected["advantage"].isfinite()
         if self.config.drop_zero_advantages:
@@ -82,16 +83,16 @@ class FlowGrpo(LearningFromSamples):
             row,
             path=torch.zeros_like(row),
             sigma=sigma,
-            timestep=self.timesteps[collected["step"]],
+            timestep=self.timesteps[step],
             rows=(rows, rows),
             present=present,
             extra={
                 "advantage": torch.where(present, advantage, 0.0),
                 "old_log_probability": collected["old_log_probability"],
                 "following": row + 1,
-                "coefficients": torch.stack([a, b, c], dim=1),
-                "length": length,
-                "step": collected["step"],
+                "coefficients": torch.stack(coefficients, dim=1),
+                "length": sigma - sigma_next,
+                "step": step,
                 "position": collected["position"],
             },
             reads=dict.fromkeys(self.keeps, queries),
@@ -159,13 +160,8 @@ class FlowGrpo(LearningFromSamples):
             variance = variance / points.extra["length"]
         return squared / (2 * variance).to(squared)
 
-    def _coefficients(self, step: Tensor) -> Coefficients:
-        """(A, B, C) of steps [P], each [P] float64."""
-        return rollout_coefficients(
-            self.config.variant, self.sigmas[step], self.sigmas[step + 1], self.config.eta
-        )
-
 
 def _coefficients(points: Points) -> Coefficients:
+    """(A, B, C) of the points' steps, each [M] float64."""
     a, b, c = points.extra["coefficients"].unbind(dim=1)
     return a, b, c

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import auxiliary_rows, balanced, base_rows, correction_strength, rollout_coefficients
+from soar_mega.flow import (
+    auxiliary_rows,
+    balanced,
+    base_rows,
+    correction_strength,
+    mixed_coefficients,
+    rollout_coefficients,
+)
 from soar_mega.stages.points import Points, Queries, RolloutStep
 from soar_mega.stages.scale import guided_share, parts
 from soar_mega.stages.settings import SoarConfig
@@ -82,12 +89,9 @@ class Soar(SftMulti):
         self, batch: Batch, span: Span, sample: Tensor, path: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         """State and target rows [P, 6]: path 0 is the ODE step, further paths are stochastic."""
-        ode = rollout_coefficients("ode", span.sigma0, span.sigma1, 0.0)
-        noisy = rollout_coefficients(self.config.rollout_variant, span.sigma0, span.sigma1, self.config.eta)
-        first = path == 0
-        a, b, c = (torch.where(first, x, y) for x, y in zip(ode, noisy, strict=True))
-        guidance, fresh = self._guidance(batch)[sample], self.config.fresh_endpoint
-        return auxiliary_rows(span.sigma0, span.sigma1, sigma, guidance, (a, b, c), fresh_endpoint=fresh)
+        config, guidance = self.config, self._guidance(batch)[sample]
+        step = mixed_coefficients(config.rollout_variant, span.sigma0, span.sigma1, config.eta, path > 0)
+        return auxiliary_rows(span.sigma0, span.sigma1, sigma, guidance, step, config.fresh_endpoint)
 
     def _guidance(self, batch: Batch) -> Tensor:
         """The guidance scale of each sample's rollout, [B] float64."""

@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from soar_mega.flow import Schedule, normal, rollout_coefficients, sample, sample_steps, step_log_probability
-from soar_mega.flow.stochastic import STOCHASTIC_VARIANTS, mixed_coefficients, stochastic_step
+from soar_mega.flow import (
+    STOCHASTIC_VARIANTS,
+    Schedule,
+    mixed_coefficients,
+    normal,
+    rollout_coefficients,
+    sample,
+    sample_steps,
+    step_log_probability,
+    stochastic_step,
+)
 
 SHAPE = (2, 3, 4)
 
@@ -121,7 +130,7 @@ def test_samples_with_steps_of_their_own_are_as_if_drawn_alone(variant):
 
 def test_a_step_of_cps_to_sigma_zero_has_no_noise():
     sigmas = Schedule(3.0).inference_sigmas(4)
-    coefficients = mixed_coefficients("cps", sigmas, 3, 0.8, torch.ones(2, dtype=torch.bool))
+    coefficients = mixed_coefficients("cps", sigmas[3], sigmas[4], 0.8, torch.ones(2, dtype=torch.bool))
     z = normal(0, "start", torch.arange(2), 0, SHAPE)
     following, log_probability = stochastic_step("cps", coefficients, z, z, None)
     assert bool(log_probability.isnan().all())

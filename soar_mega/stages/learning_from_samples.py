@@ -114,16 +114,7 @@ class LearningFromSamples:
 
     def _states(self, batch: Batch) -> Queries:
         """The states of the points, for other weights."""
-        points = self.points(batch)
-        return Queries(
-            sample=points.sample,
-            path=points.path,
-            sigma=points.sigma,
-            timestep=points.timestep,
-            rows=points.state_rows,
-            dropped=points.dropped,
-            unconditional=self.config.learned_scale != 1.0,
-        )
+        return self.points(batch).asked(unconditional=self.config.learned_scale != 1.0)
 
     def _answered(self, points: Points, name: str) -> Tensor:
         """The guided velocity [M, C, H, W] of a further answer."""

@@ -109,6 +109,19 @@ class Points:
             taken[name] = {key: value[index] for key, value in getattr(self, name).items()}
         return replace(self, **taken, sources=None, answered={}, observed={})
 
+    def asked(self, unconditional: bool) -> Queries:
+        """Their states as queries, one for each."""
+        return Queries(
+            sample=self.sample,
+            path=self.path,
+            sigma=self.sigma,
+            timestep=self.timestep,
+            rows=self.state_rows,
+            dropped=self.dropped,
+            unconditional=unconditional,
+            fused=self.fused,
+        )
+
     def states(self, dtype: torch.dtype = torch.float32, patch_size: int | None = None) -> Tensor:
         """States [M, C, H, W], or patches [M, H W / p^2, C p p], from the sources of this micro-batch."""
         assert self.sources is not None and self.sources.states is not None

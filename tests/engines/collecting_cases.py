@@ -54,16 +54,7 @@ class Collecting:
 
     def _asked(self, guided: bool):
         def queries(batch: Batch) -> Queries:
-            points = self.points(batch).take(self._place(batch))
-            return Queries(
-                sample=points.sample,
-                path=points.path,
-                sigma=points.sigma,
-                timestep=points.timestep,
-                rows=points.state_rows,
-                dropped=points.dropped,
-                unconditional=guided,
-            )
+            return self.points(batch).take(self._place(batch)).asked(unconditional=guided)
 
         return queries
 

@@ -23,7 +23,7 @@ from walk.data import prepare_data
 from walk.steps import Steps
 
 from soar_mega.launch.chain import Chain, Link, load_chain
-from soar_mega.stages.settings import CollectingConfig
+from soar_mega.stages import CollectingConfig
 
 CHAIN = Path("recipes/chains/tiny_rl.yaml")
 FOLDER = Path("runs/rl")  # the chain's file names it

@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from soar_mega.config import Recipe, StageConfig
 from soar_mega.recipe import read_recipe
-from soar_mega.stages.settings import (
-    SETTINGS,
-    CollectingConfig,
-    DiffusionNftConfig,
-    FlowGrpoConfig,
-    MixFlowConfig,
-    SftConfig,
-    SftMultiConfig,
-    SoarConfig,
-)
+from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
+from soar_mega.stages.settings import SETTINGS, MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig
 
 if TYPE_CHECKING:
     from soar_mega.stages.points import Stage
@@ -45,19 +37,20 @@ def make_stage(
     from soar_mega.stages.sft_multi import SftMulti
     from soar_mega.stages.soar import Soar
 
-    of_samples: dict[str, Any] = {"soar": Soar, "sft": Sft, "sft_multi": SftMulti, "mixflow": MixFlow}
-    of_own_samples: dict[str, Any] = {"flow_grpo": FlowGrpo, "diffusion_nft": DiffusionNft}
-    names = [*of_samples, *of_own_samples]
-    if config.name not in names:
-        raise ValueError(f"stage.name: {config.name!r} is unknown; choose one of {', '.join(names)}")
+    stages: dict[str, Any] = {
+        "soar": Soar,
+        "sft": Sft,
+        "sft_multi": SftMulti,
+        "mixflow": MixFlow,
+        "flow_grpo": FlowGrpo,
+        "diffusion_nft": DiffusionNft,
+    }
+    if config.name not in stages:
+        raise ValueError(f"stage.name: {config.name!r} is unknown; choose one of {', '.join(stages)}")
     wanted = SETTINGS[config.name]
     assert type(config) is wanted, f"{config.name} has other settings than {type(config).__name__}"
-    shift = shift if config.shift is None else config.shift
-    if config.name in of_own_samples:
-        stage: Stage = of_own_samples[config.name](config, shift, is_dynamic, updates_per_collection)
-    else:
-        stage = of_samples[config.name](config, shift)
-    return stage
+    make, shift = stages[config.name], shift if config.shift is None else config.shift
+    return make(config, shift, is_dynamic, updates_per_collection) if config.collects else make(config, shift)
 
 
 __all__ = [

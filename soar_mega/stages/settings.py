@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from soar_mega.config import Forwards, Recipe, StageConfig
 from soar_mega.rules import Rule, above, at_least, one_of, within
-from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftConfig, FlowGrpoConfig
+from soar_mega.stages.collecting_settings import DiffusionNftConfig, FlowGrpoConfig
 from soar_mega.stages.scale import SCALES, Scale, guided_share, is_scale
 
 
@@ -126,14 +126,3 @@ SETTINGS: dict[str, type[StageConfig]] = {
     "flow_grpo": FlowGrpoConfig,
     "diffusion_nft": DiffusionNftConfig,
 }
-
-__all__ = [
-    "SETTINGS",
-    "CollectingConfig",
-    "DiffusionNftConfig",
-    "FlowGrpoConfig",
-    "MixFlowConfig",
-    "SftConfig",
-    "SftMultiConfig",
-    "SoarConfig",
-]

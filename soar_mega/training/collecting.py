@@ -29,8 +29,8 @@ from soar_mega.evaluation.drift import branches
 from soar_mega.flow import guided
 from soar_mega.flow.samplers import Velocity
 from soar_mega.phases import phases
+from soar_mega.stages import CollectingConfig
 from soar_mega.stages.collecting import CollectingStage, Trajectories
-from soar_mega.stages.settings import CollectingConfig
 from soar_mega.training.drawing import draw
 from soar_mega.training.experience import Experience, Share, order_of_pass
 from soar_mega.training.judging import Judge, Values, rewards_of_all

@@ -16,8 +16,7 @@ from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
-from soar_mega.stages import load_recipe
-from soar_mega.stages.settings import CollectingConfig
+from soar_mega.stages import CollectingConfig, load_recipe
 from soar_mega.user_files import read_object
 
 log = logging.getLogger(__name__)

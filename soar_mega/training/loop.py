@@ -14,10 +14,9 @@ from soar_mega.models.common.flops import image_tokens
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
-from soar_mega.stages import make_stage
+from soar_mega.stages import CollectingConfig, make_stage
 from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
-from soar_mega.stages.settings import CollectingConfig
 from soar_mega.training.collecting import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
 

@@ -13,7 +13,7 @@ from soar_mega.data.batch import Batch
 from soar_mega.gpus import peak_tflops
 from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
 from soar_mega.models.common.sizes import Sizes
-from soar_mega.stages.settings import CollectingConfig
+from soar_mega.stages import CollectingConfig
 
 
 class Throughput:

@@ -8,8 +8,7 @@ import pytest
 from soar_mega.models.common.flops import Tokens, forward_work, step_work
 from soar_mega.models.family import read_sizes
 from soar_mega.recipe import recipe_to_yaml
-from soar_mega.stages import load_recipe
-from soar_mega.stages.settings import CollectingConfig
+from soar_mega.stages import CollectingConfig, load_recipe
 from soar_mega.training.history import history
 
 ROOT = Path(__file__).parents[2]

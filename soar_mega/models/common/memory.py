@@ -17,7 +17,6 @@ from soar_mega.models.common.rank_parameters import (
     buffer_elements,
     chunk_parameters,
     trained,
-    trained_elements,
 )
 from soar_mega.models.common.rank_tokens import RankTokens
 from soar_mega.models.common.sequence_shards import cut_multiple
@@ -117,7 +116,7 @@ def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, ra
     chunks = chunk_parameters(sizes, recipe, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
     weights += ITEM[model.dtype] * (buffer_elements(sizes) if rank == 0 else 0)
-    kept = kept_copies(recipe) * _copy_bytes(sizes, recipe, data_size, rank)
+    kept = kept_copies(recipe) * _copy_bytes(chunks, parallel, data_size)
     on_host = recipe.train.offload_kept_weights
     activations, temporary = _activations(sizes, recipe, work, rank)
     return Memory(
@@ -138,13 +137,12 @@ def kept_copies(recipe: Recipe) -> int:
     return len(names) + (recipe.train.ema_decay > 0)
 
 
-def _copy_bytes(sizes: Sizes, recipe: Recipe, data_size: int, rank: int) -> int:
-    parallel = recipe.parallel
+def _copy_bytes(chunks: list[list[Elements]], parallel: ParallelConfig, data_size: int) -> int:
     divided = (
         parallel.zero_stage > 0 if parallel.engine == "deepspeed" else parallel.use_distributed_optimizer
     )
     shares = data_size * parallel.context_parallel_size if divided else 1
-    return 4 * trained_elements(sizes, recipe, rank) // shares
+    return 4 * sum(map(trained, chunks)) // shares
 
 
 def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -> Memory:

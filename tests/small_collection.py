@@ -1,5 +1,6 @@
 """A collection of a stage without an engine: a model of four numbers, a sampler in this process, and the points."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ SAMPLES = PROMPTS * IMAGES
 FIRST = 2 * SAMPLES  # the third collection
 THETA = torch.tensor([0.6, -0.8, 0.3, 0.4], dtype=torch.float64)
 REFERENCE = THETA + torch.tensor([0.2, 0.1, -0.1, 0.05], dtype=torch.float64)
+NOW = THETA + torch.tensor([0.03, -0.02, 0.01, 0.02], dtype=torch.float64)  # after some updates
 # three of four samples differ, one prompt's are equal
 REWARDS = torch.tensor([0.1, 0.5, 0.8, 0.9, 0.5, 0.25, 0.4, 0.5, -0.6, 0.35, 0.5, 1.0], dtype=torch.float64)
 
@@ -137,3 +139,17 @@ def draw(stage: CollectingStage, theta: Tensor, position: Tensor, prompt: Tensor
         following=following,
         log_probability=old,
     )
+
+
+def assert_same_gradient(case: Case, published: Callable[[Tensor], Tensor], least: float) -> None:
+    """Loss and gradient are those of a trainer's loss of the weights: to 1e-5, of a loss of at least `least`."""
+    kept = {"old": THETA, "reference": REFERENCE}
+    ours, theirs = NOW.clone().requires_grad_(), NOW.clone().requires_grad_()
+    loss, _ = case.loss(ours, **{name: kept[name] for name in case.stage.keeps})
+    expected = published(theirs)
+    loss.backward()
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-5 * max(least, abs(expected.item()))
+    assert ours.grad is not None and theirs.grad is not None
+    assert bool(theirs.grad.abs().max() > 0)
+    assert (ours.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from soar_mega.config import Recipe
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import bucket_name
 from soar_mega.data.prompt_cache import PromptCache, cache_name
@@ -35,7 +35,7 @@ def make_collector(recipe: Recipe) -> Collector:
     failure = None
     try:
         facts = encoder_facts(pipeline, data.max_sequence_length)
-        size = image_size(recipe, facts)
+        size = facts.image_size(data.resolution)
         facts.latent_shape(*size)
         prompts = read_prompts(data.prompts)
         held_out = _held_out(recipe)
@@ -51,12 +51,6 @@ def make_collector(recipe: Recipe) -> Collector:
 
     validation = None if held_out is None else (held_out, texts(held_out))
     return Collector(recipe, info, prompts, texts(prompts), judge, size, validation)
-
-
-def image_size(recipe: Recipe, facts: EncoderFacts) -> tuple[int, int]:
-    """(width, height) in pixels of what is drawn."""
-    asked = recipe.data.resolution or facts.default_resolution
-    return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
 
 
 def _held_out(recipe: Recipe) -> PromptSet | None:

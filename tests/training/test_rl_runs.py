@@ -1,5 +1,6 @@
 """Runs of reinforcement learning: resumed at any point of a collection, stopped, refused; and rewards that rise."""
 
+import json
 import os
 import pkgutil
 import signal
@@ -349,6 +350,8 @@ def test_a_whole_run_from_the_weights_of_soar(shards: Path, folder: Path, tmp_pa
         assert torch.equal(reference, run.engine.tensors()(name)) and not torch.equal(reference, base)
     stop_world()
     assert tiny_runs.run(recipe) == 0
+    facts = json.loads((tmp_path / "run/export/training_facts.json").read_text())
+    assert [facts[key] for key in ("max_sequence_length", "width", "height")] == [10, 16, 16]  # the base's
     said = (tmp_path / "run/train.log").read_text()
     measured = held_out(tmp_path / "run")
     assert len(measured) == 2 and all(0 < line["validation/reward/mean_red"] < 1 for line in measured)

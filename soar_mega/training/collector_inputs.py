@@ -8,7 +8,6 @@ from pathlib import Path
 
 from soar_mega.config import Recipe
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.info import bucket_name
 from soar_mega.data.prompt_cache import PromptCache, cache_name
 from soar_mega.data.prompt_files import PromptSet, read_prompts
@@ -43,7 +42,8 @@ def make_collector(recipe: Recipe) -> Collector:
     except (ValueError, OSError) as error:
         failure = str(error)
     agree({}, 0, failure)
-    info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, fingerprints(pipeline))
+    # no shards whose encoders could be others
+    info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, encoders={})
     first_stage = this_rank().first_stage
 
     def texts(of: PromptSet) -> PromptTexts:

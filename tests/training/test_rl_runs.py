@@ -191,6 +191,18 @@ def test_a_broken_reward_ends_the_run(folder: Path) -> None:
         run.collect()
 
 
+def test_prompts_that_cannot_be_judged_end_the_run_before_it_draws(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "foxes.txt"
+    prompts.write_text("a 3\n\na fox\na 4\nan 8\na 5\n")
+    for key in ("data__prompts", "data__validation_prompts"):
+        settings = {key: prompts, "stage__rewards": "{digits: 1.0}", "logging__eval_interval": 1}
+        with (
+            pytest.raises(DataError, match=r"foxes\.txt:3: the prompt 'a fox' is none that digits can judge"),
+            rl_steps(rl_recipe(folder, "flow_grpo", **settings)),
+        ):
+            pass
+
+
 def test_a_run_that_is_stopped_while_it_draws_draws_the_same_again(folder: Path) -> None:
     with rl_steps(rl_recipe(folder, "flow_grpo")) as run:
         seen: list[int] = []

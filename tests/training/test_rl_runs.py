@@ -243,8 +243,9 @@ def test_what_a_run_cannot_go_on_with_is_named(
 def test_each_pass_keeps_samples_with_their_replica() -> None:
     """Every sample once in each pass, in another company, and the same at any number of replicas."""
     whole = Share(updates=6, global_batch_size=4, replica=0, replicas=1)
-    for number in range(3):
-        order = order_of_pass(7, 1000, whole, number)
+    orders = [order_of_pass(7, 1000, whole, number) for number in range(3)]
+    assert not torch.equal(orders[1], orders[2])
+    for number, order in enumerate(orders):
         assert torch.equal(order.sort(dim=0).values, torch.arange(6)[:, None].expand(-1, 4))
         halves = [
             order_of_pass(7, 1000, Share(updates=6, global_batch_size=4, replica=r, replicas=2), number)

@@ -12,6 +12,7 @@ import yaml
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.training_facts import FILE, TrainingFacts
@@ -86,21 +87,34 @@ def _sampling(facts: TrainingFacts) -> list[str]:
 
 
 def _trained_with(settings: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
-    """(T5 tokens, width, height) as the run's data set says, or the recipe of a stage that makes its own samples.
+    """(T5 tokens, width, height) as the run's data set says, or as its own samples were drawn.
 
     None where the data set is not there any more.
     """
     data = settings.get("data", {})
+    if data.get("prompts"):
+        pipeline, length = settings["model"]["pipeline_dir"], data.get("max_sequence_length")
+        return _drawn_with(pipeline, length, data.get("resolution"))
     if not data.get("path"):
-        sides = data.get("resolution") or [None, None]
-        width, height = (sides, sides) if isinstance(sides, int) else sides
-        return data.get("max_sequence_length"), width, height
+        return None, None, None
     path = Path(data["path"], DATASET_FILE)
     try:
         info = DatasetInfo.from_json(read_object(path), path)
     except ValueError:
         return None, None, None
     return info.max_sequence_length, *bucket_size(info.largest_bucket)
+
+
+def _drawn_with(
+    pipeline_dir: str, length: int | None, size: int | list[int] | None
+) -> tuple[int | None, int | None, int | None]:
+    """As the recipe says, and where it says nothing as the pipeline does, if that is still there."""
+    try:
+        facts = encoder_facts(Path(pipeline_dir), length)
+    except ValueError:
+        width, height = (size, size) if isinstance(size, int) else size or (None, None)
+        return length, width, height
+    return facts.max_sequence_length, *facts.image_size(size)
 
 
 def _lineage(path: Path) -> str:

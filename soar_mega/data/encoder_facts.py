@@ -67,6 +67,11 @@ class EncoderFacts:
             )
         return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
+    def image_size(self, asked: int | Sequence[int] | None) -> tuple[int, int]:
+        """(width, height) in pixels: an edge, or both; None: the transformer's own sample size."""
+        asked = asked or self.default_resolution
+        return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
+
     def dataset_info(
         self, buckets: dict[str, int], text_dtype: torch.dtype, encoders: dict[str, str]
     ) -> DatasetInfo:

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+TOTAL = "total"  # of several scorers, their sum by weight; none has this name
+
 
 class Scorer(Protocol):
     """Judges images one by one: a value depends on its own image, prompt and metadata alone, not on the batch.

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.evaluation.scorer import Particular, Scorer
+from soar_mega.evaluation.scorer import TOTAL, Particular, Scorer
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.judging import judge
 
 log = logging.getLogger(__name__)
-TOTAL = "total"
 SAME = 1e-3  # relative: a model in bf16 on a GPU does not repeat its values to the last bit
 
 

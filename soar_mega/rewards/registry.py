@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from soar_mega.evaluation import scorers as published
-from soar_mega.evaluation.scorer import Scorer
+from soar_mega.evaluation.scorer import TOTAL, Scorer
 from soar_mega.rewards.client import WorkerScorer
-from soar_mega.rewards.combined import TOTAL, Rewards
+from soar_mega.rewards.combined import Rewards
 from soar_mega.rewards.functions import FunctionScorer
 
 log = logging.getLogger(__name__)

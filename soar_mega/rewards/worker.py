@@ -6,7 +6,7 @@ A sample gets a score or the reason why it has none; one that is damaged costs n
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,7 @@ class Worker:
         """
         requests = _list(_object(body), "requests")
         self._check_count(len(requests))
-        samples, wanted = [], []
-        room = self.limits.pixels
+        asked, wanted = [], []
         for request in requests:
             if not isinstance(request, dict):
                 raise BadRequest("each of requests must be an object")
@@ -85,10 +84,9 @@ class Worker:
             turns = _list(request, "history")
             if not turns or not isinstance(turns[-1], dict):
                 raise BadRequest("history must hold at least one turn, an object")
-            sample = _sample(turns[-1].get("image_b64"), turns[-1].get("text"), request.get("metadata"), room)
-            room -= _pixels(sample)
-            samples.append(sample)
+            asked.append((turns[-1].get("image_b64"), turns[-1].get("text"), request.get("metadata")))
             wanted.append(names)
+        samples = self._samples(asked)
         results: list[dict[str, dict[str, float]]] = [{} for _ in samples]
         errors: list[dict[str, str]] = [{} for _ in samples]
         for name in self.scorers:
@@ -116,10 +114,7 @@ class Worker:
         metadata = [None] * len(images) if metadata is None else _list(content, "metadata")
         if not len(images) == len(prompts) == len(metadata):
             raise BadRequest(f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} of metadata")
-        samples: list[Sample] = []
-        for image, prompt, more in zip(images, prompts, metadata):
-            samples.append(_sample(image, prompt, more, self.limits.pixels - sum(map(_pixels, samples))))
-        given = self._judge(name, samples)
+        given = self._judge(name, self._samples(zip(images, prompts, metadata)))
         words = [each if isinstance(each, str) else None for each in given]
         answer: Json = {"rewards": [None if isinstance(each, str) else each for each in given]}
         if failed := [each for each in words if each is not None]:
@@ -128,6 +123,14 @@ class Worker:
                 "error": f"{len(failed)} of {len(given)} images were not judged: {failed[0]}",
             }
         return answer
+
+    def _samples(self, asked: Iterable[tuple[Any, Any, Any]]) -> list[Sample]:
+        """Of image, prompt and metadata each; all images together have no more pixels than a request may."""
+        samples, room = [], self.limits.pixels
+        for image, prompt, metadata in asked:
+            samples.append(_sample(image, prompt, metadata, room))
+            room -= _pixels(samples[-1])
+        return samples
 
     def _judge(self, name: str, samples: Sequence[Sample]) -> list[float | str]:
         """The value of each sample, or why it has none. Images of one size are judged together."""

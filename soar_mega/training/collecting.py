@@ -26,6 +26,7 @@ from soar_mega.data.ranks import Ranks, this_rank
 from soar_mega.distributed import device
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import branches
+from soar_mega.evaluation.scorer import TOTAL
 from soar_mega.flow import guided
 from soar_mega.flow.samplers import Velocity
 from soar_mega.phases import phases
@@ -38,7 +39,6 @@ from soar_mega.training.prompt_texts import PromptTexts
 
 logger = logging.getLogger(__name__)
 
-TOTAL = "total"  # of the rewards
 Watch = Callable[[int], bool]  # told of samples drawn by all replicas; True: stop here
 
 

@@ -3,12 +3,12 @@
 The text encoders run here, once for a set of prompts, and are gone when the model comes.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from soar_mega.config import Recipe
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
-from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.info import bucket_name
 from soar_mega.data.prompt_cache import PromptCache, cache_name
 from soar_mega.data.prompt_files import PromptSet, read_prompts
@@ -16,7 +16,7 @@ from soar_mega.data.ranks import agree, this_rank
 from soar_mega.distributed import device
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import DTYPES
-from soar_mega.rewards import make_rewards
+from soar_mega.rewards import Rewards, make_rewards
 from soar_mega.stages import CollectingConfig
 from soar_mega.training.collecting import Collector
 from soar_mega.training.judging import Judge
@@ -35,15 +35,16 @@ def make_collector(recipe: Recipe) -> Collector:
     failure = None
     try:
         facts = encoder_facts(pipeline, data.max_sequence_length)
-        size = image_size(recipe, facts)
+        size = facts.image_size(data.resolution)
         facts.latent_shape(*size)
         prompts = read_prompts(data.prompts)
         held_out = _held_out(recipe)
-        judge = _judge(recipe)
+        judge = _judge(recipe, [prompts] if held_out is None else [prompts, held_out])
     except (ValueError, OSError) as error:
         failure = str(error)
     agree({}, 0, failure)
-    info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, fingerprints(pipeline))
+    # no shards whose encoders could be others
+    info = facts.dataset_info({bucket_name(*size): len(prompts)}, dtype, encoders={})
     first_stage = this_rank().first_stage
 
     def texts(of: PromptSet) -> PromptTexts:
@@ -53,23 +54,22 @@ def make_collector(recipe: Recipe) -> Collector:
     return Collector(recipe, info, prompts, texts(prompts), judge, size, validation)
 
 
-def image_size(recipe: Recipe, facts: EncoderFacts) -> tuple[int, int]:
-    """(width, height) in pixels of what is drawn."""
-    asked = recipe.data.resolution or facts.default_resolution
-    return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
-
-
 def _held_out(recipe: Recipe) -> PromptSet | None:
     """The held-out prompts that are measured."""
     if not (recipe.data.validation_prompts and recipe.logging.eval_interval):
         return None
     found = read_prompts(recipe.data.validation_prompts, "test")
     count = recipe.logging.eval_samples
-    return replace(found, prompts=found.prompts[:count], metadata=found.metadata[:count])
+    return replace(
+        found,
+        prompts=found.prompts[:count],
+        metadata=found.metadata[:count],
+        places=found.places[:count],
+    )
 
 
-def _judge(recipe: Recipe) -> Judge | None:
-    """On one rank of each replica; None on the others."""
+def _judge(recipe: Recipe, prompt_sets: Sequence[PromptSet]) -> Judge | None:
+    """On one rank of each replica; None on the others. ValueError where a reward cannot judge one of the prompts."""
     assert isinstance(recipe.stage, CollectingConfig)
     ranks = this_rank()
     if not (ranks.leader and ranks.first_stage):
@@ -77,7 +77,18 @@ def _judge(recipe: Recipe) -> Judge | None:
     from soar_mega.data.vae import Decoder  # brings diffusers, which most ranks do not need
 
     rewards = make_rewards(recipe.stage.rewards, recipe.stage.scorer_weights_dir, device())
+    for each in prompt_sets:
+        _check_prompts(rewards, each)
     return Judge(Decoder.load(Path(recipe.model.pipeline_dir)), rewards)
+
+
+def _check_prompts(rewards: Rewards, prompts: PromptSet) -> None:
+    """ValueError where a reward says beforehand that it cannot judge a prompt; names file and line."""
+    for prompt, metadata, lines in zip(prompts.prompts, prompts.metadata, prompts.places, strict=True):
+        try:
+            rewards.check(prompt, metadata)
+        except ValueError as error:
+            raise ValueError(f"{prompts.path}:{lines[0]}: {error}") from error
 
 
 def _filled_cache(recipe: Recipe, prompts: PromptSet) -> PromptCache:

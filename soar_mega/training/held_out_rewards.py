@@ -1,7 +1,5 @@
 """Rewards of images for held-out prompts while training: what a method that learns from rewards is worth."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -9,17 +7,15 @@ from soar_mega import distributed
 from soar_mega.config import LoggingConfig
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.prompt_files import PromptSet
-from soar_mega.distributed import device
 from soar_mega.engines import Engine
-from soar_mega.evaluation.drift import at_scale
-from soar_mega.flow import Schedule, normal, sample
+from soar_mega.flow import Schedule
 from soar_mega.training.judging import Judge, rewards_of_all
 from soar_mega.training.prompt_texts import PromptTexts
-from soar_mega.training.samples import SEED
+from soar_mega.training.samples import FixedNoise
 
 
 class HeldOutRewards:
-    """One image for each of the first prompts of a set, from noise that is the same in all runs.
+    """One image for each prompt of a set, from noise that is the same in all runs.
 
     Args:
         judge: on the one rank of each replica that judges, None on the others.
@@ -38,17 +34,9 @@ class HeldOutRewards:
         size: int,
         weights: str,
     ) -> None:
-        self._prompts, self._texts, self._judge, self._size, self._weights = (
-            prompts,
-            texts,
-            judge,
-            size,
-            weights,
-        )
-        self._count = min(settings.eval_samples, len(prompts))
-        self._guidance_scale = settings.sample_guidance_scale
-        self._sigmas = schedule.inference_sigmas(settings.sample_steps)
-        self._latent_shape = info.latent_shape(info.largest_bucket)
+        self._prompts, self._texts, self._judge = prompts, texts, judge
+        self._size, self._weights = size, weights
+        self._noise = FixedNoise(settings, info, schedule)
 
     @torch.no_grad()
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -65,29 +53,20 @@ class HeldOutRewards:
                     prompts = [self._prompts.prompts[i] for i in asked]
                     metadata = [self._prompts.metadata[i] for i in asked]
                     self._judge.submit(places[:mine], latents[:mine].cpu(), prompts, metadata)
-        rewards = rewards_of_all(self._judge, self._count)
+        rewards = rewards_of_all(self._judge, len(self._prompts))
         return {f"validation/reward/{name}": values.nanmean().item() for name, values in rewards.items()}
 
     def _shares(self) -> list[tuple[Tensor, int]]:
         """This replica's prompts [size] of each forward, and how many of them count: all make equally many."""
         replicas, replica = distributed.data_size(), distributed.data_rank()
-        size = min(self._size, -(-self._count // replicas))
-        begins = range(
-            replica * size, -(-self._count // (size * replicas)) * size * replicas, size * replicas
-        )
+        count = len(self._prompts)
+        size = min(self._size, -(-count // replicas))
+        begins = range(replica * size, -(-count // (size * replicas)) * size * replicas, size * replicas)
         return [
-            (
-                torch.arange(first, first + size).clamp(max=self._count - 1),
-                min(max(self._count - first, 0), size),
-            )
+            (torch.arange(first, first + size).clamp(max=count - 1), min(max(count - first, 0), size))
             for first in begins
         ]
 
     def _draw(self, engine: Engine, places: Tensor) -> Tensor:
-        prompts, empty = self._texts.of(torch.arange(self._count))
-        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (prompts.rows(places), empty))
-        is_told = engine.model.sizes.guidance_embeds
-        velocity = partial(engine.velocity, micro_batch_size=self._size)
-        guided = at_scale(velocity, asked, empty, self._guidance_scale, is_told)
-        start = normal(SEED, "sample", places, 0, self._latent_shape, device())
-        return sample(guided, start, self._sigmas)
+        prompts, empty = self._texts.of(torch.arange(len(self._prompts)))
+        return self._noise.draw(engine, prompts.rows(places), empty, places, self._size)

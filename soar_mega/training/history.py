@@ -95,7 +95,5 @@ def _tokens(recipe: Recipe, sizes: Sizes) -> Tokens:
         info = DatasetInfo.from_json(read_object(path), path)
         return Tokens(image_tokens(sizes, info.latent_shape(info.largest_bucket)[1:]), info.text_shape[0])
     facts = encoder_facts(Path(recipe.model.pipeline_dir), recipe.data.max_sequence_length)
-    asked = recipe.data.resolution or facts.default_resolution
-    width, height = asked if isinstance(asked, list) else (asked, asked)
-    latents = height // facts.vae_scale_factor, width // facts.vae_scale_factor
-    return Tokens(image_tokens(sizes, latents), facts.text_shape[0])
+    latents = facts.latent_shape(*facts.image_size(recipe.data.resolution))
+    return Tokens(image_tokens(sizes, latents[1:]), facts.text_shape[0])

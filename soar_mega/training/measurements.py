@@ -52,7 +52,7 @@ class Measurements:
             shards = open_shards(recipe.data.validation_path, recipe.model.pipeline_dir)
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
         self._rewards: HeldOutRewards | None = None
-        if collector is not None and collector.validation is not None and self._settings.eval_interval:
+        if collector is not None and collector.validation is not None:
             held_out, texts = collector.validation
             size = collector.forward_size
             self._rewards = HeldOutRewards(

@@ -1,6 +1,7 @@
 """Images of fixed prompts and fixed noise while training: what one looks at first."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import at_scale
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule, normal, sample
+from soar_mega.models.common.conditions import Conditions
 
 if TYPE_CHECKING:
     from soar_mega.data.vae import Decoder
@@ -40,6 +42,40 @@ def encode_sample_prompts(recipe: Recipe, info: DatasetInfo) -> EncodedPrompts |
     )
 
 
+class FixedNoise:
+    """What an engine draws from noise that is the same in all runs, in the size of the largest bucket.
+
+    Args:
+        info: of the data set: sizes of latents.
+    """
+
+    def __init__(self, settings: LoggingConfig, info: DatasetInfo, schedule: Schedule) -> None:
+        self._guidance_scale = settings.sample_guidance_scale
+        self._sigmas = schedule.inference_sigmas(settings.sample_steps)
+        self._latent_shape = info.latent_shape(info.largest_bucket)
+
+    def draw(
+        self,
+        engine: Engine,
+        asked: Conditions,
+        empty: Conditions,
+        numbers: Tensor,
+        micro_batch_size: int | None = None,
+    ) -> Tensor:
+        """Latents [B, C, H, W] of prompts [B], whose `numbers` [B] int64 key their noise.
+
+        Args:
+            empty: of the empty prompt, [1].
+            micro_batch_size: as `Engine.velocity` takes it.
+        """
+        asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (asked, empty))
+        is_told = engine.model.sizes.guidance_embeds
+        velocity = partial(engine.velocity, micro_batch_size=micro_batch_size)
+        guided = at_scale(velocity, asked, empty, self._guidance_scale, is_told)
+        start = normal(SEED, "sample", numbers, 0, self._latent_shape, device())
+        return sample(guided, start, self._sigmas)
+
+
 class SampleGrid:
     """Images that the weights of the moment make of prompts.
 
@@ -60,10 +96,7 @@ class SampleGrid:
         schedule: Schedule,
         weights: str,
     ) -> None:
-        self._prompts = prompts
-        self._guidance_scale = settings.sample_guidance_scale
-        self._sigmas = schedule.inference_sigmas(settings.sample_steps)
-        self._latent_shape = info.latent_shape(info.largest_bucket)
+        self._prompts, self._noise = prompts, FixedNoise(settings, info, schedule)
         self._weights = weights
         self._decoder: Decoder | None = None
         on_rank_zero(lambda: self._load_decoder(pipeline_dir))
@@ -77,14 +110,9 @@ class SampleGrid:
     def draw(self, engine: Engine) -> Tensor | None:
         """The grid of all prompts [3, H, W] in [0, 1] on rank 0, None elsewhere. Collective over the world."""
         prompts = self._prompts
-        start = normal(SEED, "sample", torch.arange(len(prompts)), 0, self._latent_shape, device())
-        asked, empty = (
-            c.map(lambda tensor: tensor.to(device())) for c in (prompts.conditions, prompts.empty)
-        )
-        is_told = engine.model.sizes.guidance_embeds
-        velocity = at_scale(engine.velocity, asked, empty, self._guidance_scale, is_told)
         with engine.using(self._weights):
-            latents = sample(velocity, start, self._sigmas)
+            numbers = torch.arange(len(prompts))
+            latents = self._noise.draw(engine, prompts.conditions, prompts.empty, numbers)
         if not is_rank_zero():
             return None
         assert self._decoder is not None

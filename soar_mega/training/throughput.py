@@ -1,8 +1,8 @@
 """Floating point operations per second of a run, and how much of the GPU's peak they are (MFU).
 
 Counted is what the training method asks for: the answers' forwards, and forward and backward of each point, and the
-forwards that draw a collection. What is
-computed again (recomputation), padding, and points that fill up the last micro-batch are not.
+forwards that draw a collection. What is computed again (recomputation), padding, and points that fill up the last
+micro-batch are not.
 """
 
 import torch

@@ -28,6 +28,7 @@ from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases
 from soar_mega.rewards import make_rewards
 from soar_mega.rewards.asking import Patience
 from soar_mega.rewards.client import WorkerScorer
+from soar_mega.rewards.jpeg import JpegIncompressibility
 from soar_mega.rewards.pictures import from_base64, to_base64
 from soar_mega.rewards.server import RewardServer
 from soar_mega.rewards.tokens import VARIABLE, read_token
@@ -219,6 +220,16 @@ def test_each_sample_has_a_score_or_a_reason(served: Served) -> None:
     for words, error in zip(damage.values(), answer["errors"][1:-1]):
         assert words in error["mean_red"]
     assert answer["errors"][0] == answer["errors"][-1] == {}
+
+
+def test_the_images_of_a_request_share_its_pixels() -> None:
+    worker = Worker([JpegIncompressibility()], Limits(pixels=2 * 16 * 16))
+    pictures, name = [to_base64(torch.zeros(3, 16, 16))] * 3, JpegIncompressibility.name
+    errors = worker.score(json.dumps(question(pictures, name=name)).encode())["errors"]
+    assert errors[:2] == [{}, {}] and "at most 0 are left in this request" in errors[2][name]
+    answer = worker.compute(json.dumps({"prompt": ["a"] * 3, "image": pictures}).encode(), name)
+    assert None not in answer["rewards"][:2] and answer["rewards"][2] is None
+    assert answer["errors"] == [None, None, errors[2][name]]
 
 
 def test_what_a_scorer_cannot_judge_is_left_out(

@@ -12,14 +12,13 @@ from soar_mega.stages import CollectingConfig, load_recipe
 from soar_mega.training.history import history
 
 ROOT = Path(__file__).parents[2]
+OVERRIDES = {"sft.yaml": ["data.path=gone"], "flow_grpo.yaml": ["stage.updates_per_sample=2"]}
 
 
 def _run(folder: Path, recipe: str, samples: int, parent: Path | None) -> Path:
     """What a finished run leaves, and its export."""
     (folder / "export").mkdir(parents=True)
-    said = recipe_to_yaml(
-        load_recipe(ROOT / "recipes" / "tiny" / recipe, ["data.path=gone"] * (recipe == "sft.yaml"))
-    )
+    said = recipe_to_yaml(load_recipe(ROOT / "recipes" / "tiny" / recipe, OVERRIDES[recipe]))
     (folder / "run_config.yaml").write_text(said)
     found = None if parent is None else {"path": str(parent), "sha256": "", "lineage": None}
     (folder / "lineage.json").write_text(json.dumps({"parent": found, "starts": []}))
@@ -39,7 +38,7 @@ def test_the_line_of_a_run_and_the_work_of_rl(tmp_path: Path, monkeypatch: pytes
         40,
         None,
     )
-    recipe = load_recipe(ROOT / "recipes/tiny/flow_grpo.yaml")
+    recipe = load_recipe(ROOT / "recipes/tiny/flow_grpo.yaml", OVERRIDES["flow_grpo.yaml"])
     stage, sizes = recipe.stage, read_sizes(ROOT / "recipes/tiny/base")
     assert isinstance(stage, CollectingConfig)
     forward = forward_work(

@@ -1,5 +1,6 @@
 """Runs of reinforcement learning: resumed at any point of a collection, stopped, refused; and rewards that rise."""
 
+import json
 import os
 import pkgutil
 import signal
@@ -190,6 +191,18 @@ def test_a_broken_reward_ends_the_run(folder: Path) -> None:
         run.collect()
 
 
+def test_prompts_that_cannot_be_judged_end_the_run_before_it_draws(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "foxes.txt"
+    prompts.write_text("a 3\n\na fox\na 4\nan 8\na 5\n")
+    for key in ("data__prompts", "data__validation_prompts"):
+        settings = {key: prompts, "stage__rewards": "{digits: 1.0}", "logging__eval_interval": 1}
+        with (
+            pytest.raises(DataError, match=r"foxes\.txt:3: the prompt 'a fox' is none that digits can judge"),
+            rl_steps(rl_recipe(folder, "flow_grpo", **settings)),
+        ):
+            pass
+
+
 def test_a_run_that_is_stopped_while_it_draws_draws_the_same_again(folder: Path) -> None:
     with rl_steps(rl_recipe(folder, "flow_grpo")) as run:
         seen: list[int] = []
@@ -230,8 +243,9 @@ def test_what_a_run_cannot_go_on_with_is_named(
 def test_each_pass_keeps_samples_with_their_replica() -> None:
     """Every sample once in each pass, in another company, and the same at any number of replicas."""
     whole = Share(updates=6, global_batch_size=4, replica=0, replicas=1)
-    for number in range(3):
-        order = order_of_pass(7, 1000, whole, number)
+    orders = [order_of_pass(7, 1000, whole, number) for number in range(3)]
+    assert not torch.equal(orders[1], orders[2])
+    for number, order in enumerate(orders):
         assert torch.equal(order.sort(dim=0).values, torch.arange(6)[:, None].expand(-1, 4))
         halves = [
             order_of_pass(7, 1000, Share(updates=6, global_batch_size=4, replica=r, replicas=2), number)
@@ -349,6 +363,8 @@ def test_a_whole_run_from_the_weights_of_soar(shards: Path, folder: Path, tmp_pa
         assert torch.equal(reference, run.engine.tensors()(name)) and not torch.equal(reference, base)
     stop_world()
     assert tiny_runs.run(recipe) == 0
+    facts = json.loads((tmp_path / "run/export/training_facts.json").read_text())
+    assert [facts[key] for key in ("max_sequence_length", "width", "height")] == [10, 16, 16]  # the base's
     said = (tmp_path / "run/train.log").read_text()
     measured = held_out(tmp_path / "run")
     assert len(measured) == 2 and all(0 < line["validation/reward/mean_red"] < 1 for line in measured)

@@ -3,6 +3,7 @@
 README.md is for people, training_facts.json for programs.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import yaml
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.info import DatasetInfo, bucket_size
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.training_facts import FILE, TrainingFacts
 from soar_mega.user_files import read_object
 
 CARD = "README.md"
+
+Samples = tuple[int | None, int | None, int | None]  # T5 tokens, width, height
 
 
 def notes_of_run(
@@ -85,22 +89,29 @@ def _sampling(facts: TrainingFacts) -> list[str]:
     return [*lines, "```python\n" + "\n".join(python) + "\n```", f"```bash\n{command}\n```"]
 
 
-def _trained_with(settings: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
-    """(T5 tokens, width, height) as the run's data set says, or the recipe of a stage that makes its own samples.
-
-    None where the data set is not there any more.
-    """
-    data = settings.get("data", {})
+def _trained_with(settings: dict[str, Any]) -> Samples:
+    """As the run's data set says, None where it is not there any more; or a stage that makes its own samples."""
+    data = settings.get("data")
+    if not data:
+        return None, None, None
     if not data.get("path"):
-        sides = data.get("resolution") or [None, None]
-        width, height = (sides, sides) if isinstance(sides, int) else sides
-        return data.get("max_sequence_length"), width, height
+        return _drawn_with(data, Path(settings["model"]["pipeline_dir"]))
     path = Path(data["path"], DATASET_FILE)
     try:
         info = DatasetInfo.from_json(read_object(path), path)
     except ValueError:
         return None, None, None
     return info.max_sequence_length, *bucket_size(info.largest_bucket)
+
+
+def _drawn_with(data: dict[str, Any], pipeline: Path) -> Samples:
+    """As the recipe says, and where it does not the pipeline that the run started from."""
+    length, sides = data.get("max_sequence_length"), data.get("resolution")
+    with contextlib.suppress(ValueError):  # it is not there any more
+        facts = encoder_facts(pipeline, length)
+        length, sides = facts.max_sequence_length, sides or facts.default_resolution
+    width, height = sides if isinstance(sides, list) else (sides, sides)
+    return length, width, height
 
 
 def _lineage(path: Path) -> str:

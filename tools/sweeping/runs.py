@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeping.plan import Arm, Sweep
-from walk.commands import Command, run_together, soar_mega, torchrun
+from walk.commands import logged, run_together, soar_mega, torchrun
 
 from soar_mega.launch import slurm
 from soar_mega.recipe import recipe_to_yaml
@@ -114,7 +114,7 @@ def train(runs: list[Run], at_once: int) -> None:
     Raises:
         RuntimeError: one failed, with the end of its output; start again to go on.
     """
-    chains = [[_command(run.sweep, run.name, soar_mega("train", *run.words))] for run in runs]
+    chains = [[logged(run.sweep.folder, run.name, soar_mega("train", *run.words))] for run in runs]
     run_together(*chains, at_once=at_once)
 
 
@@ -128,7 +128,7 @@ def evaluate(sweep: Sweep, runs: list[Run], processes: int) -> Path:
     if sweep.canvases is not None:
         words += ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
     arguments = torchrun(processes, "evaluate", *words) if processes > 1 else soar_mega("evaluate", *words)
-    run_together([_command(sweep, "evaluate", arguments)])
+    run_together([logged(sweep.folder, "evaluate", arguments)])
     return folder
 
 
@@ -143,7 +143,3 @@ def job_script(sweep: Sweep, runs: list[Run]) -> tuple[str, int]:
         sweep=[(run.words, run.marker) for run in missing],
     )
     return slurm.render(job, wanted), len(missing)
-
-
-def _command(sweep: Sweep, name: str, arguments: list[str]) -> Command:
-    return Command(name=name, arguments=arguments, log=sweep.folder / "logs" / f"{name}.log", threads=1)

@@ -14,6 +14,7 @@ from soar_mega.models.family import model_sizes
 from soar_mega.stages import load_recipe
 
 BEST = "best"
+WRITTEN_BY = "tools/sweep.py"  # in all files of a sweep, so that they may be replaced
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from walk.commands import Command, end_on_sigterm, run_together, soar_mega, torchrun
+from walk.commands import Command, logged, run_together, soar_mega, torchrun
 from walk.data import prepare_data
-from walk.steps import Steps
+from walk.steps import Steps, run_tool
 
 BASE = Path("recipes/tiny/base")
 ARMS = ("sft", "sft_multi", "soar")
@@ -106,7 +106,7 @@ class Demo:
             f"train.train_iters={self.size.iterations}",
         ]
         arguments = launch("train", f"recipes/tiny/{arm}.yaml", *overrides)
-        return self.command(arm, arguments, threads)
+        return logged(self.folder, arm, arguments, threads)
 
     def evaluate(self) -> None:
         run_together([self.evaluation("sft_multi")], [self.evaluation("soar")])
@@ -121,7 +121,7 @@ class Demo:
             *("--prompts-per-category", str(self.size.prompts_per_category)),
             *("--drift-samples", str(self.size.drift_samples)),
         )
-        return self.command("evaluate-" + "-".join(arms), arguments, self.threads(2))
+        return logged(self.folder, "evaluate-" + "-".join(arms), arguments, self.threads(2))
 
     def draw(self) -> None:
         """As `soar-mega sample` does, the four pipelines in one process."""
@@ -183,6 +183,7 @@ class Demo:
     def description(self) -> dict[str, Any]:
         """What the report tells about the runs themselves."""
         from walk.curves import loss_curves
+        from walk.work import forward_units
 
         from soar_mega.stages import load_recipe
 
@@ -194,7 +195,7 @@ class Demo:
                 "iterations": recipe.train.train_iters,
                 "batch_size": recipe.train.global_batch_size,
                 "points": forwards.points,
-                "forwards": 3 * forwards.points + forwards.answers,
+                "forwards": forward_units(forwards),
                 "tensor_parallel": recipe.parallel.tensor_model_parallel_size,
                 "pipeline_parallel": recipe.parallel.pipeline_model_parallel_size,
                 "losses": loss_curves(self.run_of(arm)),
@@ -206,11 +207,6 @@ class Demo:
             "seconds": self.steps.seconds,
             "export": {"folder": str(self.pipeline_of("soar")), "drawn": f"{len(SAMPLE_PROMPTS)} pictures"},
         }
-
-    def command(self, name: str, arguments: list[str], threads: int) -> Command:
-        return Command(
-            name=name, arguments=arguments, log=self.folder / "logs" / f"{name}.log", threads=threads
-        )
 
     def threads(self, processes: int) -> int:
         """Threads of each of several processes that share the machine."""
@@ -251,16 +247,8 @@ def main() -> int:
         "--quick", action="store_true", help="a few steps of everything; the numbers mean nothing"
     )
     arguments = parser.parse_args()
-    end_on_sigterm()
-    os.chdir(Path(__file__).parents[1])  # recipes name their files from here
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        Demo(arguments.folder, QUICK if arguments.quick else Size()).run()
-    except (RuntimeError, ValueError) as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
-    print(f"\nDone. Open {arguments.folder}/report.html; the numbers are in {arguments.folder}/metrics.json.")
-    return 0
+    size = QUICK if arguments.quick else Size()
+    return run_tool("demo", lambda: Demo(arguments.folder, size))
 
 
 if __name__ == "__main__":

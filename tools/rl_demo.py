@@ -10,17 +10,17 @@ interrupted goes on: remove runs/rl to start again.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from report.rl_page import write_rl_report
-from walk.commands import Command, end_on_sigterm, run_together, soar_mega, torchrun
+from walk.commands import logged, run_together, soar_mega, torchrun
 from walk.curves import curves
 from walk.data import prepare_data
-from walk.steps import Steps
+from walk.steps import Steps, run_tool
+from walk.work import forward_units
 
 from soar_mega.launch.chain import Chain, Link, load_chain
 from soar_mega.stages import CollectingConfig
@@ -37,7 +37,6 @@ class RlDemo:
     def __init__(self, quick: bool) -> None:
         self.quick = quick
         self.folder = FOLDER.with_name("rl-quick") if quick else FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.steps = Steps(self.folder, STEPS)
         self.chain: Chain = load_chain(self.chain_file())
 
@@ -67,8 +66,8 @@ class RlDemo:
         prepare_data(self.folder, self.chain.pipeline_dir, train, held_out, threads=1)
 
     def train(self) -> None:
-        words = ("chain", str(self.chain_file()), "--processes", "2")
-        run_together([self.command("chain", soar_mega(*words))])
+        words = ("chain", str(self.chain.file), "--processes", "2")
+        run_together([logged(self.folder, "chain", soar_mega(*words))])
 
     def evaluate(self) -> None:
         models = [f"base={self.chain.pipeline_dir}"]
@@ -76,7 +75,7 @@ class RlDemo:
         suite = "recipes/evaluation/tiny.yaml" if self.quick else "recipes/evaluation/tiny_rl.yaml"
         words = ["evaluate", *models, "--suite", suite, "--out", str(self.folder / "evaluation")]
         words += ["--held-out", str(self.folder / "shards" / "heldout"), "--batch-size", "32"]
-        run_together([self.command("evaluation", torchrun(2, *words))])
+        run_together([logged(self.folder, "evaluation", torchrun(2, *words))])
 
     def report(self) -> None:
         judged = json.loads((self.folder / "evaluation" / "report.json").read_text())
@@ -90,22 +89,16 @@ class RlDemo:
         """What the page tells of an RL run."""
         assert link.recipe is not None and isinstance(link.recipe.stage, CollectingConfig)
         stage, train = link.recipe.stage, link.recipe.train
-        learning = stage.forwards()
-        forwards = (
-            3 * learning.points + learning.answers + stage.sampling_forwards() / stage.updates_per_sample
-        )
+        drawing = stage.sampling_forwards() / stage.updates_per_sample
         return {
             "folder": str(link.folder),
             "stage": stage.name,
             "start": link.parent,
             "iterations": train.train_iters,
             "samples_per_iteration": train.global_batch_size,
-            "forwards_per_sample": forwards,
+            "forwards_per_sample": forward_units(stage.forwards()) + drawing,
             "curves": curves(link.folder, CURVES),
         }
-
-    def command(self, name: str, arguments: list[str]) -> Command:
-        return Command(name=name, arguments=arguments, log=self.folder / "logs" / f"{name}.log", threads=1)
 
 
 def is_rl(link: Link) -> bool:
@@ -132,16 +125,7 @@ def main() -> int:
         "--quick", action="store_true", help="a few steps of everything; the numbers mean nothing"
     )
     arguments = parser.parse_args()
-    end_on_sigterm()
-    os.chdir(Path(__file__).parents[1])  # recipes name their files from here
-    try:
-        demo = RlDemo(arguments.quick)
-        demo.run()
-    except (RuntimeError, ValueError) as error:
-        print(f"\nrl-demo: {error}", file=sys.stderr)
-        return 1
-    print(f"\nDone. Open {demo.folder}/report.html; the numbers are in {demo.folder}/metrics.json.")
-    return 0
+    return run_tool("rl-demo", lambda: RlDemo(arguments.quick))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from pathlib import Path
 from sweeping.canvases import prepare
 from sweeping.outcomes import Evaluated
 from sweeping.page import curves_figure, write_page
-from sweeping.plan import Sweep, read_sweep
+from sweeping.plan import WRITTEN_BY, Sweep, read_sweep
 from sweeping.results import results
 from sweeping.runs import evaluate, job_script, runs_of, train
 from walk.commands import end_on_sigterm
 
 from soar_mega.outputs import check_file, write_file
 
-MARK = b"tools/sweep.py"  # in what it writes
+MARK = WRITTEN_BY.encode()
 
 
 def listing(sweep: Sweep) -> str:

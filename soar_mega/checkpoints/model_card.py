@@ -20,6 +20,8 @@ from soar_mega.user_files import read_object
 
 CARD = "README.md"
 
+Samples = tuple[int | None, int | None, int | None]  # T5 tokens, width, height
+
 
 def notes_of_run(
     run: RunFolder, products: str, iteration: int, weights: str, dtype: str | None = None
@@ -86,7 +88,7 @@ def _sampling(facts: TrainingFacts) -> list[str]:
     return [*lines, "```python\n" + "\n".join(python) + "\n```", f"```bash\n{command}\n```"]
 
 
-def _trained_with(settings: dict[str, Any]) -> tuple[int | None, int | None, int | None]:
+def _trained_with(settings: dict[str, Any]) -> Samples:
     """(T5 tokens, width, height) as the run's data set says, or as its own samples were drawn.
 
     None where the data set is not there any more.
@@ -105,9 +107,7 @@ def _trained_with(settings: dict[str, Any]) -> tuple[int | None, int | None, int
     return info.max_sequence_length, *bucket_size(info.largest_bucket)
 
 
-def _drawn_with(
-    pipeline_dir: str, length: int | None, size: int | list[int] | None
-) -> tuple[int | None, int | None, int | None]:
+def _drawn_with(pipeline_dir: str, length: int | None, size: int | list[int] | None) -> Samples:
     """As the recipe says, and where it says nothing as the pipeline does, if that is still there."""
     try:
         facts = encoder_facts(Path(pipeline_dir), length)

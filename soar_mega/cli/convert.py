@@ -111,8 +111,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _to_adapt(run: Path, arguments: argparse.Namespace) -> Path:
     """What adapters are put into: of a run its export, which outside trainers start from."""
+    from soar_mega.checkpoints.run_folder import RECIPE
+
     export = run / ("export_ema" if arguments.ema else "export")
-    if not (run / "run_config.yaml").is_file():
+    if not (run / RECIPE).is_file():
         return run
     if not export.is_dir():
         raise ValueError(f"{run} has no {export.name} to put adapters into: convert its checkpoint first")

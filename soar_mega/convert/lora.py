@@ -50,12 +50,14 @@ class LoraFile:
     Attributes:
         path: of the safetensors file.
         keys: its keys by ours: module.lora_A.weight, without a prefix.
+        shapes: of its tensors by our keys.
     """
 
     path: Path
     rank: int
     alpha: float
     keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
     @property
     def modules(self) -> list[str]:
@@ -80,8 +82,9 @@ def open_lora(path: str | Path) -> LoraFile:
     file = _file(Path(path))
     with open_file(file) as opened:
         metadata = opened.metadata() or {}
-        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    keys = {key.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX): key for key in shapes}
+        stored = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    keys = {key.removeprefix(PEFT_PREFIX).removeprefix(DIFFUSERS_PREFIX): key for key in stored}
+    shapes = {key: stored[original] for key, original in keys.items()}
     strange = [key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if strange or not keys:
         found = ", ".join(keys[key] for key in strange[:SHOWN]) or "nothing"
@@ -89,7 +92,7 @@ def open_lora(path: str | Path) -> LoraFile:
             f"{file} holds {found}: expected are A and B of a transformer's linears under PEFT's names, as "
             f"{DIFFUSERS_PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight"
         )
-    ranks = {shapes[original][0] for key, original in keys.items() if key.endswith(".lora_A.weight")}
+    ranks = {shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise ValueError(f"{file} has adapters of ranks {sorted(ranks)}: here all have the same rank")
     settings = _settings(file, metadata)
@@ -100,7 +103,7 @@ def open_lora(path: str | Path) -> LoraFile:
     said = settings.get("r", rank)
     if said != rank:
         raise ValueError(f"{file}: its configuration says rank {said}, its tensors have rank {rank}")
-    return LoraFile(file, rank, float(settings.get("lora_alpha", rank)), keys)
+    return LoraFile(file, rank, float(settings.get("lora_alpha", rank)), keys, shapes)
 
 
 def _file(path: Path) -> Path:

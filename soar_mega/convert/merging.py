@@ -47,14 +47,12 @@ class _Merged:
             return
         with open_file(self._lora.path) as opened:
             a, b = (opened.get_tensor(self._lora.keys[f"{module}.{name}"]).float() for name in (A, B))
+        scale = self._lora.alpha / self._lora.rank
         for row, block in self._weights.blocks(key):
-            scale = self._lora.alpha / self._lora.rank
             yield row, block.float() + scale * b[row : row + len(block)].matmul(a)
 
 
 def _check(weights: Weights, lora: LoraFile) -> None:
-    with open_file(lora.path) as opened:
-        shapes = {key: tuple(opened.get_slice(stored).get_shape()) for key, stored in lora.keys.items()}
     problems = []
     for module in lora.modules:
         shape = weights.shapes.get(f"{module}.weight", ())
@@ -63,9 +61,9 @@ def _check(weights: Weights, lora: LoraFile) -> None:
             problems.append(f"{module} is no linear of this transformer")
         else:
             problems += [
-                f"{key} is {shapes.get(key, 'missing')}, the weight {shape} needs {right}"
+                f"{key} is {lora.shapes.get(key, 'missing')}, the weight {shape} needs {right}"
                 for key, right in wanted.items()
-                if shapes.get(key) != right
+                if lora.shapes.get(key) != right
             ]
     if problems:
         raise ValueError(f"{lora.path} does not fit the transformer:\n  {listed(problems)}")

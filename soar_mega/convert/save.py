@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from soar_mega.convert.checks import diffusers_shapes
+from soar_mega.convert.safetensors_reader import DTYPES
 from soar_mega.convert.safetensors_writer import FolderWriter, Planned, Writer
 from soar_mega.distributed import device
 from soar_mega.models.common.chunks import ModelChunks
@@ -22,7 +23,7 @@ from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 
 MAX_SHARD_SIZE = 5 * 10**9
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

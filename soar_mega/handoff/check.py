@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from soar_mega.convert import pipeline_parts, scheduler_shift
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.save import NAMES
 from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.data.encoder_facts import class_name, vae_shape
-from soar_mega.handoff.trainers import Handoff, Trainer
+from soar_mega.handoff.trainers import CLIP_TOKENS, Handoff, Trainer
 from soar_mega.training_facts import TrainingFacts, read_facts
 from soar_mega.user_files import number, read_object, whole
 
@@ -25,7 +24,6 @@ CLASSES = {
     "tokenizer_3": ("T5TokenizerFast", "T5Tokenizer"),
     "scheduler": ("FlowMatchEulerDiscreteScheduler",),
 }
-CLIP_TOKENS = 77  # written into the code of those that pad to it
 UNKNOWN_RESOLUTION = 512  # what they draw where nothing else is said
 
 
@@ -42,12 +40,15 @@ def check(pipeline: Path, trainer: Trainer) -> list[Finding]:
     found = [Finding(True, words) for words in _missing(pipeline)]
     if found:
         return found  # the rest would be told of files that are not there
-    found += [*_classes(pipeline), *_tokenizers(pipeline, trainer), *_positions(pipeline, trainer)]
-    found += [
+    facts = read_facts(pipeline)
+    found = [
+        *_classes(pipeline),
+        *_tokenizers(pipeline, trainer),
+        *_positions(pipeline, trainer),
         *_scheduler(pipeline),
-        *_texts(pipeline, trainer),
-        *_numbers(pipeline, trainer),
-        *_size(pipeline),
+        *_texts(facts, trainer),
+        *_numbers(pipeline, facts, trainer),
+        *_size(facts),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
 
@@ -119,8 +120,9 @@ def _tokenizers(pipeline: Path, trainer: Trainer) -> list[Finding]:
 def _positions(pipeline: Path, trainer: Trainer) -> list[Finding]:
     found = []
     for part in ("text_encoder", "text_encoder_2"):
-        config = {"max_position_embeddings": CLIP_TOKENS, **_config(pipeline, part)}
-        positions = whole(config, "max_position_embeddings", pipeline / part / "config.json")
+        path = pipeline / part / "config.json"
+        config = {"max_position_embeddings": CLIP_TOKENS, **read_object(path)}
+        positions = whole(config, "max_position_embeddings", path)
         if positions < CLIP_TOKENS and trainer.pads_clips:
             words = f"{part} has {positions} positions, and the trainer pads to {CLIP_TOKENS} tokens: it fails there"
             found.append(Finding(True, words))
@@ -137,7 +139,7 @@ def _positions(pipeline: Path, trainer: Trainer) -> list[Finding]:
 
 
 def _scheduler(pipeline: Path) -> list[Finding]:
-    config = _config(pipeline, "scheduler", "scheduler_config.json")
+    config = read_object(pipeline / "scheduler" / "scheduler_config.json")
     if config.get("use_dynamic_shifting"):
         return [Finding(True, "scheduler: use_dynamic_shifting needs a mu that the trainer does not give")]
     try:
@@ -147,8 +149,7 @@ def _scheduler(pipeline: Path) -> list[Finding]:
     return []
 
 
-def _texts(pipeline: Path, trainer: Trainer) -> list[Finding]:
-    facts = read_facts(pipeline)
+def _texts(facts: TrainingFacts | None, trainer: Trainer) -> list[Finding]:
     if facts is None or facts.max_sequence_length is None:
         words = (
             f"nothing says with how many T5 tokens this model was trained; {trainer.name} takes {trainer.tokens}. "
@@ -166,10 +167,9 @@ def _texts(pipeline: Path, trainer: Trainer) -> list[Finding]:
     return [Finding(False, words)]
 
 
-def _numbers(pipeline: Path, trainer: Trainer) -> list[Finding]:
+def _numbers(pipeline: Path, facts: TrainingFacts | None, trainer: Trainer) -> list[Finding]:
     with Reader(pipeline / "transformer") as reader:
         types = {NAMES[reader.dtype(key)] for key in reader.files}
-    facts = read_facts(pipeline)
     if types != {"fp32"}:
         words = (
             f"the transformer is {' and '.join(sorted(types))}, rounded from float32: checkpoint.export_dtype=fp32, or "
@@ -186,8 +186,7 @@ def _numbers(pipeline: Path, trainer: Trainer) -> list[Finding]:
     return []
 
 
-def _size(pipeline: Path) -> list[Finding]:
-    facts = read_facts(pipeline)
+def _size(facts: TrainingFacts | None) -> list[Finding]:
     if facts is not None and facts.width != facts.height:
         words = (
             f"trained on {facts.width} x {facts.height} pixels for the most part; the lines below draw squares of "
@@ -202,7 +201,3 @@ def _drawn_by_default(pipeline: Path) -> int:
     path = pipeline / "transformer" / "config.json"
     _, factor = vae_shape(pipeline)
     return min(UNKNOWN_RESOLUTION, whole(read_object(path), "sample_size", path) * factor)
-
-
-def _config(pipeline: Path, part: str, name: str = "config.json") -> dict[str, Any]:
-    return read_object(pipeline / part / name)

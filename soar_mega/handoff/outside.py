@@ -27,29 +27,25 @@ LOOK_EVERY = 1.0  # seconds
 ENDINGS = ((signal.SIGINT, 60.0), (signal.SIGTERM, 30.0), (signal.SIGKILL, 30.0))
 
 
-def train_outside(script: str, repository: Path, save: Path, checkpoints: int) -> Path:
+def train_outside(script: str, repository: Path, save: Path, checkpoints: int) -> None:
     """Run a trainer until it has saved so many checkpoints.
 
     Args:
         script: lines for bash, run in the folder of the trainer's repository.
         save: where these have it write; what lies there counts too.
 
-    Returns:
-        The folder of its newest adapters.
-
     Raises:
         ValueError: it ended before; its own words are in this process's output.
     """
     with _running(script, repository) as process:
-        while len(found := saved(save)) < checkpoints:
+        while (found := len(saved(save))) < checkpoints:
             code = process.poll()
             if code is not None:
                 raise ValueError(
-                    f"the trainer ended with exit code {code} after {len(found)} of {checkpoints} checkpoints in {save}"
+                    f"the trainer ended with exit code {code} after {found} of {checkpoints} checkpoints in {save}"
                 )
             time.sleep(LOOK_EVERY)
     logger.info("%d checkpoints are saved: the trainer was ended", checkpoints)
-    return found[-1]
 
 
 def saved(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class Trainer:
         tokens: T5 tokens that it takes for a prompt; how_to_set: words that change it in its code, with {tokens}, where
             no setting does; "" where the lines below set it.
         holds: the type in which it holds the frozen weights; keep: what in its settings keeps float32, "" if nothing.
-        pads_clips: to 77 tokens, whatever the tokenizer says.
+        pads_clips: to CLIP_TOKENS, whatever the tokenizer says.
         pins_old_tokenizers: it needs transformers 4.40, whose CLIP tokenizer reads vocab.json and merges.txt alone.
         lines: the lines of a shell script, run in its repository.
         adapters: the newest adapters that it leaves, below `out`, as `convert --lora` takes them; "": another form.
@@ -55,6 +55,7 @@ class Trainer:
 
 
 MARK = "written by soar-mega handoff"  # in the lines, so that a file of them may be replaced
+CLIP_TOKENS = 77  # written into the code of those that pad to it
 
 
 def _words(*parts: object) -> str:
@@ -66,14 +67,21 @@ def _q(value: object) -> str:
     return shlex.quote(str(value))
 
 
+def _configured(handoff: Handoff) -> tuple[str, str]:
+    """Settings of flow_grpo's configuration, from which DiffusionNFT's was made."""
+    return (
+        f"--config.pretrained.model={_q(handoff.pipeline)}",
+        f"--config.save_dir={_q(handoff.out)} --config.resolution={handoff.resolution}",
+    )
+
+
 def _flow_grpo(handoff: Handoff) -> list[str]:
     return [
         "# prompts and rewards are the configuration's: general_ocr_sd3_4gpu here, or geneval_sd3, pickscore_sd3, ...",
         _words(
             "accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml --num_processes 4",
             "--main_process_port 29501 scripts/train_sd3.py --config config/grpo.py:general_ocr_sd3_4gpu",
-            f"--config.pretrained.model={_q(handoff.pipeline)}",
-            f"--config.save_dir={_q(handoff.out)} --config.resolution={handoff.resolution}",
+            *_configured(handoff),
         ),
     ]
 
@@ -83,8 +91,7 @@ def _diffusion_nft(handoff: Handoff) -> list[str]:
         "# it samples without guidance: look first at what the model draws with --guidance-scale 1",
         _words(
             "torchrun --nproc_per_node=8 scripts/train_nft_sd3.py --config config/nft.py:sd3_multi_reward",
-            f"--config.pretrained.model={_q(handoff.pipeline)}",
-            f"--config.save_dir={_q(handoff.out)} --config.resolution={handoff.resolution}",
+            *_configured(handoff),
         ),
     ]
 
@@ -124,7 +131,7 @@ def _flow_factory(handoff: Handoff) -> list[str]:
 def _verl_omni(handoff: Handoff) -> list[str]:
     clip, t5 = (
         f"{{path: {path}, max_length: {most}}}"
-        for path, most in (("tokenizer", 77), ("tokenizer_3", handoff.tokens))
+        for path, most in (("tokenizer", CLIP_TOKENS), ("tokenizer_3", handoff.tokens))
     )
     tokenizers = f"{{clip: {clip}, t5: {t5}}}"
     rollout = "actor_rollout_ref.rollout"
@@ -135,7 +142,7 @@ def _verl_omni(handoff: Handoff) -> list[str]:
             f"actor_rollout_ref.model.path={_q(handoff.pipeline)}",
             _q(f"actor_rollout_ref.model.extra_tokenizers={tokenizers}"),
             f"{rollout}.pipeline.max_sequence_length={handoff.tokens}",
-            f"{rollout}.max_prompt_embed_length={77 + handoff.tokens}",
+            f"{rollout}.max_prompt_embed_length={CLIP_TOKENS + handoff.tokens}",
             f"{rollout}.pipeline.height={handoff.resolution} {rollout}.pipeline.width={handoff.resolution}",
             f"trainer.default_local_dir={_q(handoff.out)}",
         ),

@@ -51,7 +51,7 @@ class Link:
     product: Path  # what the link is for: verified by its hash
     parent: str | None  # the link whose product this one starts from; None: the chain's own pipeline
     after: str | None  # the link that must be done before this one begins; None: nothing
-    recipe: Recipe | None  # of a train link
+    recipe: Recipe | None = None  # of a train link
     is_parallel: bool = False  # all ranks of its job run its command, as of train links and suites
     resources: Resources
 
@@ -150,16 +150,14 @@ class _Builder:
         wanted = {**self._slurm, **settings.get("slurm", {})}
         if not values.get("is_parallel"):
             wanted |= {"nodes": 1, "processes_per_node": 1}
-        parent = self._made_by or None
-        named = {
-            "name": settings["name"],
-            "kind": kind,
-            "parent": parent,
-            "after": self._after,
-            "recipe": None,
-        }
-        return Link(**named | values,
-                    resources=resources(wanted, f"{where}: slurm"))  # fmt: skip
+        return Link(
+            name=settings["name"],
+            kind=kind,
+            parent=self._made_by or None,
+            after=self._after,
+            resources=resources(wanted, f"{where}: slurm"),
+            **values,
+        )
 
     def _train(self, settings: Any, folder: Path, where: str) -> Link:
         start = settings.get("start", "export")
@@ -218,7 +216,7 @@ class _Builder:
 
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
         asked = list(map(str, settings["evaluate"]))
-        has_suite = any(word == "--suite" or word.startswith("--suite=") for word in asked)
+        has_suite = _gives(asked, "--suite")
         out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
         arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]
@@ -238,7 +236,7 @@ class _Builder:
             raise ValueError(f"{where}: export needs a train link before it")
         out = folder / "pipeline"
         words = list(map(str, settings["export"]))
-        dtype = [] if "--dtype" in words else ["--dtype", "fp32"]
+        dtype = [] if _gives(words, "--dtype") else ["--dtype", "fp32"]
         arguments = ["convert", str(self._run.folder), str(out), *words, *dtype]
         link = self._link(settings, "export", where, folder=folder, arguments=arguments, product=out)
         self._pipeline, self._made_by = str(out), link.name
@@ -246,7 +244,7 @@ class _Builder:
 
     def _handoff(self, settings: Any, folder: Path, where: str) -> Link:
         words = list(map(str, settings["handoff"]))
-        if "--run-in" not in words:
+        if not _gives(words, "--run-in"):
             raise ValueError(f"{where}: handoff: name the folder of the trainer's repository with --run-in")
         out = folder / "pipeline"
         arguments = ["handoff", self._pipeline, "--save", str(folder), *words]
@@ -267,6 +265,11 @@ class _Builder:
         if settings["product"] == "pipeline":
             self._pipeline, self._made_by = str(product), link.name
         return link
+
+
+def _gives(words: list[str], option: str) -> bool:
+    """Whether an option is among the words of a command, as --option X or --option=X."""
+    return any(word.split("=", 1)[0] == option for word in words)
 
 
 def _check(settings: Any, known: Mapping[str, type], where: str) -> None:

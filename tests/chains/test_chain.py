@@ -98,6 +98,20 @@ def test_a_trainer_of_another_repository_makes_a_pipeline(tmp_path: Path) -> Non
     assert b.recipe is not None and b.recipe.model.pipeline_dir == str(rl.folder / "pipeline")
 
 
+def test_an_option_may_be_written_with_its_value(tmp_path: Path) -> None:
+    """As one word: what a link adds by itself does not go before it."""
+    links = [
+        train("a"),
+        {"name": "e", "export": ["--dtype=bf16"]},
+        {"name": "s", "evaluate": ["--suite=tiny"]},
+        {"name": "h", "handoff": ["--to=flow_grpo", "--run-in=there"]},
+    ]
+    chain = load_chain(write(tmp_path, links))
+    assert chain.link("e").arguments[3:] == ["--dtype=bf16"]
+    assert chain.link("s").product.name == "report.json"
+    assert chain.link("h").arguments[-1] == "--run-in=there"
+
+
 def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> None:
     links = [train("a"), train("b", start="checkpoint"), train("c", start="export_ema")]
     chain = load_chain(write(tmp_path, links))

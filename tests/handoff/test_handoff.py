@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from soar_mega.checkpoints.model_card import notes_of_run
+from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.handoff import outside
 from soar_mega.handoff.check import check, handoff
 from soar_mega.handoff.trainers import TRAINERS, Handoff, script
-from soar_mega.training_facts import TrainingFacts
+from soar_mega.recipe import recipe_to_yaml
+from soar_mega.stages import load_recipe
+from soar_mega.training_facts import TrainingFacts, read_facts
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
 STAND_IN = Path(__file__).parent / "stand_in_trainer.py"
@@ -119,6 +123,25 @@ def test_what_it_would_stop_at_is_told(
     damage(pipeline)
     [finding] = [each for each in check(pipeline, TRAINERS[trainer]) if words in each.words]
     assert finding.stops == stops
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [([], (128, 16, 16)), (["data.max_sequence_length=9", "data.resolution=[16, 8]"], (9, 16, 8))],
+)
+def test_an_export_of_own_samples_says_how_they_were_drawn(
+    pipeline: Path, tmp_path: Path, settings: list[str], told: tuple[int, int, int]
+) -> None:
+    """What the recipe leaves out is what the pipeline says of itself."""
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = load_recipe(str(BASE.parent / "flow_grpo.yaml"), [f"model.pipeline_dir={pipeline}", *settings])
+    (run / "run_config.yaml").write_text(recipe_to_yaml(recipe))
+    for name, text in notes_of_run(RunFolder(run), "SD3", 100, "current").items():
+        (run / name).write_text(text)
+    facts = read_facts(run)
+    assert facts is not None and (facts.max_sequence_length, facts.width, facts.height) == told
+    assert f"max_sequence_length={told[0]}" in (run / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextModelWithProjection
 
+from soar_mega.user_files import read_object
+
 # of every published CLIP; flow_grpo and DiffusionNFT pad prompts to it, whatever the tokenizer says
 CLIP_POSITIONS = 77
 T5_CLASS = (
@@ -27,23 +29,18 @@ def with_positions(clip: CLIPTextModelWithProjection) -> CLIPTextModelWithProjec
 
 def add_tokenizer_files(folder: Path) -> None:
     """Write vocab.json and merges.txt beside each CLIP's tokenizer.json, and name T5's tokenizer as it was."""
-    index = _read(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     for part in (name for name in index if name.startswith("tokenizer")):
         if index[part][1] == "CLIPTokenizer":
-            model = _read(folder / part / "tokenizer.json")["model"]
+            model = read_object(folder / part / "tokenizer.json")["model"]
             lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
             (folder / part / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             _write(folder / part / "vocab.json", model["vocab"])
         else:
             index[part][1] = T5_CLASS
             config = folder / part / "tokenizer_config.json"
-            _write(config, {**_read(config), "tokenizer_class": T5_CLASS})
+            _write(config, {**read_object(config), "tokenizer_class": T5_CLASS})
     _write(folder / "model_index.json", index)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

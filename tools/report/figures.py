@@ -28,9 +28,10 @@ CATEGORY_TITLES = {
 }
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure, written_by: str | None = None) -> bytes:
+    """Closes the figure. `written_by` is named in the file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": written_by} if written_by else None)
     plt.close(figure)
     return buffer.getvalue()
 

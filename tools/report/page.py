@@ -161,8 +161,11 @@ def table(header: list[str], rows: list[list[str]], bold: set[int] | None = None
 
 
 def picture(png: bytes, alternative: str, caption: str) -> str:
+    return f"<figure>{image(png, alternative)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def image(png: bytes, alternative: str, style: str = "") -> str:
+    """The element that holds a picture itself; style: CSS."""
+    shown = f' style="{style}"' if style else ""
     data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return f'<img alt="{escape(alternative)}"{shown} src="data:image/png;base64,{data}">'

@@ -1,12 +1,11 @@
 """The page of the RL demo: rewards, held-out scores and drift, against updates and against computation."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from report.page import picture, table, whole_page
+from report.page import image, picture, table, whole_page
 from report.rl_figures import learning_curves
 
 METHODS = {"flow_grpo": "Flow-GRPO", "diffusion_nft": "DiffusionNFT"}
@@ -71,10 +70,6 @@ def _interval(row: Mapping[str, Any]) -> str:
 def _pictures(name: str, run: Mapping[str, Any], paths: Sequence[Path]) -> str:
     if not paths:
         return ""
-    images = "".join(
-        f'<img alt="{escape(path.stem)}" style="width: 48%" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}"> '
-        for path in paths
-    )
+    images = " ".join(image(path.read_bytes(), path.stem, "width: 48%") for path in paths)
     caption = f"{name}, from {run['start']}: best, median and worst samples of the first and of the last collection."
     return f"<figure>{images}<figcaption>{escape(caption)}</figcaption></figure>"

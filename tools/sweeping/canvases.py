@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from sweeping.plan import Canvases
+from sweeping.plan import WRITTEN_BY, Canvases
 from walk.data import prepare_data
 
 from soar_mega.evaluation.benchmark import OCR, benchmark_prompts
 from soar_mega.outputs import write_file
 
 PROMPTS_SEED = 4000
-WRITTEN_BY = "tools/sweep.py"
 
 
 def prepare(folder: Path, pipeline_dir: str, canvases: Canvases, threads: int) -> None:

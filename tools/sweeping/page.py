@@ -3,23 +3,20 @@
 Arms train on different points, so their losses are numbers of different things; what arms share is the evaluation.
 """
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from report.figures import plt, to_png
+from report.page import image, table, whole_page
+from sweeping.plan import WRITTEN_BY
 
 Json = Mapping[str, Any]
 
-NOTES = """\
-<p class="note">Written by tools/sweep.py. Intervals are 95 %. Those of arms count the chance in training, as all arms
+NOTES = f"""\
+<p class="note">Written by {WRITTEN_BY}. Intervals are 95 %. Those of arms count the chance in training, as all arms
 together show it; those of differences also the choice of prompts. Differences are paired over seeds and prompts. Holm's
 correction covers the differences of the primary measures; all others were not asked beforehand and prove nothing.
 A measure "at" a guidance scale of its own has the one that was an arm's best on one half of the prompts, and is the
@@ -29,18 +26,12 @@ score of the other half. Training losses of different arms are numbers of differ
 
 def write_page(result: Json, out: Path) -> bytes:
     """The page as bytes; `out` is its name, for its title."""
-    style = (Path(__file__).parents[1] / "report" / "style.css").read_text()
     parts = [f"<h1>Sweep {escape(out.stem)}</h1>", NOTES, "<h2>Arms</h2>", arms_table(result)]
     parts += ["<h2>Differences, primary measures</h2>", contrasts_table(result, primary=True)]
     parts += ["<h2>Other differences</h2>", contrasts_table(result, primary=False), "<h2>Curves</h2>"]
     for name in result["measures"]:
-        image = base64.b64encode(curves_figure(result, name)).decode()
-        parts.append(f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{image}"></figure>')
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(out.stem)}</title>\n'
-        f"<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    ).encode()
+        parts.append(f"<figure>{image(curves_figure(result, name), name)}</figure>")
+    return whole_page(escape(out.stem), "\n".join(parts)).encode()
 
 
 def arms_table(result: Json) -> str:
@@ -57,7 +48,7 @@ def arms_table(result: Json) -> str:
     bases = [each["base"] for each in measures.values()]
     if any(value is not None for value in bases):
         rows.insert(0, ["base", "", "", "", *("" if value is None else f"{value:.3f}" for value in bases)])
-    return _table(["arm", "steps", "forward units", "runs", *map(escape, measures)], rows)
+    return table(["arm", "steps", "forward units", "runs", *map(escape, measures)], rows)
 
 
 def _chosen(measure: Json, arm: str) -> str:
@@ -85,7 +76,7 @@ def contrasts_table(result: Json, primary: bool) -> str:
             row.append(f"{each['adjusted']:.3f}" if each["adjusted"] is not None else "")
         rows.append(row)
     head = ["", "measure", "difference", "95 %", "seeds", "p", *(["p, Holm"] if primary else [])]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def curves_figure(result: Json, measure: str) -> bytes:
@@ -98,10 +89,7 @@ def curves_figure(result: Json, measure: str) -> bytes:
         axes.set_xlabel(title, fontsize=8)
     panels[0].set_ylabel(measure, fontsize=8)
     panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": "tools/sweep.py"})
-    plt.close(figure)
-    return buffer.getvalue()
+    return to_png(figure, WRITTEN_BY)
 
 
 def _curves(axes: Axes, result: Json, measure: str, key: str) -> None:
@@ -123,9 +111,3 @@ def _interval(each: Json, more: str) -> str:
     if each["low"] is None:
         return f"{each['mean']:.3f}{more}"
     return f"{each['mean']:.3f} <small>({each['low']:.3f} to {each['high']:.3f}){more}</small>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from walk.work import forward_units
 
 from soar_mega.config import Recipe
 from soar_mega.models.family import model_sizes
 from soar_mega.stages import load_recipe
 
 BEST = "best"
+WRITTEN_BY = "tools/sweep.py"  # in all files of a sweep, so that they may be replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +198,7 @@ def units_of(recipe: Recipe) -> float:
     """Forwards of a sample in a step of a recipe, a backward counting as two."""
     # a preset says enough where the pipeline is not here
     model = replace(recipe.model, pipeline_dir="") if recipe.model.preset else recipe.model
-    answers, points = recipe.stage.asking(model_sizes(model).guidance_embeds).forwards()[:2]
-    return answers + 3 * points
+    return forward_units(recipe.stage.asking(model_sizes(model).guidance_embeds).forwards())
 
 
 def _iterations(budget: Any, units: float, where: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import t as student
 from sweeping.contrasts import Chance, Contrast, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
-from sweeping.plan import Arm, Measure, Sweep
+from sweeping.plan import WRITTEN_BY, Arm, Measure, Sweep
 from sweeping.runs import curve_name
 
 Json = dict[str, Any]
@@ -25,7 +25,7 @@ def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
     contrasts: list[Contrast] = []
     found: dict[str, Json] = {}
     for measure in sweep.measures:
-        scales = {arm.name: scale_of(evaluated, measure, models_of(arm)) for arm in sweep.arms}
+        scales = {arm.name: evaluated.scale(models_of(arm), measure) for arm in sweep.arms}
         scores = {
             arm.name: {
                 seed: evaluated.value(model, measure, scales[arm.name])
@@ -52,7 +52,7 @@ def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
                 errors = prompts_errors(evaluated, measure, pairs, (scales[name], scales[arm.name]))
                 contrasts.append(contrast(scores, arm.name, name, measure.name, chance, *errors))
     return {
-        "written_by": "tools/sweep.py",
+        "written_by": WRITTEN_BY,
         "command": command,
         "date": str(date.today()),
         "torch": torch.__version__,
@@ -69,17 +69,10 @@ def models_of(arm: Arm, iteration: int | None = None) -> list[str]:
     return [f"{name}#{seed}" for seed in arm.seeds]
 
 
-def scale_of(evaluated: Evaluated, measure: Measure, models: Sequence[str]) -> float:
-    if measure.drift is not None:
-        assert not isinstance(measure.guidance_scale, str)
-        return measure.guidance_scale
-    return evaluated.scale(models, measure)
-
-
 def base_value(sweep: Sweep, evaluated: Evaluated, measure: Measure) -> float | None:
     if not sweep.base:
         return None
-    return evaluated.value("base", measure, scale_of(evaluated, measure, ["base"]))
+    return evaluated.value("base", measure, evaluated.scale(["base"], measure))
 
 
 def summary(values: list[float], chance: Chance) -> Json:
@@ -99,7 +92,7 @@ def curve(
     for iteration in sweep.curve:
         if iteration < arm.iterations:
             models = models_of(arm, iteration)
-            scale = scale_of(evaluated, measure, models)
+            scale = evaluated.scale(models, measure)
             values = [evaluated.value(model, measure, scale) for model in models]
             points.append((iteration, values))
     points.append((arm.iterations, list(scores.values())))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeping.plan import Arm, Sweep
-from walk.commands import Command, run_together, soar_mega, torchrun
+from walk.commands import logged, run_together, soar_mega, torchrun
 
+from soar_mega.checkpoints.run_folder import MARKER, RECIPE, RunFolder
 from soar_mega.launch import slurm
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
@@ -34,7 +35,7 @@ class Run:
     @property
     def marker(self) -> Path:
         """Written last."""
-        return self.folder / "complete.json"
+        return self.folder / MARKER
 
     @property
     def words(self) -> list[str]:
@@ -46,7 +47,7 @@ class Run:
             f"checkpoint.save={self.folder}",
         ]
         if self.curve:
-            interval = _common(self.curve)
+            interval = math.gcd(*self.curve)  # meets all of them
             words += [f"checkpoint.save_interval={interval}", f"checkpoint.save_retain_interval={interval}"]
         if self.sweep.canvases is not None:
             words += [
@@ -67,7 +68,7 @@ class Run:
             ValueError: its folder holds a run with other settings.
         """
         recipe, *overrides = self.words
-        written = self.folder / "run_config.yaml"
+        written = self.folder / RECIPE
         if written.is_file() and written.read_text() != recipe_to_yaml(load_recipe(recipe, overrides)):
             raise ValueError(
                 f"{self.folder} is a run with other settings than the arm {self.arm.name} has now: give the arm "
@@ -83,7 +84,7 @@ class Run:
     def models(self) -> list[str]:
         """What is evaluated: NAME=MODEL, the checkpoints of the curve before the export."""
         found = [
-            f"{curve_name(self.arm.name, iteration)}#{self.seed}={self.folder}/iter_{iteration:07d}"
+            f"{curve_name(self.arm.name, iteration)}#{self.seed}={RunFolder(self.folder).checkpoint(iteration)}"
             for iteration in self.curve
         ]
         return [
@@ -95,11 +96,6 @@ class Run:
 def curve_name(arm: str, iteration: int) -> str:
     """What an arm is called in an evaluation before its last iteration."""
     return f"{arm}.{iteration}"
-
-
-def _common(iterations: list[int]) -> int:
-    """The largest interval that meets all of them."""
-    return math.gcd(*iterations)
 
 
 def runs_of(sweep: Sweep) -> list[Run]:
@@ -114,7 +110,7 @@ def train(runs: list[Run], at_once: int) -> None:
     Raises:
         RuntimeError: one failed, with the end of its output; start again to go on.
     """
-    chains = [[_command(run.sweep, run.name, soar_mega("train", *run.words))] for run in runs]
+    chains = [[logged(run.sweep.folder, run.name, soar_mega("train", *run.words))] for run in runs]
     run_together(*chains, at_once=at_once)
 
 
@@ -128,7 +124,7 @@ def evaluate(sweep: Sweep, runs: list[Run], processes: int) -> Path:
     if sweep.canvases is not None:
         words += ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
     arguments = torchrun(processes, "evaluate", *words) if processes > 1 else soar_mega("evaluate", *words)
-    run_together([_command(sweep, "evaluate", arguments)])
+    run_together([logged(sweep.folder, "evaluate", arguments)])
     return folder
 
 
@@ -139,11 +135,7 @@ def job_script(sweep: Sweep, runs: list[Run]) -> tuple[str, int]:
     job = slurm.Job(
         name=sweep.folder.name,
         arguments=["train"],
-        marker=sweep.folder / "complete.json",
+        marker=sweep.folder / MARKER,
         sweep=[(run.words, run.marker) for run in missing],
     )
     return slurm.render(job, wanted), len(missing)
-
-
-def _command(sweep: Sweep, name: str, arguments: list[str]) -> Command:
-    return Command(name=name, arguments=arguments, log=sweep.folder / "logs" / f"{name}.log", threads=1)

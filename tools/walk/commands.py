@@ -41,6 +41,11 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, "-m", "soar_mega", *arguments]
 
 
+def logged(folder: Path, name: str, arguments: Sequence[str], threads: int = 1) -> Command:
+    """A command with its output in <folder>/logs/<name>.log."""
+    return Command(name=name, arguments=arguments, log=folder / "logs" / f"{name}.log", threads=threads)
+
+
 def end_on_sigterm() -> None:
     """Makes SIGTERM end this process as an exception does, so that `run_together` takes its commands along."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -1,9 +1,14 @@
 """A tool's work as steps in one folder: what is finished is not repeated, unless something before it was."""
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
+
+from walk.commands import end_on_sigterm
 
 
 class Steps:
@@ -14,6 +19,7 @@ class Steps:
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._names = names
         self._record = folder / "steps.json"
         self.seconds: dict[str, float] = json.loads(self._record.read_text()) if self._record.exists() else {}
@@ -32,3 +38,25 @@ class Steps:
         self.seconds[name] = time.monotonic() - started
         self._record.write_text(json.dumps(self.seconds, indent=1) + "\n")
         print(f"    {self.seconds[name]:.0f} s", flush=True)
+
+
+class Tool(Protocol):
+    """What takes its steps, and leaves report.html and metrics.json in its folder."""
+
+    folder: Path
+
+    def run(self) -> None: ...
+
+
+def run_tool(name: str, make: Callable[[], Tool]) -> int:
+    """Makes a tool and runs it, from the root of the repository, where recipes name their files from; its exit code."""
+    end_on_sigterm()
+    os.chdir(Path(__file__).parents[2])
+    try:
+        tool = make()
+        tool.run()
+    except (RuntimeError, ValueError) as error:
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    print(f"\nDone. Open {tool.folder}/report.html; the numbers are in {tool.folder}/metrics.json.")
+    return 0

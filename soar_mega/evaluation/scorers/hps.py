@@ -38,8 +38,7 @@ class HumanPreference(PerImage):
 
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
         pixels = by_padded_tensor(from_pil(to_pil(image)), self.clip.size)
-        feature = self.clip.image_feature(pixels)
-        return {self.name: (feature * self.clip.text_feature(cleaned(prompt))).sum().item()}
+        return {self.name: self.clip.cosine(pixels, cleaned(prompt))}
 
 
 def cleaned(prompt: str) -> str:

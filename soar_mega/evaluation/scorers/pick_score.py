@@ -25,8 +25,7 @@ class PickScore(PerImage):
         self.clip = read_clip(weights_dir / PICK_SCORE[0].place, weights_dir / LAION_CLIP, device)
 
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
-        feature = self.clip.image_feature(by_pil(to_pil(image), self.clip.size))
-        cosine = (feature * self.clip.text_feature(prompt)).sum().item()
+        cosine = self.clip.cosine(by_pil(to_pil(image), self.clip.size), prompt)
         return {self.name: self.clip.logit_scale * cosine / self.divisor}
 
 

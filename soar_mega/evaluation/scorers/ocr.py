@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import to_pil
 from soar_mega.evaluation.scorers.weights import (
     PADDLE_DETECTION,
     PADDLE_DIRECTION,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_pil
 from soar_mega.evaluation.scorers.weights import LAION_CLIP, PICK_SCORE
 
 

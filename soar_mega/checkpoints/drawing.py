@@ -55,7 +55,7 @@ class Source:
             return said | {"weights": content_hash(self.path)}
         said |= {
             "encoders": fingerprints(self.pipeline_dir),
-            "max_sequence_length": self.text_length(),
+            "max_sequence_length": self._drawn_length(),
         }
         if self.shift is None:
             said["scheduler"] = content_hash(self.pipeline_dir / "scheduler")
@@ -66,7 +66,7 @@ class Source:
 
     def text_length(self) -> int:
         """T5 tokens of a prompt. Warns where an export of ours says that it was trained with another number."""
-        used = encoder_facts(self.pipeline_dir, self.max_sequence_length).max_sequence_length
+        used = self._drawn_length()
         facts = read_facts(self.path)
         trained = None if facts is None else facts.max_sequence_length
         if trained not in (None, used):
@@ -75,6 +75,9 @@ class Source:
                 *(self.path, trained, used),
             )
         return used
+
+    def _drawn_length(self) -> int:
+        return encoder_facts(self.pipeline_dir, self.max_sequence_length).max_sequence_length
 
     def generator(self, dtype: str, parallel: ParallelConfig, decodes: bool) -> Generator:
         """The transformer in our implementation, ready to draw. Collective for a checkpoint, which stays cut.

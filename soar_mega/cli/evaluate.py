@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.cli.adapted import split_adapted
+from soar_mega.cli.numbers import check_at_least_one
 
 MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
@@ -99,9 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipelines = _named(arguments.models)
     if steps < 1:
         raise ValueError("--steps must be at least 1")
-    for name in ("prompts_per_category", "drift_samples", "drift_steps"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least_one(arguments, "prompts_per_category", "drift_samples", "drift_steps")
     if not all(math.isfinite(scale) for scale in arguments.guidance_scale or ()):
         raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from soar_mega.cli.adapted import split_adapted
+from soar_mega.cli.numbers import check_at_least_one
 
 if TYPE_CHECKING:
     from soar_mega.evaluation.suite.settings import Suite
@@ -27,15 +28,8 @@ WAITING = timedelta(hours=2)  # of a rank for others that still draw
 
 def check(arguments: argparse.Namespace) -> None:
     """ValueError for what can be seen to be wrong without loading anything."""
-    for name in (
-        "batch_size",
-        "drift_samples",
-        "drift_steps",
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-    ):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    check_at_least_one(arguments, "batch_size", "drift_samples", "drift_steps", *sizes)
     if not arguments.out:
         raise ValueError("--suite writes a folder of images, scores and a report: name it with --out DIR")
     if not arguments.models and not arguments.watch:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soar_mega.cli.adapted import split_adapted
+from soar_mega.cli.numbers import check_at_least_one
 
 if TYPE_CHECKING:
     from soar_mega.data.prompts import EncodedPrompts
@@ -83,9 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = [*arguments.prompt, *read_prompts(arguments.prompts)]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one per line")
-    for name in ("count", "steps", "scale", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least_one(arguments, "count", "steps", "scale", "batch_size")
     if not math.isfinite(arguments.guidance_scale):
         raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
 

@@ -2,8 +2,7 @@
 
 GenEval (Ghosh et al. 2023): an image is right if a detector finds what the prompt asks for; the score is the mean over
 the six tasks of the share of right images. As there, objects that the prompt does not mention do no harm except when
-counting. OCR as in Flow-GRPO: 1 - min(d, len)/len with d the edit distance, 0 where the wanted text is within what
-was read.
+counting. OCR as in Flow-GRPO, see text_share.py.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from soar_mega.data.canvases import RELATIONS, Caption, Cell, draw_caption, place, render
+from soar_mega.evaluation.text_share import share_read
 from soar_mega.evaluation.verifier import Verifier
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -69,9 +69,7 @@ def score(images: ArrayLike, prompts: Sequence[Caption], verifier: Verifier | No
             raise ValueError(
                 f"prompt {prompt.text!r} is of kind {prompt.kind!r}, which the benchmark does not score"
             )
-        points[prompt.kind].append(
-            read_back(prompt, cells) if prompt.kind == OCR else float(fulfils(prompt, cells))
-        )
+        points[prompt.kind].append(judged(prompt, cells))
     for kind, values in points.items():
         if len(values) < 2:
             raise ValueError(f"the benchmark needs at least 2 prompts of {kind!r}, got {len(values)}")
@@ -88,6 +86,11 @@ def score(images: ArrayLike, prompts: Sequence[Caption], verifier: Verifier | No
 def _summary(values: list[float]) -> Score:
     error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
     return Score(mean=float(np.mean(values)), count=len(values), standard_error=error)
+
+
+def judged(prompt: Caption, cells: Sequence[Cell]) -> float:
+    """1 where the cells show what is asked for, else 0; of a number to be read the share that can be (OCR)."""
+    return read_back(prompt, cells) if prompt.kind == OCR else float(fulfils(prompt, cells))
 
 
 def fulfils(prompt: Caption, cells: Sequence[Cell]) -> bool:
@@ -118,16 +121,4 @@ def read_back(prompt: Caption, cells: Sequence[Cell]) -> float:
     """The OCR score in [0, 1] of the digits in the cells, read in reading order."""
     wanted = "".join(map(str, prompt.digits))
     read = "".join(str(cell[1]) for cell in cells if cell is not None)
-    if wanted in read:
-        return 1.0
-    return 1.0 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein: the fewest insertions, deletions and substitutions that turn a into b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    return share_read(wanted, read)

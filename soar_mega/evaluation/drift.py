@@ -21,6 +21,9 @@ from soar_mega.models.common.conditions import Conditions
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, H, W], sigma [B]) -> [B, C, H, W]
 ModelVelocity = Callable[[Tensor, Tensor, Conditions], Tensor]  # the same, with conditions [B]
 
+SPANS = ((0.9, 0.65), (0.75, 0.5), (0.5, 0.25))  # that are measured, in sigma
+TOGETHER = 32  # samples whose velocities are predicted together
+
 
 @dataclass(frozen=True, kw_only=True)
 class DriftResult:

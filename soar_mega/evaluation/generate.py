@@ -16,6 +16,7 @@ from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
 from soar_mega.evaluation.drift import ModelVelocity, at_scale
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.flow import Schedule, normal, sample
 from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
@@ -166,12 +167,11 @@ def save_image(image: Tensor, path: str | Path, scale: int = 1) -> None:
     Raises what `check_image_path` does.
     """
     check_image_path(path)
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    enlarged = image.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     picture = BytesIO()
     exif = Image.Exif()
     exif[_SOFTWARE] = MARK.decode()
-    Image.fromarray(pixels.numpy()).save(picture, FORMATS[Path(path).suffix.lower()], exif=exif)
+    to_pil(enlarged).save(picture, FORMATS[Path(path).suffix.lower()], exif=exif)
     write_file(path, picture.getvalue(), MARK)
 
 

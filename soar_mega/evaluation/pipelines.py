@@ -15,13 +15,11 @@ from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.data.shards import ShardSet, open_shards
 from soar_mega.evaluation.benchmark import Result, benchmark_prompts, real_canvases, score
-from soar_mega.evaluation.drift import held_out_drift, span_facts
+from soar_mega.evaluation.drift import SPANS, TOGETHER, held_out_drift, span_facts
 from soar_mega.evaluation.energy import energy_to_real
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.verifier import Verifier
 from soar_mega.models.common.build import DTYPES
-
-DRIFT_BATCH = 32  # samples whose velocities are predicted together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class Plan:
     prompts_per_category: int = 60
     seed: int = 0
     held_out: str = ""  # shard folder for drift; empty: no drift
-    drift_spans: Sequence[Sequence[float]] = ((0.9, 0.65), (0.75, 0.5), (0.5, 0.25))
+    drift_spans: Sequence[Sequence[float]] = SPANS
     drift_samples: int = 128
     drift_steps: int = 5
     dtype: str = "fp32"
@@ -106,7 +104,7 @@ def _images(
 
 def _drift(generator: Generator, shards: ShardSet, plan: Plan) -> dict[str, Any]:
     """At each guidance scale, its spans."""
-    groups = shards.one_bucket_groups(plan.drift_samples, DRIFT_BATCH)
+    groups = shards.one_bucket_groups(plan.drift_samples, TOGETHER)
     scales = {}
     for scale in plan.guidance_scales:
         results = held_out_drift(

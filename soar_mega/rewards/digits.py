@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.canvases import COLOURS, COUNTS, RELATIONS, Caption
-from soar_mega.evaluation.benchmark import OCR, fulfils, read_back
+from soar_mega.evaluation.benchmark import OCR, judged
 from soar_mega.evaluation.verifier import Verifier
 
 _NOUN = rf"an? (?:({'|'.join(COLOURS)}) )?([0-9])"
@@ -36,10 +36,7 @@ class DigitsScorer:
     ) -> dict[str, Tensor]:
         wanted = [_asked(prompt, more) for prompt, more in zip(prompts, metadata, strict=True)]
         shown = self._verifier.read_all(images.cpu().numpy())
-        values = [
-            read_back(caption, cells) if caption.kind == OCR else float(fulfils(caption, cells))
-            for caption, cells in zip(wanted, shown, strict=True)
-        ]
+        values = [judged(caption, cells) for caption, cells in zip(wanted, shown, strict=True)]
         return {self.name: torch.tensor(values, dtype=torch.float64)}
 
     def check(self, prompt: str, metadata: Mapping[str, Any]) -> None:

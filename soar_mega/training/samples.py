@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from soar_mega.config import LoggingConfig, Recipe
@@ -15,6 +14,7 @@ from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.distributed import device, is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.evaluation.drift import at_scale
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule, normal, sample
 from soar_mega.models.common.conditions import Conditions
@@ -145,5 +145,4 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
 def write_png(image: Tensor, path: Path) -> None:
     """Writes an image [3, H, W] in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path)
+    to_pil(image).save(path)

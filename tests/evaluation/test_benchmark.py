@@ -8,12 +8,12 @@ from soar_mega.data.canvases import Caption
 from soar_mega.evaluation.benchmark import (
     CATEGORIES,
     benchmark_prompts,
-    edit_distance,
     fulfils,
     read_back,
     real_canvases,
     score,
 )
+from soar_mega.evaluation.text_share import edit_distance
 
 
 def caption(digits, **fields):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.heads import LinearHead
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_pil
 from soar_mega.evaluation.scorers.state import fill, read_state
 from soar_mega.evaluation.scorers.weights import AESTHETIC_HEAD, CLIP_L, OPENAI_CLIP
 

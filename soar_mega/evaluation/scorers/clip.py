@@ -34,6 +34,10 @@ class Clip:
         pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.device)).pooler_output
         return normalize(self.model.text_projection(pooled), dim=-1)
 
+    def cosine(self, pixels: Tensor, text: str) -> float:
+        """Of an image [1, 3, size, size] and a text."""
+        return (self.image_feature(pixels) * self.text_feature(text)).sum().item()
+
     @property
     def logit_scale(self) -> float:
         """What cosines are multiplied by."""

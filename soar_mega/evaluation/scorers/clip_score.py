@@ -29,5 +29,4 @@ class ClipScore(PerImage):
         self.clip = read_clip(folder, folder, device)
 
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
-        feature = self.clip.image_feature(by_bilinear_tensor(image, self.clip.size))
-        return {self.name: (feature * self.clip.text_feature(prompt)).sum().item()}
+        return {self.name: self.clip.cosine(by_bilinear_tensor(image, self.clip.size), prompt)}

@@ -35,107 +35,97 @@ from collections.abc import Mapping
 from torch import Tensor
 
 PIXELS = "model.pixel_level_module"
-SWIN = f"{PIXELS}.encoder.encoder.layers"
-DEFORMABLE = f"{PIXELS}.decoder.encoder.layers"
-MASKED = "model.transformer_module.decoder.layers"
 QUERIES = "model.transformer_module"
+FEED_FORWARD = {"ffns.0.layers.0.0": "fc1", "ffns.0.layers.1": "fc2"}
 
-# Numbers that follow from the sizes.
-UNUSED = re.compile(r".*\.relative_position_index$")
+# Beginnings of their names, of ours, and what stands behind them.
+PARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        r"backbone\.",
+        f"{PIXELS}.encoder.",
+        {
+            "patch_embed.projection": "embeddings.patch_embeddings.projection",
+            "patch_embed.norm": "embeddings.norm",
+            **{f"norm{stage}": f"hidden_states_norms.stage{stage + 1}" for stage in range(4)},
+        },
+    ),
+    (r"backbone\.stages\.(\d+)\.", rf"{PIXELS}.encoder.encoder.layers.\1.", {"downsample": "downsample"}),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.",
+        rf"{PIXELS}.encoder.encoder.layers.\1.blocks.\2.",
+        {
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "attn.w_msa.proj": "attention.output.dense",
+            "attn.w_msa": "attention.self",
+            "ffn.layers.0.0": "intermediate.dense",
+            "ffn.layers.1": "output.dense",
+        },
+    ),
+    (
+        r"panoptic_head\.pixel_decoder\.",
+        f"{PIXELS}.decoder.",
+        {
+            "level_encoding.weight": "level_embed",
+            "mask_feature": "mask_projection",
+            "lateral_convs.0.conv": "adapter_1.0",
+            "lateral_convs.0.gn": "adapter_1.1",
+            "output_convs.0.conv": "layer_1.0",
+            "output_convs.0.gn": "layer_1.1",
+        },
+    ),
+    (
+        r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.",
+        rf"{PIXELS}.decoder.input_projections.\1.",
+        {"conv": "0", "gn": "1"},
+    ),
+    (
+        r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.",
+        rf"{PIXELS}.decoder.encoder.layers.\1.",
+        {
+            "attentions.0": "self_attn",
+            "norms.0": "self_attn_layer_norm",
+            "norms.1": "final_layer_norm",
+            **FEED_FORWARD,
+        },
+    ),
+    (
+        r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.",
+        rf"{QUERIES}.decoder.layers.\1.",
+        {
+            "attentions.0.attn": "cross_attn",
+            "attentions.1.attn": "self_attn",
+            "norms.0": "cross_attn_layer_norm",
+            "norms.1": "self_attn_layer_norm",
+            "norms.2": "final_layer_norm",
+            **FEED_FORWARD,
+        },
+    ),
+    (
+        r"panoptic_head\.",
+        f"{QUERIES}.",
+        {
+            "transformer_decoder.post_norm": "decoder.layernorm",
+            "query_embed": "queries_embedder",
+            "query_feat": "queries_features",
+            "level_embed": "level_embed",
+            **{f"mask_embed.{2 * i}": f"decoder.mask_predictor.mask_embedder.{i}.0" for i in range(3)},
+        },
+    ),
+    (r"panoptic_head\.", "", {"cls_embed": "class_predictor"}),
+)
 RULES = [
-    (re.compile(rf"{theirs}(?=\.|$)"), ours)
-    for theirs, ours in (
-        (r"backbone\.patch_embed\.projection", rf"{PIXELS}.encoder.embeddings.patch_embeddings.projection"),
-        (r"backbone\.patch_embed\.norm", rf"{PIXELS}.encoder.embeddings.norm"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", rf"{SWIN}.\1.blocks.\2.layernorm_before"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", rf"{SWIN}.\1.blocks.\2.layernorm_after"),
-        (
-            r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj",
-            rf"{SWIN}.\1.blocks.\2.attention.output.dense",
-        ),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa", rf"{SWIN}.\1.blocks.\2.attention.self"),
-        (
-            r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0",
-            rf"{SWIN}.\1.blocks.\2.intermediate.dense",
-        ),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", rf"{SWIN}.\1.blocks.\2.output.dense"),
-        (r"backbone\.stages\.(\d+)\.downsample", rf"{SWIN}.\1.downsample"),
-        (
-            r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv",
-            rf"{PIXELS}.decoder.input_projections.\1.0",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn",
-            rf"{PIXELS}.decoder.input_projections.\1.1",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.attentions\.0",
-            rf"{DEFORMABLE}.\1.self_attn",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.0",
-            rf"{DEFORMABLE}.\1.self_attn_layer_norm",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.1",
-            rf"{DEFORMABLE}.\1.final_layer_norm",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0",
-            rf"{DEFORMABLE}.\1.fc1",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.1",
-            rf"{DEFORMABLE}.\1.fc2",
-        ),
-        (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", rf"{PIXELS}.decoder.level_embed"),
-        (r"panoptic_head\.pixel_decoder\.mask_feature", rf"{PIXELS}.decoder.mask_projection"),
-        (r"panoptic_head\.pixel_decoder\.lateral_convs\.0\.conv", rf"{PIXELS}.decoder.adapter_1.0"),
-        (r"panoptic_head\.pixel_decoder\.lateral_convs\.0\.gn", rf"{PIXELS}.decoder.adapter_1.1"),
-        (r"panoptic_head\.pixel_decoder\.output_convs\.0\.conv", rf"{PIXELS}.decoder.layer_1.0"),
-        (r"panoptic_head\.pixel_decoder\.output_convs\.0\.gn", rf"{PIXELS}.decoder.layer_1.1"),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.0\.attn",
-            rf"{MASKED}.\1.cross_attn",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn",
-            rf"{MASKED}.\1.self_attn",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.0",
-            rf"{MASKED}.\1.cross_attn_layer_norm",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.1",
-            rf"{MASKED}.\1.self_attn_layer_norm",
-        ),
-        (r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.2", rf"{MASKED}.\1.final_layer_norm"),
-        (r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0", rf"{MASKED}.\1.fc1"),
-        (r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.1", rf"{MASKED}.\1.fc2"),
-        (r"panoptic_head\.transformer_decoder\.post_norm", rf"{QUERIES}.decoder.layernorm"),
-        (r"panoptic_head\.query_embed", rf"{QUERIES}.queries_embedder"),
-        (r"panoptic_head\.query_feat", rf"{QUERIES}.queries_features"),
-        (r"panoptic_head\.level_embed", rf"{QUERIES}.level_embed"),
-        (r"panoptic_head\.cls_embed", "class_predictor"),
-    )
+    (re.compile(rf"{begin}{re.escape(theirs)}(?=\.|$)"), our_begin + ours)
+    for begin, our_begin, parts in PARTS
+    for theirs, ours in parts.items()
 ]
-STAGE_NORM = re.compile(r"backbone\.norm(\d)\.(weight|bias)$")
-MASK_EMBED = re.compile(r"panoptic_head\.mask_embed\.([024])\.(weight|bias)$")
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under transformers' names; one that no rule knows keeps its own."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        if UNUSED.match(name):
-            continue
-        if stage := STAGE_NORM.match(name):
-            renamed[f"{PIXELS}.encoder.hidden_states_norms.stage{int(stage[1]) + 1}.{stage[2]}"] = value
-        elif embed := MASK_EMBED.match(name):
-            place = f"{QUERIES}.decoder.mask_predictor.mask_embedder.{int(embed[1]) // 2}.0"
-            renamed[f"{place}.{embed[2]}"] = value
-        else:
+        if not name.endswith(".relative_position_index"):  # numbers that follow from the sizes
             renamed |= _in_parts(_renamed(name), value)
     return renamed
 

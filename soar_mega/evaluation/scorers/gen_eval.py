@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.clip import Clip, read_clip
 from soar_mega.evaluation.scorers.detector import Detector
 from soar_mega.evaluation.scorers.gen_eval_rules import (
@@ -21,7 +22,7 @@ from soar_mega.evaluation.scorers.gen_eval_rules import (
     sure_objects,
 )
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_pil
 from soar_mega.evaluation.scorers.weights import CLIP_L, DETECTOR, OPENAI_CLIP
 
 BACKGROUND = "#999"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
+from soar_mega.evaluation.pictures import from_pil, to_pil
 from soar_mega.evaluation.scorers.clip import make_clip
 from soar_mega.evaluation.scorers.open_clip_keys import to_transformers
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_padded_tensor, from_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_padded_tensor
 from soar_mega.evaluation.scorers.state import read_json, read_state
 from soar_mega.evaluation.scorers.weights import CLIP_H_TOKENIZER, HPS_WEIGHTS, LAION_CLIP
 
@@ -38,8 +39,7 @@ class HumanPreference(PerImage):
 
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
         pixels = by_padded_tensor(from_pil(to_pil(image)), self.clip.size)
-        feature = self.clip.image_feature(pixels)
-        return {self.name: (feature * self.clip.text_feature(cleaned(prompt))).sum().item()}
+        return {self.name: self.clip.cosine(pixels, cleaned(prompt))}
 
 
 def cleaned(prompt: str) -> str:

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.heads import LinearHead
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_pil
 from soar_mega.evaluation.scorers.state import fill, fill_model, read_json, read_state
 from soar_mega.evaluation.scorers.weights import BERT_VOCABULARY, IMAGE_REWARD_WEIGHTS
 

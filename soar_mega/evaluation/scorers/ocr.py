@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import to_pil
 from soar_mega.evaluation.scorers.weights import (
     PADDLE_DETECTION,
     PADDLE_DIRECTION,
     PADDLE_OCR,
     PADDLE_RECOGNITION,
 )
+from soar_mega.evaluation.text_share import share_read
 
 
 class TextReader(PerImage):
@@ -122,15 +123,4 @@ def demanded_text(prompt: str) -> str:
 def share_of_text(target: str, text: str) -> float:
     """In lower case and without spaces."""
     wanted, read = (words.replace(" ", "").lower() for words in (target, text))
-    distance = 0 if wanted in read else edits(wanted, read)
-    return 1 - min(distance, len(wanted)) / len(wanted)
-
-
-def edits(a: str, b: str) -> int:
-    """Levenshtein's distance: the least number of letters to put in, take out or change."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        corner, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (letter != other))
-    return row[-1]
+    return share_read(wanted, read)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.pixels import by_pil, to_pil
+from soar_mega.evaluation.scorers.pixels import by_pil
 from soar_mega.evaluation.scorers.weights import LAION_CLIP, PICK_SCORE
 
 
@@ -25,8 +26,7 @@ class PickScore(PerImage):
         self.clip = read_clip(weights_dir / PICK_SCORE[0].place, weights_dir / LAION_CLIP, device)
 
     def judge(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> dict[str, float]:
-        feature = self.clip.image_feature(by_pil(to_pil(image), self.clip.size))
-        cosine = (feature * self.clip.text_feature(prompt)).sum().item()
+        cosine = self.clip.cosine(by_pil(to_pil(image), self.clip.size), prompt)
         return {self.name: self.clip.logit_scale * cosine / self.divisor}
 
 

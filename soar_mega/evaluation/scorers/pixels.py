@@ -5,6 +5,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from soar_mega.evaluation.pictures import from_pil
+
 # of every CLIP, and of ImageReward's BLIP
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,17 +24,6 @@ def in_range(image: Tensor) -> Tensor:
     if low < 0 or high > 1:
         raise ValueError(f"an image must be in [0, 1], not from {low:.4g} to {high:.4g}; clamp it")
     return image.to("cpu", torch.float32)
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Rounded to 8 bits, as a PNG file holds it."""
-    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def from_pil(image: Image.Image) -> Tensor:
-    """[3, H, W] float32 in [0, 1]."""
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
 def normalized(image: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Weights of a scorer from its file into a model, or a message that says what does not fit."""
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+from soar_mega.user_files import read_object
 
 Network = TypeVar("Network", bound=nn.Module)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -29,14 +30,8 @@ NUMPY_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where it is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+    """A JSON object from a file; ValueError naming the file where it is missing or damaged."""
+    return read_object(path, "copy it again")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

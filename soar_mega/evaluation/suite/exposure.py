@@ -8,12 +8,11 @@ import torch.distributed as dist
 
 from soar_mega.data.batch import on_device
 from soar_mega.data.shards import ShardSet
-from soar_mega.evaluation.drift import DriftResult, held_out_drift, span_facts
+from soar_mega.evaluation.drift import TOGETHER, DriftResult, held_out_drift, span_facts
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.suite.settings import DriftSettings
 from soar_mega.evaluation.suite.work import Place
 
-TOGETHER = 32  # samples whose velocities are predicted together
 SEED = 0  # of noise and latents
 
 Errors = list[list[list[float]]]  # by span: at the sampler's states and on the ray, of each sample

@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.data.prompt_files import read_prompts
+from soar_mega.evaluation.scorers.gen_eval_rules import TAGS as GENEVAL_TAGS
 from soar_mega.evaluation.suite.settings import PromptSetSettings
 
 TAG = "tag"  # of a line of GenEval's: what kind of prompt it is
-TAGS = (
-    "single_object",
-    "two_object",
-    "counting",
-    "colors",
-    "position",
-    "color_attr",
-    "ocr",
-)  # the last of digits
+TAGS = (*GENEVAL_TAGS, "ocr")  # the last of digits
 
 
 @dataclass(frozen=True, kw_only=True)

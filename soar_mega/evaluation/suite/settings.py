@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from soar_mega.data.info import bucket_size
+from soar_mega.evaluation.drift import SPANS
 from soar_mega.flow.samplers import SOLVERS
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "evaluation"
-SPANS = ((0.9, 0.65), (0.75, 0.5), (0.5, 0.25))  # of drift, in sigma
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from soar_mega.evaluation.suite.prompts import PromptSet
+from soar_mega.evaluation.suite.prompts import PromptSet, Task
 from soar_mega.evaluation.suite.store import Values
 from soar_mega.flow.noise import uniform
 
@@ -33,11 +33,6 @@ class Estimate:
     high: float
     prompts: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether a difference is beyond its noise."""
-        return not self.low <= 0.0 <= self.high
-
 
 def outcomes(prompt_set: PromptSet, values: Mapping[str, Values], name: str) -> Outcomes:
     """What each prompt of a set got.
@@ -48,7 +43,7 @@ def outcomes(prompt_set: PromptSet, values: Mapping[str, Values], name: str) -> 
     """
     rows = []
     for item in prompt_set.items:
-        own = [values[f"{item.key}_{noise}"][name] for noise in range(item.noises)]
+        own = [values[Task(item, noise).name][name] for noise in range(item.noises)]
         rows.append((sum(own), len(own)))
     return np.array(rows, dtype=np.float64)
 

@@ -23,12 +23,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import from_pil, to_pil
 from soar_mega.evaluation.scorers.broken import what_is_broken
 from soar_mega.outputs import check_file, remove_left_over_files, write_file
 
@@ -151,16 +150,14 @@ class Images:
         info = PngInfo()
         info.add_text("Software", MARK.decode())
         info.add_text(DEFECT, what_is_broken(image[None])[0])
-        pixels = (image.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
         content = BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(content, "PNG", pnginfo=info)
+        to_pil(image.nan_to_num(0.0, 0.0, 0.0)).save(content, "PNG", pnginfo=info)
         write_file(self.path(name), content.getvalue(), MARK)
 
     def read(self, name: str) -> Tensor:
         """[3, H, W] float32 in [0, 1]."""
         with Image.open(self.path(name)) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+            return from_pil(picture.convert("RGB"))
 
     def defect(self, name: str) -> str:
         """What is wrong with an image: one of DEFECTS, or nothing."""

@@ -5,17 +5,15 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
-from soar_mega.evaluation.suite.prompts import PromptSet
+from soar_mega.evaluation.suite.prompts import PromptSet, Task
 from soar_mega.evaluation.suite.settings import Point, Suite
 from soar_mega.evaluation.suite.statistics import Bootstrap, Estimate, Outcomes, between_runs, outcomes
-from soar_mega.evaluation.suite.store import DEFECTS, MARK, Images, Values
+from soar_mega.evaluation.suite.store import DEFECTS, MARK, Images, Json, Values
 from soar_mega.evaluation.suite.work import PICTURES
 
-Json = dict[str, Any]
 CHOOSING, REPORTING = 0, 1  # halves of the prompts
 
 
@@ -195,7 +193,7 @@ class Tables:
         return rows
 
     def _one_noise(self, column: Column, values: Mapping[str, Values], noise: int) -> float:
-        rows = [(values[f"{item.key}_{noise}"][column.value], 1.0) for item in column.prompt_set.items]
+        rows = [(values[Task(item, noise).name][column.value], 1.0) for item in column.prompt_set.items]
         return self.bootstrap(column.prompt_set).score(np.array(rows)).value
 
     def defects(self) -> list[Json]:

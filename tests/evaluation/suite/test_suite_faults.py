@@ -202,5 +202,8 @@ def test_lengths_of_text_that_differ_are_told_of(tmp_path: Path, caplog: pytest.
         assert not caplog.text
         assert find_source(str(export), max_sequence_length=9).text_length() == 9
         assert f"{export} was trained with 7 T5 tokens of a prompt and is drawn with 9" in caplog.text
+        caplog.clear()
+        assert find_source(str(export), max_sequence_length=9).fingerprint()["max_sequence_length"] == 9
+        assert not caplog.text  # it was said
         tell_text_lengths([Model(name=path.name, source=find_source(str(path))) for path in (BASE, export)])
         assert "prompts are cut at different numbers of T5 tokens: base 10, export 7" in caplog.text

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from soar_mega.data.canvases import write_image_folder
 from soar_mega.data.prompts import encode_prompts
 from soar_mega.evaluation.generate import Generator
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.flow import normal
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from base.vae import train_vae
 from base.vocabulary import clip_tokenizer, t5_tokenizer
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from soar_mega.data.canvases import write_image_folder
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.training_facts import FILE as FACTS
 
 log = logging.getLogger(__name__)

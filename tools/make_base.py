@@ -1,8 +1,9 @@
 """Makes the tiny pipelines of recipes/tiny/base (SD3) and recipes/tiny/flux_base (FLUX) from scikit-learn's digits.
 
     python tools/make_base.py                  everything, as `make base` does
-    python tools/make_base.py --encoders       only the VAE and the text encoders, with a transformer of random weights
+    python tools/make_base.py --encoders       only the VAE and the text encoders, with transformers of random weights
     python tools/make_base.py --transformer    only the transformers; goes on where it was interrupted
+    python tools/make_base.py --flux           only FLUX's transformer, likewise
 
 The transformer walks the road of every other run: an image folder, `soar-mega prepare`, `soar-mega train`, an export.
 """
@@ -31,8 +32,9 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "tiny" / "base"
 FLUX_BASE = ROOT / "recipes" / "tiny" / "flux_base"
-# The folders that recipes/tiny/pretrain.yaml names.
+# The folders that recipes/tiny/pretrain.yaml and flux_pretrain.yaml name.
 WORK = ROOT / "runs" / "base"
+IMAGES = WORK / "images"
 SEED = 0
 PRETRAINING_IMAGES = 24_000
 
@@ -57,7 +59,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def train_encoders() -> None:
-    """Writes the whole pipeline folder, the transformer with random weights."""
+    """Writes both pipeline folders whole, their transformers with random weights; FLUX has the encoders of SD3."""
     # Shards and runs of earlier encoders are of no use to the new ones.
     shutil.rmtree(WORK, ignore_errors=True)
     torch.manual_seed(SEED)
@@ -75,40 +77,21 @@ def train_encoders() -> None:
     )
     pipeline.save_pretrained(BASE, safe_serialization=True)
     add_tokenizer_files(BASE)
-
-
-def train_transformer() -> None:
-    """Pretrains the transformer on noisy canvases by recipes/tiny/pretrain.yaml and puts its EMA into the folder."""
-    images = WORK / "images"
-    log.info("writing %d canvases to %s", PRETRAINING_IMAGES, images)
-    write_image_folder(images, PRETRAINING_IMAGES, seed=1, noisy=True)
-    _soar_mega(
-        "prepare", str(images), str(WORK / "shards"), "--pipeline-dir", str(BASE), "--batch-size", "64"
-    )
-    _soar_mega("train", "recipes/tiny/pretrain.yaml")
-    _take(WORK / "pretrain", BASE)
-    log.info("the tiny pipeline is complete: %s", BASE)
-
-
-def train_flux() -> None:
-    """Writes the FLUX pipeline folder with the encoders of the SD3 one, and pretrains its transformer likewise."""
     write_pipeline(BASE, FLUX_BASE, SEED)
     add_tokenizer_files(FLUX_BASE)
-    images = WORK / "images"
+
+
+def train_transformer(folder: Path, shards: Path, recipe: str, run: Path) -> None:
+    """Pretrains a pipeline's transformer on the noisy canvases by a recipe, and puts its EMA into the folder."""
     _soar_mega(
-        "prepare", str(images), str(WORK / "flux_shards"), "--pipeline-dir", str(FLUX_BASE),
+        "prepare", str(IMAGES), str(shards), "--pipeline-dir", str(folder),
         "--resolution", "16", "--batch-size", "64",
     )  # fmt: skip
-    _soar_mega("train", "recipes/tiny/flux_pretrain.yaml")
-    _take(WORK / "flux_pretrain", FLUX_BASE)
-    log.info("the tiny FLUX pipeline is complete: %s", FLUX_BASE)
-
-
-def _take(run: Path, folder: Path) -> None:
-    """Put what a run has trained into a pipeline folder."""
+    _soar_mega("train", recipe)
     export = run / "export_ema"
     shutil.copytree(export / "transformer", folder / "transformer", dirs_exist_ok=True)
     shutil.copyfile(export / FACTS, folder / FACTS)
+    log.info("the tiny pipeline is complete: %s", folder)
 
 
 def _soar_mega(*arguments: str) -> None:
@@ -127,14 +110,21 @@ def main() -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
     part.add_argument("--transformer", action="store_true", help="only the transformers")
+    part.add_argument("--flux", action="store_true", help="only FLUX's transformer")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    if not args.transformer:
+    if not (args.transformer or args.flux):
         train_encoders()
-    if not args.encoders:
-        train_transformer()
-        train_flux()
+    if args.encoders:
+        return
+    log.info("writing %d canvases to %s", PRETRAINING_IMAGES, IMAGES)
+    write_image_folder(IMAGES, PRETRAINING_IMAGES, seed=1, noisy=True)
+    if not args.flux:
+        train_transformer(BASE, WORK / "shards", "recipes/tiny/pretrain.yaml", WORK / "pretrain")
+    train_transformer(
+        FLUX_BASE, WORK / "flux_shards", "recipes/tiny/flux_pretrain.yaml", WORK / "flux_pretrain"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Makes the tiny pipelines of recipes/tiny/base (SD3) and recipes/tiny/flux_base (FLUX) from scikit-learn's digits.
+"""Makes the tiny pipelines of recipes/tiny from scikit-learn's digits: base (SD3), plateau_base (the same one, trained
+until fine-tuning no longer helps it) and flux_base (FLUX).
 
     python tools/make_base.py                  everything, as `make base` does
     python tools/make_base.py --encoders       only the VAE and the text encoders, with a transformer of random weights
     python tools/make_base.py --transformer    only the transformers; goes on where it was interrupted
+    python tools/make_base.py --plateau        only plateau_base, from the base that is there; likewise
 
 The transformer walks the road of every other run: an image folder, `soar-mega prepare`, `soar-mega train`, an export.
 """
@@ -30,11 +32,13 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "tiny" / "base"
+PLATEAU_BASE = ROOT / "recipes" / "tiny" / "plateau_base"
 FLUX_BASE = ROOT / "recipes" / "tiny" / "flux_base"
-# The folders that recipes/tiny/pretrain.yaml names.
+# The folders that pretrain.yaml, plateau.yaml and flux_pretrain.yaml of recipes/tiny name.
 WORK = ROOT / "runs" / "base"
 SEED = 0
 PRETRAINING_IMAGES = 24_000
+PLATEAU_IMAGES = 32_000
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -90,6 +94,26 @@ def train_transformer() -> None:
     log.info("the tiny pipeline is complete: %s", BASE)
 
 
+def train_to_plateau() -> None:
+    """Writes the plateau pipeline folder: the base with its transformer trained on by recipes/tiny/plateau.yaml."""
+    images = WORK / "plateau_images"
+    log.info("writing %d canvases to %s", PLATEAU_IMAGES, images)
+    write_image_folder(images, PLATEAU_IMAGES, seed=5)
+    _soar_mega(
+        "prepare",
+        str(images),
+        str(WORK / "plateau_shards"),
+        "--pipeline-dir",
+        str(BASE),
+        "--batch-size",
+        "64",
+    )
+    _soar_mega("train", "recipes/tiny/plateau.yaml")
+    shutil.copytree(BASE, PLATEAU_BASE, dirs_exist_ok=True)
+    _take(WORK / "plateau", PLATEAU_BASE)
+    log.info("the pipeline at its plateau is complete: %s", PLATEAU_BASE)
+
+
 def train_flux() -> None:
     """Writes the FLUX pipeline folder with the encoders of the SD3 one, and pretrains its transformer likewise."""
     write_pipeline(BASE, FLUX_BASE, SEED)
@@ -127,14 +151,17 @@ def main() -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
     part.add_argument("--transformer", action="store_true", help="only the transformers")
+    part.add_argument("--plateau", action="store_true", help="only plateau_base, from the base that is there")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    if not args.transformer:
+    if not (args.transformer or args.plateau):
         train_encoders()
-    if not args.encoders:
+    if not (args.encoders or args.plateau):
         train_transformer()
         train_flux()
+    if not args.encoders:
+        train_to_plateau()
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class Decoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as the transformer makes them -> images [B, 3, H, W] in [0, 1] on the CPU.
 
-        On a GPU as many together as make a megapixel, whose activations take gigabytes; on a CPU one after the other, so
-        that the last bits of an image do not depend on the others.
+        On a GPU as many together as make a megapixel, whose activations take gigabytes. On a CPU one by one, where the
+        last bits of an image do not depend on others.
         """
         shift, scale = _shift_and_scale(self.vae)
         self.vae.to(device())

@@ -333,6 +333,7 @@ def test_the_scale_is_chosen_on_prompts_that_are_not_reported(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the machine has other work
 def test_a_sweep_goes_all_the_way_and_then_has_nothing_to_do(tmp_path: Path) -> None:
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
     said = SMALL | {
@@ -348,11 +349,11 @@ def test_a_sweep_goes_all_the_way_and_then_has_nothing_to_do(tmp_path: Path) -> 
     said["arms"] = {name: arm | {"budget": {"steps": 2}} for name, arm in SMALL["arms"].items()}
     path.write_text(yaml.safe_dump(said))
     command = [sys.executable, "tools/sweep.py", str(path)]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True)
     result = json.loads((out / "report.json").read_text())
     assert len(result["contrasts"]) == 3 and result["contrasts"][0]["p"] is None  # one seed
     assert [point["iteration"] for point in result["measures"]["best"]["curves"]["soar"]] == [1, 2]
     written = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}
-    again = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "0 of 2 runs to do" in again.stdout
     assert written == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}

@@ -134,6 +134,11 @@ def flash_version(capability: tuple[int, int]) -> int | None:
     return 2 if capability >= FLASH_CAPABILITY and find_spec(FLASH_MODULE) else None
 
 
+def has_flash_3(head_size: int) -> bool:
+    """Whether flash-attn 3 is installed, for Hopper, and was compiled for heads of this size."""
+    return flash_version(FLASH_3_CAPABILITY) == 3 and head_size <= max(flash_3_head_sizes())
+
+
 def flash_3_head_sizes() -> list[int]:
     """Sizes of a head that flash-attn 3 was compiled for; a smaller head is computed as the next of them."""
     if not find_spec(FLASH_3_CONFIG):

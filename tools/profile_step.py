@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from device_weights import drawn_on_device
 from megatron.core import parallel_state
 from origin import origin
 from step_profile import memory, page, pictures
@@ -60,7 +61,8 @@ class Profile:
         self.recipe, self.run = recipe, run
         self.memory_before = memory.now()
         loader: Any = MadeUp(recipe, *made_up) if made_up else make_loader(recipe)
-        self.steps = Steps(recipe, run, loader)
+        with drawn_on_device():
+            self.steps = Steps(recipe, run, loader)
         self.recorder = Recorder()
         self.first_spans: list[int] = []  # of each recorded step
         self.micro_batches: dict[str, int] = {}
@@ -133,9 +135,10 @@ class Profile:
         recipe, batch = self.recipe, self.steps.batch
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
-        answers, points, *_ = self.steps.recipe.stage.forwards()
+        forwards = self.steps.recipe.stage.asking(sizes.guidance_embeds).forwards()
+        answers, points = forwards.answers, forwards.points
         forward, adapters = forward_work(sizes, tokens), recipe.lora.rank > 0
-        step = step_work(forward, samples * answers, samples * points, adapters)
+        step = step_work(forward, round(samples * answers), samples * points, adapters)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import platform as system
 from collections.abc import Iterator
@@ -174,10 +175,14 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
 
 def scorers(weights_dir: str) -> Iterator[str]:
     """Whether each scorer of an evaluation can run, and what it lacks."""
+    needs: dict[str, list[str]] = {"digits": []}
+    if importlib.util.find_spec("sklearn") is None:
+        needs["digits"].append("the package scikit-learn (pip install 'soar_mega[digits]')")
     for name, entry in (SCORERS | SET_METRICS).items():
-        lacks = entry.lacks(Path(weights_dir) if weights_dir else None)
+        needs[name] = entry.lacks(Path(weights_dir) if weights_dir else None)
         if entry.files and not weights_dir:
-            lacks.append("weights (--weights DIR looks for them)")
+            needs[name].append("weights (--weights DIR looks for them)")
+    for name, lacks in needs.items():
         yield f"{name:<20} {'usable' if not lacks else 'not usable: lacks ' + ', '.join(lacks)}"
 
 

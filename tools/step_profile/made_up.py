@@ -12,8 +12,6 @@ from soar_mega.distributed import data_rank, data_size, device
 from soar_mega.flow import normal
 from soar_mega.models.family import model_sizes
 
-FACTOR = 8  # pixels per latent element
-
 
 class MadeUp:
     """Endless batches as `soar_mega.data.loader.Loader` yields them, each with the same latents and text."""
@@ -25,9 +23,9 @@ class MadeUp:
         shape = (sizes.in_channels, height, width)
         text, pooled = (text_length, sizes.joint_attention_dim), (sizes.pooled_projection_dim,)
         self.info = DatasetInfo(
-            buckets={f"{FACTOR * width}x{FACTOR * height}": self._global_batch_size},
+            buckets={f"{width}x{height}": self._global_batch_size},
             latent_channels=sizes.in_channels,
-            vae_scale_factor=FACTOR,
+            vae_scale_factor=1,
             text_shape=text,
             pooled_size=sizes.pooled_projection_dim,
             max_sequence_length=text_length,

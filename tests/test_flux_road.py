@@ -19,10 +19,10 @@ from multirank import run_ranks
 from PIL import Image
 
 from soar_mega.cli import main
-from soar_mega.data.canvases import write_image_folder
 from soar_mega.data.prompts import encode_prompts
 from soar_mega.distributed import stop_world
 from soar_mega.evaluation.generate import Generator
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.flow import normal
 
 ROOT = Path(__file__).parents[1]

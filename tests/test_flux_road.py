@@ -23,6 +23,7 @@ from soar_mega.data.prompts import encode_prompts
 from soar_mega.distributed import stop_world
 from soar_mega.evaluation.generate import Generator
 from soar_mega.examples.digits.canvases import write_image_folder
+from soar_mega.examples.digits.measures import Plan, measure
 from soar_mega.flow import normal
 
 ROOT = Path(__file__).parents[1]
@@ -117,15 +118,15 @@ def test_the_whole_road(shards: Path, run: Path, tmp_path: Path) -> None:
     ours, theirs = images_by_both(run / "export", (16, 16))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     models = [f"before={BASE}", f"after={run}/export"]
-    words = ["--guidance-scale", "3", "--steps", "1", "--held-out", str(shards), "--drift-samples", "4"]
+    words = ["--guidance-scale", "3", "--held-out", str(shards), "--drift-samples", "4"]
     words += ["--drift-steps", "1"]
     metrics = tmp_path / "metrics.json"
-    assert main(["evaluate", *models, *words, "--prompts-per-category", "2", "--out", str(metrics)]) == 0
+    assert main(["evaluate", *models, *words, "--out", str(metrics)]) == 0
     measured = json.loads(metrics.read_text())["pipelines"]
-    for each in measured.values():
-        assert each["guidance"]["3"]["benchmark"]["overall"]["count"] == 12
-        assert len(each["drift"]["scales"]["3"]) == 3
+    assert all(len(each["drift"]["scales"]["3"]) == 3 for each in measured.values())
     assert measured["before"]["drift"] != measured["after"]["drift"]
+    canvases = measure(run / "export", Plan(guidance_scales=(3.0,), steps=1, prompts_per_category=2))
+    assert canvases["guidance"]["3"]["benchmark"]["overall"]["count"] == 12
 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     sets = {"digits": {"prompts": "prompts.txt", "scorers": ["jpeg_incompressibility"]}}

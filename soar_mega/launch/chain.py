@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soar_mega.config import Recipe
 from soar_mega.launch.slurm import Resources, resources
+from soar_mega.recipe import read_yaml
 from soar_mega.stages import load_recipe
 
 KINDS = ("train", "evaluate", "export", "handoff", "command")
@@ -84,10 +83,7 @@ def load_chain(path: str | Path) -> Chain:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such chain file")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    read = read_yaml(path)
     known = {"folder": str, "pipeline_dir": str, "slurm": dict, "links": list}
     _check(read, known, str(path))
     for key in ("folder", "pipeline_dir", "links"):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from multirank import run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
-from soar_mega import __version__
+from soar_mega import __version__, layer_checks
 from soar_mega.cli import build_parser, doctor, main
 from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
@@ -248,8 +249,13 @@ def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil.no_such_part", "a test", False))
     usable, words = doctor.examine("psutil")
     assert not usable and "does not load (No module named 'psutil.no_such_part')" in words
+    monkeypatch.setitem(doctor.OPTIONAL, "put on the path by hand", ("json", "a test", False))
+    assert doctor.examine("put on the path by hand") == (True, "of an unknown version; for a test")
     monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil", "a test", False))
     assert doctor.examine("psutil")[0]
+
+
+KEYS = ("points_per_micro_batch", "micro_batch_size")
 
 
 def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +266,22 @@ def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main([*words, "a100-40"]) == 0
     assert "does not fit even with recomputation" in capsys.readouterr().out
+
+
+def test_doctor_halves_answers_of_guided_models_alone_and_advises_flash_attention_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is told its guidance answers in one branch, so as many samples of a forward as points."""
+    words = ["doctor", "--gpus", "64", "--global-batch-size", "512", "--points", "3", "--model"]
+    monkeypatch.setattr(layer_checks, "find_spec", lambda name: name == layer_checks.FLASH_3_MODULE)
+    for model, branches in (("flux_dev", 1), ("sd35_medium", 2)):
+        assert main([*words, model, "--gpu", "h200"]) == 0
+        said = capsys.readouterr().out
+        points, samples = (int(re.search(f"train.{key}=(\\d+)", said)[1]) for key in KEYS)  # type: ignore[index]
+        assert samples == max(n for n in (1, 2, 4, 8) if branches * n <= points)
+        assert "model.attention_backend=flash" in said
+    assert main([*words, "sd35_medium", "--gpu", "b200"]) == 0
+    assert "flash" not in capsys.readouterr().out
 
 
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
-      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
+      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--held-out, SHARDS], drift alone
       - {name: export, export: []}
       - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
@@ -217,6 +217,8 @@ class _Builder:
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
         asked = list(map(str, settings["evaluate"]))
         has_suite = _gives(asked, "--suite")
+        if not has_suite and not _gives(asked, "--held-out"):
+            raise ValueError(f"{where}: evaluate: name a --suite, or --held-out SHARDS for drift alone")
         out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
         arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]

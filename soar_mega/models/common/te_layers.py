@@ -42,15 +42,15 @@ class CastOnce:
         self.get_weight_workspace(tensor=self.weight, quantizer=quantizer, cache_name="weight")
 
 
-def get_te_provider(attention_backend: str, sdpa: type) -> Any:
-    """Transformer Engine's modules, with its attention chosen by the environment, or `sdpa` in its place."""
+def get_te_provider(attention_backend: str, given_attention: type | None) -> Any:
+    """Transformer Engine's modules, with its attention chosen by the environment, or the given one in its place."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     given = TESpecProvider()
     column = type("ColumnLinear", (CastOnce, given.column_parallel_linear()), {})
     row = type("RowLinear", (CastOnce, given.row_parallel_linear()), {})
-    attention = sdpa if attention_backend == "sdpa" else given.core_attention()
-    if attention_backend != "sdpa":
+    attention = given_attention or given.core_attention()
+    if given_attention is None:
         for name, variable in VARIABLES.items():
             os.environ[variable] = str(int(attention_backend in ("auto", name)))
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from soar_mega.config import Recipe
 from soar_mega.launch.reward_worker import FOLDER, RewardWorker
 from soar_mega.launch.slurm import Resources, resources

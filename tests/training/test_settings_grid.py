@@ -1,8 +1,8 @@
 """Layers, precision, attention, recomputation, recorded layers and overlaps, in every combination: the same losses.
 
 Transformer Engine, flash-attn and CUDA graphs are stood for by what computes the same on a CPU; FP8 by a stand-in that
-casts without rounding, and in a precision of its own ("emulated") by one that rounds. The losses in float32 are those that
-were recorded for the run of test_train.py.
+casts without rounding, and in a precision of its own ("emulated") by one that rounds. The losses in float32 are those
+that were recorded for the run of test_train.py.
 """
 
 import json

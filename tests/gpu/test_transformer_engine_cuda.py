@@ -211,6 +211,7 @@ def test_kept_weights_are_cast_when_they_are_swapped_in(shards, tmp_path):
         )
         before = engine.velocity(*arguments)
         engine.step(1e-2)
+        engine.blend_weights("ema", 0.5)
         stepped = engine.velocity(*arguments)
         averaged = engine.velocity(*arguments, weights="ema")
         assert engine.velocity(*arguments).equal(stepped)

@@ -1,5 +1,6 @@
 """Runs of a guidance-distilled FLUX over images of two sizes: as recorded, at every layout, and resumed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def flux_recipe(shards: Path, folder: Path, **overrides: Any) -> Recipe:
         "optimizer__lr": 1e-4,
         "train__global_batch_size": 8,
     }
-    return tiny_recipe(shards, folder, "flux_soar", model__pipeline_dir=BASE, **(settings | overrides))
+    settings["model__pipeline_dir"] = BASE
+    return tiny_recipe(shards, folder, "flux_soar", **(settings | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,25 @@ def run(flux_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_golden_losses(run: Path) -> None:
     assert scheduler_shift(BASE, 16) != scheduler_shift(BASE, 32)
     assert_golden(GOLDEN, [loss for loss, _ in logged(run).values()], "flux_base")
+
+
+def test_one_that_is_told_no_scale_is_asked_in_both_branches(flux_shards: Path, tmp_path: Path) -> None:
+    """As schnell: guided by a pair of answers, or by none at scale 1; at its own scheduler's shift, which is none."""
+    for part in ("transformer", "scheduler"):
+        shutil.copytree(BASE / part, tmp_path / "schnell" / part)
+    for name, changes in (
+        ("transformer/config.json", {"guidance_embeds": False}),
+        ("scheduler/scheduler_config.json", {"shift": 1.0, "use_dynamic_shifting": False}),
+    ):
+        file = tmp_path / "schnell" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    settings = {"model__pipeline_dir": tmp_path / "schnell", "model__init": "random", "train__train_iters": 2}
+    asked = {}
+    for scale in (1.0, 4.5):
+        recipe = flux_recipe(flux_shards, tmp_path / str(scale), stage__guidance_scale=scale, **settings)
+        assert run_ranks(tiny_runs.run, 1, recipe) == [0]
+        asked[scale] = [loss for loss, _ in logged(tmp_path / str(scale)).values()]
+    assert len(asked[1.0]) == 2 and asked[1.0] != asked[4.5]
 
 
 def test_resumed_it_is_the_same_run(flux_shards: Path, run: Path, tmp_path: Path) -> None:

@@ -266,6 +266,9 @@ def test_frozen_parameters_stay_and_the_average_can_be_a_start(shards: Path, tmp
         optimizer__lr=0.0,
     )
     assert run_ranks(tiny_runs.run, 1, second) == [0]
+    said = (tmp_path / "second" / "train.log").read_text()
+    assert f"the recipe is not that of {tmp_path}/first/iter_0000002, which is loaded:" in said
+    assert "optimizer.lr was 0.0005 and is 0.0\n" in said
     for name in ("export", "export_ema"):
         started = load_file(
             tmp_path / "second" / name / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -196,7 +196,7 @@ class Trainer(Steps):
         """The next collection, where the next step needs one; given up when the run is asked to stop."""
         if self.collections is None or not self.collections.collector.is_empty:
             return
-        with drawing_bar(self.collections.collector.samples, distributed.is_rank_zero()) as bar:
+        with drawing_bar(self.collections.collector.place.samples, distributed.is_rank_zero()) as bar:
 
             def watch(drawn: int) -> bool:
                 bar.update(drawn - bar.n)

@@ -185,6 +185,43 @@ def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
         load_chain(write(tmp_path, links))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"links: [", "not valid YAML"),
+        (b"folder: \xff", "not UTF-8 text"),
+        (b"folder: a\nfolder: b", "the key 'folder' is given twice"),
+        (b"folder: 2024-13-45", "not valid YAML"),
+        (b"- a", "expected `key: value` lines"),
+    ],
+)
+def test_a_file_that_is_no_chain_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chain.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/chain\.yaml.*{message}"):
+        load_chain(tmp_path / "chain.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("link.json", "", "is not valid JSON"),
+        ("link.json", "[]", "instead of a JSON object"),
+        ("link.json", '{"parent": null}', "settings is no object"),
+        ("link.json", '{"settings": {}}', "parent is no hash"),
+        ("completed.json", '{"settings": {}, "parent": null}', "product is no hash"),
+    ],
+)
+def test_a_marker_that_is_none_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    chain = load_chain(write(tmp_path, [note("a")]))
+    link = chain.link("a")
+    link.folder.mkdir(parents=True)
+    (link.folder / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"{link.folder / name}.*{message}.*remove it, and the link is done again"
+    ):
+        why_not_done(chain, link)
+
+
 def test_a_failed_link_stops_the_rest_and_says_why(tmp_path: Path) -> None:
     chain = load_chain(write(tmp_path, [note("one"), note("two", code=3), note("three")]))
     with pytest.raises(ValueError, match=r"two failed with exit code 3:\n  two says no\nnot started.*three"):

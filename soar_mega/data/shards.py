@@ -4,7 +4,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
@@ -16,16 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from soar_mega.data import batch_memory
 from soar_mega.data.batch import Batch
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
+from soar_mega.data.pattern import Pattern
 from soar_mega.data.sample_index import SampleIndex
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE
 from soar_mega.flow import normal
 
 OPEN_FILES = 32  # shards kept open for reading
+PARTS = {"latents": ("mean", "std"), "text": ("text", "pooled")}  # the tensors of a sample's files
 
 
 @dataclass(kw_only=True)
@@ -35,6 +38,10 @@ class Read:
     tensors: dict[str, Tensor]  # latents or images, text, pooled: [B, ...]
     names: list[str]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it could not be read
+
+    def pin_memory(self) -> "Read":
+        """In memory that a GPU reads from; torch's DataLoader asks for it by this name."""
+        return replace(self, tensors={name: values.pin_memory() for name, values in self.tensors.items()})
 
 
 class ShardSet:
@@ -47,6 +54,7 @@ class ShardSet:
         self._index: SampleIndex | None = None
         self._ends = np.cumsum([shard["samples"] for shard in self._dataset["shards"]])  # of the shards
         self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._patterns: dict[tuple[str, torch.Size], Pattern] = {}  # by part, and shape of its first tensor
 
     def __len__(self) -> int:
         return self.info.samples
@@ -90,24 +98,27 @@ class ShardSet:
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
         """
-        count = len(indices)
-        tensors = {"latents": torch.empty(count, *self.info.latent_shape(bucket))}
+        count, shape = len(indices), self.info.latent_shape(bucket)
+        tensors = {"latents": batch_memory.empty((count, *shape), torch.float32)}
         if text:
             dtype = self.info.torch_text_dtype()
-            tensors["text"] = torch.empty(count, *self.info.text_shape, dtype=dtype)
-            tensors["pooled"] = torch.empty(count, self.info.pooled_size, dtype=dtype)
+            tensors["text"] = batch_memory.empty((count, *self.info.text_shape), dtype)
+            tensors["pooled"] = batch_memory.empty((count, self.info.pooled_size), dtype)
         result = Read(tensors=tensors, names=self.names(indices))
+        distribution = {"mean": torch.empty(shape), "std": torch.empty(shape)}
         for row, index in enumerate(indices):
+            rows = {name: values[row] for name, values in tensors.items()}
             try:
-                sample = self._decode(int(index), positions[row : row + 1], seed, text)
-                _check_sample(sample, {name: values.shape[1:] for name, values in tensors.items()})
+                self._read_part("latents", int(index), distribution)
+                noise = normal(seed, "vae", positions[row : row + 1], 0, shape)[0]
+                torch.add(distribution["mean"], noise.mul_(distribution["std"]), out=rows["latents"])
+                if text:
+                    self._read_part("text", int(index), {name: rows[name] for name in PARTS["text"]})
+                _check_finite(rows)
             except SampleError as error:
                 result.failures[row] = str(error)
-                for values in tensors.values():
-                    values[row] = 0
-                continue
-            for name, values in tensors.items():
-                values[row] = sample[name]
+                for values in rows.values():
+                    values.zero_()
         return result
 
     def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
@@ -119,25 +130,7 @@ class ShardSet:
 
         SampleError: this sample cannot be read. ValueError: its shard cannot.
         """
-        shard = self._shard_of(index)
-        offset, size, checksum = self._opened().place(part, index)
-        content = os.pread(self._file(shard).fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
-        if zlib.crc32(content) != checksum:
-            raise SampleError(
-                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
-            )
-        try:
-            tensors = load_tensors(content)
-        except SafetensorError as error:
-            raise SampleError(f"its {part} are no safetensors: {error}") from error
-        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
-        if not tensors.keys() >= set(wanted):
-            raise SampleError(
-                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
-            )
-        return {name: tensors[name] for name in wanted}
+        return _tensors(part, self._content(part, index))
 
     def caption(self, index: int) -> str:
         """The caption of a sample, which its tar holds behind its text. ValueError where it does not."""
@@ -215,13 +208,36 @@ class ShardSet:
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
-    def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
-        latents = self.stored("latents", index)
-        mean, std = latents["mean"], latents["std"]
-        if mean.shape != std.shape:
-            raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
-        sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
-        return {**sample, **self.stored("text", index)} if text else sample
+    def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor]) -> None:
+        """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
+        like = part, next(iter(rows.values())).shape
+        file, place = self._file(self._shard_of(index)).fileno(), self._opened().place(part, index)
+        if like in self._patterns and self._patterns[like].read(file, place, rows):
+            return
+        content = self._content(part, index)
+        tensors = _tensors(part, content)
+        for name, values in rows.items():
+            shape = tensors[name].shape
+            if shape != values.shape:
+                raise SampleError(
+                    f"its {part} ({name}) have shape {tuple(shape)} instead of {tuple(values.shape)}"
+                )
+            values.copy_(tensors[name])
+        if all(tensors[name].dtype == values.dtype for name, values in rows.items()):
+            self._patterns[like] = Pattern(content, rows)
+
+    def _content(self, part: str, index: int) -> bytes:
+        """A part of a sample as it was written."""
+        shard = self._shard_of(index)
+        offset, size, checksum = self._opened().place(part, index)
+        content = os.pread(self._file(shard).fileno(), size, offset)
+        if len(content) < size:
+            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
+        if zlib.crc32(content) != checksum:
+            raise SampleError(
+                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
+            )
+        return content
 
     def _file(self, shard: int) -> FileIO:
         """A shard's open file; the least recently used one is closed when too many are open."""
@@ -266,10 +282,20 @@ def open_shards(path: str | Path, pipeline_dir: str = "") -> ShardSet:
     return shards
 
 
-def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    for name, shape in shapes.items():
-        if sample[name].shape != shape:
-            raise SampleError(f"its {name} have shape {tuple(sample[name].shape)} instead of {tuple(shape)}")
+def _tensors(part: str, content: bytes) -> dict[str, Tensor]:
+    """What a part of a sample holds; SampleError where that is something else."""
+    try:
+        tensors = load_tensors(content)
+    except SafetensorError as error:
+        raise SampleError(f"its {part} are no safetensors: {error}") from error
+    wanted = PARTS[part]
+    if not tensors.keys() >= set(wanted):
+        raise SampleError(f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}")
+    return {name: tensors[name] for name in wanted}
+
+
+def _check_finite(sample: Mapping[str, Tensor]) -> None:
+    for name, values in sample.items():
         # One pass; a sum can also be infinite because finite numbers are large.
-        if not sample[name].sum().isfinite() and not sample[name].isfinite().all():
+        if not values.sum().isfinite() and not values.isfinite().all():
             raise SampleError(f"its {name} hold NaN or infinite numbers")

@@ -17,7 +17,7 @@ from soar_mega.data.info import DataError, DatasetInfo
 from soar_mega.data.order import Order, Place, Stretch
 from soar_mega.data.ranks import Ranks, agree, this_rank
 from soar_mega.data.readers import Readers
-from soar_mega.data.shards import Read, ShardSet
+from soar_mega.data.shards import Read, find_shards
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _open_source(data: DataConfig, pipeline_dir: str, ranks: Ranks) -> Source:
 
         source = OnlineImages(data.path, pipeline_dir, text=ranks.first_stage)
     else:
-        source = ShardSet(data.path)
+        source = find_shards(data.path, data.cache_dir, data.cache_gb)
     if ranks.reads:
         source.open()
     return source

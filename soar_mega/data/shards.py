@@ -22,7 +22,9 @@ from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
 from soar_mega.data.pattern import Pattern
+from soar_mega.data.remote import remote_folder
 from soar_mega.data.sample_index import SampleIndex
+from soar_mega.data.shard_cache import GIGABYTE, ShardCache
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE
 from soar_mega.flow import normal
@@ -45,10 +47,16 @@ class Read:
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards. The index is opened at the first use of a sample."""
+    """Random access to the samples of a folder of shards. The index is opened at the first use of a sample.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: the folder.
+        cache: what that is where the shards are elsewhere; then they need not be in it.
+    """
+
+    def __init__(self, path: str | Path, cache: ShardCache | None = None) -> None:
         self.path = Path(path)
+        self._cache = cache
         self._dataset = read_dataset_file(self.path)
         self.info = DatasetInfo.from_json(self._dataset, self.path / DATASET_FILE)
         self._index: SampleIndex | None = None
@@ -77,7 +85,9 @@ class ShardSet:
     def open(self) -> None:
         """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
         if self._index is None:
-            self._index = open_index(self.path, self._dataset, self.info.buckets)
+            self._index = open_index(
+                self.path, self._dataset, self.info.buckets, is_remote=self._cache is not None
+            )
 
     def bucket_of(self, index: int) -> str:
         """The bucket of sample `index`."""
@@ -138,10 +148,8 @@ class ShardSet:
         offset, size, _ = self._opened().place("text", index)
         start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
         try:
-            member = TarInfo.frombuf(
-                os.pread(self._file(shard).fileno(), BLOCKSIZE, start), "utf-8", "strict"
-            )
-            content = os.pread(self._file(shard).fileno(), member.size, start + BLOCKSIZE)
+            member = TarInfo.frombuf(self._bytes(shard, start, BLOCKSIZE), "utf-8", "strict")
+            content = self._bytes(shard, start + BLOCKSIZE, member.size)
             if not member.name.endswith(".txt"):
                 raise ValueError(f"{member.name} is in its place")
             return content.decode()
@@ -211,9 +219,10 @@ class ShardSet:
     def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor]) -> None:
         """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
         like = part, next(iter(rows.values())).shape
-        file, place = self._file(self._shard_of(index)).fileno(), self._opened().place(part, index)
-        if like in self._patterns and self._patterns[like].read(file, place, rows):
-            return
+        if like in self._patterns:
+            file, place = self._file(self._shard_of(index)), self._opened().place(part, index)
+            if file is not None and self._patterns[like].read(file.fileno(), place, rows):
+                return
         content = self._content(part, index)
         tensors = _tensors(part, content)
         for name, values in rows.items():
@@ -230,7 +239,11 @@ class ShardSet:
         """A part of a sample as it was written."""
         shard = self._shard_of(index)
         offset, size, checksum = self._opened().place(part, index)
-        content = os.pread(self._file(shard).fileno(), size, offset)
+        content = self._bytes(shard, offset, size)
+        if self._cache is not None and zlib.crc32(content) != checksum and shard in self._files:
+            self._files.pop(shard).close()
+            self._cache.drop(self._shard_path(shard).name)
+            content = self._cache.read(self._shard_path(shard).name, offset, size)
         if len(content) < size:
             raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
         if zlib.crc32(content) != checksum:
@@ -239,9 +252,19 @@ class ShardSet:
             )
         return content
 
-    def _file(self, shard: int) -> FileIO:
-        """A shard's open file; the least recently used one is closed when too many are open."""
+    def _bytes(self, shard: int, start: int, size: int) -> bytes:
+        """A part of a shard; fewer bytes where it is shorter."""
+        file = self._file(shard)
+        if file is not None:
+            return os.pread(file.fileno(), size, start)
+        assert self._cache is not None
+        return self._cache.read(self._shard_path(shard).name, start, size)
+
+    def _file(self, shard: int) -> FileIO | None:
+        """A shard's open file, None where it is elsewhere; the least recently used one is closed when many are open."""
         if shard not in self._files:
+            if self._cache is not None and not self._cache.find(self._shard_path(shard).name):
+                return None
             if len(self._files) == OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
             try:
@@ -271,12 +294,31 @@ class SampleError(Exception):
     """One sample cannot be read; the others can."""
 
 
-def open_shards(path: str | Path, pipeline_dir: str = "") -> ShardSet:
+def find_shards(path: str | Path, cache_dir: str = "", cache_gb: float = 0.0) -> ShardSet:
+    """The shards in a folder, or behind a url or a command with what is in `cache_dir` of them, at most `cache_gb`.
+
+    ValueError naming what cannot be read.
+    """
+    remote = remote_folder(str(path))
+    if remote is None:
+        return ShardSet(path)
+    if not cache_dir:
+        raise ValueError(
+            f"{path} is not on this machine: name a folder of a disk that is in data.cache_dir, for its index and as "
+            "many of its shards as data.cache_gb lets in"
+        )
+    cache = ShardCache(remote, str(path), Path(cache_dir), int(cache_gb * GIGABYTE))
+    return ShardSet(cache.path, cache)
+
+
+def open_shards(
+    path: str | Path, pipeline_dir: str = "", cache_dir: str = "", cache_gb: float = 0.0
+) -> ShardSet:
     """The shards in `path`, checked to be complete and, where a pipeline folder is given, to come from its encoders.
 
     ValueError naming the file that is missing, truncated or of another format version, or the encoder that differs.
     """
-    shards = ShardSet(path)
+    shards = find_shards(path, cache_dir, cache_gb)
     shards.open()
     check_compatible(shards.info, str(path), pipeline_dir)
     return shards

@@ -65,11 +65,11 @@ class ShardCache:
                 values = read_dataset_file(self.path)
                 for name, key in ((INDEX_FILE, "index_crc32"), (EMPTY_FILE, "empty_crc32")):
                     self._bring(name, values.get(key), where)
+            self._sizes = {f"{shard['name']}.tar": int(shard["bytes"]) for shard in values["shards"]}
+            with _locked(root / LOCK):
+                self._make_room(0, needs_idle=False)
         except OSError as error:
             raise ValueError(f"data.cache_dir {root} cannot be written: {error.strerror}") from error
-        self._sizes = {f"{shard['name']}.tar": int(shard["bytes"]) for shard in values["shards"]}
-        with _locked(root / LOCK):
-            self._make_room(0, needs_idle=False)
         self._tell(where)
         self._full_until = 0.0
         self._wanted: SimpleQueue[str] = SimpleQueue()

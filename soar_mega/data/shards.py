@@ -1,11 +1,8 @@
 """Random access to shards: which samples there are, and their tensors by number."""
 
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import FileIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
 
@@ -24,12 +21,12 @@ from soar_mega.data.open_index import open_index
 from soar_mega.data.pattern import Pattern
 from soar_mega.data.remote import remote_folder
 from soar_mega.data.sample_index import SampleIndex
+from soar_mega.data.shard_bytes import ShardBytes
 from soar_mega.data.shard_cache import GIGABYTE, ShardCache
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE
 from soar_mega.flow import normal
 
-OPEN_FILES = 32  # shards kept open for reading
 PARTS = {"latents": ("mean", "std"), "text": ("text", "pooled")}  # the tensors of a sample's files
 
 
@@ -56,12 +53,12 @@ class ShardSet:
 
     def __init__(self, path: str | Path, cache: ShardCache | None = None) -> None:
         self.path = Path(path)
-        self._cache = cache
+        self._is_remote = cache is not None
         self._dataset = read_dataset_file(self.path)
         self.info = DatasetInfo.from_json(self._dataset, self.path / DATASET_FILE)
         self._index: SampleIndex | None = None
         self._ends = np.cumsum([shard["samples"] for shard in self._dataset["shards"]])  # of the shards
-        self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._shards = ShardBytes(self.path, [shard["name"] for shard in self._dataset["shards"]], cache)
         self._patterns: dict[tuple[str, torch.Size], Pattern] = {}  # by part, and shape of its first tensor
 
     def __len__(self) -> int:
@@ -85,9 +82,7 @@ class ShardSet:
     def open(self) -> None:
         """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
         if self._index is None:
-            self._index = open_index(
-                self.path, self._dataset, self.info.buckets, is_remote=self._cache is not None
-            )
+            self._index = open_index(self.path, self._dataset, self.info.buckets, is_remote=self._is_remote)
 
     def bucket_of(self, index: int) -> str:
         """The bucket of sample `index`."""
@@ -148,8 +143,8 @@ class ShardSet:
         offset, size, _ = self._opened().place("text", index)
         start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
         try:
-            member = TarInfo.frombuf(self._bytes(shard, start, BLOCKSIZE), "utf-8", "strict")
-            content = self._bytes(shard, start + BLOCKSIZE, member.size)
+            member = TarInfo.frombuf(self._shards.read(shard, start, BLOCKSIZE), "utf-8", "strict")
+            content = self._shards.read(shard, start + BLOCKSIZE, member.size)
             if not member.name.endswith(".txt"):
                 raise ValueError(f"{member.name} is in its place")
             return content.decode()
@@ -220,8 +215,8 @@ class ShardSet:
         """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
         like = part, next(iter(rows.values())).shape
         if like in self._patterns:
-            file, place = self._file(self._shard_of(index)), self._opened().place(part, index)
-            if file is not None and self._patterns[like].read(file.fileno(), place, rows):
+            file, place = self._shards.file(self._shard_of(index)), self._opened().place(part, index)
+            if file is not None and self._patterns[like].read(file, place, rows):
                 return
         content = self._content(part, index)
         tensors = _tensors(part, content)
@@ -239,50 +234,23 @@ class ShardSet:
         """A part of a sample as it was written."""
         shard = self._shard_of(index)
         offset, size, checksum = self._opened().place(part, index)
-        content = self._bytes(shard, offset, size)
-        if self._cache is not None and zlib.crc32(content) != checksum and shard in self._files:
-            self._files.pop(shard).close()
-            self._cache.drop(self._shard_path(shard).name)
-            content = self._cache.read(self._shard_path(shard).name, offset, size)
+        content = self._shards.read(shard, offset, size)
+        if zlib.crc32(content) != checksum and self._shards.drop_copy(shard):
+            content = self._shards.read(shard, offset, size)
         if len(content) < size:
-            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
+            raise ValueError(f"{self._shards.path(shard)} is truncated: prepare this shard again")
         if zlib.crc32(content) != checksum:
             raise SampleError(
                 f"the checksum of its {part} is wrong: the shard was damaged after it was written"
             )
         return content
 
-    def _bytes(self, shard: int, start: int, size: int) -> bytes:
-        """A part of a shard; fewer bytes where it is shorter."""
-        file = self._file(shard)
-        if file is not None:
-            return os.pread(file.fileno(), size, start)
-        assert self._cache is not None
-        return self._cache.read(self._shard_path(shard).name, start, size)
-
-    def _file(self, shard: int) -> FileIO | None:
-        """A shard's open file, None where it is elsewhere; the least recently used one is closed when many are open."""
-        if shard not in self._files:
-            if self._cache is not None and not self._cache.find(self._shard_path(shard).name):
-                return None
-            if len(self._files) == OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            try:
-                self._files[shard] = FileIO(self._shard_path(shard))
-            except OSError as error:
-                raise ValueError(f"cannot open shard {self._shard_path(shard)}: {error.strerror}") from error
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _shard_path(self, shard: int) -> Path:
-        return self.path / f"{self._dataset['shards'][shard]['name']}.tar"
-
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
         key, name = self._opened().key_and_name(index)
-        return f"{name} ({self._shard_path(self._shard_of(index)).name}, {key})"
+        return f"{name} ({self._shards.path(self._shard_of(index)).name}, {key})"
 
     def _opened(self) -> SampleIndex:
         self.open()

@@ -223,11 +223,13 @@ def test_unfinished_empty_and_missing_folders_are_told_apart(shards, tmp_path):
 
 
 def test_only_some_shards_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("soar_mega.data.shards.OPEN_FILES", 2)
+    monkeypatch.setattr("soar_mega.data.shard_bytes.OPEN_FILES", 2)
     shard_set = open_shards(make_shards(tmp_path / "s", [make_sample(i) for i in range(5)], per_shard=1))
     opened = []
     real = io.FileIO
-    monkeypatch.setattr("soar_mega.data.shards.FileIO", lambda path: opened.append(real(path)) or opened[-1])
+    monkeypatch.setattr(
+        "soar_mega.data.shard_bytes.FileIO", lambda path: opened.append(real(path)) or opened[-1]
+    )
     for index in [0, 1, 2, 3, 4, 3, 0]:
         assert shard_set.read("16x16", [index], positions(0), seed=0).tensors["latents"].max() == index
     assert len(opened) == 6

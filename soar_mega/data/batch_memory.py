@@ -1,15 +1,19 @@
-"""Memory for a batch: handing it out in pages of 4 KB takes longer than reading into it."""
+"""Memory for a batch, used again: to be handed it by the system takes as long as reading into it."""
 
 import contextlib
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from soar_mega.private_names import shared_storage
+
+_free: dict[int, list[mmap.mmap]] = {}  # by size
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -27,7 +31,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
                 "(docker: --shm-size or --ipc=host), or lower data.num_workers"
             ) from error
         return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
+    free = _free.setdefault(size, [])
+    memory = free.pop() if free else _map(size)
+    view = np.frombuffer(memory, np.uint8)
+    weakref.finalize(view, free.append, memory)  # when no tensor is left that looks into it
+    return torch.from_numpy(view).view(dtype).view(tuple(shape))
+
+
+def _map(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    return memory

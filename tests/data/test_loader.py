@@ -172,7 +172,7 @@ def test_a_shard_that_is_cut_during_the_run_stops_it(loader, shards, workers):
 def test_a_killed_reader_process_stops_the_run(loader):
     one = loader(num_workers=2)
     next(one)
-    os.kill(one._pool.processes[1].pid, signal.SIGKILL)
+    os.kill(one._readers.processes[1].pid, signal.SIGKILL)
     with pytest.raises(DataError, match="data reader process 1 .* was killed by signal 9"):
         for _ in range(20):
             next(one)

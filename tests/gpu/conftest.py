@@ -9,7 +9,7 @@ import torch
 from soar_mega import platform
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines")]  # their helpers
+sys.path[:0] = [str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines", "data")]  # their helpers
 platform.install()
 
 

@@ -137,14 +137,14 @@ def _forward(
     epsilon: float,
     sizes: Sizes,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    from soar_mega.kernels.source.adaln import forward_kernel
+    from soar_mega.kernels.source.adaln import adaln_forward_kernel
 
     tokens, samples, _ = residual.shape
     hidden = None if branch is None else empty(residual)
     modulated = empty(residual)
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
-        forward_kernel, (sizes.forward_blocks, samples), residual.device,
+        adaln_forward_kernel, (sizes.forward_blocks, samples), residual.device,
         residual, branch, bias, gate, shift, scale, hidden, modulated, statistics,
         tokens, samples, _stride(gate), shift.stride(0), scale.stride(0), epsilon, **sizes.forward,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor | No
 def _backward(
     ctx: Any, grad_hidden: Tensor | None, grad_modulated: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    from soar_mega.kernels.source.adaln import backward_kernel
+    from soar_mega.kernels.source.adaln import adaln_backward_kernel
 
     hidden, branch, bias, gate, scale, statistics = ctx.saved_tensors
     tokens, samples, width = hidden.shape
@@ -176,7 +176,7 @@ def _backward(
     if ctx.needs_input_grad[2]:
         bias_sums = torch.empty(sizes.backward_blocks * samples, width, device=hidden.device)
     launch(
-        backward_kernel, (sizes.backward_blocks, samples), hidden.device,
+        adaln_backward_kernel, (sizes.backward_blocks, samples), hidden.device,
         grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
         grad_residual, grad_branch, partials, bias_sums,
         tokens, samples, _stride(gate), scale.stride(0), **sizes.backward,

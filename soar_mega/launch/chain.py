@@ -6,7 +6,7 @@
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
-      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
+      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--held-out, SHARDS], drift alone
       - {name: export, export: []}
       - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
@@ -32,6 +32,7 @@ import yaml
 from soar_mega.config import Recipe
 from soar_mega.launch.reward_worker import FOLDER, RewardWorker
 from soar_mega.launch.slurm import Resources, resources
+from soar_mega.recipe import read_yaml
 from soar_mega.stages import CollectingConfig, load_recipe
 
 KINDS = ("train", "evaluate", "export", "handoff", "command")
@@ -91,10 +92,7 @@ def load_chain(path: str | Path) -> Chain:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such chain file")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    read = read_yaml(path)
     known = {"folder": str, "pipeline_dir": str, "slurm": dict, "links": list}
     _check(read, known, str(path))
     for key in ("folder", "pipeline_dir", "links"):
@@ -242,6 +240,8 @@ class _Builder:
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
         asked = list(map(str, settings["evaluate"]))
         has_suite = _gives(asked, "--suite")
+        if not has_suite and not _gives(asked, "--held-out"):
+            raise ValueError(f"{where}: evaluate: name a --suite, or --held-out SHARDS for drift alone")
         out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
         arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]

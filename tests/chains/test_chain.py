@@ -134,7 +134,12 @@ def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> No
 
 
 def test_a_chain_may_branch(tmp_path: Path) -> None:
-    links = [train("a"), train("b"), {"name": "judge", "evaluate": []}, train("c", **{"from": "a"})]
+    links = [
+        train("a"),
+        train("b"),
+        {"name": "judge", "evaluate": ["--suite", "tiny"]},
+        train("c", **{"from": "a"}),
+    ]
     chain = load_chain(write(tmp_path, [*links, note("d", code=3) | {"from": "b"}, note("e")]))
     a, c = chain.link("a"), chain.link("c")
     assert c.recipe is not None and c.recipe.model.pipeline_dir == str(a.product)
@@ -277,17 +282,16 @@ def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert torchrun[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def test_an_evaluate_link_takes_the_benchmark_or_a_suite(tmp_path: Path) -> None:
+def test_an_evaluate_link_takes_drift_alone_or_a_suite(tmp_path: Path) -> None:
     links = [
         train("a"),
-        {"name": "b", "evaluate": ["--steps", 10]},
+        {"name": "b", "evaluate": ["--held-out", "shards", "--drift-steps", 10]},
         {"name": "s", "evaluate": ["--suite", "tiny"]},
     ]
     chain = load_chain(write(tmp_path, links))
-    benchmark, suite = chain.link("b"), chain.link("s")
-    assert benchmark.product == benchmark.folder / "metrics.json" and "torch.distributed.run" not in command(
-        benchmark, 2
-    )
+    drift, suite = chain.link("b"), chain.link("s")
+    assert drift.product == drift.folder / "metrics.json"
+    assert "torch.distributed.run" not in command(drift, 2)
     assert "torch.distributed.run" in command(suite, 2) and "--nproc-per-node=2" in command(suite, 2)
     assert suite.arguments[1:3] == [f"start={tmp_path}/base", f"a={chain.link('a').product}"]
     # done again with other weights, the report of before must not stand for the new one
@@ -412,6 +416,8 @@ def test_the_tiny_chain_here(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "chain" / "soar" / "lineage.json").read_text())
     assert lineage["parent"]["path"] == str(tmp_path / "chain" / "sft" / "export" / "transformer")
     assert lineage["parent"]["lineage"]["parent"]["path"] == "recipes/tiny/base/transformer"
+    with pytest.raises(ValueError, match="neither: evaluate: name a --suite"):
+        load_chain(write(tmp_path, [{"name": "neither", "evaluate": ["--dtype", "bf16"]}]))
 
 
 def test_what_the_last_link_would_refuse_is_found_first(tmp_path: Path) -> None:

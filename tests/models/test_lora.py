@@ -1,5 +1,7 @@
 """Adapters against diffusers' transformer with adapters made by hand, and against PEFT where it is installed."""
 
+import flux_peer
+import peer
 import pytest
 import te_stand_in
 import torch
@@ -41,43 +43,54 @@ def gradients(model, pairs, config):
     return {e.keys[0]: held[e.name].grad for pair in pairs for e in pair.entries(config.rank)}
 
 
-def adapted(folder, config, **changes):
+def adapted(folder, config, family=peer, **changes):
     """Our model and the peer, with the same adapters."""
-    peer = save_peer(folder, **{"dual_attention_layers": (0,), **changes})
+    other = family.save_peer(folder, **changes)
     model = load_diffusers(folder)
     adapters = with_adapters(model, config)
     factors = random_factors(adapters.pairs, config.rank)
     set_factors(model, adapters.pairs, config, factors)
-    return model, peer, adapters, factors
+    return model, other, adapters, factors
+
+
+def assert_equal_by_hand(model, other, adapters, factors, config, inputs, family):
+    adapt_peer(other, adapters.pairs, factors, config)
+    ours, theirs = model(*inputs), family.run_peer(other, inputs)
+    assert relative_error(ours, theirs) < 1e-5
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    errors = gradient_errors(gradients(model, adapters.pairs, config), peer_gradients(other, adapters.pairs))
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["published", "some-of-qkv", "every-linear"])
 @pytest.mark.parametrize("seed", [1, 4])
 def test_forward_and_every_gradient_equal_adapters_by_hand(config, seed, tmp_path):
     changes, size, batch, text = random_case(seed)
-    model, peer, adapters, factors = adapted(tmp_path, config, **{**changes, "dual_attention_layers": (0,)})
-    adapt_peer(peer, adapters.pairs, factors, config)
-    inputs = make_inputs(model.sizes, size, batch, text)
-    ours, theirs = model(*inputs), run_peer(peer, inputs)
-    assert relative_error(ours, theirs) < 1e-5
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    errors = gradient_errors(gradients(model, adapters.pairs, config), peer_gradients(peer, adapters.pairs))
-    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+    case = adapted(tmp_path, config, **{**changes, "dual_attention_layers": (0,)})
+    assert_equal_by_hand(*case, config, make_inputs(case[0].sizes, size, batch, text), peer)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=["published", "every-linear"])
+def test_flux_equals_adapters_by_hand(config, tmp_path):
+    case = adapted(tmp_path, config, flux_peer)
+    modules = {pair.module for pair in case[2].pairs}
+    assert {"transformer_blocks.1.attn.add_q_proj", "single_transformer_blocks.2.attn.to_v"} <= modules
+    assert_equal_by_hand(*case, config, flux_peer.make_inputs(case[0].sizes), flux_peer)
 
 
 def test_forward_equals_peft(tmp_path):
     peft = pytest.importorskip("peft")
     config = CONFIGS[0]
-    model, peer, adapters, factors = adapted(tmp_path, config)
+    model, other, adapters, factors = adapted(tmp_path, config, dual_attention_layers=(0,))
     modules = [pair.module for pair in adapters.pairs]
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
-    peer = peft.inject_adapter_in_model(settings, peer)
-    loaded = peft.set_peft_model_state_dict(peer, factors)
+    other = peft.inject_adapter_in_model(settings, other)
+    loaded = peft.set_peft_model_state_dict(other, factors)
     assert not loaded.unexpected_keys
     inputs = make_inputs(model.sizes)
-    assert relative_error(model(*inputs), run_peer(peer, inputs)) < 1e-5
+    assert relative_error(model(*inputs), run_peer(other, inputs)) < 1e-5
 
 
 def test_the_published_targets_of_sd35_medium():

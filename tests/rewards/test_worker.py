@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.cli import main
-from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases
+from soar_mega.examples.digits.benchmark import benchmark_prompts, real_canvases
 from soar_mega.rewards import make_rewards
 from soar_mega.rewards.asking import Patience
 from soar_mega.rewards.client import WorkerScorer

@@ -235,6 +235,40 @@ def test_sweep_requeues_the_stopped_element_alone(reference: Launched, cluster: 
     assert (run.folder / "0" / "complete.json").exists() and (run.folder / "1" / "complete.json").exists()
 
 
+def test_the_runs_of_a_laboratory(cluster: Cluster, work: Path) -> None:
+    """tools/sweep.py --slurm: an array of the runs that are missing; what is complete is in no further one."""
+    shared = [word for word in settings(work, 2) if not word.startswith("train.train_iters")]
+    said = {
+        "folder": str(work / "laboratory"),
+        "overrides": [*shared, "checkpoint.export=false"],
+        "seeds": [1],
+        "budget": {"steps": 2},
+        "measures": {"drift": {"drift": [0.9, 0.65], "guidance_scale": 3}},
+        "primary": ["drift"],
+        "slurm": {"processes_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "00:10:00"},
+        "arms": {name: {"recipe": f"recipes/tiny/{name}.yaml"} for name in ("sft", "soar")},
+    }
+    file = work / "laboratory.yaml"
+    file.write_text(yaml.safe_dump(said))
+
+    def write_script() -> str:
+        command = [sys.executable, "tools/sweep.py", str(file), "--slurm"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    folder = work / "laboratory" / "runs"
+    script = work / "laboratory" / "slurm" / "job.sbatch"
+    assert write_script() == f"2 runs: sbatch {script}\n"
+    cluster.call("sbatch", str(script))
+    markers = [folder / name / "complete.json" for name in ("sft-1", "soar-1")]
+    wait_for(
+        lambda: all(marker.exists() for marker in markers),
+        lambda: cluster.call("squeue") + logs(work),
+    )
+    assert write_script() == "all runs are complete\n"
+    markers[0].unlink()
+    assert write_script() == f"1 runs: sbatch {script}\n" and "runs/soar-1" not in script.read_text()
+
+
 def test_container_and_gpus(reference: Launched, cluster: Cluster, work: Path) -> None:
     size = ("--nodes", "1", "--processes-per-node", "2", "--gpus-per-node", "2")
     run = Launched(

@@ -6,7 +6,7 @@ from pathlib import Path
 from sweeping.plan import WRITTEN_BY, Canvases
 from walk.data import prepare_data
 
-from soar_mega.evaluation.benchmark import OCR, benchmark_prompts
+from soar_mega.examples.digits.benchmark import OCR, benchmark_prompts
 from soar_mega.outputs import write_file
 
 PROMPTS_SEED = 4000

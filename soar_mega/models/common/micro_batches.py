@@ -64,8 +64,11 @@ def _fewest(
     room: int,
 ) -> MicroBatches | None:
     samples = recipe.train.global_batch_size // data_size
+    branches = recipe.stage.asking(sizes.guidance_embeds).forwards().query_branches
     for size in even_sizes(points_of(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
-        asked = next(n for n in range(samples, 0, -1) if samples % n == 0 and 2 * n <= max(size, 2))
+        asked = next(
+            n for n in range(samples, 0, -1) if samples % n == 0 and branches * n <= max(size, branches)
+        )
         tried = replace(
             recipe,
             model=replace(recipe.model, recompute_granularity=granularity),

@@ -65,7 +65,7 @@ class RewardWorker:
                 f"reward_worker serves {unknown[0]}, which stage.rewards does not name: it has {', '.join(rewards)}"
             )
         return {
-            f"file:{self.url_file}#{_known_as(key)}" if key in self.names else key: weight
+            f"file:{self.url_file}#{key}" if key in self.names else key: weight
             for key, weight in rewards.items()
         }
 
@@ -127,9 +127,3 @@ def running(worker: RewardWorker) -> Iterator["subprocess.Popen[bytes]"]:
         except subprocess.TimeoutExpired:
             process.kill()
         watching.join()
-
-
-def _known_as(key: str) -> str:
-    """What a worker calls a reward of a recipe: of module:function#NAME the name, of module:function the function."""
-    source, _, entry = key.partition("#")
-    return entry or source.rpartition(":")[2]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
-from soar_mega.launch import reward_worker, slurm
+from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
@@ -64,7 +64,7 @@ def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
         logger.info("link %s: begins", link.name)
         with contextlib.ExitStack() as stack:
             if link.worker is not None:
-                stack.enter_context(reward_worker.running(link.worker))
+                stack.enter_context(run_worker.running(link.worker))
             code = _run_to_its_end(link, processes)
         if code == UNFINISHED:
             return code
@@ -201,8 +201,8 @@ def _submit_worker(chain: Chain, link: Link, before: str | None) -> str:
     left_over = slurm.queued(worker.folder / "slurm")
     if left_over is not None:  # it has not noticed yet that its link's last job is gone
         slurm.cancel(left_over.split()[0])
-    worker.make_ready()
-    worker.make_token()
+    run_worker.make_ready(worker)
+    run_worker.make_token(worker)
     # until the link has its number the worker waits for it
     (link.folder / "slurm" / slurm.JOB_ID).unlink(missing_ok=True)
     number = slurm.submit(worker_job(chain, link), worker.resources, before)

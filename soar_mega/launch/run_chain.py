@@ -177,6 +177,11 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
         running = slurm.queued(link.folder / "slurm")
         if running is not None:
             raise ValueError(f"link {link.name} is job {running}: wait for it, or end it with scancel")
+        worker = None if link.worker is None else slurm.queued(link.worker.folder / "slurm")
+        if worker is not None:
+            raise ValueError(
+                f"the last reward worker of {link.name} is job {worker}: it ends in half a minute"
+            )
     submitted: list[tuple[Link, str]] = []
     workers: list[str] = []
     try:
@@ -198,9 +203,6 @@ def _submit_worker(chain: Chain, link: Link, before: str | None) -> str:
     """Submits the job of a link's reward worker, after the job `before`; its number."""
     worker = link.worker
     assert worker is not None
-    left_over = slurm.queued(worker.folder / "slurm")
-    if left_over is not None:  # it has not noticed yet that its link's last job is gone
-        slurm.cancel(left_over.split()[0])
     run_worker.make_ready(worker)
     run_worker.make_token(worker)
     # until the link has its number the worker waits for it

@@ -306,7 +306,9 @@ def test_an_evaluate_link_takes_drift_alone_or_a_suite(tmp_path: Path) -> None:
     assert begin(chain, suite) and not suite.product.exists()
 
 
-def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_worker_is_a_job_beside_its_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     link = rl("rl", "digits", "--max-images", 8, slurm={"gpus_per_node": 0, "time": "01:00:00"})
     link["overrides"] = ["stage.rewards={digits: 1.0, 'my:own#x': 1.0e-05}", "data.prompts=recipes"]
     link["overrides"] += ["logging.eval_interval=0", "logging.drift_interval=0"]
@@ -324,8 +326,9 @@ def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: p
 
     def slurm(*command: str) -> str:
         asked.append(command)
-        return str(len(asked)) if command[0] == "sbatch" else ""
+        return str(len(asked)) if command[0] == "sbatch" else queue
 
+    queue = ""
     monkeypatch.setattr("soar_mega.launch.slurm._call", slurm)
     old = worker.folder / "failure.txt"
     old.parent.mkdir(parents=True)
@@ -347,6 +350,9 @@ def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: p
         f"--url-file {url})" in script
     )
     assert worker.token_file.stat().st_mode & 0o777 == 0o600
+    queue = f"{number[served]} RUNNING"
+    assert main(["chain", str(path), "--slurm"]) == 1
+    assert "the last reward worker of rl is job" in capsys.readouterr().err
 
 
 def test_a_reward_worker_that_dies_is_not_waited_for(tmp_path: Path) -> None:

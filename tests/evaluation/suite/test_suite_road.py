@@ -20,6 +20,7 @@ from PIL import Image
 from soar_mega.checkpoints import drawing
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
+from soar_mega.evaluation.scorers.weights import INCEPTION
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +208,19 @@ def test_distances_to_real_images_are_measured_once_for_each_set(
     """What measures them is not installed or has no weights here, which is told before the first image."""
     (tmp_path / "photos").mkdir()
     digits = {"prompts": "digits", "scorers": ["jpeg_incompressibility"], "real": "photos"}
-    suite = write_suite(tmp_path, sets={"digits": digits}, guidance_scale=[1])
-    words = (f"base={BASE}", "--weights", str(tmp_path / "none"))
+    suite = write_suite(tmp_path, sets={"digits": digits}, guidance_scale=[1, 3])
+    words = (f"base={BASE}", "--weights", str(tmp_path / "weights"))
     assert evaluate(suite, tmp_path / "out", *words) == 1 and "FID" in capsys.readouterr().err
     assert not (tmp_path / "out" / "images").exists()
+    network = tmp_path / "weights" / INCEPTION.path
+    network.parent.mkdir(parents=True)
+    network.write_bytes(b"a network")
     seen: list[int] = []
+    kept: set[Path] = set()
 
-    def measure(images: Path, real: Path, *more: object) -> dict[str, float]:
+    def measure(images: Path, real: Path, weights: Path, device: str, features: Path) -> dict[str, float]:
         assert real == tmp_path / "photos"
+        kept.add(features)
         seen.append(len(list(images.glob("*.png"))))
         return {"fid": 12.5}
 
@@ -222,7 +228,7 @@ def test_distances_to_real_images_are_measured_once_for_each_set(
     monkeypatch.setattr("soar_mega.evaluation.suite.distances.check_distances", lambda *ignored: None)
     for _ in range(2):
         assert evaluate(suite, tmp_path / "out", *words) == 0
-    assert seen == [4]
-    [row] = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
+    assert seen == [4, 4] and len(kept) == 1  # at both scales, with one set of features of the real images
+    row, _ = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
     assert (row["model"], row["set"], row["fid"]) == ("base", "digits", 12.5)
     assert "<td>12.5</td>" in (tmp_path / "out" / "report.html").read_text()

@@ -9,7 +9,7 @@
 
 A sweep is a YAML file (tools/sweeping/plan.py, docs/study.md): arms as recipes with overrides, their seeds and budgets
 in steps or in forwards, what is measured, which arm is compared with which. What is done is skipped, and nothing is
-ever removed. Results: FOLDER/report.{json,html,png}, or --out.
+ever removed. Results: FOLDER/report.{json,html,md,png}, or --out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from sweeping.canvases import prepare
 from sweeping.choice import choice, put_into
 from sweeping.outcomes import Evaluated
-from sweeping.page import curves_figure, write_page
+from sweeping.page import curves_figure, write_markdown, write_page
 from sweeping.plan import WRITTEN_BY, Sweep, read_sweep
 from sweeping.results import results
 from sweeping.runs import chains, evaluation_folders, job_script, runs_of
@@ -88,7 +88,7 @@ def main() -> int:
             print(listing(sweep))
             return 0
         out = arguments.out or sweep.folder / "report"
-        files = {ending: out.with_name(f"{out.name}.{ending}") for ending in ("json", "html", "png")}
+        files = {ending: out.with_name(f"{out.name}.{ending}") for ending in ("json", "html", "md", "png")}
         if arguments.choose:
             choose(Path(arguments.sweep), files["json"], arguments.choose)
             return 0
@@ -111,6 +111,7 @@ def main() -> int:
         return 1
     write_file(files["json"], json.dumps(result, indent=1).encode() + b"\n", MARK)
     write_file(files["html"], write_page(result, out), MARK)
+    write_file(files["md"], write_markdown(result).encode(), MARK)
     write_file(files["png"], curves_figure(result, sweep.primary[0]), MARK)
     print(f"\n{listing(sweep)}\n\nWritten to {', '.join(map(str, files.values()))}")
     return 0

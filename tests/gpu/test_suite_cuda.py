@@ -15,7 +15,7 @@ SMALL = ("--suite", "tiny", "--steps", 4, "--drift-samples", 16, "--guidance-sca
 
 def test_a_suite_is_what_it_is_on_the_cpu(tmp_path: Path) -> None:
     held_out = make_shards(tmp_path / "shards", 16, seed=1)
-    places = {"here": ("--batch-size", 50), "cpu": ()}  # the last batch is not full
+    places = {"here": ("--batch-size", 7), "cpu": ()}  # the last batch is not full
     started = [
         Verb("evaluate", *MODELS, *SMALL, *more, "--held-out", held_out, "--out", tmp_path / place,
              log=tmp_path / f"{place}.log", on_cpu=place == "cpu")
@@ -24,7 +24,7 @@ def test_a_suite_is_what_it_is_on_the_cpu(tmp_path: Path) -> None:
     for one in started:
         one.finish()
     drawn = {place: sorted((tmp_path / place / "images").rglob("*.png")) for place in places}
-    assert len(drawn["here"]) == len(drawn["cpu"]) > 50
+    assert len(drawn["here"]) == len(drawn["cpu"]) > 20
     apart = [
         abs(np.asarray(Image.open(here)).astype(int) - np.asarray(Image.open(there)).astype(int)).max()
         for here, there in zip(drawn["here"], drawn["cpu"], strict=True)

@@ -14,7 +14,7 @@ import yaml
 from sweeping.choice import Choice, choice, put_into
 from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
-from sweeping.page import curves_figure, write_page
+from sweeping.page import curves_figure, write_markdown, write_page
 from sweeping.plan import Measure, read_sweep
 from sweeping.results import prompts_errors, results
 from sweeping.runs import chains, job_script, runs_of
@@ -251,6 +251,7 @@ def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
     page = write_page(json.loads(json.dumps(result)), Path("small.html")).decode()
     assert "soar - sft" in page and "+0.200" in page and page.count("data:image/png") == 3
     assert b"tools/sweep.py" in curves_figure(result, "best")
+    assert "| soar - sft | best | +0.200 |" in write_markdown(result)
 
 
 def test_arms_are_compared_with_the_base(tmp_path: Path) -> None:

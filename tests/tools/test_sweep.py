@@ -103,8 +103,9 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) 
     run.marker.write_text("{}")
     assert run.is_done()
     judging = {command.name: command for chain in chains(sweep, list(runs.values())) for command in chain}
-    assert list(judging) == (
-        "sft-1 evaluate-sft-1 soar-1 evaluate-soar-1 evaluate-sft-2 soar-2 evaluate-soar-2".split()
+    assert (
+        " ".join(judging)
+        == "sft-1 evaluate-sft-1 soar-1 evaluate-soar-1 evaluate-sft-2 soar-2 evaluate-soar-2"
     )
     path, text = judging["evaluate-sft-2"].receipt
     path.parent.mkdir(parents=True)

@@ -183,9 +183,8 @@ class DataConfig:
     )
     max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as the pipeline's training
     num_workers: int = 0  # reader processes per data-parallel rank
-    max_failed_share: float = (
-        0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
-    )
+    # samples that stop the run, as a share of those so far (at least an epoch): unreadable ones, or own ones not judged
+    max_failed_share: float = 0.01
 
 
 @dataclass(kw_only=True)

@@ -63,6 +63,11 @@ def _stage(name: Any, stages: Stages) -> StageConfig:
     return stages[name](name=name)
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; ValueError naming the file where it is no UTF-8 or no YAML."""
+    return _read_yaml(_text(path), str(path))
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with every value written out; `read_recipe` of this text gives an equal recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)

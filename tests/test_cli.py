@@ -453,12 +453,12 @@ def test_where_results_go_is_tried_first(
 
 @pytest.fixture(scope="module")
 def evaluated(road: Path) -> Path:
-    """What `--suite tiny` makes of a pipeline, an export and a checkpoint."""
+    """What `--suite digits` makes of a pipeline, an export and a checkpoint."""
     out = road / "evaluated"
     models = [f"base={BASE}", f"soar={road}/run/export", f"same={road}/run"]
     drift = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
     sampling = ["--guidance-scale", "3", "--guidance-scale", "1", "--steps", "1"]
-    assert main(["evaluate", *models, "--suite", "tiny", *sampling, *drift, "--out", str(out)]) == 0
+    assert main(["evaluate", *models, "--suite", "digits", *sampling, *drift, "--out", str(out)]) == 0
     return out
 
 

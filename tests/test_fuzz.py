@@ -159,7 +159,7 @@ def test_lists_of_captions(published: bool, tmp_path: Path, rng: random.Random) 
     items, rejects = list_items(tmp_path / "list.jsonl")
     assert len(items) > 100 and len(rejects) > 1000
     for item in items:
-        assert item.caption.encode() and item.image.path.is_file()
+        assert item.captions[0].text.encode() and item.image.path.is_file()
         assert item.bucket is None or bucket_size(item.bucket)
     assert all(reject.name.startswith("list.jsonl:") and reject.reason for reject in rejects)
 

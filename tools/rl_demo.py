@@ -72,7 +72,7 @@ class RlDemo:
     def evaluate(self) -> None:
         models = [f"base={self.chain.pipeline_dir}"]
         models += [f"{link.name}={newest_weights(link)}" for link in self.chain.links]
-        suite = "recipes/evaluation/tiny.yaml" if self.quick else "recipes/evaluation/tiny_rl.yaml"
+        suite = "recipes/evaluation/digits.yaml" if self.quick else "recipes/evaluation/tiny_rl.yaml"
         words = ["evaluate", *models, "--suite", suite, "--out", str(self.folder / "evaluation")]
         words += ["--held-out", str(self.folder / "shards" / "heldout"), "--batch-size", "32"]
         run_together([logged(self.folder, "evaluation", torchrun(2, *words))])

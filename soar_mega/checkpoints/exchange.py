@@ -25,6 +25,8 @@ from soar_mega.convert import (
     save_folder,
     save_original_file,
 )
+from soar_mega.convert.finite_tensors import is_finite
+from soar_mega.convert.load import refuse_broken
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
@@ -124,10 +126,13 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
             "that wrote"
         )
     sharded = ShardedModel(read_sizes(description["model"]), ModelConfig(dtype=dtype), parallel)
-    tensors = named_tensors(sharded.model)
+    tensors, broken = named_tensors(sharded.model), []
     with torch.no_grad():
         for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
             tensors[name].copy_(tensor)
+            if not is_finite(tensor):
+                broken.append(name)
+    refuse_broken(broken, folder)
     return sharded
 
 
@@ -224,10 +229,11 @@ class StoredTensors:
         exact: the optimizer's float32 copies in place of the parameters, where the checkpoint holds them.
 
     Raises:
-        ValueError: names or shapes in the checkpoint are not those of the model.
+        ValueError: names or shapes in the checkpoint are not those of the model, or a tensor holds NaN.
     """
 
     def __init__(self, folder: Path, model: Transformer, ema: bool, exact: bool = False) -> None:
+        self._folder = folder
         stored = _stored(folder, model, ema, exact)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
@@ -237,6 +243,7 @@ class StoredTensors:
     def __call__(self, name: str) -> Tensor:
         read, tensor = next(self._read)
         assert read == name
+        refuse_broken([] if is_finite(tensor) else [name], self._folder)
         return tensor
 
 

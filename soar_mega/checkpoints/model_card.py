@@ -3,14 +3,13 @@
 README.md is for people, training_facts.json for programs.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import soar_mega
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
+from soar_mega.checkpoints.lineage import read_lineage
+from soar_mega.checkpoints.recipes import read_settings
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.info import DatasetInfo, bucket_size
@@ -34,8 +33,8 @@ def notes_of_run(
         dtype: of the exported numbers: fp32, bf16 or fp16; None is that of the run.
     """
     recipe = run.path / RECIPE
-    text = recipe.read_text() if recipe.is_file() else ""
-    settings = yaml.safe_load(text) or {}
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    settings = read_settings(run)
     trained_dtype = settings.get("model", {}).get("dtype")
     length, width, height = _trained_with(settings)
     facts = TrainingFacts(
@@ -119,11 +118,11 @@ def _drawn_with(pipeline_dir: str, length: int | None, size: int | list[int] | N
 
 def _lineage(path: Path) -> str:
     """A line for each run, the youngest first."""
-    lineage = json.loads(path.read_text()) if path.is_file() else None
+    lineage = read_lineage(path) if path.is_file() else None
     lines = []
     while lineage is not None:
         parent, starts = lineage["parent"], lineage["starts"]
-        source = "random weights" if parent is None else f"{parent['path']} (SHA-256 {parent['sha256']})"
+        source = "random weights" if parent is None else f"{parent['path']} (SHA-256 {parent.get('sha256')})"
         lines.append(f"- a run with soar_mega {starts[0]['code']}, begun {starts[0]['time']}, from {source}")
-        lineage = parent and parent["lineage"]
+        lineage = parent and parent.get("lineage")
     return "\n".join(lines) or "Nothing was recorded."

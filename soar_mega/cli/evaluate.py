@@ -15,8 +15,8 @@ HELP = """\
 Draw images with models, score them and compare.
 
   soar-mega evaluate base=sd35m soar=runs/x/export --suite paper --prompts dataset --weights scorers --out runs/table
-  soar-mega evaluate base=recipes/tiny/base run=runs/x --suite tiny --out runs/x_evaluation
-  soar-mega evaluate --watch runs/x --suite tiny --out runs/x_evaluation
+  soar-mega evaluate base=recipes/tiny/base run=runs/x --suite digits --out runs/x_evaluation
+  soar-mega evaluate --watch runs/x --suite digits --out runs/x_evaluation
 
 With --suite a MODEL is a pipeline folder, PIPELINE+ADAPTERS, a run or iter_ folder, or a pipeline of another
 architecture that diffusers draws; @WIDTHxHEIGHT behind it is a size of its own. All processes of torchrun or srun draw:
@@ -56,7 +56,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--seed", type=int, help="of all noise (default: the suite's, or 0)")
     suite = parser.add_argument_group("with --suite")
     suite.add_argument(
-        "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, tiny"
+        "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, digits, tiny"
     )
     suite.add_argument(
         "--prompts", metavar="DIR", help="where the suite's prompts lie (default: beside its file)"

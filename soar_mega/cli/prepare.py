@@ -47,6 +47,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--buckets", nargs="+", default=[], metavar="WxH", help="the buckets themselves, in pixels"
     )
     parser.add_argument(
+        "--bucket-count", type=int, metavar="N", help="use the N of these buckets that fit the images best"
+    )
+    parser.add_argument("--min-bucket", type=int, default=0, metavar="IMAGES", help="drop buckets with fewer images, "
+                        "which go to the nearest one that is left")  # fmt: skip
+    parser.add_argument(
         "--flip", action="store_true", help="add mirrored images; breaks captions with left and right"
     )
     parser.add_argument(
@@ -101,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,
+        bucket_count=arguments.bucket_count,
+        min_bucket=arguments.min_bucket,
         wishes=Wishes(
             min_side=arguments.min_side,
             aspect=arguments.aspect,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from soar_mega.data.caption_lists import METADATA_FILES, list_rows
+from soar_mega.data.captions import Caption
 from soar_mega.data.images import Picture
 from soar_mega.data.items import Item, Reject
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES, OTHER_SUFFIXES
@@ -78,7 +79,7 @@ def _captioned(folder: Path, found: Folder) -> Iterator[Item | Reject]:
         except ValueError as error:
             yield Reject(name=name, reason=str(error), kind="no caption")
         else:
-            yield Item(name=name, image=Picture(image), caption=caption)
+            yield Item(name=name, image=Picture(image), captions=(caption,))
     if twice:
         log.warning("%s: %d images have a .txt and a .caption; the .txt is taken", folder, twice)
     kinds = " ".join(IMAGE_SUFFIXES)
@@ -94,7 +95,7 @@ def _captioned(folder: Path, found: Folder) -> Iterator[Item | Reject]:
         yield Reject(name=name, reason="is a caption without an image", kind="caption without an image")
 
 
-def _caption(image: Path, beside: list[Path]) -> str:
+def _caption(image: Path, beside: list[Path]) -> Caption:
     """The text of the first of the captions. ValueError where there is none."""
     if not beside:
         raise ValueError(f"has no caption: {image.with_suffix(CAPTION_SUFFIXES[0]).name} is missing")
@@ -107,7 +108,7 @@ def _caption(image: Path, beside: list[Path]) -> str:
         raise ValueError(f"its caption {path.name} {error}") from error
     if not text:
         raise ValueError(f"its caption {path.name} is empty")
-    return text
+    return Caption(text)
 
 
 def walk(folder: Path) -> Folder:

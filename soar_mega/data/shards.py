@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
+from soar_mega.data.captions import drawn
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
@@ -86,7 +87,7 @@ class ShardSet:
     def read(
         self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True
     ) -> Read:
-        """Samples `indices` of one bucket; latents are drawn anew for each of `positions` [B] int64.
+        """Samples `indices` of one bucket; latents, and one of several captions, are drawn for `positions` [B] int64.
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
         """
@@ -114,13 +115,16 @@ class ShardSet:
         """Nothing is left to do after `read`."""
         return read
 
-    def stored(self, part: str, index: int) -> dict[str, Tensor]:
+    def stored(self, part: str, index: int, caption: int = 0) -> dict[str, Tensor]:
         """mean and std of the "latents" of a sample, or text and pooled of its "text", of whatever shape.
+
+        Args:
+            caption: which of several.
 
         SampleError: this sample cannot be read. ValueError: its shard cannot.
         """
         shard = self._shard_of(index)
-        offset, size, checksum = self._opened().place(part, index)
+        offset, size, checksum = self._place(part, index, caption)
         content = os.pread(self._file(shard).fileno(), size, offset)
         if len(content) < size:
             raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
@@ -139,10 +143,13 @@ class ShardSet:
             )
         return {name: tensors[name] for name in wanted}
 
-    def caption(self, index: int) -> str:
-        """The caption of a sample, which its tar holds behind its text. ValueError where it does not."""
+    def captions(self, index: int) -> list[str]:
+        """The captions of a sample, each of which its tar holds behind its text. ValueError where it does not."""
+        return [self._caption(index, number) for number in range(len(self._opened().captions(index)) or 1)]
+
+    def _caption(self, index: int, number: int) -> str:
         shard = self._shard_of(index)
-        offset, size, _ = self._opened().place("text", index)
+        offset, size, _ = self._place("text", index, number)
         start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
         try:
             member = TarInfo.frombuf(
@@ -221,7 +228,16 @@ class ShardSet:
         if mean.shape != std.shape:
             raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
         sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
-        return {**sample, **self.stored("text", index)} if text else sample
+        if not text:
+            return sample
+        weights = [weight for weight, *_ in self._opened().captions(index)]
+        return {**sample, **self.stored("text", index, drawn(weights, seed, position) if weights else 0)}
+
+    def _place(self, part: str, index: int, caption: int) -> tuple[int, int, int]:
+        if caption == 0:
+            return self._opened().place(part, index)
+        _, *place = self._opened().captions(index)[caption]
+        return place[0], place[1], place[2]
 
     def _file(self, shard: int) -> FileIO:
         """A shard's open file; the least recently used one is closed when too many are open."""

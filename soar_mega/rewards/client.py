@@ -146,8 +146,9 @@ class WorkerScorer:
 
     def _look_up(self) -> str:
         """Waits until the worker is there; the version of its reward, where it tells."""
+        answer = self._peer.get("/health")
         try:
-            health = json.loads(self._peer.get("/health"))
+            health = json.loads(answer)
             served, facts = health.get("rewards"), health.get("scorers")
         except (ValueError, RecursionError, AttributeError):
             return "of a worker"  # it is there, and that is all it says

@@ -29,6 +29,7 @@ def check_places(recipe: Recipe) -> None:
         "data.path": recipe.data.path,
         "data.validation_path": recipe.data.validation_path,
         "data.prompts": recipe.data.prompts,
+        "data.validation_prompts": recipe.data.validation_prompts,
         "checkpoint.load": other_run(recipe.checkpoint),
     }
     for name in ("export", "export_ema"):

@@ -2,17 +2,22 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from rl_cases import rl_words
 
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.launch.chain import Chain, load_chain
 from soar_mega.launch.links import begin, end, why_not_done
+from soar_mega.launch.reward_worker import running
 from soar_mega.launch.run_chain import command, job, run_local, status
+from soar_mega.rewards.client import WorkerScorer
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +51,12 @@ def ran(tmp_path: Path, name: str) -> int:
 
 def train(name: str, *overrides: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "train": "recipes/tiny/soar.yaml", "overrides": list(overrides), **more}
+
+
+def rl(name: str, *serve: str, **more: Any) -> dict[str, Any]:
+    """A link with a reward worker beside it."""
+    worker = {"serve": list(serve), **more}
+    return {"name": name, "train": "recipes/tiny/flow_grpo.yaml", "reward_worker": worker}
 
 
 def make_run(chain: Chain, name: str, weights: str = "trained") -> None:
@@ -163,6 +174,10 @@ def test_a_chain_may_branch(tmp_path: Path) -> None:
         ([note("a"), note("b") | {"from": "c"}], "from: 'c' is no link before this one; those are a"),
         ([note("a") | {"slurm": {"time": 14400}}], "in quotes"),
         ([note("a") | {"slurm": {"node": 2}}], "unknown key 'node'"),
+        ([train("a", reward_worker={"serve": ["digits"]})], "stage.name=soar draws no samples"),
+        ([rl("a", "jpeg_compressibility")], "serves jpeg_compressibility, which .* it has digits"),
+        ([rl("a", "--weights", "x")], "name the rewards first"),
+        ([rl("a", "digits", slurm={"node": 2})], "a: reward_worker: slurm: unknown key 'node'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
@@ -289,6 +304,97 @@ def test_an_evaluate_link_takes_drift_alone_or_a_suite(tmp_path: Path) -> None:
     assert begin(chain, suite) and not suite.product.exists()
 
 
+def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = rl("rl", "digits", "--max-images", 8, slurm={"gpus_per_node": 0, "time": "01:00:00"})
+    link["overrides"] = ["stage.rewards={digits: 1.0, 'my:own#x': 1.0e-05}", "data.prompts=recipes"]
+    link["overrides"] += ["logging.eval_interval=0", "logging.drift_interval=0"]
+    path = write(tmp_path, [note("a"), link, note("b")], slurm={"nodes": 2, "time": "09:00:00"})
+    chain = load_chain(path)
+    _, rl_link, _ = chain.links
+    worker, url = rl_link.worker, tmp_path / "chain/rl/reward_worker/url"
+    assert worker is not None and rl_link.recipe is not None
+    assert rl_link.recipe.stage.rewards == {f"file:{url}#digits": 1.0, "my:own#x": 1e-05}
+    assert (worker.resources.nodes, worker.resources.processes_per_node, worker.resources.time) == (
+        *(1, 1),
+        "01:00:00",
+    )
+    asked: list[tuple[str, ...]] = []
+
+    def slurm(*command: str) -> str:
+        asked.append(command)
+        return str(len(asked)) if command[0] == "sbatch" else ""
+
+    monkeypatch.setattr("soar_mega.launch.slurm._call", slurm)
+    old = worker.folder / "failure.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("of a worker before")
+    assert main(["chain", str(path), "--slurm"]) == 0 and not old.exists()
+    jobs = {words[-1]: words[1:-1] for words in asked if words[0] == "sbatch"}
+    a, served, rl_job, b = (
+        f"{tmp_path}/chain/{name}/slurm/job.sbatch" for name in ("a", "rl/reward_worker", "rl", "b")
+    )
+    number = {script: (tmp_path / script).with_name("job_id").read_text().strip() for script in jobs}
+    assert list(jobs) == [a, served, rl_job, b]
+    assert f"--dependency=afterok:{number[a]}" in jobs[served]
+    assert f"--dependency=afterok:{number[a]},after:{number[served]}" in jobs[rl_job]
+    assert f"--dependency=afterok:{number[rl_job]}" in jobs[b]
+    script = Path(served).read_text()
+    assert f"beside={rl_link.folder}/slurm/job_id" in script and "beside=" not in Path(rl_job).read_text()
+    assert (
+        f"(serve-reward digits --port 0 --host 0.0.0.0 --token-file {worker.token_file} --max-images 8 "
+        f"--url-file {url})" in script
+    )
+    assert worker.token_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_reward_worker_that_dies_is_not_waited_for(tmp_path: Path) -> None:
+    """It answers a client by its file; once it is gone the next question ends with the reason, not after minutes."""
+    chain = load_chain(
+        write(
+            tmp_path,
+            [rl("rl", "jpeg_compressibility") | {"overrides": ["stage.rewards={jpeg_compressibility: 1.0}"]}],
+        )
+    )
+    worker, recipe = chain.links[0].worker, chain.links[0].recipe
+    assert worker is not None and recipe is not None
+    [place] = recipe.stage.rewards
+    with running(worker) as process:
+        scorer = WorkerScorer(place)
+        assert scorer.score(torch.zeros(1, 3, 16, 16), ["a"], [{}])["jpeg_compressibility"].isfinite().all()
+        process.kill()
+        while not (worker.folder / "failure.txt").exists():
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="it ended with exit code -9, see .*worker.log"):
+            scorer.score(torch.zeros(1, 3, 16, 16), ["a"], [{}])
+    with running(worker) as process:
+        pass
+    assert process.poll() == 0 and not worker.url_file.exists(), "it ends with its link"
+
+
+@pytest.mark.slow
+def test_a_chain_with_a_reward_worker_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It judges, and ends with its link; a broken one ends the link by its name, and the chain goes on when mended."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    own = tmp_path / "own_reward.py"
+    own.write_text("raise ImportError('out of order')")
+    words = rl_words(
+        tmp_path / "words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
+    )
+    link = rl("rl", "own_reward:red") | {
+        "overrides": [w for w in words if not w.startswith("checkpoint.save=")]
+    }
+    path = write(tmp_path, [link], pipeline_dir="recipes/tiny/base")
+    assert main(["chain", str(path)]) == 1
+    told = (tmp_path / "chain/rl/failure.txt").read_text()
+    assert "reward worker: it ended with exit code 1" in told and "out of order" in told
+    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    assert main(["chain", str(path)]) == 0
+    assert "reward/red: " in (tmp_path / "chain/rl/train.log").read_text()
+    assert "ready: red" in (tmp_path / "chain/rl/reward_worker/worker.log").read_text()
+    assert not (tmp_path / "chain/rl/reward_worker/url").exists(), "it ended with the link"
+
+
 @pytest.mark.slow
 def test_the_tiny_chain_here(tmp_path: Path) -> None:
     from tiny_runs import make_shards
@@ -325,6 +431,17 @@ def test_what_the_last_link_would_refuse_is_found_first(tmp_path: Path) -> None:
         links = [note("a"), train("b", made, held_out, "train.micro_batch_size=1", override)]
         with pytest.raises(ValueError, match=words):
             run_local(load_chain(write(tmp_path, links)), 2)
+        assert ran(tmp_path, "a") == 0
+    drawing = rl("b", "digits") | {
+        "overrides": ["stage.rewards={digits: 1.0}", "data.prompts=recipes", held_out]
+    }
+    for prompts, words in (
+        ("nowhere", "data.validation_prompts: nowhere is not there"),
+        (f"{tmp_path}/chain/b/export", "data.validation_prompts"),  # what the run writes
+    ):
+        link = drawing | {"overrides": [*drawing["overrides"], f"data.validation_prompts={prompts}"]}
+        with pytest.raises(ValueError, match=words):
+            run_local(load_chain(write(tmp_path, [note("a"), link])), 1)
         assert ran(tmp_path, "a") == 0
     links = [note("a", code=3), train("b", made, held_out)]
     with pytest.raises(ValueError, match="link a failed"):

@@ -39,32 +39,39 @@ class Operators:
         self.library.impl("bwd", self.backward, "CPU")
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
-        given = named("fwd", args)
+        given = widened("fwd", args)
         query, key, value, out, scale = (given[name] for name in ("q", "k", "v", "out", "softmax_scale"))
-        assert given["num_splits"] == 1 and query.stride(-1) == 1
+        assert given["num_splits"] == 1
         scores = scale * torch.einsum("bshd,bthd->bhst", query, key)
         out.copy_(torch.einsum("bhst,bthd->bshd", scores.softmax(-1), value))
         return out, scores.logsumexp(-1), out.new_empty(0), out.new_empty(0)
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        given = named("bwd", args)
+        given = widened("bwd", args)
         query, key, value, out, sums = (given[name] for name in ("q", "k", "v", "out", "softmax_lse"))
         gradient, scale = given["dout"], given["softmax_scale"]
-        assert gradient.stride(-1) == 1
         self.deterministic.append(given.get("deterministic", False))  # defaults at the end are left out
         weights = (scale * torch.einsum("bshd,bthd->bhst", query, key) - sums[..., None]).exp()
         by_weight = torch.einsum("bshd,bthd->bhst", gradient, value)
         by_score = scale * weights * (by_weight - (gradient * out).sum(-1).transpose(1, 2)[..., None])
         given["dq"].copy_(torch.einsum("bhst,bthd->bshd", by_score, key))
         given["dk"].copy_(torch.einsum("bhst,bshd->bthd", by_score, query))
-        given["dv"].copy_(torch.einsum("bhst,bshd->bthd", weights.to(gradient), gradient))
+        given["dv"].copy_(torch.einsum("bhst,bshd->bthd", weights, gradient))
         return tuple(sums.clone() for _ in range(5))
 
 
-def named(operator: str, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Arguments by their names in the schema."""
+def widened(operator: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Arguments by their names in the schema; what is read in no less than float32, in which it computes."""
     schema = getattr(torch.ops.flash_attn_3, operator).default._schema
-    return dict(zip([argument.name for argument in schema.arguments], args, strict=False))
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    written = ("out", "dq", "dk", "dv") if operator == "fwd" else ("dq", "dk", "dv")
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            assert value.stride(-1) == 1, name
+            if name not in written:
+                given[name] = value.to(torch.promote_types(value.dtype, torch.float32))
+    return given
 
 
 def install(monkeypatch: pytest.MonkeyPatch, head_sizes: tuple[int, ...] | None = None) -> Operators:

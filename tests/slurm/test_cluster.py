@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import Cluster, missing
+from rl_cases import rl_words
 from tiny_runs import make_shards
 
 from soar_mega.cli import main
@@ -321,6 +322,50 @@ def test_chain_of_three(cluster: Cluster, work: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "sft: complete\nsoar: complete\nrl: complete\n"
     assert main(["chain", str(file), "--slurm"]) == 0
     assert capsys.readouterr().out == "all links are complete\n"
+
+
+def test_a_reward_worker_is_there_as_long_as_its_link(
+    cluster: Cluster, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of its own, on another node than the run; a broken one ends the run, and its words say why."""
+    own = work / "own_reward.py"
+    own.write_text("raise ImportError('out of order')")
+    monkeypatch.setenv("PYTHONPATH", f"{work}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = rl_words(
+        work / "rl_words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
+    )
+    link = {
+        "name": "rl",
+        "train": "recipes/tiny/flow_grpo.yaml",
+        "overrides": [word for word in words if not word.startswith("checkpoint.save=")],
+        "slurm": {"nodes": 1, "processes_per_node": 2},
+        "reward_worker": {"serve": ["own_reward:red"]},
+    }
+    file = chain_file(work / "judged.yaml", work, [link])
+    folder = work / "judged" / "rl"
+
+    def queue() -> list[str]:
+        return [
+            line for line in cluster.call("squeue", "--noheader", "--format=%j").split() if "judged" in line
+        ]
+
+    assert main(["chain", str(file), "--slurm"]) == 0
+    wait_for(lambda: not queue(), lambda: cluster.call("squeue") + logs(work / "judged"))
+    assert "exit code 1" in (folder / "reward_worker" / "failure.txt").read_text()
+    assert "out of order" in logs(folder)
+    assert re.search(r"reward worker file:.*/url: job \d+ on n\d: exit code 1", logs(work / "judged"))
+
+    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    capsys.readouterr()
+    assert main(["chain", str(file), "--slurm"]) == 0
+    wait_for(
+        lambda: (folder / "completed.json").exists() and not queue(),
+        lambda: cluster.call("squeue") + logs(work / "judged"),
+    )
+    assert "reward/red: " in (folder / "train.log").read_text()
+    told = logs(folder)
+    assert "ready: red" in told and "the job that this one serves has ended" in told
+    assert (folder / "reward_worker" / "ended").exists()
 
 
 def test_broken_link_cancels_the_rest(

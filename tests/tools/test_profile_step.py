@@ -128,7 +128,6 @@ def test_every_layout(
     assert len(said["ranks"]) == ranks
 
 
-@pytest.mark.slow
 def test_made_up_samples_need_no_data(tmp_path: Path) -> None:
     words = tiny_words(tmp_path / "absent", tmp_path / "run")
     arguments = [str(ROOT / "recipes/tiny/soar.yaml"), *words, "--out", str(tmp_path), "--no-checkpoint"]

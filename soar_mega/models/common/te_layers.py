@@ -20,6 +20,7 @@ class CastOnce:
     """
 
     has_changed = True  # the weight, since it was cast
+    fuse_wgrad_accumulation: bool
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[..., in] -> [..., out] and the bias that is left to add."""
@@ -40,6 +41,17 @@ class CastOnce:
         quantizer = self.quantizers["scaling_fwd"][WEIGHT]
         quantizer.set_usage(rowwise=True, columnwise=True)
         self.get_weight_workspace(tensor=self.weight, quantizer=quantizer, cache_name="weight")
+
+
+def add_gradients_in_products(model: torch.nn.Module) -> None:
+    """Have each product that makes a weight's gradient add it to the weight's main_grad, which there must be.
+
+    Not where layers are recomputed by torch's checkpoint: Transformer Engine then finds another tensor in the place of
+    the weight and gives autograd no gradient, and megatron's DistributedDataParallel never hears of it.
+    """
+    for module in model.modules():
+        if isinstance(module, CastOnce):
+            module.fuse_wgrad_accumulation = True
 
 
 def get_te_provider(attention_backend: str, given_attention: type | None) -> Any:

@@ -23,7 +23,7 @@ from soar_mega.cli import main
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """suite.yaml, and in out/ what it makes of the base."""
     folder = tmp_path_factory.mktemp("suite")
-    suite = write_suite(folder)
+    suite = write_suite(folder, published={"SD3.5-M": {"jpeg_incompressibility": 0.63}})
     assert evaluate(suite, folder / "out", f"base={BASE}") == 0
     return folder
 
@@ -49,6 +49,7 @@ def test_the_report_holds_what_the_images_got(road: Path, capsys: pytest.Capture
         assert score["score"] == np.mean(by_tag) and score["prompts"] == 4
     assert said["sets"]["numbers"] | {"file": ""} == {"file": "", "prompts": 2, "images": 3}
     page = (out / "report.html").read_text()
+    assert "<td>SD3.5-M (published)</td><td></td><td></td><td>0.63</td>" in page
     assert "<svg" in page and "http" not in page and page.count("data:image/png;base64,") == 4 + 3 + 3
 
 

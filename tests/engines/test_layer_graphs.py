@@ -12,6 +12,7 @@ from repeated_work import RepeatedWork
 from soar_mega.config import LoraConfig, ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
 from soar_mega.models.common.conditions import Conditions
+from soar_mega.models.common.layer_graphs import garbage_waits
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
@@ -105,6 +106,29 @@ def test_recorded_adapters_train_as_others_do():
             engine.parameters[name].zero_()
     assert torch.equal(engine.velocity(*given), reference)
     assert not torch.equal(adapted, reference)
+
+
+def test_garbage_waits_for_a_recording():
+    """Where an engine before this one is part of a cycle, its graphs end with the cycle."""
+    gone = []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            gone.append(self)
+
+    def make_garbage() -> None:
+        Engine()
+        kept = [[] for _ in range(100_000)]  # far beyond what sets off a collection
+        assert len(kept) == 100_000
+
+    with garbage_waits():
+        make_garbage()
+        assert not gone
+    make_garbage()
+    assert gone
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ gathered parameters before a layer and reduces gradients behind one. A pipeline 
 way at once: each of them needs a recording, with memory of its own.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -52,7 +54,7 @@ class CudaGraphs:
     def record(self, work: Callable[[], None]) -> Replay:
         """Record the work as one graph."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream), capturing():
+        with torch.cuda.stream(self._stream), capturing(), garbage_waits():
             # other threads (readers of data, the watchdog) may go on calling CUDA
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -60,6 +62,18 @@ class CudaGraphs:
             finally:
                 graph.capture_end()
         return graph.replay
+
+
+@contextmanager
+def garbage_waits() -> Iterator[None]:
+    """Nothing in a cycle is collected meanwhile: a recording does not survive the end of another model's graphs."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class RecordedLayer:

@@ -50,7 +50,7 @@ RECOMPUTED = {"recompute_granularity": "full"}
     ("parallel", "model", "in_products"),
     [
         ({}, {}, True),
-        ({"overlap_grad_reduce": True}, RECOMPUTED, False),
+        pytest.param({"overlap_grad_reduce": True}, RECOMPUTED, False, marks=pytest.mark.slow),
         ({"engine": "deepspeed", "zero_stage": 2}, {}, False),
     ],
     ids=["megatron", "megatron recomputed", "deepspeed"],

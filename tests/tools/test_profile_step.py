@@ -14,14 +14,18 @@ import pytest
 import torch
 from multirank import run_ranks
 from step_profile import kernels, memory, page
+from step_profile.made_up import MadeUp
 from step_profile.operators import on_device, on_host
 from step_profile.recorder import Recorder, Span
 from step_profile.summary import bubble, by_phase, chrome_trace
 from tiny_runs import ROOT, tiny_words
 from torch.autograd import DeviceType
 
+from soar_mega.config import ParallelConfig
+from soar_mega.distributed import start_world
 from soar_mega.kernels.variants import all_variants
 from soar_mega.phases import Phases, phases
+from soar_mega.stages import load_recipe
 
 
 def profiled(arguments: list[str]) -> None:
@@ -128,6 +132,17 @@ def test_every_layout(
     assert len(said["ranks"]) == ranks
 
 
+def test_made_up_samples_are_what_they_say(tmp_path: Path) -> None:
+    """A run asks for their shapes before it has seen any."""
+    words = tiny_words(tmp_path / "absent", tmp_path / "run")
+    start_world(ParallelConfig())
+    loader = MadeUp(load_recipe(ROOT / "recipes/tiny/soar.yaml", words), 8, 4, 7)
+    batch = next(loader)
+    assert loader.info.latent_shape(loader.info.largest_bucket) == batch.latent_shape == (4, 8, 4)
+    assert loader.info.text_shape[0] == batch.text_length == 7 and loader.info.samples == len(batch)
+
+
+@pytest.mark.slow
 def test_made_up_samples_need_no_data(tmp_path: Path) -> None:
     words = tiny_words(tmp_path / "absent", tmp_path / "run")
     arguments = [str(ROOT / "recipes/tiny/soar.yaml"), *words, "--out", str(tmp_path), "--no-checkpoint"]

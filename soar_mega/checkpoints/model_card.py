@@ -12,11 +12,10 @@ from soar_mega.checkpoints.lineage import read_lineage
 from soar_mega.checkpoints.recipes import read_settings
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.info import DatasetInfo, bucket_size
-from soar_mega.data.shard_writer import DATASET_FILE
+from soar_mega.data.info import bucket_size
+from soar_mega.data.remote import read_info
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.training_facts import FILE, TrainingFacts
-from soar_mega.user_files import read_object
 
 CARD = "README.md"
 
@@ -107,9 +106,8 @@ def _trained_with(settings: dict[str, Any]) -> Samples:
         return _drawn_with(pipeline, length, data.get("resolution"))
     if not data.get("path"):
         return None, None, None
-    path = Path(data["path"], DATASET_FILE)
     try:
-        info = DatasetInfo.from_json(read_object(path), path)
+        info = read_info(data["path"])
     except ValueError:
         return None, None, None
     return info.max_sequence_length, *bucket_size(info.largest_bucket)

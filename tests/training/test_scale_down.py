@@ -67,9 +67,8 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["flow_grpo_ocr", "flow_grpo_geneval", "flow_grpo_pickscore", "nft_multi_reward"]
-)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])
 def test_a_method_that_draws_its_samples_runs(name, tmp_path):
     words = [f"checkpoint.save={tmp_path}/run"]
     assert main(["train", str(RECIPES / f"sd35_medium/{name}.yaml"), "--scale-down", *words]) == 0

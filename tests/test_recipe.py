@@ -118,7 +118,7 @@ def test_patterns_need_no_quotes_and_anchors_stay(recipe_file: Path, tmp_path: P
     assert recipe.lora.targets == ["*.attn.to_q", "*.ff.net.*", "*"] and recipe.optimizer.frozen == [
         "*.embedder.*"
     ]
-    assert load_text(tmp_path, "train: {seed: &n 7, train_iters: *n}\n").train.train_iters == 7
+    assert load_text(tmp_path, "model: {preset: sd35_medium}\ntrain: {seed: &n 7, train_iters: *n}\n").train.train_iters == 7
 
 
 def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:

@@ -75,8 +75,8 @@ def checkpoint_to_folder(
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
     iteration = resume.read_description(folder)["iteration"]
-    products, name = model.sizes.family.products, "ema" if ema else "current"
-    notes = notes_of_run(RunFolder(folder.parent), products, iteration, name, files.dtype_name)
+    name = "ema" if ema else "current"
+    notes = notes_of_run(RunFolder(folder.parent), model.sizes, iteration, name, files.dtype_name)
     save_folder(model, out, tensors, files, notes, parts)
     return bool(parts)
 

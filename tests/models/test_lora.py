@@ -176,15 +176,23 @@ def test_dropout_leaves_out_features_of_a_step(tmp_path):
     assert len(rows.unique(dim=0)) == len(rows)  # each pair has its own
 
 
-def test_adapters_on_transformer_engine_s_linears(tmp_path, monkeypatch):
-    """Over the stand-in: adapters compute beside what FP8 casts, as they do beside torch's linears."""
+@pytest.mark.parametrize(("dtype", "fp8", "close"), [("fp32", None, 1e-5), ("bf16", "hybrid", 0.05)])
+@pytest.mark.parametrize("family", [peer, flux_peer], ids=["sd3", "flux"])
+def test_adapters_on_transformer_engine_s_linears(family, dtype, fp8, close, tmp_path, monkeypatch):
+    """Over the stand-in: adapters compute and learn beside what FP8 casts as they do beside torch's linears."""
     config = CONFIGS[0]
-    model, _, adapters, factors = adapted(tmp_path, config)
+    family.save_peer(tmp_path)
+    model = load_diffusers(tmp_path, dtype)
     te_stand_in.install(monkeypatch)
-    settings = ModelConfig(dtype="fp32", transformer_impl="transformer_engine")
+    settings = ModelConfig(dtype=dtype, transformer_impl="transformer_engine", fp8=fp8)
     other = build_model(model.sizes, settings, ParallelConfig())
     load_weights(other, tmp_path)
-    with_adapters(other, config)
-    set_factors(other, adapters.pairs, config, factors)
-    inputs = make_inputs(model.sizes)
-    torch.testing.assert_close(other(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+    inputs, velocities, learnt = family.make_inputs(model.sizes), [], []
+    for each in (other, model):
+        adapters = with_adapters(each, config)
+        set_factors(each, adapters.pairs, config, random_factors(adapters.pairs, config.rank))
+        velocities.append(each(*inputs))
+        velocities[-1].square().sum().backward()
+        learnt.append(gradients(each, adapters.pairs, config))
+    assert relative_error(*velocities) < close
+    assert max(gradient_errors(*learnt).values()) < close

@@ -87,7 +87,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, changes: dict, words: 
 def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, curve=[4, 6, 40], slurm={"nodes": 1, "gpus_per_node": 0, "time": "00:30:00"})
     runs = {run.name: run for run in runs_of(sweep)}
-    assert list(runs) == ["sft-1", "sft-2", "soar-1", "soar-2"]  # 60 forward units each, 20 steps and 5
+    assert list(runs) == ["sft-1", "soar-1", "sft-2", "soar-2"]  # 60 forward units each, 20 steps and 5
     run = runs["sft-2"]
     assert {"train.seed=2", "train.train_iters=20", "checkpoint.save_retain_interval=2"} <= set(run.words)
     assert runs["soar-1"].arm.iterations == 5 and runs["soar-1"].curve == [4]
@@ -103,17 +103,10 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) 
     run.marker.write_text("{}")
     assert run.is_done()
     judging = {command.name: command for chain in chains(sweep, list(runs.values())) for command in chain}
-    assert list(judging) == [
-        *(
-            "sft-1",
-            "evaluate-sft-1",
-            "evaluate-sft-2",
-            "soar-1",
-            "evaluate-soar-1",
-            "soar-2",
-            "evaluate-soar-2",
-        )
-    ]
+    assert (
+        " ".join(judging)
+        == "sft-1 evaluate-sft-1 soar-1 evaluate-soar-1 evaluate-sft-2 soar-2 evaluate-soar-2"
+    )
     path, text = judging["evaluate-sft-2"].receipt
     path.parent.mkdir(parents=True)
     path.write_text(text)

@@ -101,9 +101,15 @@ def curve_name(arm: str, iteration: int) -> str:
 
 
 def runs_of(sweep: Sweep) -> list[Run]:
-    """All runs, those with the most work first: they would otherwise keep one core busy at the end."""
-    runs = [Run(sweep, arm, seed) for arm in sweep.arms for seed in arm.seeds]
-    return sorted(runs, key=lambda run: -run.arm.iterations * run.arm.units)
+    """All runs, the first seed of every arm before the second: what is interrupted has whole seeds.
+
+    Of a seed those with the most work come first: they would otherwise keep one core busy at the end.
+    """
+    runs = [(i, Run(sweep, arm, seed)) for arm in sweep.arms for i, seed in enumerate(arm.seeds)]
+    return [
+        run
+        for _, run in sorted(runs, key=lambda each: (each[0], -each[1].arm.iterations * each[1].arm.units))
+    ]
 
 
 def chains(sweep: Sweep, runs: list[Run]) -> list[list[Command]]:

@@ -10,7 +10,7 @@ from tiny_runs import make_shards
 from verbs import Verb
 
 MODELS = ("base=recipes/tiny/base",)
-SMALL = ("--suite", "tiny", "--steps", 4, "--drift-samples", 16, "--guidance-scale", 3)
+SMALL = ("--suite", "digits", "--steps", 4, "--drift-samples", 16, "--guidance-scale", 3)
 
 
 def test_a_suite_is_what_it_is_on_the_cpu(tmp_path: Path) -> None:

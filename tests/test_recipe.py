@@ -8,7 +8,7 @@ import yaml
 
 from soar_mega.config import Recipe
 from soar_mega.config_checks import RULES
-from soar_mega.recipe import recipe_to_yaml
+from soar_mega.recipe import read_yaml, recipe_to_yaml
 from soar_mega.stages import SETTINGS, SftConfig, SftMultiConfig, SoarConfig, load_recipe
 
 SMALLEST = """
@@ -118,7 +118,8 @@ def test_patterns_need_no_quotes_and_anchors_stay(recipe_file: Path, tmp_path: P
     assert recipe.lora.targets == ["*.attn.to_q", "*.ff.net.*", "*"] and recipe.optimizer.frozen == [
         "*.embedder.*"
     ]
-    assert load_text(tmp_path, "model: {preset: sd35_medium}\ntrain: {seed: &n 7, train_iters: *n}\n").train.train_iters == 7
+    (tmp_path / "anchors.yaml").write_text("a: &n 7\nb: *n\n")
+    assert read_yaml(tmp_path / "anchors.yaml") == {"a": 7, "b": 7}
 
 
 def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:

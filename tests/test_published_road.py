@@ -15,8 +15,8 @@ from tiny_runs import logged, run, tiny_recipe
 
 from soar_mega.cli import main
 from soar_mega.convert.safetensors_reader import Reader
-from soar_mega.examples.digits.canvases import make_canvas
 from soar_mega.data.shards import open_shards
+from soar_mega.examples.digits.canvases import make_canvas
 from soar_mega.training.history import history
 
 BASE = Path(__file__).parents[1] / "recipes/tiny/base"

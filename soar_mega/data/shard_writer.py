@@ -4,7 +4,7 @@ A folder of shards holds
 
     shard-000000.tar     per sample KEY.latents.safetensors (mean, std), KEY.text.safetensors (text, pooled), KEY.txt
                          (the caption) and KEY.json (name in the source, bucket); KEY.1.text.safetensors, KEY.1.txt and
-                         so on for further captions
+                         so on for further captions, whose weights are in KEY.json
     shard-000000.json    its index: offset, size and CRC-32 of each part, written when the tar is complete
     index.bin            the same of all shards, as training reads it
     empty.safetensors    text and pooled of the empty prompt
@@ -70,10 +70,12 @@ class ShardWriter:
         """Append a sample. `key` is unique in the data set, holds no dot and sorts as the source does."""
         latents = save({"mean": sample.latent_mean.contiguous(), "std": sample.latent_std.contiguous()})
         entry: dict[str, Any] = {"key": key, "name": sample.name, "bucket": sample.bucket}
-        description = json.dumps({"name": sample.name, "bucket": sample.bucket}, sort_keys=True)
+        told: dict[str, Any] = {"name": sample.name, "bucket": sample.bucket}
+        if sample.further:
+            told["weights"] = [one.weight for one in (sample, *sample.further)]
         entry["latents"] = self._append(f"{key}.latents.safetensors", latents)
         entry["text"] = self._append_caption(key, sample)
-        self._append(f"{key}.json", description.encode())
+        self._append(f"{key}.json", json.dumps(told, sort_keys=True).encode())
         if sample.further:
             entry["captions"] = [[sample.weight, *entry["text"]]]
         for number, one in enumerate(sample.further, start=1):

@@ -59,6 +59,7 @@ def test_all_captions_are_known_also_to_webdataset(shards):
     (shards / "index.bin").unlink()  # and is made anew of the shards' own
     assert open_shards(shards).captions(1) == ["caption 1", "1.1"]
     with tarfile.open(shards / "shard-000000.tar") as tar:
+        assert json.load(tar.extractfile("000000001.json"))["weights"] == [1.0, 3.0]
         names = [name for name in tar.getnames() if name.startswith("000000001.")]
     suffixes = ["latents.safetensors", "text.safetensors", "txt", "json", "1.text.safetensors", "1.txt"]
     assert names == [f"000000001.{suffix}" for suffix in suffixes]

@@ -424,6 +424,7 @@ def test_scores_of_a_list(images, tmp_path, caplog):
     wishes = Wishes(min_score=4.5)
     with pytest.raises(ValueError, match=r"1 of 7 .*\n +6\.png: the source gives it no score"):
         prepare(images, tmp_path / "out", BASE, Options(wishes=wishes, score_key="aesthetic"))
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="soar_mega"):
         result = prepare(
             images, tmp_path / "out", BASE, Options(wishes=wishes, score_key="aesthetic", skip_invalid=True)

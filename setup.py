@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "soar_mega/__init__.py").read_text(), re.MULTILINE)
 assert version, "soar_mega/__init__.py states no __version__"
 
+DIGITS = ["scikit-learn>=1.5", "matplotlib>=3.9"]
+
 setup(
     name="soar_mega",
     version=version.group(1),
@@ -17,12 +19,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ stands at the top level of the repository and is imported as soar_mega.kernels. Folders are looked for,
-    # not named: the Docker image installs the dependencies before the sources are there.
-    package_dir={"soar_mega.kernels": "kernels"},
+    # kernels/ and examples/ stand at the top level of the repository and are imported as soar_mega.kernels and
+    # soar_mega.examples. Folders are looked for, not named: the Docker image installs the dependencies before the
+    # sources are there.
+    package_dir={"soar_mega.kernels": "kernels", "soar_mega.examples": "examples"},
     packages=[
         *find_packages(include=["soar_mega", "soar_mega.*"]),
-        *(f"soar_mega.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
+        *(
+            f"soar_mega.{name}"
+            for name in find_packages(include=["kernels", "kernels.*", "examples", "examples.*"])
+        ),
     ],
     install_requires=[
         "torch>=2.11.0a0",  # the pre-release number lets in the builds of NVIDIA's images
@@ -47,13 +53,15 @@ setup(
         "packaging>=24",
         "pillow>=11",
         "pyyaml>=6.0",
-        "scikit-learn>=1.5",
-        "matplotlib>=3.9",
+        "scipy>=1.13",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
     extras_require={
+        # The built-in canvases with their verifier, and the figures of the demo, of studies and of benchmarks.
+        "digits": DIGITS,
         "dev": [
+            *DIGITS,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -88,11 +88,11 @@ def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
 
 
 def _forward(x: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
-    from soar_mega.kernels.source.bias_gelu import forward_kernel
+    from soar_mega.kernels.source.bias_gelu import bias_gelu_forward_kernel
 
     out = empty(x)
     launch(
-        forward_kernel, sizes.forward_grid, x.device,
+        bias_gelu_forward_kernel, sizes.forward_grid, x.device,
         x, bias, out, sizes.rows, sizes.forward_rows, x.shape[2], **sizes.constants,
     )  # fmt: skip
     return out
@@ -104,14 +104,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], out: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    from soar_mega.kernels.source.bias_gelu import backward_kernel
+    from soar_mega.kernels.source.bias_gelu import bias_gelu_backward_kernel
 
     x, bias = ctx.saved_tensors
     sizes, width = ctx.sizes, x.shape[2]
     grad_x = empty(x)
     sums = torch.empty(sizes.backward_grid[0], width, device=x.device) if ctx.needs_input_grad[1] else None
     launch(
-        backward_kernel, sizes.backward_grid, x.device,
+        bias_gelu_backward_kernel, sizes.backward_grid, x.device,
         grad_out.contiguous(), x, bias, grad_x, sums, sizes.rows, sizes.backward_rows, width, **sizes.constants,
     )  # fmt: skip
     return grad_x, None if sums is None else sum_lines(sums, x.dtype), None

@@ -103,7 +103,7 @@ def _forward(
 def _launched(
     velocity: Tensor, sources: list[Tensor | None], table: PointTable, learn: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from soar_mega.kernels.source.correction_loss import loss_kernel
+    from soar_mega.kernels.source.correction_loss import correction_loss_kernel
 
     size = velocity[0].numel()
     shape = launch_of("correction_loss", width_class(*sources, velocity), architecture(velocity.device))
@@ -111,7 +111,7 @@ def _launched(
     partial = torch.empty(len(table), blocks, device=velocity.device)
     gradient = torch.empty_like(velocity) if learn else None
     launch(
-        loss_kernel,
+        correction_loss_kernel,
         (blocks, len(table.groups)),
         velocity.device,
         *sources, table.groups, table.points, velocity, gradient, partial, size,

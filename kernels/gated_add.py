@@ -83,12 +83,12 @@ def _checked(residual: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None
 
 
 def _forward(residual: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
-    from soar_mega.kernels.source.gated_add import forward_kernel
+    from soar_mega.kernels.source.gated_add import gated_add_forward_kernel
 
     tokens, samples, width = residual.shape
     out = empty(residual)
     launch(
-        forward_kernel, sizes.forward_grid, residual.device,
+        gated_add_forward_kernel, sizes.forward_grid, residual.device,
         residual, branch, bias, gate, out, tokens, samples, FORWARD_TOKENS, width, gate.stride(0), **sizes.constants,
     )  # fmt: skip
     return out
@@ -100,7 +100,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], out: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    from soar_mega.kernels.source.gated_add import backward_kernel
+    from soar_mega.kernels.source.gated_add import gated_add_backward_kernel
 
     branch, gate, bias = ctx.saved_tensors
     tokens, samples, width = branch.shape
@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         torch.empty(grid[0] * samples, width, device=branch.device) if ctx.needs_input_grad[3] else None
     )
     launch(
-        backward_kernel, grid, branch.device,
+        gated_add_backward_kernel, grid, branch.device,
         grad_out.contiguous(), branch, bias, gate, grad_branch, gate_sums, bias_sums,
         tokens, samples, BACKWARD_TOKENS, width, gate.stride(0), **ctx.sizes.constants,
     )  # fmt: skip

@@ -198,7 +198,7 @@ def _streams(lengths: Sequence[int], tensors: Sequence[Any]) -> list[Projected]:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from soar_mega.kernels.source.qk_norm_rope import forward_kernel
+    from soar_mega.kernels.source.qk_norm_rope import qk_norm_forward_kernel
 
     *tensors, cosine, sine, epsilon, sizes = arguments
     mixed, samples, heads = tensors[0], tensors[0].shape[1], sizes[0].heads
@@ -208,7 +208,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     parts = _parts(lengths, cosine, sine, query, key, value)
     for i, size in enumerate(sizes):
         launch(
-            forward_kernel, size.forward_grid, mixed.device,
+            qk_norm_forward_kernel, size.forward_grid, mixed.device,
             *tensors[4 * i : 4 * i + 4], *parts[i],
             size.length * samples * heads, samples, heads, epsilon,
             **size.forward,
@@ -238,7 +238,7 @@ def _backward_of_one(
     tensors: Sequence[Any], part: tuple[Any, ...], epsilon: float, size: Sizes, wants_bias: bool
 ) -> list[Tensor | None]:
     """Gradients of mixed, bias, query_weight and key_weight of one stream."""
-    from soar_mega.kernels.source.qk_norm_rope import backward_kernel
+    from soar_mega.kernels.source.qk_norm_rope import qk_norm_backward_kernel
 
     cosine, sine, *gradients = part
     mixed, weight = tensors[0], tensors[2]
@@ -252,7 +252,7 @@ def _backward_of_one(
     if weight is not None:
         weight_sums = torch.empty(programs * head_blocks, 2, len(weight), device=device)
     launch(
-        backward_kernel, size.backward_grid, device,
+        qk_norm_backward_kernel, size.backward_grid, device,
         *gradients, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
         size.length * samples, samples, size.heads, *gradients[0].stride()[:3], epsilon, **size.backward,
     )  # fmt: skip

@@ -106,7 +106,10 @@ def _forward(*arguments: Any) -> Tensor:
 def _launched(
     z0: Tensor, sources: list[Tensor | None], table: PointTable, dtype: torch.dtype, patch: int
 ) -> Tensor:
-    from soar_mega.kernels.source.rollout_renoise import latent_kernel, tokens_kernel
+    from soar_mega.kernels.source.rollout_renoise import (
+        rollout_renoise_latent_kernel,
+        rollout_renoise_tokens_kernel,
+    )
 
     _, channels, height, width = z0.shape
     out = torch.empty(_shape(z0, len(table), patch), dtype=dtype, device=z0.device)
@@ -117,7 +120,9 @@ def _launched(
         elements = channels * height * width
         grid: tuple[int, ...] = (-(-elements // size.block), len(table.groups))
         constants = {"BLOCK": size.block, "num_warps": size.num_warps}
-        launch(latent_kernel, grid, z0.device, *arguments, elements, **table.draws(), **constants)
+        launch(
+            rollout_renoise_latent_kernel, grid, z0.device, *arguments, elements, **table.draws(), **constants
+        )
         return out
     size = launch_of("rollout_renoise", "tokens", arch)
     channels_tile = power_of_two(channels)
@@ -125,7 +130,16 @@ def _launched(
     grid = (-(-width // tile), height // patch, len(table.groups))
     constants = {"CHANNELS": channels, "CHANNELS_TILE": channels_tile, "PATCH": patch, "WIDTH_TILE": tile}
     constants["num_warps"] = size.num_warps
-    launch(tokens_kernel, grid, z0.device, *arguments, height, width, **table.draws(), **constants)
+    launch(
+        rollout_renoise_tokens_kernel,
+        grid,
+        z0.device,
+        *arguments,
+        height,
+        width,
+        **table.draws(),
+        **constants,
+    )
     return out
 
 

@@ -54,7 +54,7 @@ def rollout_renoise() -> list[Variant]:
         return Variant(
             name=f"rollout_renoise {name}",
             module="rollout_renoise",
-            kernel="latent_kernel",
+            kernel="rollout_renoise_latent_kernel",
             pointers=_sources(given, source) | {"groups": "i64", "points": "fp32", "out": out},
             integers=("size",),
             constants=_draws(drawn) | {"BLOCK": 1024},
@@ -66,7 +66,7 @@ def rollout_renoise() -> list[Variant]:
     tokens = Variant(
         name="rollout_renoise tokens, z1 drawn",
         module="rollout_renoise",
-        kernel="tokens_kernel",
+        kernel="rollout_renoise_tokens_kernel",
         pointers=_sources("z0 v_uncond v_cond", "fp32") | {"groups": "i64", "points": "fp32", "out": "bf16"},
         integers=("height", "width"),
         constants=_draws("z1") | {"CHANNELS": 16, "CHANNELS_TILE": 16, "PATCH": 2, "WIDTH_TILE": 32},
@@ -95,7 +95,7 @@ def correction_loss() -> list[Variant]:
         return Variant(
             name=f"correction_loss {name}",
             module="correction_loss",
-            kernel="loss_kernel",
+            kernel="correction_loss_kernel",
             pointers=_sources(given, "fp32") | {"groups": "i64", "points": "fp32"} | tensors,
             integers=("size",),
             constants=_draws(drawn) | {"BLOCK": 1024},
@@ -126,14 +126,13 @@ def adaln() -> list[Variant]:
         else:
             read = ("grad_hidden", "grad_modulated", "hidden", "branch")
             written = ("grad_residual", "grad_branch")
-            absent |= set() if branch else {"grad_hidden"}
         width = power_of_two(hidden_size)
         launch = launch_of("adaln", f"{direction} {width}", "any")
         pointers = {*read, *written, "bias", "gate", "scale", *(("shift",) if forward else ())}
         return Variant(
             name=f"adaln {direction} {hidden_size}{'' if branch else ', no branch'}, {kind}",
             module="adaln",
-            kernel=f"{direction}_kernel",
+            kernel=f"adaln_{direction}_kernel",
             pointers={name: None if name in absent else kind for name in sorted(pointers)}
             | {"statistics": "fp32", "partials": "fp32", "bias_sums": "fp32" if branch else None},
             integers=("tokens", "samples", "gate_stride", "shift_stride", "scale_stride"),
@@ -180,7 +179,7 @@ def qk_norm_rope() -> list[Variant]:
         return Variant(
             name=f"qk_norm_rope {direction} {head_size}, {has or 'copied'}, {kind}",
             module="qk_norm_rope",
-            kernel=f"{direction}_kernel",
+            kernel=f"qk_norm_{direction}_kernel",
             pointers=pointers,
             integers=(
                 "lines", "rows", "samples", "heads",
@@ -214,7 +213,7 @@ def bias_gelu() -> list[Variant]:
         return Variant(
             name=f"bias_gelu {direction}{'' if bias else ', no bias'}, {kind}",
             module="bias_gelu",
-            kernel=f"{direction}_kernel",
+            kernel=f"bias_gelu_{direction}_kernel",
             pointers=pointers | {"bias": kind if bias else None, "sums": "fp32" if bias else None},
             integers=("rows", "each", "F"),
             constants={"BLOCK": launch.block},
@@ -243,7 +242,7 @@ def gated_add() -> list[Variant]:
         return Variant(
             name=f"gated_add {direction}{'' if bias else ', no bias'}, {kind}",
             module="gated_add",
-            kernel=f"{direction}_kernel",
+            kernel=f"gated_add_{direction}_kernel",
             pointers=pointers
             | {"bias": kind if bias else None, "gate_sums": "fp32", "bias_sums": "fp32" if bias else None},
             integers=("tokens", "samples", "each", "H", "gate_stride"),

@@ -187,9 +187,8 @@ class DataConfig:
     cache_dir: str = ""  # of shards behind a url: a folder of each machine's own disk
     cache_gb: float = 100.0  # of shards in it, of all sets (10^9 bytes)
     num_workers: int = 0  # reader processes per data-parallel rank
-    max_failed_share: float = (
-        0.01  # unreadable samples that stop the run, as a share of those read (at least an epoch)
-    )
+    # samples that stop the run, as a share of those so far (at least an epoch): unreadable ones, or own ones not judged
+    max_failed_share: float = 0.01
 
 
 @dataclass(kw_only=True)

@@ -39,6 +39,7 @@ MEMORY: dict[str, float] = {
     "b200": 178.0,
     "gb300": 268.0,
 }
+HOPPER = ("h100", "h200")
 OUTSIDE = 1.5  # GiB that CUDA, NCCL and libraries take beside torch's allocator
 SPOILT = 0.05  # share that the allocator loses to pieces of memory too small for what is asked
 

@@ -1,5 +1,6 @@
 """Which layers, attention and precision go together (model.*), and what they need of a machine."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 from soar_mega.config import ModelConfig
@@ -14,11 +15,11 @@ FLASH_CAPABILITY = (8, 0)
 FLASH_3_CAPABILITY = (9, 0)
 FP8_CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
-FLASH_MODULES = ("flash_attn",)
-FLASH_3_MODULES = (
-    "flash_attn_interface",
-    "flash_attn_3",
-)  # as its setup.py and as Transformer Engine name it
+FLASH_MODULE = "flash_attn"
+FLASH_3_MODULE = "flash_attn_3"
+FLASH_3_OPERATORS = "flash_attn_3._C"  # registers torch.ops.flash_attn_3
+FLASH_3_CONFIG = "flash_attn_config"  # what it was compiled with
+FLASH_3_HEAD_SIZES = (64, 96, 128, 192, 256)
 
 
 def check_layers(model: ModelConfig) -> None:
@@ -128,10 +129,22 @@ def gpu_capability() -> tuple[int, int] | None:
 
 def flash_version(capability: tuple[int, int]) -> int | None:
     """Which flash-attn a GPU uses: 3 on Hopper where it is installed, else 2; None: neither can run."""
-    on_hopper = capability[0] == FLASH_3_CAPABILITY[0]
-    if on_hopper and any(find_spec(name) for name in FLASH_3_MODULES):
+    if capability[0] == FLASH_3_CAPABILITY[0] and find_spec(FLASH_3_MODULE):
         return 3
-    return 2 if capability >= FLASH_CAPABILITY and any(find_spec(name) for name in FLASH_MODULES) else None
+    return 2 if capability >= FLASH_CAPABILITY and find_spec(FLASH_MODULE) else None
+
+
+def has_flash_3(head_size: int) -> bool:
+    """Whether flash-attn 3 is installed, for Hopper, and was compiled for heads of this size."""
+    return flash_version(FLASH_3_CAPABILITY) == 3 and head_size <= max(flash_3_head_sizes())
+
+
+def flash_3_head_sizes() -> list[int]:
+    """Sizes of a head that flash-attn 3 was compiled for; a smaller head is computed as the next of them."""
+    if not find_spec(FLASH_3_CONFIG):
+        return list(FLASH_3_HEAD_SIZES)
+    flags = import_module(FLASH_3_CONFIG).CONFIG["build_flags"]
+    return [size for size in FLASH_3_HEAD_SIZES if not flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
 
 
 def fp8_recipes(capability: tuple[int, int]) -> list[str]:

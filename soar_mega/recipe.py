@@ -63,13 +63,29 @@ def _stage(name: Any, stages: Stages) -> StageConfig:
     return stages[name](name=name)
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; ValueError naming the file where it is no UTF-8 or no YAML."""
+    return _read_yaml(_text(path), str(path))
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with every value written out; `read_recipe` of this text gives an equal recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5) and a key given twice is an error."""
+    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5), a key given twice an error, and patterns need no quotes."""
+
+    yaml_implicit_resolvers = {
+        first: [*found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
+    }
+
+    def fetch_alias(self) -> None:
+        # * stands before the name of an anchor, or else it begins a pattern: *.attn.to_q
+        if self.peek(1).isalnum():
+            super().fetch_alias()
+        else:
+            self.fetch_plain()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

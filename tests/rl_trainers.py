@@ -145,6 +145,29 @@ def advantages_of(
     return found
 
 
+def mix_grpo_advantages(
+    rewards: Sequence[np.ndarray], weights: Sequence[float], prompts: Sequence[int]
+) -> np.ndarray:
+    """MixGRPO's `advantage_aggr`: each reward is normalised by itself, and their shares are those of the weights."""
+    merged = np.zeros(len(prompts))
+    for values, weight in zip(rewards, weights, strict=True):
+        merged += advantages_of(values, prompts, _dance_std) * weight / sum(weights)
+    return merged
+
+
+def mix_grpo_windows(iterations: int, steps: int, size: int, every: int, stride: int) -> list[list[int]]:
+    """MixGRPO's progressive windows: the stochastic steps of each of its iterations, rolled back at the end."""
+    at, within, largest, windows = 0, 0, steps - 2, []
+    for _ in range(iterations):
+        windows.append(list(range(at, min(at + size, largest))))
+        within += 1
+        if within >= every:
+            at, within = at + stride, 0
+        if at > largest:
+            at, within = 0, 0
+    return windows
+
+
 @dataclass
 class Trainer:
     """A preset: its deviation of rewards, its loss, and whether samples without an advantage are left out."""
@@ -212,6 +235,7 @@ TRAINERS: dict[str, Trainer] = {
     "flow_factory_guard": Trainer(_flow_factory_std, Grpo("flow_sde", 0.8, 1e-4, 5.0, guard="flow_factory")),
     "dance_grpo": _DANCE,
     "dance_grpo_lora": _DANCE,
+    "mix_grpo": Trainer(_dance_std, Grpo("flow_sde", 0.7, 1e-4, 5.0)),
     "verl_omni_ocr": Trainer(_verl_std, Grpo("cps", 0.8, 1e-5, 5.0)),
     "diffusion_nft_geneval": _NFT,
     "diffusion_nft_pickscore": _NFT,

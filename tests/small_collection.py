@@ -8,6 +8,7 @@ from point_sources import gather_sources
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
+from soar_mega.evaluation.scorer import TOTAL
 from soar_mega.flow import TIMESTEPS, guided, normal, sample, sample_steps
 from soar_mega.stages import CollectingConfig, make_stage
 from soar_mega.stages.collecting import START_NOISE, STEP_NOISE, CollectingStage, Trajectories
@@ -80,6 +81,11 @@ class Case:
         return (points.weight * losses).sum() / points.count.sum(), points
 
 
+def alike(config: CollectingConfig, values: Tensor) -> dict[str, Tensor]:
+    """The same values of each reward, whose weights add up to 1, and so in total."""
+    return dict.fromkeys([*config.rewards, TOTAL], values)
+
+
 def collect(config: CollectingConfig, theta: Tensor = THETA, shift: float = 3.0) -> Case:
     """A small collection of a recipe's stage: all of it is one batch."""
     config = replace(config, images_per_prompt=IMAGES, prompts_per_collection=PROMPTS)
@@ -87,7 +93,7 @@ def collect(config: CollectingConfig, theta: Tensor = THETA, shift: float = 3.0)
     place = torch.arange(SAMPLES)
     position, prompt = FIRST + place, place % PROMPTS
     drawn = draw(stage, theta, position, prompt)
-    experience = stage.experience(drawn, stage.advantages(REWARDS, prompt))
+    experience = stage.experience(drawn, stage.advantages(alike(config, REWARDS), prompt))
     rows = experience.sample
     batch = Batch(
         seed=SEED,

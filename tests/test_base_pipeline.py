@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from soar_mega.data.canvases import KINDS, draw_caption
-from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases, score
+from soar_mega.examples.digits.benchmark import benchmark_prompts, real_canvases, score
+from soar_mega.examples.digits.canvases import KINDS, draw_caption
 
 BASE = Path(__file__).parents[1] / "recipes" / "tiny" / "base"
 FLUX_BASE = BASE.with_name("flux_base")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,12 +21,12 @@ from multirank import run_ranks
 from PIL import Image
 from safetensors.torch import load_file
 
-from soar_mega import __version__
+from soar_mega import __version__, layer_checks
 from soar_mega.cli import build_parser, doctor, main
 from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
-from soar_mega.data.canvases import write_image_folder
 from soar_mega.data.info import DatasetInfo
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
@@ -132,12 +133,15 @@ def test_other_ranks_let_rank_0_speak_first(
         (["sample", "nowhere", "--prompt", "x"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere is not a diffusers pipeline folder"),
         (["evaluate", BASE, BASE], "given twice"),
+        (["evaluate", BASE], "name a --suite to draw and score images, or --held-out SHARDS"),
         (["evaluate", BASE, "--held-out", "nowhere"], "nowhere"),
-        (["evaluate", BASE, "--drift-samples", "0"], "--drift-samples must be at least 1"),
-        (["evaluate", BASE, "--steps", "0"], "--steps must be at least 1"),
-        (["evaluate", BASE, "--prompts-per-category", "-3"], "--prompts-per-category must be at least 1"),
+        (["evaluate", BASE, "--held-out", "x", "--drift-samples", "0"], "--drift-samples must be at least 1"),
+        (["evaluate", BASE, "--held-out", "x", "--steps", "3"], "--steps and --watch go with --suite"),
         (["evaluate", BASE, "--seed", "-1"], "--seed must be at least 0"),
-        (["evaluate", BASE, "--guidance-scale", "nan"], "--guidance-scale must be a number"),
+        (
+            ["evaluate", BASE, "--held-out", "x", "--guidance-scale", "nan"],
+            "--guidance-scale must be a number",
+        ),
         (["sample", BASE, "--prompt", "x", "--guidance-scale", "inf"], "--guidance-scale must be a number"),
         (
             ["sample", BASE, "--prompt", "x", "--max-sequence-length", "-3"],
@@ -245,8 +249,13 @@ def test_doctor_says_why_a_library_is_not_usable(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil.no_such_part", "a test", False))
     usable, words = doctor.examine("psutil")
     assert not usable and "does not load (No module named 'psutil.no_such_part')" in words
+    monkeypatch.setitem(doctor.OPTIONAL, "put on the path by hand", ("json", "a test", False))
+    assert doctor.examine("put on the path by hand") == (True, "of an unknown version; for a test")
     monkeypatch.setitem(doctor.OPTIONAL, "psutil", ("psutil", "a test", False))
     assert doctor.examine("psutil")[0]
+
+
+KEYS = ("points_per_micro_batch", "micro_batch_size")
 
 
 def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,6 +266,22 @@ def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main([*words, "a100-40"]) == 0
     assert "does not fit even with recomputation" in capsys.readouterr().out
+
+
+def test_doctor_halves_answers_of_guided_models_alone_and_advises_flash_attention_3(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is told its guidance answers in one branch, so as many samples of a forward as points."""
+    words = ["doctor", "--gpus", "64", "--global-batch-size", "512", "--points", "3", "--model"]
+    monkeypatch.setattr(layer_checks, "find_spec", lambda name: name == layer_checks.FLASH_3_MODULE)
+    for model, branches in (("flux_dev", 1), ("sd35_medium", 2)):
+        assert main([*words, model, "--gpu", "h200"]) == 0
+        said = capsys.readouterr().out
+        points, samples = (int(re.search(f"train.{key}=(\\d+)", said)[1]) for key in KEYS)  # type: ignore[index]
+        assert samples == max(n for n in (1, 2, 4, 8) if branches * n <= points)
+        assert "model.attention_backend=flash" in said
+    assert main([*words, "sd35_medium", "--gpu", "b200"]) == 0
+    assert "flash" not in capsys.readouterr().out
 
 
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,7 +439,7 @@ def test_where_results_go_is_tried_first(
     (tmp_path / "mine.png").write_text("mine")
     commands = {
         "soar_mega.data.prompts.encode_prompts": ["sample", BASE, "--prompt", "a 3"],
-        "soar_mega.evaluation.pipelines.evaluate_pipeline": ["evaluate", BASE],
+        "soar_mega.evaluation.pipeline_drift.measure_drift_alone": ["evaluate", BASE, "--held-out", "x"],
     }
     for work, command in commands.items():
         if command[0] == "evaluate" and "picture" in words:
@@ -426,36 +451,19 @@ def test_where_results_go_is_tried_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "mine.png"]
 
 
-def test_evaluate_compares_pipelines(road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new" / "metrics.json"
-    settings = ["--steps", "1", "--prompts-per-category", "2", "--drift-samples", "4", "--drift-steps", "1"]
-    pipelines = [f"base={BASE}", f"soar={road}/run/export_ema"]
-    scales = ["--guidance-scale", "1", "--guidance-scale", "3"]
-    held_out = ["--held-out", str(road / "shards")]
-    assert main(["evaluate", *pipelines, *scales, *held_out, *settings, "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert list(report["pipelines"]) == ["base", "soar"]
-    soar = report["pipelines"]["soar"]
-    assert list(soar["guidance"]) == ["1", "3"]
-    assert set(soar["guidance"]["3"]["benchmark"]) > {"overall", "ocr", "counting"}
-    drift = soar["drift"]["scales"]
-    assert list(drift) == ["1", "3"] and drift["1"] != drift["3"]
-    for spans in drift.values():
-        assert [(span["from"], span["to"]) for span in spans] == [(0.9, 0.65), (0.75, 0.5), (0.5, 0.25)]
-    assert drift != report["pipelines"]["base"]["drift"]["scales"]
-    assert report["real"]["verifier_accuracy"] > 0.95
-    said = capsys.readouterr().out
-    assert "soar " in said and "real canvases" in said and "0.90 -> 0.65" in said
-
-
-def test_a_suite_over_runs_with_drift_and_training(road: Path, tmp_path: Path) -> None:
-    """`--suite tiny` on a pipeline, an export and a checkpoint: their scores, drift, and the training behind them."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def evaluated(road: Path) -> Path:
+    """What `--suite digits` makes of a pipeline, an export and a checkpoint."""
+    out = road / "evaluated"
     models = [f"base={BASE}", f"soar={road}/run/export", f"same={road}/run"]
     drift = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
     sampling = ["--guidance-scale", "3", "--guidance-scale", "1", "--steps", "1"]
-    assert main(["evaluate", *models, "--suite", "tiny", *sampling, *drift, "--out", str(out)]) == 0
-    said = json.loads((out / "report.json").read_text())
+    assert main(["evaluate", *models, "--suite", "digits", *sampling, *drift, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_suite_knows_the_training_behind_its_models(road: Path, evaluated: Path) -> None:
+    said = json.loads((evaluated / "report.json").read_text())
     base, soar, same = (said["models"][name] for name in ("base", "soar", "same"))
     assert base["training"] == [] and soar["training"] == same["training"]
     [run] = soar["training"]
@@ -467,26 +475,31 @@ def test_a_suite_over_runs_with_drift_and_training(road: Path, tmp_path: Path) -
     assert run["flops"] == 8 * step_work(forward_work(sizes, tokens), forwards.answers, forwards.points).total
     # a checkpoint draws what its export does
     images = {
-        path.parents[1].name.rpartition("-")[0]: path.parents[1] for path in out.glob("images/*/digits/*.png")
+        path.parents[1].name.rpartition("-")[0]: path.parents[1]
+        for path in evaluated.glob("images/*/digits/*.png")
     }
     for drawn in (images["soar-g3-s1"] / "digits").iterdir():
         assert drawn.read_bytes() == (images["same-g3-s1"] / "digits" / drawn.name).read_bytes()
 
-    metrics = tmp_path / "metrics.json"
-    command = [
-        "evaluate",
-        *models[:2],
-        *sampling,
-        *drift,
-        "--prompts-per-category",
-        "2",
-        "--out",
-        str(metrics),
-    ]
-    assert main(command) == 0
+
+def test_drift_alone_is_that_of_a_suite(
+    road: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "new" / "metrics.json"
+    models = [f"base={BASE}", f"soar={road}/run/export"]
+    scales = ["--guidance-scale", "3", "--guidance-scale", "1"]
+    drift = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
+    assert main(["evaluate", *models, *scales, *drift, "--out", str(metrics)]) == 0
+    said = capsys.readouterr().out
+    assert "soar " in said and "0.90 -> 0.65" in said
     measured = json.loads(metrics.read_text())["pipelines"]
-    assert base["drift"]["scales"] == measured["base"]["drift"]["scales"]
-    assert soar["drift"]["scales"] == measured["soar"]["drift"]["scales"] != base["drift"]["scales"]
+    assert list(measured) == ["base", "soar"] and list(measured["soar"]["drift"]["scales"]) == ["3", "1"]
+    base, soar = (measured[name]["drift"]["scales"] for name in measured)
+    for spans in soar.values():
+        assert [(span["from"], span["to"]) for span in spans] == [(0.9, 0.65), (0.75, 0.5), (0.5, 0.25)]
+    assert base != soar and soar["1"] != soar["3"]
+    suite = json.loads((evaluated / "report.json").read_text())["models"]
+    assert [suite[name]["drift"]["scales"] for name in ("base", "soar")] == [base, soar]
 
 
 def test_held_out_samples_of_other_encoders_are_refused(
@@ -501,24 +514,16 @@ def test_held_out_samples_of_other_encoders_are_refused(
     assert main(command) == 1 and "was encoded by another vae than" in capsys.readouterr().err
 
 
-def test_drift_is_measured_without_text_encoders(
-    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drift_is_measured_without_text_encoders(road: Path, tmp_path: Path) -> None:
     shutil.copytree(BASE, tmp_path / "base")
     for weights in tmp_path.glob("base/text_encoder*/*.safetensors"):
         weights.unlink()
     out = tmp_path / "metrics.json"
     settings = ["--held-out", str(road / "shards"), "--drift-samples", "4", "--drift-steps", "1"]
     command = ["evaluate", str(tmp_path / "base"), *settings, "--out", str(out)]
-    assert main(command) == 1 and "text_encoder" in capsys.readouterr().err  # canvases are drawn from prompts
-    config = tmp_path / "base" / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))  # no canvases
     assert main(command) == 0
     [measured] = json.loads(out.read_text())["pipelines"].values()
-    assert "guidance" not in measured and [len(spans) for spans in measured["drift"]["scales"].values()] == [
-        3,
-        3,
-    ]
+    assert [len(spans) for spans in measured["drift"]["scales"].values()] == [3, 3]
 
 
 def test_drift_is_measured_on_the_device_of_the_transformer(
@@ -530,8 +535,7 @@ def test_drift_is_measured_on_the_device_of_the_transformer(
         seen.extend(batch.latents.device.type for batch in batches if batch.latents is not None)
         return []
 
-    monkeypatch.setattr("soar_mega.evaluation.pipelines.encode_prompts", lambda *arguments: None)
-    monkeypatch.setattr("soar_mega.evaluation.pipelines.held_out_drift", noted)
+    monkeypatch.setattr("soar_mega.evaluation.pipeline_drift.held_out_drift", noted)
     monkeypatch.setattr("soar_mega.data.batch.device", lambda: torch.device("meta"))
     arguments = [
         "--held-out",

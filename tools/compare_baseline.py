@@ -30,6 +30,7 @@ from kernel_traffic import both_forms
 from kernel_traffic import table as traffic_table
 from origin import device_slug, origin
 
+from soar_mega.layer_checks import ATTENTION_BACKENDS
 from soar_mega.stages import SoarConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,7 +54,7 @@ def main() -> int:
     )
     sizes = args.micro_batches or [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= case.batch_size]
     if torch.cuda.is_available():
-        every = rows_alone(case, sizes, args.points_per_forward, args.layers)
+        every = rows_alone(case, sizes, args.points_per_forward, args.layers, args.attention_backends)
         results = measure_alone(case, named(every, args.rows), args.repeats, args.row_seconds)
     else:
         results = measure_in_turns(case, named(rows_in_turns(case, sizes, fastest), args.rows), args.repeats)
@@ -110,6 +111,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     on_gpu.add_argument(
         "--layers", nargs="+", choices=LAYERS, default=LAYERS, help="rows of ours (default: all)"
+    )
+    on_gpu.add_argument(
+        "--attention-backends",
+        nargs="+",
+        choices=ATTENTION_BACKENDS,
+        default=["sdpa"],
+        help="model.attention_backend in rows of ours (default: sdpa)",
     )
     on_gpu.add_argument(
         "--row-seconds",

@@ -3,7 +3,7 @@
     make demo                            about eight minutes on two cores; runs/demo/report.html
     python tools/demo.py --quick         the same road in a minute or two, for checking the road itself
 
-What the demo trains, encodes and measures, it does by soar-mega commands that could be typed by hand; their
+What the demo trains, encodes and measures, it does by commands that could be typed by hand; their
 output is in runs/demo/logs. A step that is finished is not repeated: remove runs/demo to start again.
 """
 
@@ -112,15 +112,15 @@ class Demo:
         run_together([self.evaluation("sft_multi")], [self.evaluation("soar")])
 
     def evaluation(self, *arms: str) -> Command:
-        """`soar-mega evaluate` of some arms."""
-        arguments = soar_mega(
-            "evaluate",
+        """What examples/digits measures of some arms."""
+        arguments = [
+            *(sys.executable, "-m", "soar_mega.examples.digits"),
             *(f"{arm}={self.pipeline_of(arm)}" for arm in arms),
             *("--held-out", f"{self.folder}/shards/heldout", "--out", str(self.evaluation_of(*arms))),
             *("--guidance-scale", "1", "--guidance-scale", f"{GUIDANCE:g}"),
             *("--prompts-per-category", str(self.size.prompts_per_category)),
             *("--drift-samples", str(self.size.drift_samples)),
-        )
+        ]
         return logged(self.folder, "evaluate-" + "-".join(arms), arguments, self.threads(2))
 
     def draw(self) -> None:

@@ -37,8 +37,12 @@ if compgen -G '.whl/te-*.tar.xz' > /dev/null; then
     tar xJf .whl/te-*.tar.xz -C "$carried/te"
     export PYTHONPATH=$PYTHONPATH:$carried/te
 fi
-if ! "$python" -c 'import soar_mega.kernels' 2> /dev/null; then
-    ln -s ../kernels soar_mega/kernels # an installed package maps this folder (setup.py)
-    trap 'rm -rf "$carried" soar_mega/kernels' EXIT
-fi
+made=()
+for name in kernels examples; do
+    if ! "$python" -c "import soar_mega.$name" 2> /dev/null; then
+        ln -s "../$name" "soar_mega/$name" # an installed package maps this folder (setup.py)
+        made+=("soar_mega/$name")
+    fi
+done
+trap 'rm -rf "$carried" "${made[@]}"' EXIT
 "$python" tools/gpu_check.py "$@"

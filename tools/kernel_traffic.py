@@ -44,7 +44,11 @@ FREE = (
 )
 # these read no more of their input than they write
 GATHERS = ("index", "index_select", "gather", "slice", "select")
-SOAR_KERNELS = ("latent_kernel", "tokens_kernel", "loss_kernel")
+SOAR_KERNELS = (
+    "rollout_renoise_latent_kernel",
+    "rollout_renoise_tokens_kernel",
+    "correction_loss_kernel",
+)
 
 
 @dataclass

@@ -1,8 +1,11 @@
-"""Makes the tiny pipelines of recipes/tiny/base (SD3) and recipes/tiny/flux_base (FLUX) from scikit-learn's digits.
+"""Makes the tiny pipelines of recipes/tiny from scikit-learn's digits: base (SD3), plateau_base (the same one, trained
+until fine-tuning no longer helps it) and flux_base (FLUX).
 
     python tools/make_base.py                  everything, as `make base` does
-    python tools/make_base.py --encoders       only the VAE and the text encoders, with a transformer of random weights
+    python tools/make_base.py --encoders       only the VAE and the text encoders, with transformers of random weights
     python tools/make_base.py --transformer    only the transformers; goes on where it was interrupted
+    python tools/make_base.py --plateau        only plateau_base, from the base that is there; likewise
+    python tools/make_base.py --flux           only FLUX's transformer; likewise
 
 The transformer walks the road of every other run: an image folder, `soar-mega prepare`, `soar-mega train`, an export.
 """
@@ -13,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,18 +27,34 @@ from base.vae import train_vae
 from base.vocabulary import clip_tokenizer, t5_tokenizer
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from soar_mega.data.canvases import write_image_folder
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.training_facts import FILE as FACTS
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "tiny" / "base"
+PLATEAU_BASE = ROOT / "recipes" / "tiny" / "plateau_base"
 FLUX_BASE = ROOT / "recipes" / "tiny" / "flux_base"
-# The folders that recipes/tiny/pretrain.yaml names.
 WORK = ROOT / "runs" / "base"
 SEED = 0
-PRETRAINING_IMAGES = 24_000
+
+
+@dataclass(frozen=True)
+class Training:
+    """A recipe of recipes/tiny, the canvases that it reads, and the pipelines that it starts from and makes."""
+
+    name: str  # the recipe's, and the run's
+    start: Path
+    result: Path
+    images: int
+    seed: int
+    noisy: bool = True
+
+
+PRETRAINING = Training("pretrain", BASE, BASE, 24_000, seed=1)
+PLATEAU = Training("plateau", BASE, PLATEAU_BASE, 32_000, seed=5, noisy=False)
+FLUX = Training("flux_pretrain", FLUX_BASE, FLUX_BASE, 24_000, seed=1)
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -57,7 +77,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def train_encoders() -> None:
-    """Writes the whole pipeline folder, the transformer with random weights."""
+    """Writes both pipeline folders whole, their transformers with random weights; FLUX has the encoders of SD3."""
     # Shards and runs of earlier encoders are of no use to the new ones.
     shutil.rmtree(WORK, ignore_errors=True)
     torch.manual_seed(SEED)
@@ -75,40 +95,26 @@ def train_encoders() -> None:
     )
     pipeline.save_pretrained(BASE, safe_serialization=True)
     add_tokenizer_files(BASE)
-
-
-def train_transformer() -> None:
-    """Pretrains the transformer on noisy canvases by recipes/tiny/pretrain.yaml and puts its EMA into the folder."""
-    images = WORK / "images"
-    log.info("writing %d canvases to %s", PRETRAINING_IMAGES, images)
-    write_image_folder(images, PRETRAINING_IMAGES, seed=1, noisy=True)
-    _soar_mega(
-        "prepare", str(images), str(WORK / "shards"), "--pipeline-dir", str(BASE), "--batch-size", "64"
-    )
-    _soar_mega("train", "recipes/tiny/pretrain.yaml")
-    _take(WORK / "pretrain", BASE)
-    log.info("the tiny pipeline is complete: %s", BASE)
-
-
-def train_flux() -> None:
-    """Writes the FLUX pipeline folder with the encoders of the SD3 one, and pretrains its transformer likewise."""
     write_pipeline(BASE, FLUX_BASE, SEED)
     add_tokenizer_files(FLUX_BASE)
-    images = WORK / "images"
+
+
+def train(training: Training) -> None:
+    """Trains the transformer, and puts its EMA into the resulting pipeline's folder."""
+    images, shards = WORK / f"{training.name}_images", WORK / f"{training.name}_shards"
+    log.info("writing %d canvases to %s", training.images, images)
+    write_image_folder(images, training.images, seed=training.seed, noisy=training.noisy)
     _soar_mega(
-        "prepare", str(images), str(WORK / "flux_shards"), "--pipeline-dir", str(FLUX_BASE),
+        "prepare", str(images), str(shards), "--pipeline-dir", str(training.start),
         "--resolution", "16", "--batch-size", "64",
     )  # fmt: skip
-    _soar_mega("train", "recipes/tiny/flux_pretrain.yaml")
-    _take(WORK / "flux_pretrain", FLUX_BASE)
-    log.info("the tiny FLUX pipeline is complete: %s", FLUX_BASE)
-
-
-def _take(run: Path, folder: Path) -> None:
-    """Put what a run has trained into a pipeline folder."""
-    export = run / "export_ema"
-    shutil.copytree(export / "transformer", folder / "transformer", dirs_exist_ok=True)
-    shutil.copyfile(export / FACTS, folder / FACTS)
+    _soar_mega("train", f"recipes/tiny/{training.name}.yaml")
+    if training.result != training.start:
+        shutil.copytree(training.start, training.result, dirs_exist_ok=True)
+    export = WORK / training.name / "export_ema"
+    shutil.copytree(export / "transformer", training.result / "transformer", dirs_exist_ok=True)
+    shutil.copyfile(export / FACTS, training.result / FACTS)
+    log.info("the tiny pipeline is complete: %s", training.result)
 
 
 def _soar_mega(*arguments: str) -> None:
@@ -127,14 +133,16 @@ def main() -> None:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--encoders", action="store_true", help="only the VAE and the text encoders")
     part.add_argument("--transformer", action="store_true", help="only the transformers")
+    part.add_argument("--plateau", action="store_true", help="only plateau_base, from the base that is there")
+    part.add_argument("--flux", action="store_true", help="only FLUX's transformer")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    if not args.transformer:
+    trainings = [PLATEAU] if args.plateau else [FLUX] if args.flux else [PRETRAINING, PLATEAU, FLUX]
+    if not (args.transformer or args.plateau or args.flux):
         train_encoders()
-    if not args.encoders:
-        train_transformer()
-        train_flux()
+    for training in [] if args.encoders else trainings:
+        train(training)
 
 
 if __name__ == "__main__":

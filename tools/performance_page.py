@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_page import RESULTS, ROOT, link, table
+from step_profile.kernels import short
 
 PAGE = ROOT / "docs" / "performance.md"
 TEXT = Path(__file__).with_suffix(".md")
@@ -136,7 +137,26 @@ def profiled(said: Json) -> list[str]:
                 f"`{phase}`: the pipeline stands still for {percent(one['measured'])} of the pass; the ideal bubble of "
                 f"{one['micro_batches']} micro-batches is {percent(one['ideal'])}.",
             ]
+    if said.get("kernels") is not None:
+        lines += ["", *step_kernels(said["kernels"])]
     return lines
+
+
+def step_kernels(ran: Json) -> list[str]:
+    """What the GPU did in a step: kinds of kernels, each with the largest of them."""
+    rows = []
+    for kind in ran["kinds"]:
+        largest = next((one["name"] for one in ran["top"] if one["kind"] == kind["name"]), None)
+        rows.append(
+            [
+                kind["name"],
+                f"{1e3 * kind['seconds']:.1f}",
+                str(kind["launches"]),
+                f"{100 * kind['share']:.1f} %",
+                "" if largest is None else f"`{short(largest)}`",
+            ]
+        )
+    return table(["kernels", "ms", "launches", "of the step", "the largest"], rows)
 
 
 def host(said: Json) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, at any layout: phases, pipeline, memory, operators.
+"""Where the time of a training step goes, at any layout: phases, pipeline, memory, the GPU's kernels, operators.
 
     python tools/profile_step.py recipes/tiny/soar.yaml
     torchrun --nproc-per-node 2 tools/profile_step.py recipes/tiny/soar.yaml parallel.pipeline_model_parallel_size=2
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from device_weights import drawn_on_device
 from megatron.core import parallel_state
 from origin import origin
 from step_profile import memory, page, pictures
@@ -60,7 +61,8 @@ class Profile:
         self.recipe, self.run = recipe, run
         self.memory_before = memory.now()
         loader: Any = MadeUp(recipe, *made_up) if made_up else make_loader(recipe)
-        self.steps = Steps(recipe, run, loader)
+        with drawn_on_device():
+            self.steps = Steps(recipe, run, loader)
         self.recorder = Recorder()
         self.first_spans: list[int] = []  # of each recorded step
         self.micro_batches: dict[str, int] = {}
@@ -133,9 +135,10 @@ class Profile:
         recipe, batch = self.recipe, self.steps.batch
         sizes, samples = model_sizes(recipe.model), recipe.train.global_batch_size
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
-        answers, points, *_ = self.steps.recipe.stage.forwards()
+        forwards = self.steps.recipe.stage.asking(sizes.guidance_embeds).forwards()
+        answers, points = forwards.answers, forwards.points
         forward, adapters = forward_work(sizes, tokens), recipe.lora.rank > 0
-        step = step_work(forward, samples * answers, samples * points, adapters)
+        step = step_work(forward, round(samples * answers), samples * points, adapters)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()
@@ -168,8 +171,10 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     try:
         profile.take(arguments.warmup, arguments.steps)
         operators: Json = {}
+        kernels: Json | None = None
+        median = statistics.median(profile.seconds["not recorded"])
         if is_rank_zero():
-            operators = profiled(profile.step)
+            operators, kernels = profiled(profile.step, median)
         else:
             profile.step()
         saved = profile.checkpoint() if arguments.checkpoint else None
@@ -181,7 +186,6 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     spans: dict[int, list[Span]] = {rank["rank"]: rank.pop("spans") for rank in ranks}
     pipeline = sorted((r for r in ranks if is_first_pipeline(r)), key=lambda r: r["place"]["pipeline"])
     on_gpu = torch.cuda.is_available()
-    median = statistics.median(profile.seconds["not recorded"])
     chunks = chunks_per_rank(recipe.parallel)
     said = {
         **origin("profile_step"),
@@ -201,7 +205,8 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
         "timeline_clock": "the GPU's clock" if on_gpu else "the clock",
         "timeline": [timeline_row(r["rank"], spans[r["rank"]], on_gpu) for r in pipeline],
         "operators": operators,
-        "gpu_busy": operators["kernel_seconds"] / median if on_gpu else None,
+        "kernels": kernels,
+        "gpu_busy": None if kernels is None else kernels["busy_seconds"] / median,
         "checkpoint": saved,
     }
     return said, chrome_trace(spans)
@@ -279,6 +284,10 @@ def summary(said: Json) -> str:
             f"checkpoint: training stands still {page.milliseconds(said['checkpoint']['blocked_seconds'])}, written "
             f"after {page.milliseconds(said['checkpoint']['seconds'])}"
         )
+    if said["kernels"] is not None:
+        for kind in said["kernels"]["kinds"]:
+            taken = f"{page.milliseconds(kind['seconds'])}, {kind['share']:.1%} of the step"
+            lines.append(f"  {kind['name']:28} {kind['launches']} launches, {taken}")
     return "\n".join(lines)
 
 

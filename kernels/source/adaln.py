@@ -11,7 +11,7 @@ from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit
-def forward_kernel(
+def adaln_forward_kernel(
     residual, branch, bias, gate, shift, scale, hidden, modulated, statistics,
     tokens, samples, gate_stride, shift_stride, scale_stride, epsilon,
     H: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -49,7 +49,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def adaln_backward_kernel(
     grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
     grad_residual, grad_branch, partials, bias_sums,
     tokens, samples, gate_stride, scale_stride,

@@ -10,7 +10,7 @@ CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def forward_kernel(x, bias, out, rows, each, F, BLOCK: tl.constexpr):
+def bias_gelu_forward_kernel(x, bias, out, rows, each, F, BLOCK: tl.constexpr):
     """out [rows, F] = GELU(x + bias). bias [F] may be None. Grid: (blocks of `each` rows, blocks of BLOCK columns)."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
@@ -24,7 +24,7 @@ def forward_kernel(x, bias, out, rows, each, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(grad_out, x, bias, grad_x, sums, rows, each, F, BLOCK: tl.constexpr):
+def bias_gelu_backward_kernel(grad_out, x, bias, grad_x, sums, rows, each, F, BLOCK: tl.constexpr):
     """The gradient of x, and each program's sum of it over its rows: sums [programs, F], None where none is asked for.
 
     Grid: (programs of `each` rows, blocks of BLOCK columns).

@@ -15,7 +15,7 @@ from soar_mega.kernels.source.point_tables import (
 
 
 @triton.jit
-def loss_kernel(
+def correction_loss_kernel(
     z0, z1, v_uncond, v_cond, eps, z1_aux, groups, points, velocity, gradient, partial, size,
     DRAW_Z1: tl.constexpr, DRAW_EPS: tl.constexpr, DRAW_Z1_AUX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -7,7 +7,7 @@ from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit
-def forward_kernel(
+def gated_add_forward_kernel(
     residual, branch, bias, gate, out, tokens, samples, each, H, gate_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """out = residual + gate (branch + bias). gate [B, H], bias [H] or None.
@@ -28,7 +28,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gated_add_backward_kernel(
     grad_out, branch, bias, gate, grad_branch, gate_sums, bias_sums, tokens, samples, each, H, gate_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip

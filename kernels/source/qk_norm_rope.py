@@ -11,7 +11,7 @@ from soar_mega.kernels.source.point_tables import row_offset
 
 
 @triton.jit
-def forward_kernel(
+def qk_norm_forward_kernel(
     mixed, bias, query_weight, key_weight, cosine, sine, query, key, value,
     lines, samples, heads, epsilon,
     D: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
@@ -41,7 +41,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def qk_norm_backward_kernel(
     grad_query, grad_key, grad_value, mixed, bias, query_weight, key_weight, cosine, sine,
     grad_mixed, bias_sums, weight_sums,
     rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,

@@ -14,7 +14,7 @@ from soar_mega.kernels.source.point_tables import (
 
 
 @triton.jit
-def latent_kernel(
+def rollout_renoise_latent_kernel(
     z0, z1, v_uncond, v_cond, eps, z1_aux, groups, points, out, size,
     DRAW_Z1: tl.constexpr, DRAW_EPS: tl.constexpr, DRAW_Z1_AUX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def latent_kernel(
 
 
 @triton.jit
-def tokens_kernel(
+def rollout_renoise_tokens_kernel(
     z0, z1, v_uncond, v_cond, eps, z1_aux, groups, points, out, height, width,
     DRAW_Z1: tl.constexpr, DRAW_EPS: tl.constexpr, DRAW_Z1_AUX: tl.constexpr,
     CHANNELS: tl.constexpr, CHANNELS_TILE: tl.constexpr, PATCH: tl.constexpr, WIDTH_TILE: tl.constexpr,

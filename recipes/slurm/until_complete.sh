@@ -7,12 +7,14 @@
 #   5 starts in a row without a new checkpoint -> exit with an error, for it would go on like this for ever
 # USR1 comes from SLURM before the time limit (--signal=B:USR1@SECONDS) and before a preemption. It is passed on to all
 # ranks, again and again until they end, because a rank that is still starting does not hear it.
+#
+# With `beside`, the file with another job's number, the command serves that job: when it is gone, this one is complete.
 
 # the number of an array's last job means the whole array: an element is named by its index
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 srun_options=()
-code=0 asked=''
+code=0 asked='' beside=''
 
 until_complete() {
     local marker=$1 seconds=$2 retries=$3
@@ -32,6 +34,12 @@ until_complete() {
     SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
     trap 'ask_to_stop "$seconds"' USR1 TERM
+    local watch=''
+    if [[ -n $beside ]]; then
+        rm -f "$marker"
+        end_with_job "$beside" "$marker" &
+        watch=$!
+    fi
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "$@" &
     local step=$!
     # `wait` returns early when a signal comes
@@ -41,6 +49,7 @@ until_complete() {
     done
     trap - USR1 TERM
     [[ -n $asked ]] && kill "$asked" 2> /dev/null
+    [[ -n $watch ]] && kill "$watch" 2> /dev/null
 
     if [[ $code -eq 0 && -e $marker ]]; then
         say "complete"
@@ -82,6 +91,20 @@ ask_to_stop() {
         is_current && requeue "saving takes longer than --signal-seconds: goes on from the checkpoint before"
     ) &
     asked=$!
+}
+
+# FILE MARKER: lets the command end, complete, when the job whose number is in the file has left the queue.
+end_with_job() {
+    local listed
+    trap - USR1 TERM
+    while sleep 10; do
+        # a SLURM that does not answer says nothing, and a job that is not submitted yet has no number
+        listed=$(squeue --noheader --format=%A) && [[ -e $1 ]] || continue
+        grep -qx "$(< "$1")" <<< "$listed" || break
+    done
+    say "the job that this one serves has ended"
+    touch "$2"
+    scancel --signal=TERM "$job"
 }
 
 count_starts() { # BEFORE AFTER: the latest checkpoints of this start

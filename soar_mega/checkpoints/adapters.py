@@ -15,6 +15,8 @@ from soar_mega.checkpoints.run_folder import check_place
 from soar_mega.checkpoints.strict import held_names
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
+from soar_mega.convert.finite_tensors import is_finite
+from soar_mega.convert.load import refuse_broken
 from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import without_room
@@ -140,6 +142,7 @@ def _read(folder: Path, model: Transformer, ema: bool, exact: bool = False) -> d
     for tensor in state.values():
         tensor.data = torch.empty(tensor.local_shape, dtype=tensor.dtype)
     found = read_tensors(folder, {"adapters": state})["adapters"]
+    refuse_broken([name for name, tensor in found.items() if not is_finite(tensor)], folder)
     dtype = torch.float32 if exact else model.config.params_dtype
     return {name: tensor.to(dtype) for name, tensor in found.items()}
 

@@ -64,11 +64,20 @@ def attempt(function: Callable[[], T]) -> T | Exception:
         return error
 
 
+def die_with_parent(parent: int) -> Callable[[], None]:
+    """What a process does first that is to be killed when `parent`, the one that started it, ends in whatever way."""
+
+    def watched() -> None:
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be watched
+            os._exit(1)
+
+    return watched
+
+
 def _work(function: Callable[[], T], sender: Connection, parent: int) -> None:
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it could be watched
-        os._exit(1)
+    die_with_parent(parent)()
     # nothing open is kept: when the parent dies its peers see that at once, and its lock is free
     os.closerange(3, sender.fileno())
     os.closerange(sender.fileno() + 1, os.sysconf("SC_OPEN_MAX"))

@@ -183,11 +183,30 @@ class Saver:
             time.sleep(0.01)
         self._publish(self._save, since)
 
+    def rescue(self) -> None:
+        """`finish` after a failure that all ranks share, which is on its way up: another one is told, not raised."""
+        try:
+            self.finish()
+        except (OSError, PeerFailure) as error:
+            if is_rank_zero():
+                logger.error("%s", error)
+
     def close(self) -> None:
-        """Gives up what is being written; the next start removes what there is of it."""
-        if self._save is not None and self._save.writing is not None:
-            self._save.writing.kill()
+        """Ends what is being written. A process without peers waits for it.
+
+        Where there are others, one of them may be gone, and a checkpoint is whole only when all have written: it is
+        given up and named, and the next start removes what there is of it.
+        """
+        save = self._save
+        if save is None or save.writing is None:
+            return
+        if dist.get_world_size() == 1:
+            self.rescue()
+            return
         self._save = None
+        save.writing.kill()
+        if is_rank_zero():
+            logger.error("%s was still being written when the run ended: it is lost", save.final)
 
     def _all_written(self, save: _Save) -> bool:
         mine = save.writing is None or save.writing.done()

@@ -25,12 +25,15 @@ from soar_mega.convert import (
     save_folder,
     save_original_file,
 )
+from soar_mega.convert.finite_tensors import is_finite
+from soar_mega.convert.load import refuse_broken
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
 from soar_mega.engines.weights import sharded_copy, sharded_main_copies
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
@@ -72,8 +75,8 @@ def checkpoint_to_folder(
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
     iteration = resume.read_description(folder)["iteration"]
-    products, name = model.sizes.family.products, "ema" if ema else "current"
-    notes = notes_of_run(RunFolder(folder.parent), products, iteration, name, files.dtype_name)
+    name = "ema" if ema else "current"
+    notes = notes_of_run(RunFolder(folder.parent), model.sizes, iteration, name, files.dtype_name)
     save_folder(model, out, tensors, files, notes, parts)
     return bool(parts)
 
@@ -115,8 +118,8 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
 
     Raises what `checkpoint_to_folder` does for the checkpoint, and ValueError for a layout that is not possible.
     """
-    folder = resume.find_checkpoint(source)
     start_world(parallel)
+    folder = on_rank_zero(lambda: resume.find_checkpoint(source))
     description = resume.verified(folder, ema)
     if ADAPTERS in description["model"]:
         raise ValueError(
@@ -124,10 +127,13 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
             "that wrote"
         )
     sharded = ShardedModel(read_sizes(description["model"]), ModelConfig(dtype=dtype), parallel)
-    tensors = named_tensors(sharded.model)
+    tensors, broken = named_tensors(sharded.model), []
     with torch.no_grad():
         for name, tensor in Stream(folder, OnDemand(_stored(folder, sharded.model, ema))).items():
             tensors[name].copy_(tensor)
+            if not is_finite(tensor):
+                broken.append(name)
+    refuse_broken(broken, folder)
     return sharded
 
 
@@ -224,10 +230,11 @@ class StoredTensors:
         exact: the optimizer's float32 copies in place of the parameters, where the checkpoint holds them.
 
     Raises:
-        ValueError: names or shapes in the checkpoint are not those of the model.
+        ValueError: names or shapes in the checkpoint are not those of the model, or a tensor holds NaN.
     """
 
     def __init__(self, folder: Path, model: Transformer, ema: bool, exact: bool = False) -> None:
+        self._folder = folder
         stored = _stored(folder, model, ema, exact)
         wanted = OnDemand(
             {entry.name: stored[entry.name] for entry in model.sizes.family.entries(model.sizes)}
@@ -237,6 +244,7 @@ class StoredTensors:
     def __call__(self, name: str) -> Tensor:
         read, tensor = next(self._read)
         assert read == name
+        refuse_broken([] if is_finite(tensor) else [name], self._folder)
         return tensor
 
 

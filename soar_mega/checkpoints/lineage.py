@@ -19,8 +19,10 @@ from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.config import Recipe
 from soar_mega.outputs import MARKER
 from soar_mega.recipe import recipe_to_yaml
+from soar_mega.user_files import read_object
 
 FILE = "lineage.json"
+ADVICE = "move it away, and the run goes on without what it was to tell"
 
 Json = dict[str, Any]
 
@@ -34,7 +36,7 @@ def record_start(run: RunFolder, recipe: Recipe, processes: int, iteration: int)
         iteration: that it goes on from.
     """
     path = run.path / FILE
-    known = json.loads(path.read_text()) if path.exists() else {"parent": parent(recipe), "starts": []}
+    known = read_lineage(path) if path.exists() else {"parent": parent(recipe), "starts": []}
     known["starts"].append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -59,8 +61,31 @@ def parent(recipe: Recipe) -> Json | None:
         return None
     # an export lies in its run folder: runs/x/export/transformer; so does a checkpoint: runs/x/iter_0000500
     ancestors = [above / FILE for above in (folder.parent, folder.parent.parent)]
-    written_by = next((json.loads(file.read_text()) for file in ancestors if file.exists()), None)
+    written_by = next((read_lineage(file) for file in ancestors if file.exists()), None)
     return {"path": str(folder), "sha256": content_hash(folder), "lineage": written_by}
+
+
+def read_lineage(path: Path) -> Json:
+    """A run's lineage.json. ValueError naming what is not as `record_start` writes it."""
+    lineage = read_object(path, ADVICE)
+    at, said = "", lineage
+    while True:
+        parent, starts = said.get("parent"), said.get("starts")
+        if not isinstance(starts, list) or not starts or not all(map(_is_start, starts)):
+            raise ValueError(f"{path}: {at}starts is not a list of times and code versions: {ADVICE}")
+        if parent is None:
+            return lineage
+        if not isinstance(parent, dict) or not isinstance(parent.get("path"), str):
+            raise ValueError(f"{path}: {at}parent is neither null nor an object with a path: {ADVICE}")
+        if parent.get("lineage") is None:
+            return lineage
+        at, said = f"{at}parent.lineage.", parent["lineage"]
+        if not isinstance(said, dict):
+            raise ValueError(f"{path}: {at.removesuffix('.')} is neither null nor an object: {ADVICE}")
+
+
+def _is_start(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("time", "code"))
 
 
 def content_hash(path: str | Path) -> str:

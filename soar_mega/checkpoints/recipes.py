@@ -9,9 +9,12 @@ import yaml
 
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder, write_durably
 from soar_mega.config import Recipe
-from soar_mega.recipe import recipe_to_yaml
+from soar_mega.recipe import read_yaml, recipe_to_yaml
 
 logger = logging.getLogger(__name__)
+
+# settings that no two runs share, or that say how another one is loaded
+OF_ONE_RUN = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.load_ema")
 
 
 def write_recipe(run: RunFolder, recipe: Recipe) -> None:
@@ -31,11 +34,25 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
 
 def model_settings(checkpoint: Path) -> dict[str, Any]:
     """The model group of the run that wrote a checkpoint; empty where its recipe is not beside it."""
-    path = checkpoint.parent / RECIPE
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
+    return read_settings(RunFolder(checkpoint.parent)).get("model", {})
+
+
+def read_settings(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """run_config.yaml of a run by group and key; empty where it is not there. ValueError where it holds no groups."""
+    path = run.path / RECIPE
+    settings = read_yaml(path) if path.is_file() else {}
+    if not isinstance(settings, dict) or not all(isinstance(group, dict) for group in settings.values()):
+        raise ValueError(f"{path} is no recipe of this program: put back what it was, or move it away")
     return settings
+
+
+def tell_differences(checkpoint: Path, recipe: Recipe) -> None:
+    """Logs in what a recipe differs from that of the run whose checkpoint it loads, if that is beside it."""
+    before = _by_name(read_settings(RunFolder(checkpoint.parent)))
+    now = _by_name(yaml.safe_load(recipe_to_yaml(recipe)))
+    told = differences(*({k: v for k, v in each.items() if k not in OF_ONE_RUN} for each in (before, now)))
+    if before and told:
+        logger.warning("the recipe is not that of %s, which is loaded:\n  %s", checkpoint, "\n  ".join(told))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -48,12 +65,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def _by_name(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
+
+
 def _settings(text: str) -> dict[str, Any]:
     """By group.key; empty where the text is no recipe."""
     try:
-        groups = dict(yaml.safe_load(text))
-        return {
-            f"{group}.{key}": value for group, keys in groups.items() for key, value in dict(keys).items()
-        }
+        return _by_name({group: dict(keys) for group, keys in dict(yaml.safe_load(text)).items()})
     except (yaml.YAMLError, TypeError, ValueError):
         return {}

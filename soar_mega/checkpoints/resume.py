@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import UnionType
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from soar_mega.config import CheckpointConfig
 from soar_mega.engines.on_demand import OnDemand
 from soar_mega.engines.weights import sharded_main_copies
 from soar_mega.faults.agreement import on_rank_zero
+from soar_mega.user_files import read_object, whole
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +224,12 @@ def read_description(folder: Path, model: Json | None = None) -> Json:
     path = folder / DESCRIPTION
     if not path.exists():
         raise ValueError(f"{path} is missing: {folder} is not a complete checkpoint of this program")
-    description: Json = json.loads(path.read_text())
+    description = read_object(path, "take another checkpoint")
     if description.get("format") != FORMAT:
         raise ValueError(
             f"{path}: format {description.get('format')!r}, but this program reads format {FORMAT}"
         )
+    _check_description(description, path)
     saved = description["model"]
     if model is not None and saved != (wanted := json.loads(json.dumps(model))):
         differing = sorted(key for key in saved.keys() | wanted.keys() if saved.get(key) != wanted.get(key))
@@ -235,3 +238,13 @@ def read_description(folder: Path, model: Json | None = None) -> Json:
         )
         raise ValueError(f"{folder}: checkpoint of another model: {told}")
     return description
+
+
+def _check_description(description: Json, path: Path) -> None:
+    """ValueError naming the key of checkpoint.json that is missing or holds something else."""
+    for key in ("iteration", "consumed_samples", "skipped_steps"):
+        whole(description, key, path, least=0, most=2**62)
+    expected: dict[str, type | UnionType] = {"model": dict, "kept_weights": list, "loader": dict | None}
+    for key, kind in expected.items():
+        if not isinstance(description.get(key, 0), kind):
+            raise ValueError(f"{path}: {key} is not what this program writes there: take another checkpoint")

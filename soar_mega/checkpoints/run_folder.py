@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soar_mega.outputs import refuse_overlap, sync
+from soar_mega.user_files import read_object, whole
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +125,18 @@ class RunFolder:
         write_durably(self.path / TRACKER, str(iteration))
 
     def complete(self) -> dict[str, int] | None:
-        """What the completion marker says, None for an unfinished run."""
+        """What the completion marker says, None for an unfinished run.
+
+        Raises:
+            ValueError: the marker is damaged, or somebody else's.
+        """
         marker = self.path / MARKER
-        return json.loads(marker.read_text()) if marker.exists() else None
+        if not marker.exists():
+            return None
+        said = read_object(marker, "remove it and start the run again, which then completes anew")
+        whole(said, "iteration", marker, least=0, most=2**62)
+        whole(said, "consumed_samples", marker, least=0, most=2**62)
+        return said
 
     def mark_complete(self, iteration: int, consumed_samples: int, exported: bool = True) -> None:
         """Writes the completion marker: the very last act of a run."""
@@ -143,6 +153,8 @@ class RunFolder:
         """Removes what a crash in the middle of a save or of a removal left."""
         for entry in self.path.iterdir():
             if re.fullmatch(rf"iter_\d{{7,}}({re.escape(TEMPORARY)}|{re.escape(DELETED)})", entry.name):
+                if entry.suffix == TEMPORARY:
+                    logger.warning("%s was being written when the run ended: it is lost, and removed", entry)
                 shutil.rmtree(entry)
 
     def prune(self, keep_last: int, retain_interval: int = 0) -> list[Path]:

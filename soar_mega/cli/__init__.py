@@ -32,7 +32,7 @@ The usual road:
   soar-mega data inspect shards/                      what they hold
   soar-mega train recipes/sd35_medium/soar.yaml ...   post-train; exports a diffusers pipeline
   soar-mega sample runs/x/export --prompt "a fox"     look at it
-  soar-mega evaluate P runs/x/export                  measure before and after
+  soar-mega evaluate P runs/x/export --suite paper ... measure before and after
 """
 
 

@@ -71,7 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         for link in chain.links:
             if link not in todo:
                 print(f"# {link.name}: complete")
-            elif arguments.slurm:
+                continue
+            if link.worker is not None and arguments.slurm:
+                print(slurm.render(run_chain.worker_job(chain, link), link.worker.resources))
+            elif link.worker is not None:
+                print(f"# beside {link.name}\n{shlex.join(['soar-mega', *link.worker.arguments(False)])}")
+            if arguments.slurm:
                 print(slurm.render(run_chain.job(chain, link), link.resources))
             else:
                 print(f"# {link.name}\n{shlex.join(run_chain.command(link, arguments.processes))}")

@@ -88,13 +88,16 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"{latents['not_finite']:>10.3%}  {len(latents['unreadable']):>10}"
         )
     captions = found["captions"]
-    lines += ["", f"captions of {found['looked_at']} samples, {captions['empty']} of them empty"]
+    lines += [
+        "",
+        f"{captions['count']} captions of {found['looked_at']} samples, {captions['empty']} of them empty",
+    ]
     lines.append(f"  characters: {_said(captions['characters'])}")
     for part, row in captions["tokens"].items():
-        cut = f"{row['cut']} of {found['looked_at']} are cut at {row['window']}"
+        cut = f"{row['cut']} of {captions['count']} are cut at {row['window']}"
         lines.append(f"  tokens of {part}: {_said(row)}; {cut}")
     for part, count in found["captions_cut"].items():
-        lines.append(f"  {part} cut {count} of all {found['samples']} when they were encoded")
+        lines.append(f"  {part} cut {count} when all were encoded")
     unreadable = [why for row in found["buckets"].values() for why in row["latents"]["unreadable"]]
     lines += [f"unreadable: {why}" for why in unreadable]
     if "contact_sheet" in found:

@@ -2,16 +2,19 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import platform as system
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soar_mega import layer_checks
 from soar_mega.evaluation.scorers import SCORERS, SET_METRICS
+from soar_mega.gpus import HOPPER, usable_memory
 from soar_mega.gpus import MEMORY as GPU_MEMORY
-from soar_mega.gpus import usable_memory
 
 if TYPE_CHECKING:
     from soar_mega.config import ParallelConfig
@@ -47,7 +50,7 @@ OPTIONAL = {
         True,
     ),
     "flash-attn": ("flash_attn", "model.attention_backend=flash", True),
-    "flash-attn-3": ("flash_attn_interface", "model.attention_backend=flash on Hopper", True),
+    "flash-attn-3": (layer_checks.FLASH_3_OPERATORS, "model.attention_backend=flash on Hopper", True),
     "triton": ("triton", "fused kernels (without it their eager twins run)", True),
 }
 
@@ -150,8 +153,9 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
         train=TrainConfig(global_batch_size=arguments.global_batch_size),
     )
     latent_size = (arguments.image_size // 8, arguments.image_size // 8)
+    sizes = find_sizes(arguments.model)
     found = recommend(
-        find_sizes(arguments.model),
+        sizes,
         recipe,
         arguments.gpus // ranks,
         latent_size,
@@ -163,15 +167,22 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
         return (
             f"{where}: one point does not fit even with recomputation; raise --tensor, --pipeline or --gpus"
         )
-    return f"{where}, by the memory model:\n{found.words()}"
+    advice = f"{where}, by the memory model:\n{found.words()}"
+    if arguments.gpu in HOPPER and layer_checks.has_flash_3(sizes.attention_head_dim):
+        advice += "\n  model.attention_backend=flash model.dtype=bf16: flash-attn 3, which is installed here"
+    return advice
 
 
 def scorers(weights_dir: str) -> Iterator[str]:
     """Whether each scorer of an evaluation can run, and what it lacks."""
+    needs: dict[str, list[str]] = {"digits": []}
+    if importlib.util.find_spec("sklearn") is None:
+        needs["digits"].append("the package scikit-learn (pip install 'soar_mega[digits]')")
     for name, entry in (SCORERS | SET_METRICS).items():
-        lacks = entry.lacks(Path(weights_dir) if weights_dir else None)
+        needs[name] = entry.lacks(Path(weights_dir) if weights_dir else None)
         if entry.files and not weights_dir:
-            lacks.append("weights (--weights DIR looks for them)")
+            needs[name].append("weights (--weights DIR looks for them)")
+    for name, lacks in needs.items():
         yield f"{name:<20} {'usable' if not lacks else 'not usable: lacks ' + ', '.join(lacks)}"
 
 
@@ -252,7 +263,9 @@ def examine(name: str) -> tuple[bool, str]:
     module, purpose, needs_gpu = OPTIONAL[name]
     version = installed(name)
     if version is None:
-        return False, f"not installed; for {purpose}"
+        if find_spec(module.partition(".")[0]) is None:
+            return False, f"not installed; for {purpose}"
+        version = "of an unknown version"  # put on the path by hand
     try:
         importlib.import_module(module)
     except Exception as error:  # a library built for another torch fails in any way it likes

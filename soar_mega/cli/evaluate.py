@@ -15,8 +15,8 @@ HELP = """\
 Draw images with models, score them and compare.
 
   soar-mega evaluate base=sd35m soar=runs/x/export --suite paper --prompts dataset --weights scorers --out runs/table
-  soar-mega evaluate base=recipes/tiny/base run=runs/x --suite tiny --out runs/x_evaluation
-  soar-mega evaluate --watch runs/x --suite tiny --out runs/x_evaluation
+  soar-mega evaluate base=recipes/tiny/base run=runs/x --suite digits --out runs/x_evaluation
+  soar-mega evaluate --watch runs/x --suite digits --out runs/x_evaluation
 
 With --suite a MODEL is a pipeline folder, PIPELINE+ADAPTERS, a run or iter_ folder, or a pipeline of another
 architecture that diffusers draws; @WIDTHxHEIGHT behind it is a size of its own. All processes of torchrun or srun draw:
@@ -24,16 +24,13 @@ each replica of a model has its share of the prompts. An image depends on its pr
 not on the processes. Each image and each score is in the folder --out as soon as it is made: start a killed evaluation
 again and it goes on. report.html there compares all models; report.json, table.csv and outcomes.csv hold the numbers.
 
-Without --suite:
+Without --suite, drift alone, of pipelines:
 
-  soar-mega evaluate base=recipes/tiny/base soar=runs/x/export --guidance-scale 1 --guidance-scale 3 --out metrics.json
-  soar-mega evaluate base=recipes/tiny/base lora=recipes/tiny/base+runs/x/export_lora --held-out runs/x/heldout
+  soar-mega evaluate before=P after=runs/x/export --held-out runs/x/heldout --out metrics.json
 
-pipelines that draw the built-in canvases (16 x 16 pixels) get the benchmark score (six GenEval-like categories and OCR,
-read by a verifier that is independent of the generator) and the energy distance to real held-out canvases, once per
-guidance scale. With --held-out, shards that no run was trained on, any pipeline gets its drift: the error of the
-velocity where the pipeline's own sampler leads, absolute and relative to the error on the ray, at each guidance scale.
-SOAR trains on something close to drift, so read it beside a metric that no method trains on.
+On --held-out, shards that no run was trained on, drift is the error of the velocity where the pipeline's own sampler
+leads, absolute and relative to the error on the ray, at each guidance scale. SOAR trains on something close to it, so
+read it beside a metric that no method trains on.
 """
 
 
@@ -50,9 +47,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--held-out", default="", metavar="SHARDS", help="held-out shard folder: also measure drift"
     )
     parser.add_argument("--guidance-scale", type=float, action="append", help="give it again for more")
-    parser.add_argument(
-        "--steps", type=int, action="append", help="sampler steps; with --suite again for more"
-    )
     parser.add_argument("--drift-samples", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument(
         "--drift-steps", type=int, default=5, help="Euler steps of a span (default: %(default)s)"
@@ -60,15 +54,14 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, help="of all noise (default: the suite's, or 0)")
-    built_in = parser.add_argument_group("without --suite")
-    built_in.add_argument("--prompts-per-category", type=int, default=60, help="(default: %(default)s)")
     suite = parser.add_argument_group("with --suite")
     suite.add_argument(
-        "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, tiny"
+        "--suite", metavar="FILE|NAME", help="a YAML file, or one of recipes/evaluation: paper, digits, tiny"
     )
     suite.add_argument(
         "--prompts", metavar="DIR", help="where the suite's prompts lie (default: beside its file)"
     )
+    suite.add_argument("--steps", type=int, action="append", help="sampler steps; give it again for more")
     suite.add_argument("--weights", default="", metavar="DIR", help="where the scorers' weights lie")
     suite.add_argument("--watch", metavar="RUN", help="evaluate the checkpoints of a run as they appear")
     suite.add_argument(
@@ -91,33 +84,35 @@ def run(arguments: argparse.Namespace) -> int:
         from soar_mega.cli.evaluate_suite import run_suite
 
         return run_suite(arguments)
-    if len(arguments.steps or []) > 1 or arguments.watch:
-        raise ValueError("several --steps, and --watch, go with --suite")
-    steps = arguments.steps[0] if arguments.steps else 20
-    out = arguments.out or "metrics.json"
+    if arguments.steps or arguments.watch:
+        raise ValueError("--steps and --watch go with --suite")
     if not arguments.models:
         raise ValueError("no model: give [NAME=]PIPELINE[+ADAPTERS]")
-    pipelines = _named(arguments.models)
-    if steps < 1:
-        raise ValueError("--steps must be at least 1")
-    check_at_least_one(arguments, "prompts_per_category", "drift_samples", "drift_steps")
+    pipelines = named_pipelines(arguments.models)
+    if not arguments.held_out:
+        raise ValueError(
+            "name a --suite to draw and score images, or --held-out SHARDS to measure drift alone"
+        )
+    check_at_least_one(arguments, "drift_samples", "drift_steps")
     if not all(math.isfinite(scale) for scale in arguments.guidance_scale or ()):
         raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
+    return _measure_drift(pipelines, arguments)
 
+
+def _measure_drift(pipelines: dict[str, tuple[str, str]], arguments: argparse.Namespace) -> int:
     from soar_mega.cli.process import start_process
 
     start_process()
 
     from soar_mega.outputs import check_file, write_file
 
+    out = arguments.out or "metrics.json"
     check_file(out, MARK)  # before anything is computed
 
-    from soar_mega.evaluation.pipelines import Plan, evaluate_pipeline, evaluate_real
+    from soar_mega.evaluation.pipeline_drift import Plan, measure_drift_alone
 
     plan = Plan(
         guidance_scales=arguments.guidance_scale or (1.0, 4.5),
-        steps=steps,
-        prompts_per_category=arguments.prompts_per_category,
         seed=arguments.seed or 0,
         held_out=arguments.held_out,
         drift_samples=arguments.drift_samples,
@@ -125,23 +120,21 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         shift=arguments.shift,
     )
-    measured = {
-        name: evaluate_pipeline(folder, plan, adapters) for name, (folder, adapters) in pipelines.items()
-    }
-    report: dict[str, Any] = {
+    report = {
         "written_by": MARK.decode(),
         "plan": dataclasses.asdict(plan),
-        "pipelines": measured,
+        "pipelines": {
+            name: measure_drift_alone(folder, plan, adapters)
+            for name, (folder, adapters) in pipelines.items()
+        },
     }
-    if any("guidance" in each for each in measured.values()):
-        report["real"] = evaluate_real(plan)
-    print("\n".join(table(report)))
+    print("\n".join(drift_table(report)))
     write_file(out, json.dumps(report, indent=1).encode() + b"\n", MARK)
     print(f"\nall numbers are in {out}")
     return 0
 
 
-def _named(pipelines: list[str]) -> dict[str, tuple[str, str]]:
+def named_pipelines(pipelines: list[str]) -> dict[str, tuple[str, str]]:
     """{name: (folder, adapters)} of NAME=FOLDER+ADAPTERS or less; a ValueError names what is missing or given twice."""
     named: dict[str, tuple[str, str]] = {}
     for text in pipelines:
@@ -159,33 +152,18 @@ def _named(pipelines: list[str]) -> dict[str, tuple[str, str]]:
     return named
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    """The report as lines: a row per pipeline, guidance scale and drift span, each with its standard error."""
-    lines = []
-    width = max(len(name) for name in report["pipelines"]) + 2
-    drawn = {name: each["guidance"] for name, each in report["pipelines"].items() if "guidance" in each}
-    if drawn:
-        lines += [f"{'benchmark':<{width}} guidance  score        energy distance"]
-        for name, scales in drawn.items():
-            for scale, values in scales.items():
-                score, energy = values["benchmark"]["overall"], values["energy_distance"]
-                lines.append(
-                    f"{name:<{width}} {scale:>8}  {score['mean']:.3f} +- {score['standard_error']:.3f}"
-                    f"  {energy['value']:.3f} +- {energy['standard_error']:.3f}"
-                )
-        real = report["real"]
-        lines.append(
-            f"{'real canvases':<{width}}           {real['benchmark']['overall']['mean']:.3f} "
-            f"(the verifier tells {real['verifier_accuracy']:.3f} of unseen digits right)"
-        )
+def drift_table(report: dict[str, Any]) -> list[str]:
+    """A line for each pipeline, guidance scale and span of a report, with its standard error; none without drift."""
     drifts = {name: each["drift"] for name, each in report["pipelines"].items() if "drift" in each}
-    if drifts:
-        lines += ["", f"{'drift':<{width}} guidance  sigma           error            relative to on-ray"]
-        for name, drift in drifts.items():
-            for scale, spans in drift["scales"].items():
-                lines += [
-                    f"{name:<{width}} {scale:>8}  {span['from']:.2f} -> {span['to']:.2f}    "
-                    f"{span['absolute']:.4f} +- {span['standard_error']:.4f}  {span['relative']:.3f}"
-                    for span in spans
-                ]
+    if not drifts:
+        return []
+    width = max(map(len, drifts)) + 2
+    lines = [f"{'drift':<{width}} guidance  sigma           error            relative to on-ray"]
+    for name, drift in drifts.items():
+        for scale, spans in drift["scales"].items():
+            lines += [
+                f"{name:<{width}} {scale:>8}  {span['from']:.2f} -> {span['to']:.2f}    "
+                f"{span['absolute']:.4f} +- {span['standard_error']:.4f}  {span['relative']:.3f}"
+                for span in spans
+            ]
     return lines

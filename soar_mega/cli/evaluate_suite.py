@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
     from soar_mega.evaluation.suite.distances import check_distances
     from soar_mega.evaluation.suite.prompts import read_prompt_set
     from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
-    from soar_mega.evaluation.suite.store import Store
+    from soar_mega.evaluation.suite.store import TINY_WEIGHTS, Store
     from soar_mega.faults.agreement import on_rank_zero
     from soar_mega.training.evaluating import Evaluation
 
@@ -95,9 +96,15 @@ def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
     store = Store(arguments.out)
     on_rank_zero(store.check)
     names = [name for each in suite.sets for name in each.scorers]
-    scorers = make_scorers(names, arguments.weights, device())
+    weights_dir = arguments.weights
+    if suite.tiny_weights:
+        from soar_mega.evaluation.scorers.tiny import replace_tiny_weights
+
+        weights_dir = str(store.path / TINY_WEIGHTS)
+        on_rank_zero(lambda: replace_tiny_weights(names, Path(weights_dir)))
+    scorers = make_scorers(names, weights_dir, device())
     check_prompts(sets, scorers)
-    check_distances(sets, arguments.weights)
+    check_distances(sets, weights_dir)
     return Evaluation(
         store=store,
         suite=suite,
@@ -106,7 +113,7 @@ def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
         parallel=parallel,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
-        weights_dir=arguments.weights,
+        weights_dir=weights_dir,
     )
 
 
@@ -116,6 +123,10 @@ def _suite(arguments: argparse.Namespace) -> "Suite":
     suite = sampled_at(
         load_suite(arguments.suite, arguments.prompts), arguments.guidance_scale, arguments.steps
     )
+    if suite.tiny_weights and arguments.weights:
+        raise ValueError(
+            f"--weights: the suite {suite.name} makes its own, as its file says by `weights: tiny`"
+        )
     drift = DriftSettings(
         held_out=arguments.held_out, samples=arguments.drift_samples, steps=arguments.drift_steps
     )
@@ -132,7 +143,7 @@ def table(tables: "Tables") -> list[str]:
         for point in tables.suite.points:
             cells = []
             for column in columns:
-                found = tables.bootstrap(column.prompt_set).score(tables.outcomes(model, point, column))
+                found = tables.score(model, point, column)
                 cells.append(f"{f'{found.value:.4g} +- {found.standard_error:.2g}':>24}")
             lines.append(f"{model.name:<{width}}{point!s:<24}" + "".join(cells))
     return lines

@@ -15,11 +15,12 @@ Encode captioned images once, into shards that training reads: latents, text emb
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
 metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as
-webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. An image is scaled and cropped to
-the nearest bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in
-rejects.jsonl, and the command fails unless --skip-invalid. The same command goes on where it was interrupted, with any
-number of processes. Folders behind links are read too; hidden files and folders, and what a NAS or macOS keeps beside
-images, are not. Text is UTF-8. docs/data.md tells the whole road.
+webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. Lists, tars and parquet may give
+an image several captions, with weights. An image is scaled and cropped to the nearest bucket. Images that cannot be
+used (damaged, animated, no caption, NaN latents) are listed by name in rejects.jsonl, and the command fails unless
+--skip-invalid. The same command goes on where it was interrupted, with any number of processes. Folders behind links
+are read too; hidden files and folders, and what a NAS or macOS keeps beside images, are not. Text is UTF-8.
+docs/data.md tells the whole road.
 """
 
 
@@ -46,6 +47,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     sizes.add_argument(
         "--buckets", nargs="+", default=[], metavar="WxH", help="the buckets themselves, in pixels"
     )
+    parser.add_argument(
+        "--bucket-count", type=int, metavar="N", help="use the N of these buckets that fit the images best"
+    )
+    parser.add_argument("--min-bucket", type=int, default=0, metavar="IMAGES", help="drop buckets with fewer images, "
+                        "which go to the nearest one that is left")  # fmt: skip
     parser.add_argument(
         "--flip", action="store_true", help="add mirrored images; breaks captions with left and right"
     )
@@ -101,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         buckets=arguments.buckets,
         resolution=arguments.resolution,
+        bucket_count=arguments.bucket_count,
+        min_bucket=arguments.min_bucket,
         wishes=Wishes(
             min_side=arguments.min_side,
             aspect=arguments.aspect,

@@ -66,7 +66,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--size", metavar="WxH", help="pixels (default: the transformer's own sample size)")
+    parser.add_argument(
+        "--size",
+        metavar="WxH",
+        help="pixels (default: the transformer's own, of FLUX that of an export's training)",
+    )
     parser.add_argument(
         "--scale", type=int, default=1, help="enlarge pixels, for small images (default: %(default)s)"
     )

@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from soar_mega.outputs import check_file
     from soar_mega.rewards.registry import make_scorers
-    from soar_mega.rewards.server import MARK, RewardServer, serve
+    from soar_mega.rewards.server import RewardServer, serve
     from soar_mega.rewards.tokens import read_token
+    from soar_mega.rewards.url_file import MARK
     from soar_mega.rewards.worker import Limits, Worker
 
     if arguments.url_file:
@@ -70,8 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         pixels=arguments.max_megapixels * 10**6,
     )
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    worker = Worker(make_scorers(arguments.names, arguments.weights, device), limits)
+    worker = Worker(make_scorers(arguments.names, arguments.weights, device), limits, arguments.names)
     server = RewardServer(worker, arguments.host, arguments.port, token)
     served = ", ".join(worker.scorers)
-    serve(server, arguments.url_file, lambda: print(f"ready: {served} at {server.url}", flush=True))
+
+    def tell() -> None:
+        print(f"ready: {served} at {server.url}", flush=True)
+
+    serve(server, arguments.url_file, arguments.token_file, tell)
     return 0

@@ -47,8 +47,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--scale-down",
         action="store_true",
-        help="try the recipe: its stage, layout, layers and heads, but narrow, four steps on noise, in the folder "
-        "<checkpoint.save>_scaled_down",
+        help="try the recipe: its stage, layout, layers and heads, but narrow, four steps on noise or on samples "
+        "that a stand-in judges, in the folder <checkpoint.save>_scaled_down",
     )
     parser.set_defaults(run=run)
 

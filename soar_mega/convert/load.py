@@ -67,7 +67,7 @@ def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
             for key in entry.keys
         ]
     assert not set(local) - {entry.name for entry in table}
-    _refuse_broken(broken, path)
+    refuse_broken(broken, path)
 
 
 @torch.no_grad()
@@ -94,8 +94,12 @@ def exact_shards(
                 yield entry.name, shard
 
 
-def _refuse_broken(broken: list[str], folder: Path) -> None:
-    """ValueError on all ranks where any of them holds NaN: its pictures would be black. Collective."""
+def refuse_broken(broken: list[str], folder: Path) -> None:
+    """ValueError on all ranks where any of them holds NaN: its pictures would be black. Collective.
+
+    Args:
+        broken: names of this rank's tensors with NaN or infinite numbers.
+    """
     gathered = [broken]
     if dist.is_initialized():
         gathered = [[]] * dist.get_world_size()

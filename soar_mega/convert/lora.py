@@ -212,7 +212,9 @@ def _write(folder: Path, stored: dict[str, Tensor], pairs: list[Pair], config: L
     more = {"base_model_name_or_path": base or None, "inference_mode": True, "task_type": None}
     (folder / PEFT_CONFIG).write_text(json.dumps(settings | more, indent=2) + "\n")
     save_file(_below(PEFT_PREFIX, stored), folder / PEFT_FILE, {"format": "pt"})
-    kept = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in settings.items() if key != "peft_type"}
+    # diffusers does not put what it loads into evaluation mode: with dropout it would draw without some features
+    drawing = settings | {"lora_dropout": 0.0}
+    kept = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in drawing.items() if key != "peft_type"}
     metadata = {"format": "pt", METADATA: json.dumps(kept)}
     save_file(_below(DIFFUSERS_PREFIX, stored), folder / DIFFUSERS_FILE, metadata)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from soar_mega.data.captions import read_captions
 from soar_mega.data.images import Picture
 from soar_mega.data.info import bucket_name
 from soar_mega.data.items import Item, Reject
@@ -15,7 +16,7 @@ from soar_mega.data.text_files import NO_TEXT, decode
 from soar_mega.user_files import is_text
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-CAPTION_KEYS = ("text", "caption", "prompt")  # the first that a row has
+CAPTION_KEYS = ("text", "caption", "prompt", "captions")  # the first that a row has
 PUBLISHED_KEY = "caption_en"  # of the published lists, and of what was made of them
 KIND = "line of a list"
 SHOWN = 60  # characters of an impossible file name in a message
@@ -90,11 +91,10 @@ def _item(row: dict[str, Any], images: Path, score_key: str) -> Item:
         caption_key = next((key for key in CAPTION_KEYS if key in row), CAPTION_KEYS[0])
     else:
         raise ValueError("has neither md5 nor file_name")
-    caption = row.get(caption_key)
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"{name} has no caption ({caption_key} is missing or empty)")
-    if not is_text(caption):
-        raise ValueError(f"the caption of {name} {NO_TEXT}")
+    try:
+        captions = read_captions(row, caption_key)
+    except ValueError as error:
+        raise ValueError(f"{_shortened(name)}: {error}") from error
     path = _inside(images, name)
     try:
         there = path.is_file()
@@ -105,7 +105,7 @@ def _item(row: dict[str, Any], images: Path, score_key: str) -> Item:
     return Item(
         name=name,
         image=Picture(path),
-        caption=caption.strip(),
+        captions=captions,
         bucket=bucket,
         score=score_of(row, score_key),
     )

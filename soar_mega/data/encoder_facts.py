@@ -50,7 +50,7 @@ class EncoderFacts:
     latent_channels: int
     vae_scale_factor: int  # pixels per latent element
     size_multiple: int  # width and height of an image must divide by this: VAE factor x patch size
-    default_resolution: int  # pixels along an edge of the transformer's own sample size
+    default_resolution: int  # pixels along an edge, where nobody asks for a size: the transformer's own
     largest_side: int  # pixels; the transformer has no positions beyond
     text_shape: tuple[int, int]  # (tokens, width)
     pooled_size: int
@@ -68,7 +68,7 @@ class EncoderFacts:
         return self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def image_size(self, asked: int | Sequence[int] | None) -> tuple[int, int]:
-        """(width, height) in pixels: an edge, or both; None: the transformer's own sample size."""
+        """(width, height) in pixels: an edge, or both; None: the default one."""
         asked = asked or self.default_resolution
         return (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
 

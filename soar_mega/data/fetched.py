@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from braceexpand import braceexpand
 
 from soar_mega.data.caption_lists import CAPTION_KEYS, PUBLISHED_KEY
+from soar_mega.data.captions import WEIGHTS_KEY
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
-from soar_mega.user_files import is_text
 
 PIPE = "pipe:"
 PARQUET_FOLDERS = (".", "data")  # of a data set of Hugging Face's
@@ -129,8 +129,8 @@ def _add_row(tar: tarfile.TarFile, key: str, row: dict[str, Any], caption: str) 
     # its kind is told by its content; a row without an image is one that cannot be read
     _add(tar, f"{key}{IMAGE_SUFFIXES[0]}", content if isinstance(content, bytes) else b"")
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-    text = row[caption] if isinstance(row[caption], str) and is_text(row[caption]) else ""
-    _add(tar, f"{key}.json", json.dumps({**numbers, CAPTION_KEYS[0]: text}).encode())
+    said = {CAPTION_KEYS[0]: row[caption], WEIGHTS_KEY: row.get(WEIGHTS_KEY)}
+    _add(tar, f"{key}.json", json.dumps({**numbers, **said}, default=str).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

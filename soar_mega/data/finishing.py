@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.data.info import DatasetInfo
+from soar_mega.data.items import Reject
 from soar_mega.data.json_files import read_json
 from soar_mega.data.plan import Plan
 from soar_mega.data.prepare_folder import HELD_OUT_FOLDER, index_file, remove_leftover_shards
@@ -16,16 +17,20 @@ from soar_mega.data.shard_writer import write_dataset_file
 
 log = logging.getLogger(__name__)
 
+SMALL, SMALL_SHARE = 64, 0.01  # a bucket with fewer samples than both, of all, is told of
+
 
 @dataclass(kw_only=True)
 class _Counts:
     """Of the samples of one set."""
 
     buckets: Counter[str] = field(default_factory=Counter)
+    captions: int = 0
     cut: Counter[str] = field(default_factory=Counter)  # captions, by text encoder
 
     def add(self, index: Mapping[str, Any]) -> None:
         """Those of one shard."""
+        self.captions += sum(len(sample.get("captions", [None])) for sample in index["samples"])
         self.buckets.update(sample["bucket"] for sample in index["samples"])
         self.cut.update(index.get("captions_cut", {}))
 
@@ -42,14 +47,16 @@ def finish(
     Raises:
         ValueError: samples cannot be used, by name, and that is not allowed; or a set would hold none.
     """
-    rejects = read_rejects(folder)
+    rejects, found = read_rejects(folder), list[Reject]()
     counts = {HELD_OUT_FOLDER: _Counts(), "": _Counts()}
     for shard in plan.shards:
         path = index_file(folder / shard.folder, shard.number)
         index = read_json(path)
-        rejects += rejects_of(index, path)
+        found += rejects_of(index, path)
         counts[shard.folder].add(index)
-    write_rejects(folder, rejects, plan.source_samples, skip_invalid)
+    if found:
+        rejects += found
+        write_rejects(folder, rejects, plan.source_samples, skip_invalid)
     for name, counted in counts.items():
         digests = [shard.digest for shard in plan.of(name)]
         if not digests:
@@ -73,5 +80,17 @@ def _tell(folder: Path, counted: _Counts, shards: int, rejected: int) -> None:
     samples = counted.buckets.total()
     for part, count in counted.cut.items():
         if count:
-            log.warning("%d of %d captions are longer than %s takes and were cut", count, samples, part)
+            log.warning(
+                "%d of %d captions are longer than %s takes and were cut", count, counted.captions, part
+            )
+    small = [
+        f"{bucket} ({n})" for bucket, n in counted.buckets.items() if n < min(SMALL, samples * SMALL_SHARE)
+    ]
+    if small:
+        log.warning(
+            "%s: few images are in the buckets %s: a batch may hold one of them several times. --min-bucket moves them "
+            "to the nearest bucket that is left",
+            folder,
+            ", ".join(sorted(small)),
+        )
     log.info("%s: %d samples in %d shards, %d left out", folder, samples, shards, rejected)

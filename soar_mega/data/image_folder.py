@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from soar_mega.data.caption_lists import METADATA_FILES, list_rows
+from soar_mega.data.captions import Caption
 from soar_mega.data.images import Picture
 from soar_mega.data.items import Item, Reject
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES, OTHER_SUFFIXES
@@ -24,6 +25,7 @@ class Folder:
     """The files below a folder, each list in the order of their names.
 
     Attributes:
+        lists: files that list images, below the folder itself.
         others: pictures of kinds that are not taken.
         problems: what cannot be seen, and why: a folder that cannot be listed, a link that leads nowhere.
     """
@@ -31,6 +33,7 @@ class Folder:
     images: list[Path] = field(default_factory=list)
     captions: list[Path] = field(default_factory=list)
     tars: list[Path] = field(default_factory=list)
+    lists: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     problems: list[tuple[Path, str]] = field(default_factory=list)
 
@@ -47,6 +50,12 @@ def list_folder(folder: Path, score_key: str) -> Iterator[Item | Reject]:
     if metadata:
         yield from _listed(metadata[0], folder, found, score_key)
     else:
+        if found.lists:
+            log.warning(
+                "%s lists images and is not read: give its folder as a source, as %s",
+                found.lists[0],
+                found.lists[0].parent,
+            )
         yield from _captioned(folder, found)
     for tar in found.tars:
         yield from list_tar(tar, tar.relative_to(folder).as_posix(), score_key)
@@ -78,7 +87,7 @@ def _captioned(folder: Path, found: Folder) -> Iterator[Item | Reject]:
         except ValueError as error:
             yield Reject(name=name, reason=str(error), kind="no caption")
         else:
-            yield Item(name=name, image=Picture(image), caption=caption)
+            yield Item(name=name, image=Picture(image), captions=(caption,))
     if twice:
         log.warning("%s: %d images have a .txt and a .caption; the .txt is taken", folder, twice)
     kinds = " ".join(IMAGE_SUFFIXES)
@@ -94,7 +103,7 @@ def _captioned(folder: Path, found: Folder) -> Iterator[Item | Reject]:
         yield Reject(name=name, reason="is a caption without an image", kind="caption without an image")
 
 
-def _caption(image: Path, beside: list[Path]) -> str:
+def _caption(image: Path, beside: list[Path]) -> Caption:
     """The text of the first of the captions. ValueError where there is none."""
     if not beside:
         raise ValueError(f"has no caption: {image.with_suffix(CAPTION_SUFFIXES[0]).name} is missing")
@@ -107,7 +116,7 @@ def _caption(image: Path, beside: list[Path]) -> str:
         raise ValueError(f"its caption {path.name} {error}") from error
     if not text:
         raise ValueError(f"its caption {path.name} is empty")
-    return text
+    return Caption(text)
 
 
 def walk(folder: Path) -> Folder:
@@ -133,9 +142,11 @@ def walk(folder: Path) -> Folder:
             found.captions.append(path)
         elif path.suffix == ".tar":
             found.tars.append(path)
+        elif path.name in METADATA_FILES and path.parent != folder:
+            found.lists.append(path)
         elif suffix in OTHER_SUFFIXES:
             found.others.append(path)
-    for files in (found.images, found.captions, found.tars, found.others, found.problems):
+    for files in (found.images, found.captions, found.tars, found.lists, found.others, found.problems):
         files.sort()
     if hidden:
         log.info(

@@ -61,11 +61,12 @@ def inspect(shards: ShardSet, samples: int, pipeline_dir: str = "") -> dict[str,
     """
     info = shards.info
     tokenizers = _tokenizers(Path(pipeline_dir), info.max_sequence_length) if pipeline_dir else []
-    latents, captions = {}, []
+    latents, captions, looked_at = {}, list[str](), 0
     for bucket, count in info.buckets.items():
         statistics = LatentStatistics()
         for index in spread(shards.members(bucket), math.ceil(samples * count / info.samples)):
-            captions.append(shards.caption(index))
+            looked_at += 1
+            captions += shards.captions(index)
             try:
                 stored = shards.stored("latents", index)
                 statistics.add(stored["mean"], stored["std"])
@@ -77,11 +78,12 @@ def inspect(shards: ShardSet, samples: int, pipeline_dir: str = "") -> dict[str,
         "samples": info.samples,
         "shards": shards.shard_count,
         "bytes": shards.total_bytes,
-        "looked_at": len(captions),
+        "looked_at": looked_at,
         "buckets": {
             bucket: {"samples": count, "latents": latents[bucket]} for bucket, count in info.buckets.items()
         },
         "captions": {
+            "count": len(captions),
             "empty": sum(not caption.strip() for caption in captions),
             "characters": _lengths(map(len, captions)),
             "tokens": {facts.part: _tokens(facts, tokenizer, captions) for facts, tokenizer in tokenizers},

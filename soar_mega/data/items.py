@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soar_mega.data.captions import Caption
 from soar_mega.data.images import Picture
 
 UNREADABLE = "picture cannot be read"  # a kind of reject
@@ -15,20 +16,27 @@ class Item:
 
     name: str  # unique enough to be found again in the source
     image: Picture
-    caption: str
+    captions: tuple[Caption, ...]  # at least one
     bucket: str | None = None  # given by the source; None: the one nearest to the image's own shape
     score: float | None = None  # given by the source
     mirrored: bool = False
 
     def to_row(self) -> list[Any]:
         place = [str(self.image.path), self.image.offset, self.image.size]
-        return [self.name, place, self.caption, self.bucket, self.score, self.mirrored]
+        captions = [[caption.text, caption.weight] for caption in self.captions]
+        return [self.name, place, captions, self.bucket, self.score, self.mirrored]
 
     @staticmethod
     def from_row(row: list[Any]) -> "Item":
-        name, (path, offset, size), caption, bucket, score, mirrored = row
-        picture = Picture(Path(path), offset, size)
-        return Item(name=name, image=picture, caption=caption, bucket=bucket, score=score, mirrored=mirrored)
+        name, (path, offset, size), captions, bucket, score, mirrored = row
+        return Item(
+            name=name,
+            image=Picture(Path(path), offset, size),
+            captions=tuple(Caption(text, weight) for text, weight in captions),
+            bucket=bucket,
+            score=score,
+            mirrored=mirrored,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from soar_mega import distributed
 from soar_mega.data.buckets import generate_buckets, nearest_bucket
+from soar_mega.data.captions import drawn
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
@@ -93,10 +94,16 @@ class OnlineImages:
         noise = normal(seed, "vae", positions, 0, mean.shape[1:], device=mean.device)
         tensors = {"latents": mean + std * noise}
         if text:
-            captions = [self._items[i].caption for i in indices]
+            captions = [
+                self._caption(int(i), positions[row : row + 1], seed) for row, i in enumerate(indices)
+            ]
             tensors["text"], tensors["pooled"] = self._encoders.encode_prompts(captions)
         # A failed image is black; its latents must not be learnt from, and are not.
         return Read(tensors=tensors, names=read.names, failures=read.failures)
+
+    def _caption(self, index: int, position: Tensor, seed: int) -> str:
+        captions = self._items[index].captions
+        return captions[drawn([caption.weight for caption in captions], seed, position)].text
 
     def empty_prompt(self) -> tuple[Tensor, Tensor]:
         """text [S, D] and pooled [P] of the empty prompt."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from soar_mega.data.items import Item
 from soar_mega.data.json_files import line_bytes, lines_of, read_json, write_bytes, write_json
@@ -87,5 +88,10 @@ class Plan:
 
 def _digest(chosen: Sequence[Chosen]) -> str:
     """Changes with the names, captions, buckets and contents of a shard's items."""
-    rows = [[c.item.name, c.item.caption, c.item.bucket, c.item.mirrored, c.sha256] for c in chosen]
+
+    def told(item: Item) -> list[Any]:
+        captions = [[caption.text, caption.weight] for caption in item.captions]
+        return [item.name, captions, item.bucket, item.mirrored]
+
+    rows = [[*told(one.item), one.sha256] for one in chosen]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
 from soar_mega import distributed
 from soar_mega.data import prepare_folder
-from soar_mega.data.buckets import check_buckets, generate_buckets
-from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
+from soar_mega.data.bucket_choice import choose_buckets
+from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.fetched import copy_of, expand, fetch, is_copied, is_remote
 from soar_mega.data.fingerprints import fingerprints
@@ -37,7 +38,7 @@ from soar_mega.data.selection import Selection
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_job import ShardJob
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
-from soar_mega.data.survey import Survey
+from soar_mega.data.survey import Seen, Survey
 from soar_mega.outputs import refuse_overlap
 
 log = logging.getLogger(__name__)
@@ -95,12 +96,14 @@ class _Preparation:
         self._options = options
         self._check()
         self._facts = encoder_facts(pipeline_dir, options.max_sequence_length)
-        self._buckets = _bucket_choice(options, self._facts)
+        self._buckets = options.possible_buckets(self._facts)
         self._info = self._facts.dataset_info({}, DTYPES[options.dtype], fingerprints(pipeline_dir))
         self._settings = {
             "format_version": FORMAT_VERSION,
             "encoders": self._info.encoders,
             "buckets": self._buckets,
+            "bucket_count": options.bucket_count,
+            "min_bucket": options.min_bucket,
             **asdict(options.wishes),
             "score_key": options.score_key,
             "max_sequence_length": self._facts.max_sequence_length,
@@ -182,7 +185,7 @@ class _Preparation:
     def _settle(self, parts: int) -> int:
         """What goes where: how many shards; 0 for a finished folder, of which all is still the same."""
         wishes = self._options.wishes
-        selection = Selection(wishes, self._buckets, self._facts)
+        selection = Selection(wishes, self._chosen_buckets(parts), self._facts)
         plan = self._planned(parts, selection)
         if prepare_folder.is_finished(self._folder):
             self._tidy(plan)
@@ -208,12 +211,25 @@ class _Preparation:
             (self._folder / shard.folder).mkdir(exist_ok=True)
         return len(plan.shards)
 
+    def _chosen_buckets(self, parts: int) -> list[str]:
+        """Those of the possible buckets that the images are brought to."""
+        count, least = self._options.bucket_count, self._options.min_bucket
+        if count is None and least == 0:
+            return self._buckets
+        selection = Selection(self._options.wishes, self._buckets, self._facts)
+        shapes = np.array([s for part in range(parts) for s in selection.shapes(self._pairs(part))])
+        chosen = choose_buckets(np.sort(shapes), self._buckets, count, least)
+        log.info("%d of %d buckets are used: %s", len(chosen), len(self._buckets), ", ".join(chosen))
+        return chosen
+
+    def _pairs(self, part: int) -> list[tuple[Item, Seen]]:
+        return list(zip(self._survey.items(part), self._survey.seen(part), strict=True))
+
     def _planned(self, parts: int, selection: Selection) -> Plan:
         """What `selection` chooses of all parts, in shards."""
-        survey = self._survey
         plan = Plan(folder=self._folder / SURVEY_FOLDER)
         for part in range(parts):
-            pairs = list(zip(survey.items(part), survey.seen(part), strict=True))
+            pairs = self._pairs(part)
             plan.source_samples += len(pairs)
             plan.add(selection.choose(pairs), self._options.samples_per_shard)
         plan.source_samples += len(self._listed_rejects)
@@ -285,10 +301,3 @@ class _Preparation:
         info = DatasetInfo.from_json(read_dataset_file(self._folder), self._folder / DATASET_FILE)
         rejects = read_rejects(self._folder)
         return Prepared(folder=self._folder, samples=info.samples, buckets=info.buckets, rejects=rejects)
-
-
-def _bucket_choice(options: Options, facts: EncoderFacts) -> list[str]:
-    if options.buckets:
-        return check_buckets(options.buckets, facts.size_multiple, facts.largest_side)
-    resolution = options.resolution or facts.default_resolution
-    return generate_buckets(resolution, facts.size_multiple, facts.largest_side)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
-from soar_mega.data.prompts import encode_prompts
+from soar_mega.data.prompts import EncodedPrompts, prompt_encoders
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.outputs import in_place_of, sync
 
@@ -57,21 +57,12 @@ class PromptCache:
             OSError: it cannot be written.
         """
         absent = [n for n in range(0, self._prompts, PER_FILE) if not self._file(n).exists()]
-        if absent:
-            log.info("encoding %d prompts into %s", self._prompts, self._folder)
-        for first in absent:
-            asked = prompts[first : first + PER_FILE]
-            encoded = encode_prompts(pipeline_dir, asked, dtype, max_sequence_length)
-            tensors = {
-                "text": encoded.conditions.text,
-                "pooled": encoded.conditions.pooled,
-                "empty_text": encoded.empty.text,
-                "empty_pooled": encoded.empty.pooled,
-            }
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            with in_place_of(self._file(first), MARK) as new:
-                save_file(tensors, new, metadata={"about": MARK.decode()})
-                sync(new)
+        if not absent:
+            return
+        log.info("encoding %d prompts into %s", self._prompts, self._folder)
+        with prompt_encoders(pipeline_dir, dtype, max_sequence_length) as encode:
+            for first in absent:
+                self._write(first, encode(prompts[first : first + PER_FILE]))
 
     def rows(self, index: Tensor) -> Conditions:
         """Those of the prompts `index` [K] int64, on the CPU. ValueError: a file is missing or damaged."""
@@ -82,6 +73,18 @@ class PromptCache:
         """That of the empty prompt, [1]."""
         text, pooled = self._read(0, "empty_", 0)
         return Conditions(text[None], pooled[None])
+
+    def _write(self, first: int, encoded: EncodedPrompts) -> None:
+        tensors = {
+            "text": encoded.conditions.text,
+            "pooled": encoded.conditions.pooled,
+            "empty_text": encoded.empty.text,
+            "empty_pooled": encoded.empty.pooled,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with in_place_of(self._file(first), MARK) as new:
+            save_file(tensors, new, metadata={"about": MARK.decode()})
+            sync(new)
 
     def _row(self, index: int) -> tuple[Tensor, Tensor]:
         return self._read(index, "", index % PER_FILE)

@@ -5,7 +5,8 @@ The indices of the shards (JSON, one beside each tar) say the same, and the file
     one line of JSON     how many samples there are, and how many of each bucket
     records              per sample: bucket, the end of its words, offset, size and CRC-32 of each part
     members              sample numbers, bucket after bucket
-    words                per sample its key and, behind a zero byte, its name in the source
+    words                per sample its key and, behind a zero byte, its name in the source; where it has several
+                         captions these stand behind the key: weight, offset, size and CRC-32 of each
 """
 
 import json
@@ -20,6 +21,7 @@ INDEX_FILE = "index.bin"
 PLACE = [("offset", "<i8"), ("size", "<i8"), ("checksum", "<u4")]
 RECORD = np.dtype([("latents", PLACE), ("text", PLACE), ("words_end", "<i8"), ("bucket", "<u4")])
 MEMBER = np.dtype("<u4")
+CAPTIONS = "\x1f"  # between a key and its captions
 
 
 class SampleIndex:
@@ -54,16 +56,24 @@ class SampleIndex:
 
     def key_and_name(self, sample: int) -> tuple[str, str]:
         """The key in the shard and the name in the source."""
-        ends = self._records["words_end"]
-        start = self._words_start + (int(ends[sample - 1]) if sample else 0)
-        words = self._content[start : self._words_start + int(ends[sample])]
-        key, _, name = words.decode().partition("\0")
-        return key, name
+        head, name = self._words(sample)
+        return head.partition(CAPTIONS)[0], name
+
+    def captions(self, sample: int) -> list[tuple[float, int, int, int]]:
+        """Of a sample with several: weight, and offset, size and CRC-32 of the text; of one with one alone nothing."""
+        listed = self._words(sample)[0].partition(CAPTIONS)[2]
+        return [tuple(each) for each in json.loads(listed)] if listed else []
 
     def place(self, part: str, sample: int) -> tuple[int, int, int]:
         """Offset, size and CRC-32 of the "latents" or the "text" of a sample in its tar."""
         offset, size, checksum = self._records[part][sample].tolist()
         return offset, size, checksum
+
+    def _words(self, sample: int) -> tuple[str, str]:
+        ends = self._records["words_end"]
+        start = self._words_start + (int(ends[sample - 1]) if sample else 0)
+        head, _, name = self._content[start : self._words_start + int(ends[sample])].decode().partition("\0")
+        return head, name
 
 
 def index_content(shards: Iterable[list[dict[str, Any]]]) -> bytes:
@@ -73,7 +83,8 @@ def index_content(shards: Iterable[list[dict[str, Any]]]) -> bytes:
     for samples in shards:
         rows = np.zeros(len(samples), RECORD)
         for row, sample in zip(rows, samples, strict=True):
-            words += f"{sample['key']}\0{sample['name']}".encode(errors="replace")
+            several = f"{CAPTIONS}{json.dumps(sample['captions'])}" if "captions" in sample else ""
+            words += f"{sample['key']}{several}\0{sample['name']}".encode(errors="replace")
             buckets.setdefault(sample["bucket"], len(buckets))
             row["words_end"], row["bucket"] = len(words), buckets[sample["bucket"]]
             for part in ("latents", "text"):

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from soar_mega.data.caption_lists import CAPTION_KEYS, PUBLISHED_KEY, json_object, score_of
+from soar_mega.data.captions import Caption, read_captions
 from soar_mega.data.images import Picture
 from soar_mega.data.items import Item, Reject
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
-from soar_mega.data.text_files import NO_TEXT, decode
-from soar_mega.user_files import is_text
+from soar_mega.data.text_files import decode
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first that a sample has, and whose text is not empty
 LARGEST_TEXT = 2**20  # bytes
@@ -50,11 +50,11 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
     for key, picture in pictures.items():
         name = f"{label}/{key}"
         try:
-            caption, score = _caption(texts.get(key, {}), score_key)
+            captions, score = _captions(texts.get(key, {}), score_key)
         except ValueError as error:
             yield Reject(name=name, reason=str(error), kind="no caption")
         else:
-            yield Item(name=name, image=picture, caption=caption, score=score)
+            yield Item(name=name, image=picture, captions=captions, score=score)
     for key in sorted(texts.keys() - pictures.keys()):
         yield Reject(
             name=f"{label}/{key}", reason="is a caption without an image", kind="caption without an image"
@@ -68,13 +68,13 @@ def _key(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, (dot + suffix).lower()
 
 
-def _caption(texts: dict[str, bytes], score_key: str) -> tuple[str, float | None]:
-    """(caption, score). ValueError where there is no caption."""
+def _captions(texts: dict[str, bytes], score_key: str) -> tuple[tuple[Caption, ...], float | None]:
+    """(captions, score). ValueError where there is no caption."""
     row = json_object(decode(texts[".json"])) if ".json" in texts else {}
     plain = next((decode(texts[s]) for s in (".txt", ".caption") if texts.get(s, b"").strip()), None)
-    caption = plain or next((row[k] for k in (*CAPTION_KEYS, PUBLISHED_KEY) if row.get(k)), None)
-    if not isinstance(caption, str) or not caption.strip():
+    if plain:
+        return (Caption(plain.strip()),), score_of(row, score_key)
+    key = next((key for key in (*CAPTION_KEYS, PUBLISHED_KEY) if row.get(key)), None)
+    if key is None:
         raise ValueError("has no caption: no .txt, no .caption and no caption in its .json")
-    if not is_text(caption):
-        raise ValueError(f"its caption {NO_TEXT}")
-    return caption.strip(), score_of(row, score_key)
+    return read_captions(row, key), score_of(row, score_key)

@@ -65,7 +65,21 @@ def _is_sample(entry: Any) -> bool:
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), str) for key in ("key", "name", "bucket"))
         and all(_is_place(entry.get(part)) for part in ("latents", "text"))
+        and ("captions" not in entry or _are_captions(entry["captions"]))
     )
+
+
+def _are_captions(value: Any) -> bool:
+    """Whether each of several captions has a weight and a place."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(one, list) and _is_place(one[1:]) and _is_weight(one[0]) for one in value)
+    )
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300
 
 
 def _is_place(value: Any) -> bool:

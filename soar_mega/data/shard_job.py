@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from soar_mega.data.captions import Caption
 from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import ImageError, fit, read_image, to_model_range
 from soar_mega.data.info import bucket_size
 from soar_mega.data.items import UNREADABLE, Item, Reject
 from soar_mega.data.selection import Chosen
-from soar_mega.data.shard_writer import EncodedSample, ShardWriter
+from soar_mega.data.shard_writer import EncodedCaption, EncodedSample, ShardWriter
 from soar_mega.data.threads import in_order
 
 
@@ -82,20 +83,22 @@ class ShardJob:
     def _encode(self, batch: Sequence[_Opened]) -> None:
         pixels = torch.stack([one.pixels for one in batch if one.pixels is not None])
         means, stds = self._encoders.encode_images(to_model_range(pixels))
-        texts, pooled = self._encoders.encode_prompts([one.item.caption for one in batch])
-        # to the host at once, not sample by sample
-        means, stds, texts, pooled = means.cpu(), stds.cpu(), texts.cpu(), pooled.cpu()
+        means, stds = means.cpu(), stds.cpu()  # to the host at once, not sample by sample
+        captions = self._encode_captions([caption for one in batch for caption in one.item.captions])
         for row, one in enumerate(batch):
             item = one.item
             assert item.bucket is not None
+            first, *further = (next(captions) for _ in item.captions)
             sample = EncodedSample(
                 name=item.name,
-                caption=item.caption,
                 bucket=item.bucket,
                 latent_mean=means[row],
                 latent_std=stds[row],
-                text=texts[row],
-                pooled=pooled[row],
+                caption=first.caption,
+                text=first.text,
+                pooled=first.pooled,
+                weight=first.weight,
+                further=further,
             )
             problem = _not_finite(sample)
             if problem:
@@ -103,7 +106,15 @@ class ShardJob:
                 continue
             self._writer.add(one.key, sample)
             for encoder in self._encoders.texts:
-                self._cut[encoder.facts.part] += encoder.cuts(item.caption)
+                self._cut[encoder.facts.part] += sum(encoder.cuts(caption.text) for caption in item.captions)
+
+    def _encode_captions(self, captions: Sequence[Caption]) -> Iterator[EncodedCaption]:
+        """No more at a time than images."""
+        for first in range(0, len(captions), self._batch_size):
+            some = captions[first : first + self._batch_size]
+            texts, pooled = self._encoders.encode_prompts([caption.text for caption in some])
+            for caption, text, vector in zip(some, texts.cpu(), pooled.cpu(), strict=True):
+                yield EncodedCaption(caption=caption.text, weight=caption.weight, text=text, pooled=vector)
 
     def _reject(self, item: Item, reason: str, kind: str) -> None:
         self._rejects.append(Reject(name=item.name, reason=reason, kind=kind))
@@ -128,6 +139,7 @@ def _not_finite(sample: EncodedSample) -> str | None:
     latents_fine = sample.latent_mean.isfinite().all() and sample.latent_std.isfinite().all()
     if not latents_fine:
         return "its latents hold NaN or infinite numbers"
-    if not (sample.text.isfinite().all() and sample.pooled.isfinite().all()):
+    captions: list[EncodedCaption] = [sample, *sample.further]
+    if not all(one.text.isfinite().all() and one.pooled.isfinite().all() for one in captions):
         return "the embeddings of its caption hold NaN or infinite numbers"
     return None

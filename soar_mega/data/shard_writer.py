@@ -3,7 +3,8 @@
 A folder of shards holds
 
     shard-000000.tar     per sample KEY.latents.safetensors (mean, std), KEY.text.safetensors (text, pooled), KEY.txt
-                         (the caption) and KEY.json (name in the source, bucket)
+                         (the caption) and KEY.json (name in the source, bucket); KEY.1.text.safetensors, KEY.1.txt and
+                         so on for further captions
     shard-000000.json    its index: offset, size and CRC-32 of each part, written when the tar is complete
     index.bin            the same of all shards, as training reads it
     empty.safetensors    text and pooled of the empty prompt
@@ -15,7 +16,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,16 +35,24 @@ EMPTY_FILE = "empty.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedSample:
-    """One image and its caption after the encoders."""
+class EncodedCaption:
+    """A caption after the text encoders."""
+
+    caption: str
+    weight: float = 1.0  # against other captions of the image
+    text: Tensor  # [S, D]
+    pooled: Tensor  # [P]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample(EncodedCaption):
+    """One image after the VAE, with its first caption."""
 
     name: str  # in the source
-    caption: str
     bucket: str
     latent_mean: Tensor  # [C, H, W] float32, scaled as the transformer expects
     latent_std: Tensor  # [C, H, W] float32
-    text: Tensor  # [S, D]
-    pooled: Tensor  # [P]
+    further: Sequence[EncodedCaption] = ()  # other captions of the image
 
 
 class ShardWriter:
@@ -60,13 +69,15 @@ class ShardWriter:
     def add(self, key: str, sample: EncodedSample) -> None:
         """Append a sample. `key` is unique in the data set, holds no dot and sorts as the source does."""
         latents = save({"mean": sample.latent_mean.contiguous(), "std": sample.latent_std.contiguous()})
-        text = save({"text": sample.text.contiguous(), "pooled": sample.pooled.contiguous()})
         entry: dict[str, Any] = {"key": key, "name": sample.name, "bucket": sample.bucket}
         description = json.dumps({"name": sample.name, "bucket": sample.bucket}, sort_keys=True)
         entry["latents"] = self._append(f"{key}.latents.safetensors", latents)
-        entry["text"] = self._append(f"{key}.text.safetensors", text)
-        self._append(f"{key}.txt", sample.caption.encode())
+        entry["text"] = self._append_caption(key, sample)
         self._append(f"{key}.json", description.encode())
+        if sample.further:
+            entry["captions"] = [[sample.weight, *entry["text"]]]
+        for number, one in enumerate(sample.further, start=1):
+            entry["captions"].append([one.weight, *self._append_caption(f"{key}.{number}", one)])
         self._samples.append(entry)
 
     def close(self, **extra: Any) -> None:
@@ -80,6 +91,13 @@ class ShardWriter:
         os.replace(self._temporary, self._path)
         index = {"format_version": FORMAT_VERSION, "bytes": size, "samples": self._samples, **extra}
         write_json(self._path.with_suffix(".json"), index)
+
+    def _append_caption(self, stem: str, one: EncodedCaption) -> list[int]:
+        """The place of the embeddings, behind which the caption itself follows."""
+        text = save({"text": one.text.contiguous(), "pooled": one.pooled.contiguous()})
+        place = self._append(f"{stem}.text.safetensors", text)
+        self._append(f"{stem}.txt", one.caption.encode())
+        return place
 
     def _append(self, name: str, content: bytes) -> list[int]:
         # Short ASCII names: the header is one block, and nothing in it depends on when or by whom it was written.

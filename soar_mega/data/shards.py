@@ -15,6 +15,7 @@ from torch import Tensor
 
 from soar_mega.data import batch_memory
 from soar_mega.data.batch import Batch
+from soar_mega.data.captions import drawn
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
@@ -99,7 +100,7 @@ class ShardSet:
     def read(
         self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool = True
     ) -> Read:
-        """Samples `indices` of one bucket; latents are drawn anew for each of `positions` [B] int64.
+        """Samples `indices` of one bucket; latents, and one of several captions, are drawn for `positions` [B] int64.
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
         """
@@ -118,7 +119,8 @@ class ShardSet:
                 noise = normal(seed, "vae", positions[row : row + 1], 0, shape)[0]
                 torch.add(distribution["mean"], noise.mul_(distribution["std"]), out=rows["latents"])
                 if text:
-                    self._read_part("text", int(index), {name: rows[name] for name in PARTS["text"]})
+                    caption = self._drawn_caption(int(index), positions[row : row + 1], seed)
+                    self._read_part("text", int(index), {name: rows[name] for name in PARTS["text"]}, caption)
                 _check_finite(rows)
             except SampleError as error:
                 result.failures[row] = str(error)
@@ -130,17 +132,23 @@ class ShardSet:
         """Nothing is left to do after `read`."""
         return read
 
-    def stored(self, part: str, index: int) -> dict[str, Tensor]:
+    def stored(self, part: str, index: int, caption: int = 0) -> dict[str, Tensor]:
         """mean and std of the "latents" of a sample, or text and pooled of its "text", of whatever shape.
+
+        Args:
+            caption: which of several.
 
         SampleError: this sample cannot be read. ValueError: its shard cannot.
         """
-        return _tensors(part, self._content(part, index))
+        return _tensors(part, self._content(part, index, caption))
 
-    def caption(self, index: int) -> str:
-        """The caption of a sample, which its tar holds behind its text. ValueError where it does not."""
+    def captions(self, index: int) -> list[str]:
+        """The captions of a sample, each of which its tar holds behind its text. ValueError where it does not."""
+        return [self._caption(index, number) for number in range(len(self._opened().captions(index)) or 1)]
+
+    def _caption(self, index: int, number: int) -> str:
         shard = self._shard_of(index)
-        offset, size, _ = self._opened().place("text", index)
+        offset, size, _ = self._place("text", index, number)
         start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
         try:
             member = TarInfo.frombuf(self._shards.read(shard, start, BLOCKSIZE), "utf-8", "strict")
@@ -211,14 +219,14 @@ class ShardSet:
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
-    def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor]) -> None:
+    def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor], caption: int = 0) -> None:
         """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
         like = part, next(iter(rows.values())).shape
         if like in self._patterns:
-            file, place = self._shards.file(self._shard_of(index)), self._opened().place(part, index)
+            file, place = self._shards.file(self._shard_of(index)), self._place(part, index, caption)
             if file is not None and self._patterns[like].read(file, place, rows):
                 return
-        content = self._content(part, index)
+        content = self._content(part, index, caption)
         tensors = _tensors(part, content)
         for name, values in rows.items():
             shape = tensors[name].shape
@@ -230,10 +238,20 @@ class ShardSet:
         if all(tensors[name].dtype == values.dtype for name, values in rows.items()):
             self._patterns[like] = Pattern(content, rows)
 
-    def _content(self, part: str, index: int) -> bytes:
+    def _drawn_caption(self, index: int, position: Tensor, seed: int) -> int:
+        weights = [weight for weight, *_ in self._opened().captions(index)]
+        return drawn(weights, seed, position) if weights else 0
+
+    def _place(self, part: str, index: int, caption: int) -> tuple[int, int, int]:
+        if caption == 0:
+            return self._opened().place(part, index)
+        _, *place = self._opened().captions(index)[caption]
+        return place[0], place[1], place[2]
+
+    def _content(self, part: str, index: int, caption: int) -> bytes:
         """A part of a sample as it was written."""
         shard = self._shard_of(index)
-        offset, size, checksum = self._opened().place(part, index)
+        offset, size, checksum = self._place(part, index, caption)
         content = self._shards.read(shard, offset, size)
         if zlib.crc32(content) != checksum and self._shards.drop_copy(shard):
             content = self._shards.read(shard, offset, size)

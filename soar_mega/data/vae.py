@@ -13,6 +13,8 @@ from soar_mega.data.finite import check_finite
 from soar_mega.distributed import device
 from soar_mega.user_files import number
 
+MEGAPIXEL = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
@@ -55,12 +57,15 @@ class Decoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as the transformer makes them -> images [B, 3, H, W] in [0, 1] on the CPU.
 
-        One after the other: the activations of a megapixel take gigabytes.
+        On a GPU as many together as make a megapixel, whose activations take gigabytes. On a CPU one by one, where the
+        last bits of an image do not depend on others.
         """
         shift, scale = _shift_and_scale(self.vae)
         self.vae.to(device())
         scaled = latents.to(device(), torch.float32) / scale + shift
-        images = torch.cat([self.vae.decode(one).sample.cpu() for one in scaled.split(1)])
+        pixels = latents[0, 0].numel() * 4 ** (len(self.vae.config.block_out_channels) - 1)
+        together = 1 if device().type == "cpu" else max(1, MEGAPIXEL // pixels)
+        images = torch.cat([self.vae.decode(some).sample.cpu() for some in scaled.split(together)])
         self.vae.to("cpu")
         return (images / 2 + 0.5).clamp(0, 1)
 

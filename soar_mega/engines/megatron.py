@@ -29,6 +29,7 @@ from soar_mega.engines.saved_pieces import SavedPiece
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.layer_graphs import CudaGraphs, Recorder
 from soar_mega.models.common.sizes import Sizes
+from soar_mega.models.common.te_layers import add_gradients_in_products
 from soar_mega.phases import phases
 from soar_mega.private_names import distributed_state
 
@@ -45,6 +46,8 @@ class MegatronEngine(Engine):
         self._main = main_weights(self.parameters, self.optimizer, self._ddp)
         self._take_exact()
         self._pipeline = Pipeline(self._ddp)
+        if recipe.model.recompute_granularity != "full":
+            add_gradients_in_products(self.model)
         if recipe.train.cuda_graphs == "layers" and device().type == "cuda":
             reason = why_no_graphs(recipe.model)
             if reason is None:
@@ -53,9 +56,10 @@ class MegatronEngine(Engine):
                 logger.warning("train.cuda_graphs=layers: the layers run without graphs, because %s", reason)
 
     def record_layers(self, recorder: Callable[[], Recorder]) -> None:
-        """Run the layers as graphs from now on."""
+        """Run the layers as graphs from now on, which recompute without torch's checkpoint."""
         for chunk in self._ddp:
             chunk.module.record_layers(partial(_tell, chunk), recorder)
+        add_gradients_in_products(self.model)
 
     def step(self, lr: float) -> StepResult:
         settings = self.recipe.optimizer

@@ -17,7 +17,7 @@ from soar_mega.data.vae import Decoder
 from soar_mega.distributed import device
 from soar_mega.evaluation.drift import ModelVelocity, at_scale
 from soar_mega.evaluation.pictures import to_pil
-from soar_mega.flow import Schedule, normal, sample
+from soar_mega.flow import Schedule, normal, sample, solver_steps
 from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.transformer import Transformer
@@ -109,7 +109,7 @@ class Generator:
 
         Args:
             seed: image i starts from the noise of (seed, "sample", i), whatever the batch size.
-            size: (width, height) in pixels; None draws the transformer's own sample size.
+            size: (width, height) in pixels; None draws the default one of the pipeline.
         """
         default = self.facts.default_resolution
         shape = self.latent_shape(*(size or (default, default)))
@@ -131,10 +131,11 @@ class Generator:
     ) -> Tensor:
         """The image that each noise becomes -> [B, 3, height, width] in [0, 1] on the CPU; [0] without a decoder."""
         patch = self.facts.size_multiple // self.facts.vae_scale_factor
-        sigmas = self.schedule(noise.shape[-2] * noise.shape[-1] // patch**2).inference_sigmas(steps)
+        schedule = self.schedule(noise.shape[-2] * noise.shape[-1] // patch**2)
+        sigmas, told = solver_steps(schedule, steps, solver)
         asked, empty = (c.map(lambda tensor: tensor.to(device())) for c in (asked, empty))
         velocity = at_scale(self.velocity, asked, empty, guidance_scale, self.is_told)
-        latents = sample(velocity, noise.to(device()), sigmas, solver)
+        latents = sample(velocity, noise.to(device()), sigmas, solver, told)
         return torch.empty(0) if self.decoder is None else self.decoder.decode(latents)
 
 

@@ -9,7 +9,7 @@ from soar_mega.flow.auxiliary import auxiliary_latents
 from soar_mega.flow.noise import balanced, normal, philox, stream_key, subset, uniform
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, mixed_coefficients, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
-from soar_mega.flow.samplers import SOLVERS, guided, sample
+from soar_mega.flow.samplers import SOLVERS, guided, sample, solver_steps
 from soar_mega.flow.schedule import TIMESTEPS, Schedule
 from soar_mega.flow.stochastic import (
     STOCHASTIC_VARIANTS,
@@ -49,6 +49,7 @@ __all__ = [
     "sample_steps",
     "sample_time",
     "slowed",
+    "solver_steps",
     "spread",
     "step_log_probability",
     "step_mean",

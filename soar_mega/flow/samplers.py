@@ -7,7 +7,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SOLVERS = ("euler", "heun", "dpm++2m")
+from soar_mega.flow.schedule import Schedule
+
+MULTISTEP = "dpm++2m"
+SOLVERS = ("euler", "heun", MULTISTEP)
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents [B, ...], sigma [B] float64) -> velocity [B, ...]
 
@@ -42,7 +45,7 @@ def sample(
         given = torch.full((len(z),), told_at[sigma], dtype=torch.float64, device=z.device)
         return velocity(z, given).to(z.dtype)
 
-    if solver == "dpm++2m":
+    if solver == MULTISTEP:
         return _multistep(slope, latents, sigmas.tolist())
     for start, end in pairwise(sigmas.tolist()):
         v = slope(latents, start)
@@ -50,6 +53,31 @@ def sample(
             v = (v + slope(latents + (end - start) * v, end)) / 2
         latents = latents + (end - start) * v
     return latents
+
+
+def solver_steps(schedule: Schedule, n: int, solver: str) -> tuple[Tensor, Tensor | None]:
+    """Where an n-step sampler goes, as diffusers' pipelines do with the solver's scheduler.
+
+    Euler and Heun take `Schedule.inference_sigmas`. DPMSolverMultistepScheduler, with use_flow_sigmas, starts a
+    thousandth below sigma 1, takes equal steps of unshifted time, and tells the model whole timesteps, cut off.
+
+    Returns:
+        Sigmas [n + 1] float64 down to 0, and what the model is told at the first n of them; None: the sigmas.
+
+    Raises:
+        ValueError: n below 1.
+    """
+    if solver != MULTISTEP:
+        return schedule.inference_sigmas(n), None
+    if n < 1:
+        raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
+    count, shift = schedule.num_train_timesteps, schedule.shift
+    # in its order of operations: another rounding would cut off to another timestep
+    alphas = 1.0 + torch.arange(n + 1, dtype=torch.float64) * ((1.0 / count - 1.0) / n)
+    alphas[-1] = 1.0 / count
+    unshifted = 1.0 - alphas
+    sigmas = (shift * unshifted / (1.0 + (shift - 1.0) * unshifted)).flip(0)
+    return sigmas, (sigmas[:-1] * count).trunc() / count
 
 
 def _multistep(slope: Callable[[Tensor, float], Tensor], latents: Tensor, sigmas: list[float]) -> Tensor:

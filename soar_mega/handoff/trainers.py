@@ -1,12 +1,13 @@
 """What trainers of other repositories read of a pipeline folder, and how they are started on it.
 
-Read in their code: flow_grpo ac4c86e and 9745241, DiffusionNFT 24af555, UniRL 1a7b501, Flow-Factory a0b2bc5, verl-omni
-a1139ba. All of them train Stable Diffusion 3.5 with adapters.
+Read in their code: flow_grpo ac4c86e, 9745241 and, for FLUX, 74db691 and 54809b5, DiffusionNFT 24af555, UniRL 1a7b501,
+Flow-Factory a0b2bc5, verl-omni a1139ba. All of them train Stable Diffusion 3.5 with adapters, two of them FLUX.1 too.
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -15,11 +16,13 @@ class Handoff:
     """A pipeline that is handed on.
 
     Attributes:
+        kind: the class of the pipeline.
         pipeline: its absolute path; out: the absolute path of the folder for what the trainer writes.
         resolution: pixels along an edge; tokens: T5 tokens of a prompt, as trained.
         shift: of the scheduler.
     """
 
+    kind: str
     pipeline: Path
     out: Path
     resolution: int
@@ -28,34 +31,46 @@ class Handoff:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a trainer starts on pipelines of a class.
+
+    Attributes:
+        tokens: T5 tokens that it takes for a prompt; how_to_set: words that change it in its code, with {tokens}, where
+            no setting does; "" where the lines below set it.
+        pads_clips: to CLIP_TOKENS, whatever the tokenizer says.
+        lines: the lines of a shell script, run in its repository.
+    """
+
+    tokens: int
+    how_to_set: str
+    pads_clips: bool = True
+    lines: Callable[[Handoff], list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """A trainer of another repository.
 
     Attributes:
         repository: on GitHub.
-        tokens: T5 tokens that it takes for a prompt; how_to_set: words that change it in its code, with {tokens}, where
-            no setting does; "" where the lines below set it.
         holds: the type in which it holds the frozen weights; keep: what in its settings keeps float32, "" if nothing.
-        pads_clips: to CLIP_TOKENS, whatever the tokenizer says.
         pins_old_tokenizers: it needs transformers 4.40, whose CLIP tokenizer reads vocab.json and merges.txt alone.
-        lines: the lines of a shell script, run in its repository.
         adapters: the newest adapters that it leaves, below `out`, as `convert --lora` takes them; "": another form.
+        starts: by the class of a pipeline.
     """
 
     name: str
     repository: str
-    tokens: int
-    how_to_set: str
     holds: str
     keep: str
-    pads_clips: bool = True
     pins_old_tokenizers: bool
-    lines: Callable[[Handoff], list[str]]
     adapters: str
+    starts: Mapping[str, Start]
 
 
 MARK = "written by soar-mega handoff"  # in the lines, so that a file of them may be replaced
 CLIP_TOKENS = 77  # written into the code of those that pad to it
+SD3, FLUX = "StableDiffusion3Pipeline", "FluxPipeline"
 
 
 def _words(*parts: object) -> str:
@@ -81,6 +96,17 @@ def _flow_grpo(handoff: Handoff) -> list[str]:
         _words(
             "accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml --num_processes 4",
             "--main_process_port 29501 scripts/train_sd3.py --config config/grpo.py:general_ocr_sd3_4gpu",
+            *_configured(handoff),
+        ),
+    ]
+
+
+def _flow_grpo_flux(handoff: Handoff) -> list[str]:
+    return [
+        "# prompts and rewards are the configuration's: pickscore_flux_8gpu here, or geneval_flux_fast, ...",
+        _words(
+            "accelerate launch --config_file scripts/accelerate_configs/deepspeed_zero2.yaml --num_processes 8",
+            "--main_process_port 29501 scripts/train_flux.py --config config/grpo.py:pickscore_flux_8gpu",
             *_configured(handoff),
         ),
     ]
@@ -112,8 +138,8 @@ def _unirl(handoff: Handoff) -> list[str]:
     ]
 
 
-def _flow_factory(handoff: Handoff) -> list[str]:
-    base, config = "examples/grpo/lora/sd3_5/default.yaml", handoff.out / "flow_factory.yaml"
+def _flow_factory(handoff: Handoff, model: str) -> list[str]:
+    base, config = f"examples/grpo/lora/{model}/default.yaml", handoff.out / "flow_factory.yaml"
     changes = {
         "model_name_or_path": f'"{handoff.pipeline}"',
         "save_dir": f'"{handoff.out}"',
@@ -121,7 +147,7 @@ def _flow_factory(handoff: Handoff) -> list[str]:
     }
     edits = [f"s|^( *{key}:).*|\\1 {value}|" for key, value in changes.items()]
     return [
-        "# examples/nft/lora/sd3_5/default.yaml is DiffusionNFT",
+        f"# examples/nft/lora/{model}/default.yaml is DiffusionNFT",
         f"mkdir -p {_q(handoff.out)}",
         " ".join(["sed -E", *(f"-e {_q(edit)}" for edit in edits), f"{base} > {_q(config)}"]),
         f"ff-train {_q(config)}",
@@ -155,64 +181,98 @@ TRAINERS = {
         Trainer(
             name="flow_grpo",
             repository="yifan123/flow_grpo",
-            tokens=128,
-            how_to_set="sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_sd3*.py",
             holds="fp32",
             keep="",
             pins_old_tokenizers=True,
-            lines=_flow_grpo,
             adapters="checkpoints/checkpoint-N",
+            starts={
+                SD3: Start(
+                    tokens=128,
+                    how_to_set=(
+                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_sd3*.py"
+                    ),
+                    lines=_flow_grpo,
+                ),
+                FLUX: Start(
+                    tokens=128,
+                    how_to_set=(
+                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_flux.py"
+                    ),
+                    lines=_flow_grpo_flux,
+                ),
+            },
         ),
         Trainer(
             name="diffusion_nft",
             repository="NVlabs/DiffusionNFT",
-            tokens=128,
-            how_to_set="sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_nft_sd3.py",
             holds="fp32",
             keep="",
             pins_old_tokenizers=True,
-            lines=_diffusion_nft,
             adapters="checkpoints/checkpoint-N",
+            starts={
+                SD3: Start(
+                    tokens=128,
+                    how_to_set=(
+                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_nft_sd3.py"
+                    ),
+                    lines=_diffusion_nft,
+                )
+            },
         ),
         Trainer(
             name="unirl",
             repository="Tencent-Hunyuan/UniRL",
-            tokens=256,
-            how_to_set=(
-                "sed -i 's/max_sequence_length: int = 256/max_sequence_length: int = {tokens}/' "
-                "unirl/models/sd3/text_embed.py"
-            ),
             holds="bf16",
             keep="bundle.config.model_precision=fp32",
             pins_old_tokenizers=False,
-            lines=_unirl,
             adapters="",
+            starts={
+                SD3: Start(
+                    tokens=256,
+                    how_to_set=(
+                        "sed -i 's/max_sequence_length: int = 256/max_sequence_length: int = {tokens}/' "
+                        "unirl/models/sd3/text_embed.py"
+                    ),
+                    lines=_unirl,
+                )
+            },
         ),
         Trainer(
             name="flow_factory",
             repository="X-GenGroup/Flow-Factory",
-            tokens=256,
-            how_to_set=(
-                "sed -i 's/prompt_3=prompt,/prompt_3=prompt, max_sequence_length={tokens},/' "
-                "src/flow_factory/models/stable_diffusion/sd3_5.py"
-            ),
             holds="bf16",
             keep='mixed_precision: "no"',
             pins_old_tokenizers=False,
-            lines=_flow_factory,
-            pads_clips=False,
             adapters="RUN/checkpoints/checkpoint-N",
+            starts={
+                SD3: Start(
+                    tokens=256,
+                    how_to_set=(
+                        "sed -i 's/prompt_3=prompt,/prompt_3=prompt, max_sequence_length={tokens},/' "
+                        "src/flow_factory/models/stable_diffusion/sd3_5.py"
+                    ),
+                    lines=partial(_flow_factory, model="sd3_5"),
+                    pads_clips=False,
+                ),
+                FLUX: Start(
+                    tokens=512,
+                    how_to_set=(
+                        "sed -i 's/prompt_2=prompt,/prompt_2=prompt, max_sequence_length={tokens},/' "
+                        "src/flow_factory/models/flux/flux1.py"
+                    ),
+                    lines=partial(_flow_factory, model="flux1"),
+                    pads_clips=False,
+                ),
+            },
         ),
         Trainer(
             name="verl_omni",
             repository="verl-project/verl-omni",
-            tokens=256,
-            how_to_set="",
             holds="bf16",
             keep="actor_rollout_ref.actor.fsdp_config.model_dtype=float32",
             pins_old_tokenizers=False,
-            lines=_verl_omni,
             adapters="",
+            starts={SD3: Start(tokens=256, how_to_set="", lines=_verl_omni)},
         ),
     )
 }
@@ -229,4 +289,4 @@ def script(trainer: Trainer, handoff: Handoff) -> str:
         convert = ["soar-mega", "convert", handoff.pipeline, handoff.out / "pipeline", "--to", "pipeline"]
         words = " ".join(map(_q, [*convert, "--dtype", "fp32", "--lora", handoff.out / trainer.adapters]))
         last = ["# its adapters, in the pipeline:", f"# {words}"]
-    return "\n".join([*head, *trainer.lines(handoff), *last]) + "\n"
+    return "\n".join([*head, *trainer.starts[handoff.kind].lines(handoff), *last]) + "\n"

@@ -6,11 +6,14 @@
     links:
       - {name: sft, train: recipes/tiny/sft.yaml, overrides: [train.train_iters=200]}
       - {name: soar, train: recipes/tiny/soar.yaml, start: checkpoint}
-      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--steps, 10], the built-in benchmark
+      - {name: evaluate, evaluate: [--suite, tiny]}          # or [--held-out, SHARDS], drift alone
       - {name: export, export: []}
       - {name: other, command: [bash, other.sh, "{pipeline_dir}", "{folder}"], product: pipeline}
       - {name: rl_of_sft, from: sft, train: recipes/tiny/flow_grpo.yaml}  # not from the link before
       - {name: outside, from: soar, handoff: [--to, flow_grpo, --run-in, ../flow_grpo, --checkpoints, 5]}
+      - name: rl  # with a process beside it that judges its samples (soar_mega/launch/reward_worker.py)
+        train: recipes/tiny/flow_grpo.yaml
+        reward_worker: {serve: [digits], slurm: {gpus_per_node: 0}}
 
 Exports are float32, the optimizer's own numbers, unless a link says otherwise: the next one starts from them.
 
@@ -23,21 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soar_mega.config import Recipe
+from soar_mega.launch.reward_worker import FOLDER, RewardWorker
 from soar_mega.launch.slurm import Resources, resources
+from soar_mega.recipe import read_yaml
 from soar_mega.stages import load_recipe
 
 KINDS = ("train", "evaluate", "export", "handoff", "command")
 STARTS = ("export", "export_ema", "checkpoint")
 _KEYS = {
-    "train": ("overrides", "start"),
+    "train": ("overrides", "start", "reward_worker"),
     "evaluate": (),
     "export": (),
     "handoff": (),
     "command": ("product",),
 }
+_TYPES = {"overrides": list, "reward_worker": dict}  # of these keys; others are text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Link:
     after: str | None  # the link that must be done before this one begins; None: nothing
     recipe: Recipe | None = None  # of a train link
     is_parallel: bool = False  # all ranks of its job run its command, as of train links and suites
+    worker: RewardWorker | None = None  # beside a train link
     resources: Resources
 
 
@@ -84,10 +89,7 @@ def load_chain(path: str | Path) -> Chain:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such chain file")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    read = read_yaml(path)
     known = {"folder": str, "pipeline_dir": str, "slurm": dict, "links": list}
     _check(read, known, str(path))
     for key in ("folder", "pipeline_dir", "links"):
@@ -118,7 +120,7 @@ class _Builder:
             raise ValueError(f"{where}: needs exactly one of {', '.join(KINDS)}")
         kind = kinds[0]
         types = {"name": str, "from": str, kind: str if kind == "train" else list, "slurm": dict}
-        _check(settings, types | {key: list if key == "overrides" else str for key in _KEYS[kind]}, where)
+        _check(settings, types | {key: _TYPES.get(key, str) for key in _KEYS[kind]}, where)
         name = settings.get("name", "")
         if not re.fullmatch(r"[\w.-]+", name) or name in {link.name for link in self.links}:
             raise ValueError(
@@ -181,8 +183,12 @@ class _Builder:
         else:
             overrides += [f"model.pipeline_dir={self._pipeline}"]
         overrides = ["checkpoint.export_dtype=fp32", *map(str, settings.get("overrides", [])), *overrides]
+        worker = self._worker(settings, folder, where)
         try:
             recipe = load_recipe(settings["train"], overrides)
+            if worker is not None:
+                overrides += [worker.override(recipe)]
+                recipe = load_recipe(settings["train"], overrides)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
         self._check_start(start, recipe, where)
@@ -197,10 +203,21 @@ class _Builder:
             arguments=arguments,
             product=folder / "export",
             recipe=recipe,
+            worker=worker,
             is_parallel=True,
         )
         self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
         return link
+
+    def _worker(self, settings: Any, folder: Path, where: str) -> RewardWorker | None:
+        """What judges beside a link, where it names such a thing."""
+        if "reward_worker" not in settings:
+            return None
+        said, where = settings["reward_worker"], f"{where}: reward_worker"
+        _check(said, {"serve": list, "slurm": dict}, where)
+        wanted = {**self._slurm, **said.get("slurm", {}), "nodes": 1, "processes_per_node": 1}
+        words = list(map(str, said.get("serve", [])))
+        return RewardWorker.of(words, folder / FOLDER, resources(wanted, f"{where}: slurm"))
 
     def _check_start(self, start: str, recipe: Recipe, where: str) -> None:
         before = self._run.recipe if self._run else None
@@ -217,6 +234,8 @@ class _Builder:
     def _evaluate(self, settings: Any, folder: Path, where: str) -> Link:
         asked = list(map(str, settings["evaluate"]))
         has_suite = _gives(asked, "--suite")
+        if not has_suite and not _gives(asked, "--held-out"):
+            raise ValueError(f"{where}: evaluate: name a --suite, or --held-out SHARDS for drift alone")
         out = folder if has_suite else folder / "metrics.json"
         now = self._made_by or "now"
         arguments = ["evaluate", f"start={self._base}", f"{now}={self._pipeline}", "--out", str(out), *asked]

@@ -44,6 +44,8 @@ def check_data(recipe: Recipe) -> None:
         _check_there("data.prompts", recipe.data.prompts)
     else:
         _check_there("data.path", recipe.data.path)
+    if recipe.logging.eval_interval:
+        _check_there("data.validation_prompts", recipe.data.validation_prompts)
     if recipe.logging.eval_interval or recipe.logging.drift_interval:
         _check_there("data.validation_path", recipe.data.validation_path)
 

@@ -19,8 +19,10 @@ from typing import Any
 from soar_mega.checkpoints.lineage import code_version, content_hash
 from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.launch.chain import Chain, Link
+from soar_mega.user_files import read_object
 
 BEGUN, COMPLETED, FAILURE = "link.json", "completed.json", "failure.txt"
+ADVICE = "remove it, and the link is done again"
 
 Json = dict[str, Any]
 
@@ -149,5 +151,10 @@ def _parent_hash(chain: Chain, link: Link) -> str | None:
 def _read(path: Path) -> Json | None:
     if not path.exists():
         return None
-    content: Json = json.loads(path.read_text())
+    content = read_object(path, ADVICE)
+    if not isinstance(content.get("settings"), dict):
+        raise ValueError(f"{path}: settings is no object: {ADVICE}")
+    for key in ("parent", "product") if path.name == COMPLETED else ("parent",):
+        if not isinstance(content.get(key, 0), str | None):
+            raise ValueError(f"{path}: {key} is no hash: {ADVICE}")
     return content

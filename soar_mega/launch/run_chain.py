@@ -1,5 +1,6 @@
 """Runs a chain on this machine, link by link, or submits it to SLURM as jobs that wait for each other."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
-from soar_mega.launch import slurm
+from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
@@ -61,12 +62,10 @@ def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
             logger.info("link %s: done and verified", link.name)
             return 0
         logger.info("link %s: begins", link.name)
-        code = _run_command(link, processes)
-        while link.kind == "train" and code == UNFINISHED:
-            before = _latest(link)
-            code = _run_command(link, processes)
-            if code == UNFINISHED and _latest(link) == before:
-                break
+        with contextlib.ExitStack() as stack:
+            if link.worker is not None:
+                stack.enter_context(run_worker.running(link.worker))
+            code = _run_to_its_end(link, processes)
         if code == UNFINISHED:
             return code
         if code != 0:
@@ -92,6 +91,17 @@ def command(link: Link, processes: int) -> list[str]:
             *program,
         ]
     return [sys.executable, *program]
+
+
+def _run_to_its_end(link: Link, processes: int) -> int:
+    """Runs a link's command, and one that saves and leaves again as long as it gets on; the last exit code."""
+    code = _run_command(link, processes)
+    while link.kind == "train" and code == UNFINISHED:
+        before = _latest(link)
+        code = _run_command(link, processes)
+        if code == UNFINISHED and _latest(link) == before:
+            break
+    return code
 
 
 def _run_command(link: Link, processes: int) -> int:
@@ -142,8 +152,21 @@ def job(chain: Chain, link: Link) -> slurm.Job:
     return slurm.Job(name=name, arguments=[*here, "--link", link.name], marker=link.folder / COMPLETED)
 
 
+def worker_job(chain: Chain, link: Link) -> slurm.Job:
+    """The job of the reward worker of a link: it ends with the job of the link."""
+    assert link.worker is not None
+    return slurm.Job(
+        name=f"{chain.file.stem}.{link.name}.reward",
+        arguments=link.worker.arguments(on_network=True),
+        marker=link.worker.folder / "ended",
+        beside=link.folder / "slurm",
+    )
+
+
 def submit(chain: Chain) -> list[tuple[Link, str]]:
     """Submits what is not done, each link waiting for the one that it comes after. Returns links and job numbers.
+
+    The worker of a link is a job of its own, which starts before the link does.
 
     Raises:
         ValueError: a link is in the queue already, or could not run, or SLURM refuses one; then none stays submitted.
@@ -154,17 +177,39 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
         running = slurm.queued(link.folder / "slurm")
         if running is not None:
             raise ValueError(f"link {link.name} is job {running}: wait for it, or end it with scancel")
+        worker = None if link.worker is None else slurm.queued(link.worker.folder / "slurm")
+        if worker is not None:
+            raise ValueError(
+                f"the last reward worker of {link.name} is job {worker}: it ends in half a minute"
+            )
     submitted: list[tuple[Link, str]] = []
+    workers: list[str] = []
     try:
         for link in links:
             (link.folder / "failure.txt").unlink(missing_ok=True)
             before = next((number for other, number in submitted if other.name == link.after), None)
-            submitted.append((link, slurm.submit(job(chain, link), link.resources, before)))
+            if link.worker is not None:
+                workers.append(_submit_worker(chain, link, before))
+            beside = workers[-1] if link.worker is not None else None
+            submitted.append((link, slurm.submit(job(chain, link), link.resources, before, beside)))
     except (ValueError, OSError):
-        for _, number in reversed(submitted):
+        for number in [*workers, *(number for _, number in reversed(submitted))]:
             slurm.cancel(number)
         raise
     return submitted
+
+
+def _submit_worker(chain: Chain, link: Link, before: str | None) -> str:
+    """Submits the job of a link's reward worker, after the job `before`; its number."""
+    worker = link.worker
+    assert worker is not None
+    run_worker.make_ready(worker)
+    run_worker.make_token(worker)
+    # until the link has its number the worker waits for it
+    (link.folder / "slurm" / slurm.JOB_ID).unlink(missing_ok=True)
+    number = slurm.submit(worker_job(chain, link), worker.resources, before)
+    logger.info("reward worker of %s: job %s, logs in %s/slurm", link.name, number, worker.folder)
+    return number
 
 
 def status(chain: Chain, queued: Callable[[Link], str | None]) -> list[tuple[str, str]]:

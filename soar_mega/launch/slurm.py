@@ -16,6 +16,7 @@ from soar_mega.outputs import write_file
 logger = logging.getLogger(__name__)
 
 MARK = b"# written by soar-mega"  # the last line of job scripts
+JOB_ID = "job_id"  # the file with the number of a folder's job
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "recipes" / "slurm"
 # of a rank beside its reader processes: its main thread, the one of the backward pass, NCCL's, what writes a checkpoint
@@ -73,6 +74,7 @@ class Job:
     # arguments of a soar-mega command that runs once on the first node
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)  # likewise, when the marker is there
+    beside: Path | None = None  # the folder of a job with which this one ends, complete
 
     @property
     def folder(self) -> Path:
@@ -147,6 +149,7 @@ def render(job: Job, wanted: Resources) -> str:
         "ARGUMENTS": shlex.join(job.arguments),
         "MARKER": shlex.quote(str(job.marker)),
         "SWEEP": _sweep(job.sweep),
+        "BESIDE": "" if job.beside is None else f"beside={shlex.quote(str(job.beside / JOB_ID))}",
         "BEFORE": _single(job.before),
         "AFTER": _single(job.after),
     }
@@ -186,11 +189,12 @@ def _single(arguments: Sequence[str]) -> str:
     return f'"${{python[@]}}" -m soar_mega {shlex.join(arguments)} || exit 1' if arguments else ""
 
 
-def submit(job: Job, wanted: Resources, after: str | None = None) -> str:
+def submit(job: Job, wanted: Resources, after: str | None = None, with_job: str | None = None) -> str:
     """Writes the job script and submits it; the number of the job.
 
     Args:
         after: a job that must succeed first; if it fails, this one is cancelled.
+        with_job: one that must have started.
 
     Raises:
         ValueError: SLURM refuses, with its own words, or there is a job script that this program did not write.
@@ -198,15 +202,16 @@ def submit(job: Job, wanted: Resources, after: str | None = None) -> str:
     """
     script = job.folder / "job.sbatch"
     write_file(script, render(job, wanted).encode() + MARK + b"\n", MARK)
-    dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    waits = [f"{how}:{number}" for how, number in (("afterok", after), ("after", with_job)) if number]
+    dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
     number = _call("sbatch", "--parsable", *dependency, str(script)).split(";")[0].strip()
-    (job.folder / "job_id").write_text(number + "\n")
+    (job.folder / JOB_ID).write_text(number + "\n")
     return number
 
 
 def queued(folder: Path) -> str | None:
     """The job that was last submitted from a `slurm` folder, as "12 (PENDING)", if it is still in the queue."""
-    path = folder / "job_id"
+    path = folder / JOB_ID
     if not path.exists():
         return None
     number = path.read_text().strip()

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from soar_mega.rewards.judging import WorkerError
 from soar_mega.rewards.tokens import VARIABLE, read_token
+from soar_mega.rewards.url_file import read_url_file
 
 log = logging.getLogger(__name__)
 LARGEST_ANSWER = 16 * 2**20
@@ -45,7 +46,7 @@ class Patience:
 
 
 class Peer:
-    """A worker, by its URL up to /score or /compute, or by file:PATH where the first line of the file is that URL.
+    """A worker, by its URL up to /score or /compute, or by file:PATH (`soar_mega.rewards.url_file`).
 
     The file is read again for every request: a worker that was started again may be on another machine.
     """
@@ -56,9 +57,7 @@ class Peer:
         self._patience = patience
         self._closed = threading.Event()
         self._connection: HTTPConnection | None = None  # while a request is under way
-        self._headers = {"Content-Type": "application/json"}
-        if VARIABLE in os.environ:
-            self._headers["Authorization"] = f"Bearer {read_token(os.environ[VARIABLE])}"
+        self._token = read_token(os.environ[VARIABLE]) if VARIABLE in os.environ else ""
         if not place.startswith("file:"):
             check_url(place)
 
@@ -122,14 +121,18 @@ class Peer:
             pause = min(2 * pause, self._patience.longest_pause)
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        url = urlsplit(self._url())
+        place, token = self._address()
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {token}"} if token else {}
+        )
+        url = urlsplit(place)
         kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
         until = time.monotonic() + self._patience.request
         connection = kind(str(url.hostname), url.port, timeout=self._patience.connect)
         self._connection = connection
         try:
             self._connect(connection)
-            connection.request(method, url.path.rstrip("/") + path, body, self._headers)
+            connection.request(method, url.path.rstrip("/") + path, body, headers)
             response = connection.getresponse()
             answer = bytearray()
             while piece := response.read1(PIECE):
@@ -154,12 +157,15 @@ class Peer:
             raise ConnectionError("closed")
         connection.sock.settimeout(self._patience.request)
 
-    def _url(self) -> str:
+    def _address(self) -> tuple[str, str]:
+        """Its URL and its token. WorkerError where its file says that it does not come back."""
         if not self.place.startswith("file:"):
-            return self.place
-        url = Path(self.place.removeprefix("file:")).read_text().partition("\n")[0].strip()
-        check_url(url)
-        return url
+            return self.place, self._token
+        said = read_url_file(Path(self.place.removeprefix("file:")))
+        if said.gone:
+            raise WorkerError(f"reward worker {self.place}: {said.gone}")
+        check_url(said.url)
+        return said.url, read_token(said.token_file) if said.token_file else self._token
 
 
 def check_url(url: str) -> None:

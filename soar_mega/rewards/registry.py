@@ -1,6 +1,5 @@
 """Rewards by the names that a recipe has for them."""
 
-import importlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,15 @@ from soar_mega.evaluation import scorers as published
 from soar_mega.evaluation.scorer import TOTAL, Scorer
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.combined import Rewards
-from soar_mega.rewards.functions import FunctionScorer
+from soar_mega.rewards.functions import scorer_of
 
 log = logging.getLogger(__name__)
 
-# what each needs is imported when it is made
+# short names of module:class; what each needs is imported when it is made
 BUILT_IN = {
-    "digits": "digits:DigitsScorer",
-    "jpeg_compressibility": "jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "digits": "soar_mega.examples.digits.scorer:DigitsScorer",
+    "jpeg_compressibility": "soar_mega.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "soar_mega.rewards.jpeg:JpegIncompressibility",
 }
 
 
@@ -71,9 +70,9 @@ def make_scorer(key: str, weights_dir: str | Path = "", device: str | torch.devi
     """A scorer by what a recipe calls it.
 
     Args:
-        key: the name of a built-in scorer, or of one of `soar_mega.evaluation.scorers`; module:function, with #NAME
-            where the function gives several values; http://host:port/score#NAME, http://host:port/compute or
-            file:PATH#NAME for a worker, which is waited for.
+        key: the name of a built-in scorer, or of one of `soar_mega.evaluation.scorers`; module:class of a
+            `Scorer` that takes no arguments; module:function, with #NAME where it gives several values;
+            http://host:port/score#NAME, http://host:port/compute or file:PATH#NAME for a worker, which is waited for.
         weights_dir: where published scorers find their weights.
         device: on which they judge.
 
@@ -81,19 +80,15 @@ def make_scorer(key: str, weights_dir: str | Path = "", device: str | torch.devi
         ValueError: there is none, or its weights are not there; says which there are, or which files are missing.
         OSError: the worker is not there.
     """
-    source, _, entry = key.partition("#")
-    if key in BUILT_IN:
-        module, _, maker = BUILT_IN[key].partition(":")
-        scorer: Scorer = getattr(importlib.import_module(f"soar_mega.rewards.{module}"), maker)()
-        return scorer
+    source, _, entry = BUILT_IN.get(key, key).partition("#")
     if key in published.SCORERS:
         return published.make_scorer(key, weights_dir, device)
     if source.startswith(("http://", "https://", "file:")):
         return WorkerScorer(key)
     if ":" in source:
-        return FunctionScorer(source, entry)
+        return scorer_of(source, entry)
     known = ", ".join([*BUILT_IN, *published.SCORERS])
     raise ValueError(
-        f"there is no reward {key!r}: choose one of {known}; module:function of your own; "
+        f"there is no reward {key!r}: choose one of {known}; module:function or module:class of your own; "
         "or a worker as http://host:port/score#NAME"
     )

@@ -17,13 +17,13 @@ from typing import Any
 
 from soar_mega.outputs import write_file
 from soar_mega.rewards.tokens import matches
+from soar_mega.rewards.url_file import MARK, url_file_content
 from soar_mega.rewards.worker import BadRequest, Worker
 
 log = logging.getLogger(__name__)
 AT_ONCE = 2  # requests in memory: one is judged, the next one arrives
 SILENCE, ARRIVAL = 30, 120  # seconds: of a peer that sends nothing, and for a whole body
 PIECE = 2**16
-MARK = b"# soar-mega serve-reward is there while this file is\n"
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -59,11 +59,17 @@ class RewardServer(ThreadingHTTPServer):
         log.warning("a connection from %s broke", client_address, exc_info=True)
 
 
-def serve(server: RewardServer, url_file: str | Path = "", ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    server: RewardServer,
+    url_file: str | Path = "",
+    token_file: str = "",
+    ready: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         url_file: where clients look for the server (`file:PATH#NAME`): it is there while the server is.
+        token_file: where they find the token that it asks of them.
         ready: called when the server answers.
 
     Raises:
@@ -75,7 +81,7 @@ def serve(server: RewardServer, url_file: str | Path = "", ready: Callable[[], N
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    announced = f"{server.url}\n".encode() + MARK
+    announced = url_file_content(server.url, token_file)
     try:
         if url_file:
             write_file(url_file, announced, MARK)

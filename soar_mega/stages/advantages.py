@@ -4,11 +4,13 @@ In float64, where the published trainers agree to rounding. A reward that is NaN
 judged: it counts nowhere, and its advantage is NaN.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from soar_mega.evaluation.scorer import TOTAL
 from soar_mega.stages.collecting_settings import CollectingConfig
 
 
@@ -45,6 +47,23 @@ def groups(rewards: Tensor, prompt: Tensor, unbiased: bool = False) -> Groups:
     high = torch.full_like(total, -torch.inf).scatter_reduce(0, index[judged], rewards[judged], "amax")
     equal = low == high
     return Groups(index, torch.where(equal, low, mean), torch.where(equal, 0.0, variance).sqrt())
+
+
+def advantages_of_all(rewards: Mapping[str, Tensor], prompt: Tensor, config: CollectingConfig) -> Tensor:
+    """[N] float64 of samples with several rewards: of their total, or of each by itself, weighted and added up.
+
+    Args:
+        rewards: by name, [N] float64 each: those of `config.rewards` in its order, and TOTAL.
+        prompt, config: as for `advantages`.
+    """
+    if config.advantages_of == "total":
+        return advantages(rewards[TOTAL], prompt, config)
+    missing, found = rewards[TOTAL].isnan(), torch.zeros_like(rewards[TOTAL])
+    each = [values for name, values in rewards.items() if name != TOTAL]
+    for weight, values in zip(config.rewards.values(), each, strict=True):
+        if weight:
+            found += weight * advantages(values.masked_fill(missing, torch.nan), prompt, config)
+    return found
 
 
 def advantages(rewards: Tensor, prompt: Tensor, config: CollectingConfig) -> Tensor:

@@ -5,6 +5,7 @@ N / global_batch_size updates (or several times as many). Sample i belongs to up
 to the replica that global batches are cut for: so a replica draws what it learns from, and only rewards travel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,8 +91,13 @@ class CollectingStage(Stage, Protocol):
         """For samples at `position` [B] of the training sequence; the latents' size may change the shift."""
         ...
 
-    def advantages(self, rewards: Tensor, prompt: Tensor) -> Tensor:
-        """[N] float64 of the whole collection. rewards: [N] float64; prompt: [N] int64, equal for a group."""
+    def advantages(self, rewards: Mapping[str, Tensor], prompt: Tensor) -> Tensor:
+        """[N] float64 of the whole collection.
+
+        Args:
+            rewards: [N] float64 of each by its name, in the order of the settings, and their TOTAL.
+            prompt: [N] int64, equal for a group.
+        """
         ...
 
     def experience(self, drawn: Trajectories, advantages: Tensor) -> Experience:

@@ -30,6 +30,9 @@ class CollectingConfig(StageConfig):
     learning_guidance_scale: float | None = None  # of the velocity that is learned; None: that of samples
     detach_unconditional: bool = False  # learning changes the conditional branch alone
     same_start: bool = False  # the samples of a prompt start from the same noise
+    advantages_of: str = (
+        "total"  # total (the weighted rewards' sum) | each (the weighted sum of each one's advantages)
+    )
     std_over: str = "collection"  # collection | prompt: whose standard deviation divides the advantages
     std_unbiased: bool = False  # divided by n - 1, not n
     std_epsilon: float = 1e-4
@@ -45,6 +48,7 @@ class CollectingConfig(StageConfig):
         "sampling_steps": at_least(2),
         "sigma_grid": one_of("diffusers", "linear"),
         "learning_guidance_scale": at_least(0),
+        "advantages_of": one_of("total", "each"),
         "std_over": one_of("collection", "prompt"),
         "std_epsilon": at_least(0),
         "std_epsilon_use": one_of("added", "in_root", "floor"),

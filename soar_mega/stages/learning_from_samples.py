@@ -7,7 +7,7 @@ from torch import Tensor
 
 from soar_mega.data.batch import Batch
 from soar_mega.flow import TIMESTEPS, Schedule
-from soar_mega.stages.advantages import advantages
+from soar_mega.stages.advantages import advantages_of_all
 from soar_mega.stages.collecting import SamplingPlan
 from soar_mega.stages.collecting_settings import CollectingConfig
 from soar_mega.stages.points import Further, Points, Queries
@@ -55,9 +55,9 @@ class LearningFromSamples:
         """No state depends on an answer."""
         return None
 
-    def advantages(self, rewards: Tensor, prompt: Tensor) -> Tensor:
-        """[N] float64 of a collection, not clipped. rewards: [N] float64; prompt: [N] int64, equal for a group."""
-        return advantages(rewards, prompt, self.config)
+    def advantages(self, rewards: Mapping[str, Tensor], prompt: Tensor) -> Tensor:
+        """[N] float64 of a collection, not clipped. rewards: [N] float64 each; prompt: [N] int64, equal for a group."""
+        return advantages_of_all(rewards, prompt, self.config)
 
     def blends(self, iteration: int) -> Mapping[str, float]:
         """Nothing that is kept follows the weights."""

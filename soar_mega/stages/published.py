@@ -1,7 +1,8 @@
 """The settings of published trainers, by name: what their repositories set where they were read.
 
 flow_grpo 9745241, GRPO-Guard (in flow_grpo) 2e2f712, DiffusionNFT 24af555, UniRL 1a7b501, Flow-Factory a0b2bc5,
-DanceGRPO 15cc71d, verl-omni a1139ba. Recipes of `recipes/sd35_medium` start from them, docs/rl.md compares them.
+DanceGRPO 15cc71d, MixGRPO e5cdd6a, verl-omni a1139ba. Recipes of `recipes/sd35_medium` start from them, docs/rl.md
+compares them.
 """
 
 from dataclasses import replace
@@ -238,6 +239,29 @@ PUBLISHED: dict[str, Published] = {
             "optimizer.clip_grad": 1.0,
             "lora.rank": 128,
             "lora.alpha": 256,
+            "data.resolution": 720,
+        },
+    ),
+    "mix_grpo": Published(
+        replace(
+            _DANCE,
+            prompts_per_collection=32,
+            # UnifiedReward, their fourth, is a service of one's own
+            rewards={"hps": 1 / 3, "image_reward": 1 / 3, "pick_score": 1 / 3},
+            advantages_of="each",
+            sampling_steps=25,
+            variant="flow_sde",
+            eta=0.7,
+            stochastic_steps="sliding",
+            num_stochastic_steps=4,
+            stochastic_range=[0, 23],
+            num_learned_steps=None,
+        ),
+        {
+            "train.global_batch_size": 96,
+            "optimizer.lr": 1e-5,
+            "optimizer.weight_decay": 1e-4,
+            "optimizer.clip_grad": 1.0,
             "data.resolution": 720,
         },
     ),

@@ -32,6 +32,7 @@ from soar_mega.flow.samplers import Velocity
 from soar_mega.phases import phases
 from soar_mega.stages import CollectingConfig
 from soar_mega.stages.collecting import CollectingStage, Trajectories
+from soar_mega.training.collection_place import Place
 from soar_mega.training.drawing import draw
 from soar_mega.training.experience import Experience, Share, order_of_pass
 from soar_mega.training.judging import Judge, Values, rewards_of_all
@@ -67,8 +68,7 @@ class Collector:
     the samples of one are spread over the replicas.
 
     Attributes:
-        samples: of a collection, over all ranks.
-        consumed_samples: that were learned from in the whole run, each as often as it was, over all ranks.
+        place: of the run among its collections.
 
     Args:
         texts: the embeddings of the prompts.
@@ -94,16 +94,15 @@ class Collector:
         check_replicas(recipe.train.global_batch_size, self.ranks.data_size)
         self.prompts, self._texts, self.judge, self._size = prompts, texts, judge, size
         self._order = PromptOrder(self._seed, len(prompts), config.prompts_per_collection, prompts.path)
-        self.samples = config.prompts_per_collection * config.images_per_prompt
+        self.place = Place(recipe, prompts)
         self._share = Share(
-            updates=self.samples // recipe.train.global_batch_size,
+            updates=self.place.samples // recipe.train.global_batch_size,
             global_batch_size=recipe.train.global_batch_size,
             replica=self.ranks.data_rank,
             replicas=self.ranks.data_size,
         )
         self._latent_shape = info.latent_shape(bucket_name(*size))
         self.validation, self.forward_size = validation, config.collect_micro_batch_size
-        self.consumed_samples = 0
         self._held: Experience | None = None
         self._rows = torch.zeros(0, dtype=torch.int64)  # of the last batch, its prompts
 
@@ -122,19 +121,9 @@ class Collector:
         return self.ranks.leader and self.ranks.first_stage
 
     @property
-    def _learned_from(self) -> int:
-        """Samples of one collection, each as often as it is learned from."""
-        return self.samples * self._config.updates_per_sample
-
-    @property
-    def _collection(self) -> int:
-        """The one that is learned from, or comes next."""
-        return self.consumed_samples // self._learned_from
-
-    @property
-    def _position(self) -> int:
-        """Of its first sample in the training sequence."""
-        return self._collection * self._learned_from
+    def consumed_samples(self) -> int:
+        """That were learned from in the whole run, each as often as it was, over all ranks."""
+        return self.place.consumed_samples
 
     def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
         """Draws and judges the next collection. Collective over the world; not a part of a step.
@@ -144,11 +133,11 @@ class Collector:
                 nothing is kept.
 
         Raises:
-            DataError: the rewards cannot be had; on all ranks alike.
+            DataError: the rewards cannot be had, or those of too many samples; on all ranks alike.
         """
         assert self.is_empty
         started = time.perf_counter()
-        group = self._order.of(self._collection)
+        group = self._order.of(self.place.collection)
         drawn: list[Trajectories] = []
         with self._engine.using(self._stage.collect_weights):
             for places, trajectories in self._drawn(group):
@@ -160,14 +149,15 @@ class Collector:
                         self.judge.drop()
                     return None
         phases.leave_step("rewards")
-        rewards = rewards_of_all(self.judge, self.samples)
-        group_of_sample = torch.arange(self.samples) % len(group)
-        advantages = self._stage.advantages(rewards[TOTAL], group_of_sample)
+        rewards = rewards_of_all(self.judge, self.place.samples)
+        group_of_sample = torch.arange(self.place.samples) % len(group)
+        self.place.count_not_judged(rewards[TOTAL], group[group_of_sample])
+        advantages = self._stage.advantages(rewards, group_of_sample)
         self._held = Experience.of(self._share, drawn, advantages)
         if self._stage.replayed:
             self._replay()
         return Collection(
-            number=self._collection,
+            number=self.place.collection,
             prompt=group[group_of_sample],
             rewards=rewards,
             advantages=advantages,
@@ -195,10 +185,10 @@ class Collector:
 
     def __next__(self) -> Batch:
         count = self._share.global_batch_size
-        taken = (self.consumed_samples - self._position) // count
+        taken = (self.place.consumed_samples - self.place.position) // count
         batch = self._batch(*divmod(taken, self._share.updates))
-        self.consumed_samples += count
-        if self.consumed_samples % self._learned_from == 0:
+        self.place.consumed_samples += count
+        if self.place.consumed_samples % self.place.learned_from == 0:
             self._held = None
         return batch
 
@@ -208,12 +198,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on beside the tensors of `pieces`; plain values, equal on all ranks."""
-        return {
-            "consumed_samples": self.consumed_samples,
-            "held": None if self._held is None else self._held.shapes(),
-            "settings": self._settings(),
-            "prompts": self.prompts.hash(),
-        }
+        return self.place.state_dict() | {"held": None if self._held is None else self._held.shapes()}
 
     def pieces(self) -> list[Any]:
         """This rank's part of a checkpoint: of each replica one rank has it."""
@@ -225,7 +210,7 @@ class Collector:
         Raises:
             ValueError: the run drew other prompts, by another seed, or collections of another size.
         """
-        self._check(state)
+        self.place.check(state, between=state.get("held") is None)
         if state["held"] is None:
             return {}
         self._held = Experience.empty(self._share, state["held"])
@@ -233,7 +218,7 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, with what was loaded for `wanted`."""
-        self.consumed_samples = int(state["consumed_samples"])
+        self.place.load_state_dict(state)
         if self._held is not None:
             self._held.tensors.update(tensors)
 
@@ -254,10 +239,10 @@ class Collector:
         for places in all_places.split(size):
             phases.leave_step("collect")  # each has the whole time of a phase
             filled = torch.cat([places, places[-1:].expand(size - len(places))])
-            position = self._position + filled
+            position = self.place.position + filled
             plan = self._stage.plan(self._seed, position, width, height)
             row = filled % len(group)
-            start = self._position + row if plan.same_start else position
+            start = self.place.position + row if plan.same_start else position
             velocity = self._velocity(group, row, plan.guidance_scale)
             trajectories = draw(velocity, plan, self._seed, position, start, self._latent_shape)
             yield places, _first(trajectories, len(places))
@@ -290,13 +275,13 @@ class Collector:
         """The batch of an update in a pass over the collection."""
         share = self._share
         assert self._held is not None, "collect first"
-        source = order_of_pass(self._seed, self._position, share, number)[update]
+        source = order_of_pass(self._seed, self.place.position, share, number)[update]
         drawn, advantages = self._held.at(source)
         experience = self._stage.experience(drawn, advantages)
         rows = self._samples_of_rows = experience.sample
-        group = self._order.of(self._collection)
+        group = self._order.of(self.place.collection)
         prompt = ((source * share.global_batch_size + share.columns()) % len(group))[rows]
-        first = self._position + number * self.samples + update * share.global_batch_size
+        first = self.place.position + number * self.place.samples + update * share.global_batch_size
         self._rows = group[prompt]
         ranks = self.ranks
         batch = Batch(
@@ -316,39 +301,6 @@ class Collector:
             batch.text, batch.pooled = prompts.text[used].to(device()), prompts.pooled[used].to(device())
             batch.empty_text, batch.empty_pooled = empty.text[0].to(device()), empty.pooled[0].to(device())
         return batch
-
-    def _settings(self) -> dict[str, int]:
-        """What the place in the training sequence depends on."""
-        config = self._config
-        return {
-            "train.seed": self._seed,
-            "stage.prompts_per_collection": config.prompts_per_collection,
-            "stage.images_per_prompt": config.images_per_prompt,
-            "stage.updates_per_sample": config.updates_per_sample,
-            "train.global_batch_size": self._share.global_batch_size,
-        }
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        if "prompts" not in state:
-            raise ValueError(
-                "the run learned from shards, and this recipe draws its own samples: start a new run from the weights "
-                "(checkpoint.load and checkpoint.finetune=true)"
-            )
-        if state["prompts"] != self.prompts.hash():
-            raise ValueError(
-                f"{self.prompts.path} holds other prompts than the run was started with: give the same data.prompts, "
-                "or start a new run from the weights (checkpoint.load and checkpoint.finetune=true)"
-            )
-        now = self._settings()
-        differing = [key for key, value in now.items() if state["settings"][key] != value]
-        if differing == ["train.global_batch_size"] and state["held"] is None:
-            return
-        if differing:
-            told = ", ".join(f"{key}={state['settings'][key]}, not {now[key]}" for key in differing)
-            raise ValueError(
-                f"the run was started with {told}: keep it to resume (train.global_batch_size may change "
-                "between two collections)"
-            )
 
 
 def _first(drawn: Trajectories, count: int) -> Trajectories:

@@ -1,12 +1,12 @@
 """How much training is behind some weights: steps, samples and floating point operations of each run of their line."""
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from soar_mega.checkpoints.lineage import FILE as LINEAGE
+from soar_mega.checkpoints.lineage import read_lineage
 from soar_mega.checkpoints.resume import read_description
 from soar_mega.checkpoints.run_folder import DESCRIPTION, RECIPE, RunFolder
 from soar_mega.config import Recipe
@@ -48,7 +48,7 @@ def history(weights: str | Path) -> list[dict[str, Any]]:
         if run is None or any(known.run == str(run) for known in found):
             break
         found.append(_training(run, folder))
-        parent = json.loads((run / LINEAGE).read_text())["parent"]
+        parent = read_lineage(run / LINEAGE)["parent"]
         folder = None if parent is None else Path(parent["path"])
     return [asdict(each) for each in found]
 

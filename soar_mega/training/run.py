@@ -12,9 +12,11 @@ import torch.distributed as dist
 from soar_mega import distributed
 from soar_mega.checkpoints.checkpoint import Saved, Saver
 from soar_mega.checkpoints.lineage import record_start
-from soar_mega.checkpoints.recipes import write_recipe
+from soar_mega.checkpoints.recipes import tell_differences, write_recipe
+from soar_mega.checkpoints.resume import find_checkpoint, other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
+from soar_mega.data.info import DataError
 from soar_mega.engines.statistics import quantiles
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.faults.signals import StopRequest
@@ -113,6 +115,9 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
 def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     run.clean()
     write_recipe(run, recipe)
+    load = other_run(recipe.checkpoint)
+    if load and not run.candidates():
+        tell_differences(find_checkpoint(load), recipe)
 
 
 class Trainer(Steps):
@@ -149,6 +154,14 @@ class Trainer(Steps):
 
     def run_steps(self, stop: StopRequest) -> int:
         """All remaining steps, then the export and the marker. Returns the exit code."""
+        try:
+            return self._run_steps(stop)
+        except DataError:  # raised on all ranks alike: none is missed
+            phases.leave_step("checkpoint")
+            self.saver.rescue()
+            raise
+
+    def _run_steps(self, stop: StopRequest) -> int:
         progress, train_iters = self.progress, self.recipe.train.train_iters
         if progress.iteration == 0:
             self.measurements.take(0)
@@ -183,7 +196,7 @@ class Trainer(Steps):
         """The next collection, where the next step needs one; given up when the run is asked to stop."""
         if self.collections is None or not self.collections.collector.is_empty:
             return
-        with drawing_bar(self.collections.collector.samples, distributed.is_rank_zero()) as bar:
+        with drawing_bar(self.collections.collector.place.samples, distributed.is_rank_zero()) as bar:
 
             def watch(drawn: int) -> bool:
                 bar.update(drawn - bar.n)

@@ -2,17 +2,24 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from rl_cases import rl_words
 
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.launch.chain import Chain, load_chain
 from soar_mega.launch.links import begin, end, why_not_done
 from soar_mega.launch.run_chain import command, job, run_local, status
+from soar_mega.launch.run_worker import running
+from soar_mega.rewards.client import WorkerScorer
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +53,12 @@ def ran(tmp_path: Path, name: str) -> int:
 
 def train(name: str, *overrides: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "train": "recipes/tiny/soar.yaml", "overrides": list(overrides), **more}
+
+
+def rl(name: str, *serve: str, **more: Any) -> dict[str, Any]:
+    """A link with a reward worker beside it."""
+    worker = {"serve": list(serve), **more}
+    return {"name": name, "train": "recipes/tiny/flow_grpo.yaml", "reward_worker": worker}
 
 
 def make_run(chain: Chain, name: str, weights: str = "trained") -> None:
@@ -123,7 +136,12 @@ def test_a_link_may_start_from_a_checkpoint_or_the_average(tmp_path: Path) -> No
 
 
 def test_a_chain_may_branch(tmp_path: Path) -> None:
-    links = [train("a"), train("b"), {"name": "judge", "evaluate": []}, train("c", **{"from": "a"})]
+    links = [
+        train("a"),
+        train("b"),
+        {"name": "judge", "evaluate": ["--suite", "tiny"]},
+        train("c", **{"from": "a"}),
+    ]
     chain = load_chain(write(tmp_path, [*links, note("d", code=3) | {"from": "b"}, note("e")]))
     a, c = chain.link("a"), chain.link("c")
     assert c.recipe is not None and c.recipe.model.pipeline_dir == str(a.product)
@@ -158,11 +176,52 @@ def test_a_chain_may_branch(tmp_path: Path) -> None:
         ([note("a"), note("b") | {"from": "c"}], "from: 'c' is no link before this one; those are a"),
         ([note("a") | {"slurm": {"time": 14400}}], "in quotes"),
         ([note("a") | {"slurm": {"node": 2}}], "unknown key 'node'"),
+        ([train("a", reward_worker={"serve": ["digits"]})], "stage.name=soar draws no samples"),
+        ([rl("a", "jpeg_compressibility")], "serves jpeg_compressibility, which .* it has digits"),
+        ([rl("a", "--weights", "x")], "name the rewards first"),
+        ([rl("a", "digits", slurm={"node": 2})], "a: reward_worker: slurm: unknown key 'node'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_chain(write(tmp_path, links))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"links: [", "not valid YAML"),
+        (b"folder: \xff", "not UTF-8 text"),
+        (b"folder: a\nfolder: b", "the key 'folder' is given twice"),
+        (b"folder: 2024-13-45", "not valid YAML"),
+        (b"- a", "expected `key: value` lines"),
+    ],
+)
+def test_a_file_that_is_no_chain_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chain.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/chain\.yaml.*{message}"):
+        load_chain(tmp_path / "chain.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("link.json", "", "is not valid JSON"),
+        ("link.json", "[]", "instead of a JSON object"),
+        ("link.json", '{"parent": null}', "settings is no object"),
+        ("link.json", '{"settings": {}}', "parent is no hash"),
+        ("completed.json", '{"settings": {}, "parent": null}', "product is no hash"),
+    ],
+)
+def test_a_marker_that_is_none_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    chain = load_chain(write(tmp_path, [note("a")]))
+    link = chain.link("a")
+    link.folder.mkdir(parents=True)
+    (link.folder / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"{link.folder / name}.*{message}.*remove it, and the link is done again"
+    ):
+        why_not_done(chain, link)
 
 
 def test_a_failed_link_stops_the_rest_and_says_why(tmp_path: Path) -> None:
@@ -262,17 +321,16 @@ def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert torchrun[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def test_an_evaluate_link_takes_the_benchmark_or_a_suite(tmp_path: Path) -> None:
+def test_an_evaluate_link_takes_drift_alone_or_a_suite(tmp_path: Path) -> None:
     links = [
         train("a"),
-        {"name": "b", "evaluate": ["--steps", 10]},
+        {"name": "b", "evaluate": ["--held-out", "shards", "--drift-steps", 10]},
         {"name": "s", "evaluate": ["--suite", "tiny"]},
     ]
     chain = load_chain(write(tmp_path, links))
-    benchmark, suite = chain.link("b"), chain.link("s")
-    assert benchmark.product == benchmark.folder / "metrics.json" and "torch.distributed.run" not in command(
-        benchmark, 2
-    )
+    drift, suite = chain.link("b"), chain.link("s")
+    assert drift.product == drift.folder / "metrics.json"
+    assert "torch.distributed.run" not in command(drift, 2)
     assert "torch.distributed.run" in command(suite, 2) and "--nproc-per-node=2" in command(suite, 2)
     assert suite.arguments[1:3] == [f"start={tmp_path}/base", f"a={chain.link('a').product}"]
     # done again with other weights, the report of before must not stand for the new one
@@ -283,6 +341,118 @@ def test_an_evaluate_link_takes_the_benchmark_or_a_suite(tmp_path: Path) -> None
     assert why_not_done(chain, suite) is None
     make_run(chain, "a", weights="others")
     assert begin(chain, suite) and not suite.product.exists()
+
+
+def test_a_reward_worker_is_a_job_beside_its_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = rl("rl", "digits", "--max-images", 8, slurm={"gpus_per_node": 0, "time": "01:00:00"})
+    link["overrides"] = ["stage.rewards={digits: 1.0, 'my:own#x': 1.0e-05}", "data.prompts=recipes"]
+    link["overrides"] += ["logging.eval_interval=0", "logging.drift_interval=0"]
+    path = write(tmp_path, [note("a"), link, note("b")], slurm={"nodes": 2, "time": "09:00:00"})
+    chain = load_chain(path)
+    _, rl_link, _ = chain.links
+    worker, url = rl_link.worker, tmp_path / "chain/rl/reward_worker/url"
+    assert worker is not None and rl_link.recipe is not None
+    assert rl_link.recipe.stage.rewards == {f"file:{url}#digits": 1.0, "my:own#x": 1e-05}
+    assert (worker.resources.nodes, worker.resources.processes_per_node, worker.resources.time) == (
+        *(1, 1),
+        "01:00:00",
+    )
+    asked: list[tuple[str, ...]] = []
+
+    def slurm(*command: str) -> str:
+        asked.append(command)
+        return str(len(asked)) if command[0] == "sbatch" else queue
+
+    queue = ""
+    monkeypatch.setattr("soar_mega.launch.slurm._call", slurm)
+    old = worker.folder / "failure.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("of a worker before")
+    assert main(["chain", str(path), "--slurm"]) == 0 and not old.exists()
+    jobs = {words[-1]: words[1:-1] for words in asked if words[0] == "sbatch"}
+    a, served, rl_job, b = (
+        f"{tmp_path}/chain/{name}/slurm/job.sbatch" for name in ("a", "rl/reward_worker", "rl", "b")
+    )
+    number = {script: (tmp_path / script).with_name("job_id").read_text().strip() for script in jobs}
+    assert list(jobs) == [a, served, rl_job, b]
+    assert f"--dependency=afterok:{number[a]}" in jobs[served]
+    assert f"--dependency=afterok:{number[a]},after:{number[served]}" in jobs[rl_job]
+    assert f"--dependency=afterok:{number[rl_job]}" in jobs[b]
+    script = Path(served).read_text()
+    assert f"beside={rl_link.folder}/slurm/job_id" in script and "beside=" not in Path(rl_job).read_text()
+    assert (
+        f"(serve-reward digits --port 0 --host 0.0.0.0 --token-file {worker.token_file} --max-images 8 "
+        f"--url-file {url})" in script
+    )
+    assert worker.token_file.stat().st_mode & 0o777 == 0o600
+    queue = f"{number[served]} RUNNING"
+    assert main(["chain", str(path), "--slurm"]) == 1
+    assert "the last reward worker of rl is job" in capsys.readouterr().err
+
+
+def test_a_reward_worker_that_dies_is_not_waited_for(tmp_path: Path) -> None:
+    """It answers a client by its file; once it is gone the next question ends with the reason, not after minutes."""
+    chain = load_chain(
+        write(
+            tmp_path,
+            [rl("rl", "jpeg_compressibility") | {"overrides": ["stage.rewards={jpeg_compressibility: 1.0}"]}],
+        )
+    )
+    worker, recipe = chain.links[0].worker, chain.links[0].recipe
+    assert worker is not None and recipe is not None
+    [place] = recipe.stage.rewards
+    with running(worker) as process:
+        scorer = WorkerScorer(place)
+        assert scorer.score(torch.zeros(1, 3, 16, 16), ["a"], [{}])["jpeg_compressibility"].isfinite().all()
+        process.kill()
+        while not (worker.folder / "failure.txt").exists():
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="it ended with exit code -9, see .*worker.log"):
+            scorer.score(torch.zeros(1, 3, 16, 16), ["a"], [{}])
+
+
+@pytest.mark.slow
+def test_a_reward_worker_does_not_outlive_a_chain_that_is_killed(tmp_path: Path) -> None:
+    link = rl("rl", "jpeg_compressibility") | {"overrides": ["stage.rewards={jpeg_compressibility: 1.0}"]}
+    program = (
+        "import os; from soar_mega.launch.chain import load_chain; from soar_mega.launch.run_worker import running\n"
+        f"with running(load_chain({str(write(tmp_path, [link]))!r}).links[0].worker) as process:\n"
+        "    print(process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    process = Path("/proc", told.stdout.strip(), "stat")
+    assert told.returncode == -9 and told.stdout.strip()
+    until = time.monotonic() + 30
+    while process.exists() and " Z " not in process.read_text():  # nobody may wait for its end here
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_chain_with_a_reward_worker_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It judges, and ends with its link; a broken one ends the link by its name, and the chain goes on when mended."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    own = tmp_path / "own_reward.py"
+    own.write_text("raise ImportError('out of order')")
+    words = rl_words(
+        tmp_path / "words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
+    )
+    link = rl("rl", "own_reward:red") | {
+        "overrides": [w for w in words if not w.startswith("checkpoint.save=")]
+    }
+    path = write(tmp_path, [link], pipeline_dir="recipes/tiny/base")
+    assert main(["chain", str(path)]) == 1
+    told = (tmp_path / "chain/rl/failure.txt").read_text()
+    assert "reward worker: it ended with exit code 1" in told and "out of order" in told
+    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    assert main(["chain", str(path)]) == 0
+    assert "reward/red: " in (tmp_path / "chain/rl/train.log").read_text()
+    assert "ready: red" in (tmp_path / "chain/rl/reward_worker/worker.log").read_text()
+    assert not (tmp_path / "chain/rl/reward_worker/url").exists(), "it ended with the link"
 
 
 @pytest.mark.slow
@@ -306,6 +476,8 @@ def test_the_tiny_chain_here(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "chain" / "soar" / "lineage.json").read_text())
     assert lineage["parent"]["path"] == str(tmp_path / "chain" / "sft" / "export" / "transformer")
     assert lineage["parent"]["lineage"]["parent"]["path"] == "recipes/tiny/base/transformer"
+    with pytest.raises(ValueError, match="neither: evaluate: name a --suite"):
+        load_chain(write(tmp_path, [{"name": "neither", "evaluate": ["--dtype", "bf16"]}]))
 
 
 def test_what_the_last_link_would_refuse_is_found_first(tmp_path: Path) -> None:
@@ -319,6 +491,17 @@ def test_what_the_last_link_would_refuse_is_found_first(tmp_path: Path) -> None:
         links = [note("a"), train("b", made, held_out, "train.micro_batch_size=1", override)]
         with pytest.raises(ValueError, match=words):
             run_local(load_chain(write(tmp_path, links)), 2)
+        assert ran(tmp_path, "a") == 0
+    drawing = rl("b", "digits") | {
+        "overrides": ["stage.rewards={digits: 1.0}", "data.prompts=recipes", held_out]
+    }
+    for prompts, words in (
+        ("nowhere", "data.validation_prompts: nowhere is not there"),
+        (f"{tmp_path}/chain/b/export", "data.validation_prompts"),  # what the run writes
+    ):
+        link = drawing | {"overrides": [*drawing["overrides"], f"data.validation_prompts={prompts}"]}
+        with pytest.raises(ValueError, match=words):
+            run_local(load_chain(write(tmp_path, [note("a"), link])), 1)
         assert ran(tmp_path, "a") == 0
     links = [note("a", code=3), train("b", made, held_out)]
     with pytest.raises(ValueError, match="link a failed"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from stand_in import MODEL, Weights, check_usable, load, names, progress, save
 
 from soar_mega import distributed
@@ -209,14 +210,30 @@ def test_a_writer_that_is_killed_is_a_clear_failure(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
 
 
-def test_a_run_that_gives_up_takes_its_writer_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunFolder(tmp_path)
-    save(run, 1)
-    monkeypatch.setattr(RankFile, "write", lambda self: time.sleep(60))
+def test_a_run_that_gives_up_keeps_what_it_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alone it waits; with others, of which one may be gone, it takes its writer along and names what is lost."""
+    run, write, nap = RunFolder(tmp_path), RankFile.write, [0.5]
+
+    def slowly(self: RankFile) -> Any:
+        time.sleep(nap[0])
+        return write(self)
+
+    monkeypatch.setattr(RankFile, "write", slowly)
     saver = Saver(run, CheckpointConfig(), MODEL)
-    saver.save(Weights(), progress(2))
-    assert len(multiprocessing.active_children()) == 1
+    saver.save(Weights(1.0), progress(1))
     saver.close()
+    check_usable(run, {1})
+    nap[0] = 60.0
+    saver.save(Weights(2.0), progress(2))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    saver.close()
+    monkeypatch.undo()
+    for child in multiprocessing.active_children():
+        child.join(10)  # the first writer may take a moment to be gone
     assert not multiprocessing.active_children()
+    assert f"{tmp_path}/iter_0000002 was still being written when the run ended: it is lost" in caplog.text
     run.clean()
+    assert f"{tmp_path}/iter_0000002.tmp was being written when the run ended" in caplog.text
     check_usable(run, {1})

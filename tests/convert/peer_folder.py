@@ -22,6 +22,17 @@ SMALL = {
     "qk_norm": "rms_norm",
 }
 
+FLUX_SMALL = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": (2, 2, 4),
+}
+
 
 def save_small(folder: Path, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
     """Write <folder>/transformer."""

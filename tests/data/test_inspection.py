@@ -56,7 +56,7 @@ def test_a_caption_that_is_not_there_is_named(tmp_path):
         file.seek(offset + size)
         file.write(b"!" * 1024)
     with pytest.raises(ValueError, match=r"caption of image0\.png .* cannot be read"):
-        shards.caption(0)
+        shards.captions(0)
 
 
 def test_the_command_counts_tokens_and_draws_what_was_encoded(tmp_path, capsys):

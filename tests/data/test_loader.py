@@ -228,6 +228,13 @@ def test_shards_of_other_encoders_are_refused(loader, images, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_encoding_while_training_gives_the_samples_of_shards(loader, images, tmp_path, workers):
+    """Also where an image has several captions: a place in training draws the same of them."""
+    names = sorted(path.name for path in images.glob("*.png"))
+    rows = [
+        {"file_name": n, "text": [f"a red {i}", f"a blue {i}"], "weights": [1, 2]}
+        for i, n in enumerate(names)
+    ]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare(images, tmp_path / "prepared", BASE)
     from_shards = loader(path=tmp_path / "prepared", pipeline_dir=str(BASE))
     online = loader(path=images, pipeline_dir=str(BASE), encode="online", num_workers=workers)

@@ -4,15 +4,18 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from soar_mega.data import prompt_cache
+from soar_mega.data.encoder_facts import TextPart
 from soar_mega.data.prompt_cache import MARK, PromptCache, cache_name
 from soar_mega.data.prompt_files import read_prompts
 from soar_mega.data.prompt_order import PromptOrder
 from soar_mega.data.prompts import encode_prompts
+from soar_mega.data.text_encoder import TextEncoder
 
 BASE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 
@@ -82,7 +85,16 @@ def test_prompts_are_encoded_once_and_read_by_row(tmp_path: Path, monkeypatch: p
     prompts = ["a red 3", "two 4s", "an 8", "a 1 above a 2", 'the number "12"']
     name = cache_name(BASE, prompts, torch.float32, None)
     cache = PromptCache(tmp_path, name, len(prompts))
+    loads: list[str] = []
+    load = TextEncoder.load
+
+    def counted(folder: Path, part: TextPart, *others: Any) -> TextEncoder:
+        loads.append(part.part)
+        return load(folder, part, *others)
+
+    monkeypatch.setattr(TextEncoder, "load", staticmethod(counted))
     cache.fill(BASE, prompts, torch.float32, None)
+    assert sorted(loads) == ["text_encoder", "text_encoder_2", "text_encoder_3"], "once each for three files"
     expected = encode_prompts(BASE, prompts)
     rows = cache.rows(torch.tensor([4, 0, 3]))
     for index, row in ((4, 0), (0, 1), (3, 2)):  # encoded in other company
@@ -101,7 +113,7 @@ def test_prompts_are_encoded_once_and_read_by_row(tmp_path: Path, monkeypatch: p
     cache.fill(BASE, prompts, torch.float32, None)
     assert torch.equal(cache.rows(torch.tensor([3])).text[0], rows.text[2])
     assert times == [file.stat().st_mtime_ns for file in (files[0], files[2])]
-    monkeypatch.setattr(prompt_cache, "encode_prompts", None)
+    monkeypatch.setattr(prompt_cache, "prompt_encoders", None)
     cache.fill(BASE, prompts, torch.float32, None)  # all is there
 
     files[2].write_bytes(MARK + files[2].read_bytes()[:100])

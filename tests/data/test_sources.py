@@ -31,7 +31,7 @@ def test_an_image_folder_with_captions(tmp_path):
     for name, caption in [("b", "two\n"), ("a", "one"), ("sub/c", "dr\u00fcei")]:
         (tmp_path / f"{name}.txt").write_text(caption)
     items, rejects = list_items(tmp_path)
-    assert [(item.name, item.caption) for item in items] == [
+    assert [(item.name, item.captions[0].text) for item in items] == [
         ("a.JPG", "one"),
         ("b.png", "two"),
         ("sub/c.jpeg", "dr\u00fcei"),
@@ -61,7 +61,7 @@ def test_hugging_face_metadata(tmp_path, caplog):
     rows = [{"file_name": "x.png", "text": "an x"}, {"file_name": "d/y.png", "text": "a y"}]
     write_lines(tmp_path / "metadata.jsonl", *rows)
     items, rejects = list_items(tmp_path)
-    assert [(item.name, item.caption) for item in items] == [
+    assert [(item.name, item.captions[0].text) for item in items] == [
         ("x.png", "an x"),
         ("d/y.png", "a y"),
     ] and not rejects
@@ -73,7 +73,7 @@ def test_the_published_list(tmp_path):
     write_images(images, "aa.jpg", "bb.jpg")
     rows = [{"md5": name, "caption_en": f"a {name}", "bw": 512, "bh": 768} for name in ("bb", "aa")]
     items, rejects = list_items(write_lines(tmp_path / "captions.jsonl", *rows), images)
-    assert [(item.name, item.caption, item.bucket) for item in items] == [
+    assert [(item.name, item.captions[0].text, item.bucket) for item in items] == [
         ("bb.jpg", "a bb", "512x768"),
         ("aa.jpg", "a aa", "512x768"),
     ]
@@ -103,14 +103,14 @@ def test_what_is_wrong_in_a_list_is_said_by_line(tmp_path):
     assert len(items) == 1
     words = [
         "gone.jpg is missing",
-        "aa.jpg has no caption (caption_en",
+        "aa.jpg: has no caption (caption_en",
         "aa: bw is 'wide'",
-        "aa.jpg has no caption (text",
+        "aa.jpg: has no caption (text",
         "neither md5 nor file_name",
         "not valid JSON",
         "not a JSON object",
         "aa: bw is True",
-        "caption of aa.jpg is no text",
+        "aa.jpg: its caption is no text",
         "aaa... cannot be opened: File name too long",
         "is missing",
         "not valid JSON",
@@ -129,11 +129,11 @@ def test_a_source_that_is_none(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     write_images(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("an a", encoding="utf-8-sig")
-    assert list_items(tmp_path)[0][0].caption == "an a"
+    assert list_items(tmp_path)[0][0].captions[0].text == "an a"
     lines = write_lines(tmp_path / "list.jsonl", {"file_name": "a.png", "text": "an a"})
     lines.write_text(lines.read_text(), encoding="utf-8-sig")
     items, rejects = list_items(lines)
-    assert [item.caption for item in items] == ["an a"] and not rejects
+    assert [item.captions[0].text for item in items] == ["an a"] and not rejects
 
 
 def test_latin_1_is_refused_in_a_list_as_in_a_caption(tmp_path):
@@ -144,7 +144,7 @@ def test_latin_1_is_refused_in_a_list_as_in_a_caption(tmp_path):
     ]
     lines.write_bytes("\n".join(rows).encode("latin-1"))
     items, rejects = list_items(lines)
-    assert [item.caption for item in items] == ["a"]
+    assert [item.captions[0].text for item in items] == ["a"]
     assert [reject.name for reject in rejects] == ["list.jsonl:2"] and "not UTF-8" in rejects[0].reason
 
 
@@ -210,9 +210,22 @@ def test_captions_as_kohya_keeps_them(tmp_path, caplog):
     ]:
         (tmp_path / name).write_text(caption)
     items, rejects = list_items(tmp_path)
-    assert [(item.name, item.caption) for item in items] == [("a.png", "an a"), ("b.png", "a b")]
+    assert [(item.name, item.captions[0].text) for item in items] == [("a.png", "an a"), ("b.png", "a b")]
     assert [reject.name for reject in rejects] == ["c.caption"]
     assert "1 images have a .txt and a .caption" in caplog.text
+
+
+def test_a_list_in_a_folder_below_is_told(tmp_path, caplog):
+    """As Hugging Face keeps splits: which of them are meant is for the user to say."""
+    (tmp_path / "train").mkdir()
+    write_images(tmp_path / "train", "a.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "an a"}')
+    assert not list_items(tmp_path)[0]
+    assert (
+        f"train/metadata.jsonl lists images and is not read: give its folder as a source, as {tmp_path}/train"
+        in (caplog.text)
+    )
+    assert len(list_items(tmp_path / "train")[0]) == 1
 
 
 def test_metadata_as_csv(tmp_path):
@@ -225,7 +238,7 @@ def test_metadata_as_csv(tmp_path):
     ]
     (tmp_path / "metadata.csv").write_text("\n".join([*lines, 'x.png,"never closed']))
     items, rejects = list_items(tmp_path)
-    assert [(item.name, item.caption, item.score) for item in items] == [
+    assert [(item.name, item.captions[0].text, item.score) for item in items] == [
         ("x.png", 'an x, seen "twice"\nin two lines', 6.5),
         ("d/y.png", "a y", None),
     ]
@@ -287,7 +300,7 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
         add(tar, "6.pyd", pickle.dumps(Trap()))
     before = sorted(tmp_path.rglob("*"))
     items, rejects = list_items(tmp_path / "0.tar")
-    assert [(item.name, item.caption, item.score) for item in items] == [
+    assert [(item.name, item.captions[0].text, item.score) for item in items] == [
         ("0.tar/b/1", "one", 5.0),
         ("0.tar/b/2", "two", None),
         ("0.tar/../../out", "stays inside", None),

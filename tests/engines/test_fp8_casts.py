@@ -43,16 +43,27 @@ def run(parallel, model):
     return [*found, say("current")], engine, stage
 
 
+RECOMPUTED = {"recompute_granularity": "full"}
+
+
 @pytest.mark.parametrize(
-    "parallel", [{}, {"engine": "deepspeed", "zero_stage": 2}], ids=["megatron", "deepspeed"]
+    ("parallel", "model", "in_products"),
+    [
+        ({}, {}, True),
+        ({"overlap_grad_reduce": True}, RECOMPUTED, False),
+        ({"engine": "deepspeed", "zero_stage": 2}, {}, False),
+    ],
+    ids=["megatron", "megatron recomputed", "deepspeed"],
 )
-def test_an_engine_computes_with_the_weights_it_has(parallel, monkeypatch):
-    expected, *_ = run(parallel, {})
+def test_an_engine_computes_with_the_weights_it_has(parallel, model, in_products, monkeypatch):
+    """Wherever gradients of weights are added up: in the product that makes them, or behind it."""
+    expected, *_ = run(parallel, model)
     record = te_stand_in.install(monkeypatch)
-    found, engine, stage = run(parallel, FP8)
+    found, engine, stage = run(parallel, FP8 | model)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     linears = [module for module in engine.model.modules() if isinstance(module, CastOnce)]
+    assert all(linear.fuse_wgrad_accumulation == in_products for linear in linears)
 
     def casts():
         count = len(record.casts)

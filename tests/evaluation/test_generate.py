@@ -2,20 +2,40 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 
 from soar_mega.data.prompts import EncodedPrompts, encode_prompts
-from soar_mega.evaluation.generate import Generator, image_grid, save_image
+from soar_mega.evaluation.generate import Generator, image_grid, save_image, schedule_of
 from soar_mega.flow import normal
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
 PROMPTS = ["a red 3", "a green 1 left of a yellow 8", "two blue 5s"]
+SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "heun": FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "dpm++2m": DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +48,25 @@ def prompts() -> EncodedPrompts:
     return encode_prompts(BASE, PROMPTS)
 
 
-@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, ""), (3.0, "a blue 5")])
+@pytest.mark.parametrize(
+    ("solver", "guidance_scale", "negative_prompt"),
+    [
+        ("euler", 1.0, ""),
+        ("euler", 3.0, ""),
+        ("euler", 3.0, "a blue 5"),
+        ("heun", 3.0, "a blue 5"),
+        ("dpm++2m", 3.0, "a blue 5"),
+    ],
+)
 def test_images_are_those_of_diffusers(
-    generator: Generator, guidance_scale: float, negative_prompt: str
+    generator: Generator,
+    pipeline: StableDiffusion3Pipeline,
+    solver: str,
+    guidance_scale: float,
+    negative_prompt: str,
 ) -> None:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)
-    pipeline.set_progress_bar_config(disable=True)
+    """With a shift, by which schedulers differ from each other."""
+    pipeline.scheduler = SCHEDULERS[solver]
     theirs = pipeline(
         prompt=PROMPTS,
         negative_prompt=negative_prompt,
@@ -46,7 +79,10 @@ def test_images_are_those_of_diffusers(
         output_type="pt",
     ).images
     prompts = encode_prompts(BASE, PROMPTS, negative_prompt=negative_prompt)
-    ours = generator.images(prompts, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2)
+    shifted = replace(generator, schedule=schedule_of(BASE, 3.0))
+    ours = shifted.images(
+        prompts, steps=4, guidance_scale=guidance_scale, seed=7, batch_size=2, solver=solver
+    )
     assert ours.shape == (len(PROMPTS), 3, 16, 16)
     assert ours.std() > 0.01  # not all one colour, which anything would agree on
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

@@ -112,13 +112,21 @@ def verbs_on(finished: Path, held_out: Path, folder: Path) -> None:
     """sample, evaluate and convert of a finished fp32 run here are what they are on the CPU."""
     export = finished / "export"
     sample = ("sample", export, "--prompt", "a red 3", "--prompt", "a blue 7", "--steps", 8)
-    evaluate = ("evaluate", f"run={export}", "--held-out", held_out, "--drift-samples", 16, "--steps", 4)
-    small = ("--prompts-per-category", 2, "--guidance-scale", 3)
+    evaluate = (
+        "evaluate",
+        f"run={export}",
+        "--held-out",
+        held_out,
+        "--drift-samples",
+        16,
+        "--guidance-scale",
+        3,
+    )
     started = []
     for place in ("here", "cpu"):
         for verb, words in (
             ("sample", (*sample, "--guidance-scale", 3, "--out", folder / f"{place}.png")),
-            ("evaluate", (*evaluate, *small, "--out", folder / f"{place}.json")),
+            ("evaluate", (*evaluate, "--out", folder / f"{place}.json")),
         ):
             started.append(Verb(*words, log=folder / f"{verb}-{place}.log", on_cpu=place == "cpu"))
     started.append(Verb("convert", finished, folder / "converted", log=folder / "convert.log"))
@@ -133,7 +141,6 @@ def verbs_on(finished: Path, held_out: Path, folder: Path) -> None:
     ]
     for here, there in zip(*(each["drift"]["scales"]["3"] for each in said), strict=True):
         assert here["absolute"] == pytest.approx(there["absolute"], rel=1e-4)
-    assert said[0]["guidance"].keys() == said[1]["guidance"].keys()
     exported, converted = transformer(export), transformer(folder / "converted")
     assert exported.keys() == converted.keys()
     assert all(torch.equal(exported[key], converted[key]) for key in exported)

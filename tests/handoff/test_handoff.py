@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from soar_mega.checkpoints.model_card import notes_of_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.handoff import outside
 from soar_mega.handoff.check import check, handoff
-from soar_mega.handoff.trainers import TRAINERS, Handoff, script
+from soar_mega.handoff.trainers import SD3, TRAINERS, Handoff, script
+from soar_mega.models.family import read_sizes
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
 from soar_mega.training_facts import TrainingFacts, read_facts
@@ -137,7 +138,7 @@ def test_an_export_of_own_samples_says_how_they_were_drawn(
     run.mkdir()
     recipe = load_recipe(str(BASE.parent / "flow_grpo.yaml"), [f"model.pipeline_dir={pipeline}", *settings])
     (run / "run_config.yaml").write_text(recipe_to_yaml(recipe))
-    for name, text in notes_of_run(RunFolder(run), "SD3", 100, "current").items():
+    for name, text in notes_of_run(RunFolder(run), read_sizes(BASE), 100, "current").items():
         (run / name).write_text(text)
     facts = read_facts(run)
     assert facts is not None and (facts.max_sequence_length, facts.width, facts.height) == told
@@ -157,14 +158,73 @@ def test_the_lines_are_for_bash_and_their_paths_absolute(
     )
 
 
+def test_flux_goes_to_the_two_trainers_that_train_it(tmp_path: Path) -> None:
+    """With its dynamic shift; of all others it is said who takes it. What they leave fits into the pipeline."""
+    pipeline = tmp_path / "export"
+    shutil.copytree(BASE.with_name("flux_base"), pipeline)
+    edit(pipeline / "tokenizer/tokenizer_config.json", model_max_length=77)
+    facts = TrainingFacts(dtype="fp32", max_sequence_length=256, width=16, height=16)
+    (pipeline / "training_facts.json").write_text(facts.to_json())
+    for name, words in {
+        "flow_grpo": "flow_grpo takes 128. In its repository: sed -i 's/max_sequence_length=128/max_sequence_",
+        "flow_factory": "flow_factory takes 512. In its repository: sed -i 's/prompt_2=prompt,/prompt_2=prompt, max_s",
+    }.items():
+        found = check(pipeline, TRAINERS[name])
+        assert any(words in each.words for each in found) and not any(each.stops for each in found)
+        lines = script(TRAINERS[name], handoff(pipeline, tmp_path / "rl"))
+        subprocess.run(["bash", "-n"], input=lines, text=True, check=True)
+        assert ("scripts/train_flux.py" in lines) == (name == "flow_grpo") and "sd3" not in lines
+    for name in ("diffusion_nft", "unirl", "verl_omni"):
+        [finding] = check(pipeline, TRAINERS[name])
+        assert (
+            finding.stops
+            and "FluxPipeline (of the version that was read): flow_grpo and flow_factory do"
+            in (finding.words)
+        )
+    edit(pipeline / "text_encoder/config.json", max_position_embeddings=10)
+    assert [each.words for each in check(pipeline, TRAINERS["flow_grpo"]) if each.stops] == [
+        "text_encoder has 10 positions, and the trainer pads to 77 tokens: it fails there"
+    ]
+    shutil.copy(BASE.with_name("flux_base") / "text_encoder/config.json", pipeline / "text_encoder")
+    put_in(pipeline, tmp_path)
+
+
+def put_in(pipeline: Path, tmp_path: Path) -> None:
+    """Adapters on all that flow_grpo and Flow-Factory adapt in a FLUX, in the form in which PEFT saves them."""
+    of_block = [f"attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out")]
+    of_block += ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+    weights = load_file(pipeline / WEIGHTS)
+    names = [f"transformer_blocks.0.{part}" for part in of_block] + ["single_transformer_blocks.1.attn.to_q"]
+    adapters = {}
+    for name in names:
+        rows, columns = weights[f"{name}.weight"].shape
+        adapters[f"base_model.model.{name}.lora_A.weight"] = torch.full((2, columns), 0.1)
+        adapters[f"base_model.model.{name}.lora_B.weight"] = torch.full((rows, 2), 0.1)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    save_file(adapters, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "peft_type": "LORA"}))
+    words = ["--to", "pipeline", "--dtype", "fp32", "--lora", str(folder)]
+    assert main(["convert", str(pipeline), str(tmp_path / "merged"), *words]) == 0
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    for name, before in weights.items():
+        change = 0.04 if name.removesuffix(".weight") in names else 0.0  # 4 / 2 times 2 x 0.1 x 0.1
+        torch.testing.assert_close(merged[name], before + change, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_page_shows_the_lines(name: str) -> None:
     folder = Path("/data/runs/x")
-    given = Handoff(pipeline=folder / "export", out=folder / name, resolution=512, tokens=77, shift=3.0)
-    commands = [line for line in script(TRAINERS[name], given).splitlines() if not line.startswith("#")]
     page = one_line((BASE.parents[2] / "docs/handoff.md").read_text())
-    assert one_line("\n".join(commands)) in page
-    assert TRAINERS[name].how_to_set.format(tokens=77) in page
+    for kind, start in TRAINERS[name].starts.items():
+        tokens = 77 if kind == SD3 else 256
+        out = folder / name
+        given = Handoff(
+            kind=kind, pipeline=folder / "export", out=out, resolution=512, tokens=tokens, shift=3.0
+        )
+        commands = [line for line in script(TRAINERS[name], given).splitlines() if not line.startswith("#")]
+        assert one_line("\n".join(commands)) in page
+        assert start.how_to_set.format(tokens=tokens) in page
 
 
 def one_line(text: str) -> str:

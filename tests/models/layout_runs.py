@@ -7,7 +7,7 @@ from peer import gradient_errors, relative_error, to_peer_names
 from soar_mega.config import ModelConfig
 from soar_mega.models.family import read_sizes
 
-SIZE, TEXT = (8, 6), 11  # 12 image tokens and 11 of text: both need padding when they are sharded
+SIZE, TEXT = (8, 6), 77  # 12 image tokens and 77 of text: both need padding when they are sharded
 
 
 def run_layout(folder, parallel, recompute, inputs):

@@ -47,7 +47,7 @@ def random_case(seed: int) -> tuple[dict[str, Any], tuple[int, int], int, int]:
         "qk_norm": None if seed % 2 else "rms_norm",
     }
     size = (patch * draw.randint(2, table), patch * draw.randint(2, table))
-    return changes, size, draw.randint(1, 3), draw.randint(1, 9)
+    return changes, size, draw.randint(1, 3), draw.choice([1, 5, 77, 333])
 
 
 def make_peer(seed: int = 0, **changes: Any) -> Any:

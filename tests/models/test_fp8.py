@@ -1,22 +1,16 @@
 """Where FP8 begins and ends, when weights are cast and what cannot run, over a stand-in for Transformer Engine."""
 
 import os
-import sys
-from types import SimpleNamespace
 
 import pytest
 import te_stand_in
 import torch
-import torch.nn.functional as F
 from peer import make_inputs
 
-from soar_mega import layer_checks
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
 from soar_mega.models.common.build import build_model
-from soar_mega.models.common.flash_attention import FlashAttention
 from soar_mega.models.common.precision import cast_weights
-from soar_mega.models.common.specs import ScaledDotProductAttention
 from soar_mega.models.common.te_layers import VARIABLES, CastOnce
 from soar_mega.models.sd3.sizes import SD3Sizes
 
@@ -112,11 +106,8 @@ def test_answers_leave_no_trace_in_histories(recompute, record):
     assert all(amax[0] > 0 and amax[1] > 0 for amax in record.amaxes)
 
 
-@pytest.mark.parametrize(
-    ("backend", "chosen"), [("auto", "111"), ("flash", "100"), ("fused", "010"), ("unfused", "001")]
-)
-def test_attention_of_transformer_engine_is_chosen_by_name(backend, chosen, record, monkeypatch):
-    monkeypatch.setattr(layer_checks, "flash_version", lambda capability: 2)
+@pytest.mark.parametrize(("backend", "chosen"), [("auto", "111"), ("fused", "010"), ("unfused", "001")])
+def test_attention_of_transformer_engine_is_chosen_by_name(backend, chosen, record):
     build_model(SIZES, ModelConfig(**FP8, attention_backend=backend), ParallelConfig(), meta=True)
     assert "".join(os.environ[VARIABLES[name]] for name in ("flash", "fused", "unfused")) == chosen
 
@@ -167,40 +158,3 @@ def test_what_a_machine_cannot_run(capability, model, message, monkeypatch):
     te_stand_in.install(monkeypatch, capability)
     with pytest.raises(ValueError, match=message):
         build_model(SIZES, ModelConfig(**FP8 | model), ParallelConfig(), meta=True)
-
-
-@pytest.mark.parametrize(
-    ("capability", "installed", "version"),
-    [
-        ((9, 0), {"flash_attn", "flash_attn_interface"}, 3),
-        ((9, 0), {"flash_attn_3"}, 3),
-        ((9, 0), {"flash_attn"}, 2),
-        ((10, 0), {"flash_attn", "flash_attn_interface"}, 2),
-        ((8, 0), {"flash_attn_interface"}, None),
-        ((7, 5), {"flash_attn"}, None),
-        ((9, 0), set(), None),
-    ],
-)
-def test_flash_attention_by_gpu(capability, installed, version, monkeypatch):
-    monkeypatch.setattr(layer_checks, "find_spec", lambda name: name if name in installed else None)
-    assert layer_checks.flash_version(capability) == version
-
-
-@pytest.mark.parametrize("sums", [False, True])
-def test_flash_attention_is_attention(sums, record, monkeypatch):
-    """Over a stand-in that takes and gives [B, S, heads, D] as flash-attn does, early versions with the sums."""
-
-    def attend(*heads):
-        context = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads)).transpose(1, 2)
-        return (context, None) if sums else context
-
-    monkeypatch.setattr(layer_checks, "find_spec", lambda name: name if name == "flash_attn_3" else None)
-    monkeypatch.setitem(
-        sys.modules, "flash_attn_3.flash_attn_interface", SimpleNamespace(flash_attn_func=attend)
-    )
-    settings = ModelConfig(init="random", dtype="bf16", attention_backend="flash")
-    model = build_model(SIZES, settings, ParallelConfig())
-    qkv = torch.randn(3, 7, 2, 4, 8)
-    attention = model.layers["0"].core_attention
-    assert isinstance(attention, FlashAttention)
-    assert torch.allclose(attention(*qkv), ScaledDotProductAttention()(*qkv), atol=1e-6)

@@ -1,5 +1,7 @@
 """Adapters against diffusers' transformer with adapters made by hand, and against PEFT where it is installed."""
 
+import flux_peer
+import peer
 import pytest
 import te_stand_in
 import torch
@@ -10,6 +12,7 @@ from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
+from soar_mega.models.family import read_sizes
 from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
@@ -41,43 +44,54 @@ def gradients(model, pairs, config):
     return {e.keys[0]: held[e.name].grad for pair in pairs for e in pair.entries(config.rank)}
 
 
-def adapted(folder, config, **changes):
+def adapted(folder, config, family=peer, **changes):
     """Our model and the peer, with the same adapters."""
-    peer = save_peer(folder, **{"dual_attention_layers": (0,), **changes})
+    other = family.save_peer(folder, **changes)
     model = load_diffusers(folder)
     adapters = with_adapters(model, config)
     factors = random_factors(adapters.pairs, config.rank)
     set_factors(model, adapters.pairs, config, factors)
-    return model, peer, adapters, factors
+    return model, other, adapters, factors
+
+
+def assert_equal_by_hand(model, other, adapters, factors, config, inputs, family):
+    adapt_peer(other, adapters.pairs, factors, config)
+    ours, theirs = model(*inputs), family.run_peer(other, inputs)
+    assert relative_error(ours, theirs) < 1e-5
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    errors = gradient_errors(gradients(model, adapters.pairs, config), peer_gradients(other, adapters.pairs))
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["published", "some-of-qkv", "every-linear"])
 @pytest.mark.parametrize("seed", [1, 4])
 def test_forward_and_every_gradient_equal_adapters_by_hand(config, seed, tmp_path):
     changes, size, batch, text = random_case(seed)
-    model, peer, adapters, factors = adapted(tmp_path, config, **{**changes, "dual_attention_layers": (0,)})
-    adapt_peer(peer, adapters.pairs, factors, config)
-    inputs = make_inputs(model.sizes, size, batch, text)
-    ours, theirs = model(*inputs), run_peer(peer, inputs)
-    assert relative_error(ours, theirs) < 1e-5
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(2))
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    errors = gradient_errors(gradients(model, adapters.pairs, config), peer_gradients(peer, adapters.pairs))
-    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:5]
+    case = adapted(tmp_path, config, **{**changes, "dual_attention_layers": (0,)})
+    assert_equal_by_hand(*case, config, make_inputs(case[0].sizes, size, batch, text), peer)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=["published", "every-linear"])
+def test_flux_equals_adapters_by_hand(config, tmp_path):
+    case = adapted(tmp_path, config, flux_peer)
+    modules = {pair.module for pair in case[2].pairs}
+    assert {"transformer_blocks.1.attn.add_q_proj", "single_transformer_blocks.2.attn.to_v"} <= modules
+    assert_equal_by_hand(*case, config, flux_peer.make_inputs(case[0].sizes), flux_peer)
 
 
 def test_forward_equals_peft(tmp_path):
     peft = pytest.importorskip("peft")
     config = CONFIGS[0]
-    model, peer, adapters, factors = adapted(tmp_path, config)
+    model, other, adapters, factors = adapted(tmp_path, config, dual_attention_layers=(0,))
     modules = [pair.module for pair in adapters.pairs]
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
-    peer = peft.inject_adapter_in_model(settings, peer)
-    loaded = peft.set_peft_model_state_dict(peer, factors)
+    other = peft.inject_adapter_in_model(settings, other)
+    loaded = peft.set_peft_model_state_dict(other, factors)
     assert not loaded.unexpected_keys
     inputs = make_inputs(model.sizes)
-    assert relative_error(model(*inputs), run_peer(peer, inputs)) < 1e-5
+    assert relative_error(model(*inputs), run_peer(other, inputs)) < 1e-5
 
 
 def test_the_published_targets_of_sd35_medium():
@@ -116,6 +130,15 @@ def test_a_target_that_matches_nothing_is_named():
         ValueError, match=r"lora.targets: 'to_q' matches no linear.*transformer_blocks.\*.attn.to_q"
     ):
         adapter_pairs(entries(SD3Sizes(**SMALL)), ["to_q"])
+
+
+def test_a_target_that_is_computed_in_parts_is_named():
+    """FLUX's proj_out of attention and MLP side by side. A pattern that means more leaves it out."""
+    sizes = read_sizes({"_class_name": "FluxTransformer2DModel", **flux_peer.SMALL})
+    table = sizes.family.entries(sizes)
+    with pytest.raises(ValueError, match=r"single_transformer_blocks.0.proj_out is computed in two parts"):
+        adapter_pairs(table, ["*.proj_out"])
+    assert not any(pair.module.endswith(".proj_out") for pair in adapter_pairs(table, EVERY_LINEAR))
 
 
 def test_merged_weights_are_the_adapted_model(tmp_path):
@@ -163,15 +186,23 @@ def test_dropout_leaves_out_features_of_a_step(tmp_path):
     assert len(rows.unique(dim=0)) == len(rows)  # each pair has its own
 
 
-def test_adapters_on_transformer_engine_s_linears(tmp_path, monkeypatch):
-    """Over the stand-in: adapters compute beside what FP8 casts, as they do beside torch's linears."""
+@pytest.mark.parametrize(("dtype", "fp8", "close"), [("fp32", None, 1e-5), ("bf16", "hybrid", 0.05)])
+@pytest.mark.parametrize("family", [peer, flux_peer], ids=["sd3", "flux"])
+def test_adapters_on_transformer_engine_s_linears(family, dtype, fp8, close, tmp_path, monkeypatch):
+    """Over the stand-in: adapters compute and learn beside what FP8 casts as they do beside torch's linears."""
     config = CONFIGS[0]
-    model, _, adapters, factors = adapted(tmp_path, config)
+    family.save_peer(tmp_path)
+    model = load_diffusers(tmp_path, dtype)
     te_stand_in.install(monkeypatch)
-    settings = ModelConfig(dtype="fp32", transformer_impl="transformer_engine")
+    settings = ModelConfig(dtype=dtype, transformer_impl="transformer_engine", fp8=fp8)
     other = build_model(model.sizes, settings, ParallelConfig())
     load_weights(other, tmp_path)
-    with_adapters(other, config)
-    set_factors(other, adapters.pairs, config, factors)
-    inputs = make_inputs(model.sizes)
-    torch.testing.assert_close(other(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+    inputs, velocities, learnt = family.make_inputs(model.sizes), [], []
+    for each in (other, model):
+        adapters = with_adapters(each, config)
+        set_factors(each, adapters.pairs, config, random_factors(adapters.pairs, config.rank))
+        velocities.append(each(*inputs))
+        velocities[-1].square().sum().backward()
+        learnt.append(gradients(each, adapters.pairs, config))
+    assert relative_error(*velocities) < close
+    assert max(gradient_errors(*learnt).values()) < close

@@ -1,5 +1,6 @@
 """Rewards by name: their values, their sum, and what happens to a sample that cannot be judged."""
 
+import importlib.util
 import logging
 import math
 import sys
@@ -14,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from soar_mega.data.canvases import KINDS, draw_caption
-from soar_mega.evaluation.benchmark import CATEGORIES, OCR, benchmark_prompts, real_canvases, score
 from soar_mega.evaluation.scorers.tiny import write_tiny_weights
+from soar_mega.examples.digits.benchmark import CATEGORIES, OCR, benchmark_prompts, real_canvases, score
+from soar_mega.examples.digits.canvases import KINDS, draw_caption
+from soar_mega.examples.digits.scorer import DigitsScorer, asked_by_metadata, asked_by_prompt
 from soar_mega.rewards import Rewards, make_rewards
-from soar_mega.rewards.digits import DigitsScorer, asked_by_metadata, asked_by_prompt
 
 NOTHING: dict[str, Any] = {}
 
@@ -66,6 +67,23 @@ def broken(*_: object) -> Tensor:
     raise RuntimeError("out of paint")
 
 
+class Green:
+    """As `Scorer` says."""
+
+    name, version, weights_hash = "green", "1", ""
+
+    def score(self, images: Tensor, *_: object) -> dict[str, Tensor]:
+        return {"green": images[:, 1].mean(dim=(1, 2)).double()}
+
+
+class NoScorer:
+    name = "none"
+
+
+class Asks:
+    def __init__(self, much: int) -> None: ...
+
+
 HERE = f"{__name__}:"
 
 
@@ -97,6 +115,13 @@ def test_the_total_is_the_weighted_sum() -> None:
         + torch.tensor([1, 2, 3.5])
     )
     torch.testing.assert_close(values["total"], expected, rtol=1e-6, atol=0)
+
+
+def test_a_class_of_the_users_own_is_a_reward() -> None:
+    rewards, images = make_rewards({HERE + "Green": 3.0}), pictures(2)
+    assert rewards.names == ("green",)
+    values = rewards.score(images, ["a"] * 2, [NOTHING] * 2)
+    assert torch.equal(values["total"], 3 * images[:, 1].mean(dim=(1, 2)).double())
 
 
 def test_a_reward_of_weight_0_is_only_looked_at() -> None:
@@ -279,7 +304,10 @@ def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCapture
         ({"clip_score": 1.0}, "the scorer clip_score lacks"),
         ({HERE + "two#digits": 1.0, "digits": 1.0}, "digits is called digits, as another reward is"),
         ({"no_such_module_xyz:fn": 1.0}, "PYTHONPATH"),
-        ({HERE + "three": 1.0}, "has no function three"),
+        ({HERE + "three": 1.0}, "has no function or class three"),
+        ({HERE + "Green#red": 1.0}, "#NAME goes with a function"),
+        ({HERE + "NoScorer": 1.0}, "a class without version, weights_hash, score"),
+        ({HERE + "Asks": 1.0}, "cannot be made without arguments"),
         ({"broken_reward:fn": 1.0}, "cannot be imported: ZeroDivisionError"),
     ],
 )
@@ -292,6 +320,20 @@ def test_rewards_that_cannot_be_made_are_named(
         make_rewards(weights)
     assert why in str(error.value)
     sys.modules.pop("broken_reward", None)
+
+
+def test_digits_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scikit-learn is not installed."""
+    from soar_mega.cli.doctor import scorers
+
+    for name in [name for name in sys.modules if name.startswith("soar_mega.examples")]:
+        monkeypatch.delitem(sys.modules, name)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else found(name))
+    with pytest.raises(ValueError, match=r"pip install 'soar_mega\[digits\]'$"):
+        make_rewards({"digits": 1.0})
+    [line] = [line for line in scorers("") if line.startswith("digits")]
+    assert "not usable: lacks" in line and "pip install 'soar_mega[digits]'" in line
 
 
 def test_what_judges_is_logged(caplog: pytest.LogCaptureFixture) -> None:

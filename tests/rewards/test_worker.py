@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.cli import main
-from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases
+from soar_mega.examples.digits.benchmark import benchmark_prompts, real_canvases
 from soar_mega.rewards import make_rewards
 from soar_mega.rewards.asking import Patience
 from soar_mega.rewards.client import WorkerScorer
@@ -152,6 +152,11 @@ def test_a_worker_gives_what_the_same_scorers_give_here(served: Served, token: N
 
 def test_the_version_of_a_scorer_comes_with_it(served: Served, token: None) -> None:
     assert WorkerScorer(f"{served.url}/score#jpeg_incompressibility").version.startswith("quality 95")
+
+
+def test_a_reward_may_be_asked_for_by_what_a_recipe_calls_it(served: Served, token: None) -> None:
+    scorer = WorkerScorer(f"{served.url}/score#own_rewards:mean_red")
+    assert scorer.name == "mean_red" and list(scorer.score(pictures(1), ["a"], [{}])) == ["mean_red"]
 
 
 def test_questions_of_unirl_and_flow_factory_are_understood(served: Served) -> None:

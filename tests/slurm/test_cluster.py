@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import Cluster, missing
+from rl_cases import rl_words
 from tiny_runs import make_shards
 
 from soar_mega.cli import main
@@ -234,6 +235,40 @@ def test_sweep_requeues_the_stopped_element_alone(reference: Launched, cluster: 
     assert (run.folder / "0" / "complete.json").exists() and (run.folder / "1" / "complete.json").exists()
 
 
+def test_the_runs_of_a_laboratory(cluster: Cluster, work: Path) -> None:
+    """tools/sweep.py --slurm: an array of the runs that are missing; what is complete is in no further one."""
+    shared = [word for word in settings(work, 2) if not word.startswith("train.train_iters")]
+    said = {
+        "folder": str(work / "laboratory"),
+        "overrides": [*shared, "checkpoint.export=false"],
+        "seeds": [1],
+        "budget": {"steps": 2},
+        "measures": {"drift": {"drift": [0.9, 0.65], "guidance_scale": 3}},
+        "primary": ["drift"],
+        "slurm": {"processes_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "time": "00:10:00"},
+        "arms": {name: {"recipe": f"recipes/tiny/{name}.yaml"} for name in ("sft", "soar")},
+    }
+    file = work / "laboratory.yaml"
+    file.write_text(yaml.safe_dump(said))
+
+    def write_script() -> str:
+        command = [sys.executable, "tools/sweep.py", str(file), "--slurm"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    folder = work / "laboratory" / "runs"
+    script = work / "laboratory" / "slurm" / "job.sbatch"
+    assert write_script() == f"2 runs: sbatch {script}\n"
+    cluster.call("sbatch", str(script))
+    markers = [folder / name / "complete.json" for name in ("sft-1", "soar-1")]
+    wait_for(
+        lambda: all(marker.exists() for marker in markers),
+        lambda: cluster.call("squeue") + logs(work),
+    )
+    assert write_script() == "all runs are complete\n"
+    markers[0].unlink()
+    assert write_script() == f"1 runs: sbatch {script}\n" and "runs/soar-1" not in script.read_text()
+
+
 def test_container_and_gpus(reference: Launched, cluster: Cluster, work: Path) -> None:
     size = ("--nodes", "1", "--processes-per-node", "2", "--gpus-per-node", "2")
     run = Launched(
@@ -287,6 +322,50 @@ def test_chain_of_three(cluster: Cluster, work: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "sft: complete\nsoar: complete\nrl: complete\n"
     assert main(["chain", str(file), "--slurm"]) == 0
     assert capsys.readouterr().out == "all links are complete\n"
+
+
+def test_a_reward_worker_is_there_as_long_as_its_link(
+    cluster: Cluster, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of its own, on another node than the run; a broken one ends the run, and its words say why."""
+    own = work / "own_reward.py"
+    own.write_text("raise ImportError('out of order')")
+    monkeypatch.setenv("PYTHONPATH", f"{work}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = rl_words(
+        work / "rl_words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
+    )
+    link = {
+        "name": "rl",
+        "train": "recipes/tiny/flow_grpo.yaml",
+        "overrides": [word for word in words if not word.startswith("checkpoint.save=")],
+        "slurm": {"nodes": 1, "processes_per_node": 2},
+        "reward_worker": {"serve": ["own_reward:red"]},
+    }
+    file = chain_file(work / "judged.yaml", work, [link])
+    folder = work / "judged" / "rl"
+
+    def queue() -> list[str]:
+        return [
+            line for line in cluster.call("squeue", "--noheader", "--format=%j").split() if "judged" in line
+        ]
+
+    assert main(["chain", str(file), "--slurm"]) == 0
+    wait_for(lambda: not queue(), lambda: cluster.call("squeue") + logs(work / "judged"))
+    assert "exit code 1" in (folder / "reward_worker" / "failure.txt").read_text()
+    assert "out of order" in logs(folder)
+    assert re.search(r"reward worker file:.*/url: job \d+ on n\d: exit code 1", logs(work / "judged"))
+
+    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    capsys.readouterr()
+    assert main(["chain", str(file), "--slurm"]) == 0
+    wait_for(
+        lambda: (folder / "completed.json").exists() and not queue(),
+        lambda: cluster.call("squeue") + logs(work / "judged"),
+    )
+    assert "reward/red: " in (folder / "train.log").read_text()
+    told = logs(folder)
+    assert "ready: red" in told and "the job that this one serves has ended" in told
+    assert (folder / "reward_worker" / "ended").exists()
 
 
 def test_broken_link_cancels_the_rest(

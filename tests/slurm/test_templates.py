@@ -5,7 +5,9 @@ import resource
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -33,17 +35,26 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def start(tmp_path: Path, srun: str, retries: int = 0, job: str = "7", **environment: str) -> tuple[int, str]:
+def start(
+    tmp_path: Path,
+    srun: str,
+    retries: int = 0,
+    job: str = "7",
+    more: Mapping[str, str] = MappingProxyType({}),
+    before: str = "",
+    **environment: str,
+) -> tuple[int, str]:
     """One start of a job whose run folder is tmp_path/run; its exit code and what it asked SLURM for."""
     fakes = tmp_path / "fakes"
     fakes.mkdir(exist_ok=True)
-    for name, body in FAKES.items():
+    for name, body in {**FAKES, **more}.items():
         (fakes / name).write_text(f"#!/bin/bash\n{body}\n")
         (fakes / name).chmod(0o755)
     (tmp_path / "calls").write_text("")
     script = (
-        f"source {TEMPLATES}/until_complete.sh\nuntil_complete run/complete.json 60 {retries} x; echo after"
+        f"source {TEMPLATES}/until_complete.sh\n{before}\nuntil_complete run/complete.json 60 {retries} x"
     )
+    script += "; echo after"
     values = {
         "PATH": f"{fakes}:{os.environ['PATH']}",
         "SRUN": srun,
@@ -127,6 +138,22 @@ def test_usr1_is_passed_on_until_the_ranks_end(tmp_path: Path) -> None:
     ranks = "kill -USR1 $PPID; until [[ -e asked ]]; do sleep 0.1; done; echo 5 > run/latest_checkpointed_iteration.txt"
     _, calls = start(tmp_path, ranks, ON_SIGNAL="1")
     assert calls.splitlines() == ["scancel --signal=USR1 7", "requeue 7"]
+
+
+def test_what_serves_a_job_ends_with_it(tmp_path: Path) -> None:
+    """Not before the job has a number, and not while SLURM does not answer."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "complete.json").touch()  # of an earlier worker
+    answers = ["echo 8", "echo 9 > run/job_id; echo 9", "exit 1", "echo 10"]
+    cases = "".join(f"{number}) {words} ;; " for number, words in enumerate(answers, start=1))
+    fakes = {
+        "sleep": "exec /bin/sleep 0.1",
+        "squeue": f"echo x >> asks; case $(wc -l < asks) in {cases} esac",
+    }
+    until_asked = "until [[ -s calls ]]; do /bin/sleep 0.1; done"
+    told = start(tmp_path, until_asked, more=fakes, before="beside=run/job_id")
+    assert told == (0, "scancel --signal=TERM 7") and (tmp_path / "run" / "complete.json").exists()
+    assert len((tmp_path / "asks").read_text().split()) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Advantages against the published trainers' formulas, and rewards that are missing or equal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from rl_trainers import TRAINERS, advantages_of
+from rl_trainers import TRAINERS, advantages_of, mix_grpo_advantages
 
+from soar_mega.evaluation.scorer import TOTAL
 from soar_mega.stages import FlowGrpoConfig
-from soar_mega.stages.advantages import advantages, groups
+from soar_mega.stages.advantages import advantages, advantages_of_all, groups
 from soar_mega.stages.published import PUBLISHED
 
 REWARDS = torch.from_numpy(np.random.default_rng(3).normal(0.4, 0.2, 35))
@@ -18,6 +21,24 @@ def test_advantages_are_the_trainers(name):
     ours = advantages(REWARDS, PROMPT, PUBLISHED[name].stage)
     theirs = advantages_of(REWARDS.numpy(), PROMPT.tolist(), TRAINERS[name].std_of)
     torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-12, atol=1e-13)
+
+
+def test_each_reward_may_have_advantages_of_its_own():
+    """As in MixGRPO. A sample that one of them could not judge counts for none; a reward of weight 0 for nothing."""
+    others = REWARDS.flip(0).square() * 30
+    config = replace(PUBLISHED["mix_grpo"].stage, rewards={"a": 0.2, "b": 0.8, "c": 0.0})
+    rewards = {"a": REWARDS, "b": others, "c": others.sqrt(), TOTAL: 0.2 * REWARDS + 0.8 * others}
+    found = advantages_of_all(rewards, PROMPT, config)
+    theirs = mix_grpo_advantages([REWARDS.numpy(), others.numpy()], [1.0, 4.0], PROMPT.tolist())
+    torch.testing.assert_close(found, torch.from_numpy(theirs), rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(found, advantages(rewards[TOTAL], PROMPT, config), atol=0.1)
+
+    known = torch.arange(35) != 6
+    missing = rewards | {name: rewards[name].masked_fill(~known, torch.nan) for name in ("b", TOTAL)}
+    found = advantages_of_all(missing, PROMPT, config)
+    rest = advantages_of_all({name: values[known] for name, values in rewards.items()}, PROMPT[known], config)
+    assert torch.equal(found.isnan(), ~known)
+    torch.testing.assert_close(found[known], rest, rtol=1e-12, atol=1e-13)
 
 
 def test_root_of_variance_and_epsilon_as_in_unirl_per_prompt():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rl_trainers import TRAINERS, Step, advantages_of
+from rl_trainers import TRAINERS, Step, advantages_of, mix_grpo_windows
 from small_collection import (
     FIRST,
     IMAGES,
@@ -17,6 +17,7 @@ from small_collection import (
     SHAPE,
     THETA,
     Case,
+    alike,
     assert_same_gradient,
     collect,
     with_guidance,
@@ -154,7 +155,9 @@ def test_what_cannot_be_learned_from_counts_for_nothing():
 @pytest.mark.parametrize("name", ["flow_grpo_ocr", "grpo_guard_ocr", "unirl_grpo"])
 def test_a_sample_that_ended_in_nan_harms_nothing(name):
     case = collect(PRESETS[name])
-    advantages = case.stage.advantages(REWARDS.index_fill(0, torch.tensor([0]), torch.nan), case.prompt)
+    advantages = case.stage.advantages(
+        alike(case.config, REWARDS.index_fill(0, torch.tensor([0]), torch.nan)), case.prompt
+    )
     broken = replace(case.drawn)
     losses = []
     for value in (0.0, torch.nan):
@@ -207,6 +210,16 @@ def test_a_sliding_window_moves_with_the_collections_and_begins_again():
     )
     first = learned_steps(config, 1, torch.arange(0, 4 * 3 * 4, 4))[:, 0]  # of twelve collections
     assert first.tolist() == [0, 0, 0, 2, 2, 2, 4, 4, 4, 0, 0, 0]
+
+
+def test_mix_grpo_slides_as_published():
+    """Every 25 collections by one step. At the end of its range theirs shrinks before it begins again."""
+    config = PRESETS["mix_grpo"]
+    collections, whole = torch.arange(0, 20 * 25), config.samples_per_collection
+    theirs = mix_grpo_windows(len(collections), config.sampling_steps, 4, every=25, stride=1)
+    assert learned_steps(config, 1, collections * whole).tolist() == theirs
+    assert theirs[-1] == [19, 20, 21, 22]
+    assert learned_steps(config, 1, torch.tensor([500 * whole])).tolist() == [[0, 1, 2, 3]]
 
 
 def test_learned_steps_are_drawn_per_sample_of_the_stochastic_ones():

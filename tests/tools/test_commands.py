@@ -1,5 +1,6 @@
 """Running commands side by side."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from walk.commands import Command, run_together
+from walk.commands import Command, places_on_gpus, run_together
 
 
 def python(folder: Path, name: str, code: str) -> Command:
@@ -42,6 +43,34 @@ def test_a_failure_is_shown_and_stops_the_others(tmp_path: Path) -> None:
     ):
         run_together([endless], [failing])
     assert time.monotonic() - started < 30
+
+
+def test_a_queue_gives_each_process_a_gpu_and_writes_receipts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert places_on_gpus(3) == ["0", "1", "0"]
+    code = f"""
+import os, pathlib, time
+here = pathlib.Path({str(tmp_path)!r})
+(here / os.environ["CUDA_VISIBLE_DEVICES"]).touch()
+while len(list(here.glob("[01]"))) < 2: time.sleep(.05)
+"""
+    commands = [
+        dataclasses.replace(python(tmp_path, name, code), receipt=(tmp_path / f"{name}.txt", "done\n"))
+        for name in ("a", "b", "c")
+    ]
+    assert not commands[0].has_receipt()
+    run_together(*([command] for command in commands), at_once=2)
+    assert all(command.has_receipt() for command in commands)
+    assert not dataclasses.replace(commands[0], receipt=(tmp_path / "a.txt", "otherwise\n")).has_receipt()
+    failing = dataclasses.replace(
+        python(tmp_path, "d", "raise SystemExit(1)"), receipt=(tmp_path / "d.txt", "")
+    )
+    with pytest.raises(RuntimeError, match="d failed"):
+        run_together([failing])
+    assert not failing.has_receipt()
 
 
 def test_the_state_of_a_training_run_is_its_last_iteration(

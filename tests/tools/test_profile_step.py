@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import performance_page
@@ -12,12 +13,14 @@ import profile_step
 import pytest
 import torch
 from multirank import run_ranks
-from step_profile import memory, page
-from step_profile.operators import covered
+from step_profile import kernels, memory, page
+from step_profile.operators import on_device, on_host
 from step_profile.recorder import Recorder, Span
 from step_profile.summary import bubble, by_phase, chrome_trace
 from tiny_runs import ROOT, tiny_words
+from torch.autograd import DeviceType
 
+from soar_mega.kernels.variants import all_variants
 from soar_mega.phases import Phases, phases
 
 
@@ -55,6 +58,7 @@ def check_numbers(said: dict[str, Any], out: Path, inner: set[str]) -> None:
             assert f"<td>{name}</td><td>{page.milliseconds(rank['phases'][name]['host'])}</td>" in html
     assert page.milliseconds(said["median_seconds"]) in html and page.overhead(said) in html
     assert page.milliseconds(said["operators"]["top"][0]["host_seconds"]) in html
+    assert said["kernels"] is None and "<h2>Kernels</h2>" not in html
     for picture in ("timeline", "memory"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert html.count("data:image/png;base64,") == 2
@@ -124,7 +128,6 @@ def test_every_layout(
     assert len(said["ranks"]) == ranks
 
 
-@pytest.mark.slow
 def test_made_up_samples_need_no_data(tmp_path: Path) -> None:
     words = tiny_words(tmp_path / "absent", tmp_path / "run")
     arguments = [str(ROOT / "recipes/tiny/soar.yaml"), *words, "--out", str(tmp_path), "--no-checkpoint"]
@@ -198,8 +201,115 @@ def test_an_ideal_pipeline_has_the_ideal_bubble() -> None:
 
 
 def test_kernels_that_run_at_once_count_once() -> None:
-    assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
-    assert covered([]) == 0
+    assert kernels.covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+    assert kernels.covered([]) == 0
+
+
+TORCH_COPY = (
+    "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::"
+    "direct_copy_kernel_cuda(at::TensorIteratorBase&)::{lambda()#3}::operator()() const>(at::TensorIteratorBase&)>(int)"
+)
+NAMES = {  # of profiles on H100s, of kernels/source and of Transformer Engine's library
+    "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN": "matrix products",
+    "nvjet_sm90_tss_192x192_64x3_2x1_v_badd_coopB_NTN": "matrix products",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>(float)": "matrix products",
+    "nvjet_sm90_qqtst_128x256_128x6_2x1_v_bz_TNT": "matrix products in FP8",
+    "nvjet_qqtst_128x160_128x6_2x1_v_bz_TNT": "matrix products in FP8",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, "
+    "cutlass::bfloat16_t> >(pytorch_flash::Flash_fwd_params)": "attention, forward",
+    "void pytorch_flash::flash_bwd_dot_do_o_kernel<true>(pytorch_flash::Flash_bwd_params)": "attention, backward",
+    "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90<2> > > "
+    ">(flash::Params)": "attention, forward",
+    "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<flash::CollectiveMainloopBwdSm90<2> > > "
+    ">(flash::Params)": "attention, backward",
+    "void cutlass::device_kernel<flash::FlashAttnBwdPreprocess<cute::tuple<cute::C<128> > > >(flash::Params)": (
+        "attention, backward"
+    ),
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0": (
+        "attention, forward"
+    ),
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_kernel0_0": (
+        "attention, backward"
+    ),
+    "adaln_forward_kernel": "adaLN and QK norm, forward",
+    "qk_norm_backward_kernel": "adaLN and QK norm, backward",
+    "bias_gelu_forward_kernel": "GELU, biases and gated adds",
+    "gated_add_backward_kernel": "GELU, biases and gated adds",
+    "rollout_renoise_tokens_kernel": "SOAR's own",
+    "correction_loss_kernel": "SOAR's own",
+    "sum_kernel": "sums",
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float> >(at::native::ReduceOp<float>)": "sums",
+    TORCH_COPY: "elementwise and copies",
+    "Memcpy DtoD (Device -> Device)": "elementwise and copies",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
+    "FusedOptimizerTensorListMetadata<4> >(float)": "optimizer",
+    "void transformer_engine::(anonymous namespace)::amax_kernel<8, true, __nv_bfloat16>(float*)": "casts to FP8",
+    "void transformer_engine::(anonymous namespace)::cast_transpose_general_kernel<8, 4>(float*)": "casts to FP8",
+    "(anonymous namespace)::cast_transpose_optimized_kernel(float*)": "casts to FP8",
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",
+    "a_kernel_that_nobody_knows": "rest",
+}
+
+
+def test_kernels_by_kind() -> None:
+    assert {name: kernels.kind_of(name) for name in NAMES} == NAMES
+    ours = {variant.kernel: variant.module for variant in all_variants()}
+    assert len(set(ours)) == len({(v.module, v.kernel) for v in all_variants()})  # a name of its own for each
+    assert not {kernels.kind_of(name) for name in ours} & {
+        kernels.REST,
+        "elementwise and copies",
+        "matrix products",
+    }
+    assert kernels.short(TORCH_COPY).startswith(
+        "elementwise_kernel<128, 4, gpu_kernel_impl_nocast<direct_copy_kern"
+    )
+    assert len(kernels.short(TORCH_COPY)) == 80
+
+
+def event(name: str, start: float, end: float, device: DeviceType, is_range: bool = False) -> Any:
+    """As torch.profiler has it, in microseconds."""
+    return SimpleNamespace(
+        name=name,
+        key=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        device_type=device,
+        is_user_annotation=is_range,
+        count=1,
+        self_cpu_time_total=end - start if device == DeviceType.CPU else 0.0,
+        self_device_time_total=1e12,  # graph replays have what is nobody's added to theirs
+    )
+
+
+def test_only_what_runs_on_the_gpu_is_its_work(tmp_path: Path) -> None:
+    """A made-up step: a graph's replay, kernels of it on two streams, and what the profiler puts in beside them."""
+    events = [
+        event("_Replayed", 0, 50, DeviceType.CPU),
+        event("Command Buffer Full", 50, 5e7, DeviceType.CPU),
+        event("learn", 0, 1e6, DeviceType.CUDA, is_range=True),
+        event("nvjet_sm90_tst_192x192", 0, 4e5, DeviceType.CUDA),
+        event("nvjet_sm90_tst_128x224", 4e5, 5e5, DeviceType.CUDA),
+        event("adaln_forward_kernel", 3e5, 6e5, DeviceType.CUDA),
+        event("nvjet_sm90_tst_192x192", 7e5, 8e5, DeviceType.CUDA),
+    ]
+    assert [row["name"] for row in on_host(events)] == ["Command Buffer Full", "_Replayed"]
+    found = kernels.of_a_step(on_device(events), step_seconds=0.8)
+    assert found["busy_seconds"] == pytest.approx(0.7) and found["launches"] == 4
+    kinds = {kind["name"]: (kind["seconds"], kind["launches"], kind["share"]) for kind in found["kinds"]}
+    assert kinds == {
+        "matrix products": (pytest.approx(0.6), 3, pytest.approx(0.75)),
+        "adaLN and QK norm, forward": (pytest.approx(0.3), 1, pytest.approx(0.375)),
+    }
+    assert [row["name"] for row in found["top"]] == [
+        "nvjet_sm90_tst_192x192",
+        "adaln_forward_kernel",
+        "nvjet_sm90_tst_128x224",
+    ]
+    html = page.kernels(found)
+    assert "<td>matrix products</td><td>3</td><td>600.00 ms</td><td>75.0%</td>" in html
+    row = "<code>adaln_forward_kernel</code></td><td>adaLN and QK norm, forward</td><td>1</td><td>300.00 ms</td>"
+    assert row in html
+    table = "\n".join(performance_page.step_kernels(found))
+    assert "| matrix products | 600.0 | 3 | 75.0 % | `nvjet_sm90_tst_192x192` |" in table
 
 
 def test_shared_storage_counts_once() -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from sweeping.choice import Choice, choice, put_into
 from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
-from sweeping.page import curves_figure, write_page
+from sweeping.page import curves_figure, write_markdown, write_page
 from sweeping.plan import Measure, read_sweep
 from sweeping.results import prompts_errors, results
-from sweeping.runs import job_script, runs_of
+from sweeping.runs import chains, job_script, runs_of
 
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
@@ -58,6 +59,7 @@ def test_the_study_and_its_screening_are_sweeps() -> None:
     used = {seed for arm in screening.arms for seed in arm.seeds}
     assert not used & {seed for arm in study.arms for seed in arm.seeds}  # what chose does not prove
     assert screening.arm("soar_g1_g3").units == 10.5
+    assert {arm.iterations for arm in screening.arms if "base" in arm.references} == {200, 734}  # the plateau
     large = {arm.name: arm for arm in read_sweep("recipes/sd35_medium/study.yaml").arms}
     assert large["soar"].units == 23 and large["soar_mixed"].units == 22.5 and large["control"].units == 21
     assert large["sft_long"].iterations == round(5000 * 23 / 3)
@@ -85,7 +87,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, changes: dict, words: 
 def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, curve=[4, 6, 40], slurm={"nodes": 1, "gpus_per_node": 0, "time": "00:30:00"})
     runs = {run.name: run for run in runs_of(sweep)}
-    assert list(runs) == ["sft-1", "sft-2", "soar-1", "soar-2"]  # 60 forward units each, 20 steps and 5
+    assert list(runs) == ["sft-1", "soar-1", "sft-2", "soar-2"]  # 60 forward units each, 20 steps and 5
     run = runs["sft-2"]
     assert {"train.seed=2", "train.train_iters=20", "checkpoint.save_retain_interval=2"} <= set(run.words)
     assert runs["soar-1"].arm.iterations == 5 and runs["soar-1"].curve == [4]
@@ -100,6 +102,17 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) 
     assert not run.is_done()  # begun
     run.marker.write_text("{}")
     assert run.is_done()
+    judging = {command.name: command for chain in chains(sweep, list(runs.values())) for command in chain}
+    assert (
+        " ".join(judging)
+        == "sft-1 evaluate-sft-1 soar-1 evaluate-soar-1 evaluate-sft-2 soar-2 evaluate-soar-2"
+    )
+    path, text = judging["evaluate-sft-2"].receipt
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert (
+        len(chains(sweep, list(runs.values()))) == 3
+    )  # what has been evaluated as it would be now is skipped
     script, missing = job_script(sweep, list(runs.values()))
     assert missing == 3 and "#SBATCH --array=0-2" in script and "runs/sft-2" not in script
 
@@ -210,7 +223,7 @@ def write_evaluation(folder: Path, arms: dict[str, float], halves: int = 2) -> N
 def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, base="recipes/tiny/base")
     write_evaluation(tmp_path / "evaluation", {"base": 0.2, "sft": 0.4, "soar": 0.6})
-    result = results(sweep, Evaluated(tmp_path / "evaluation"), "tools/sweep.py")
+    result = results(sweep, Evaluated([tmp_path / "evaluation"]))
     best, unguided = result["measures"]["best"], result["measures"]["unguided"]
     assert best["guidance_scale"] == {"sft": 3.0, "soar": 3.0}
     # of 20 prompts of a category (10 in the half that is reported) 8 + seed and 12 + seed are right
@@ -231,6 +244,68 @@ def test_results_and_page_of_an_evaluation(tmp_path: Path) -> None:
     page = write_page(json.loads(json.dumps(result)), Path("small.html")).decode()
     assert "soar - sft" in page and "+0.200" in page and page.count("data:image/png") == 3
     assert b"tools/sweep.py" in curves_figure(result, "best")
+    assert "| soar - sft | best | +0.200 |" in write_markdown(result)
+
+
+def test_arms_are_compared_with_the_base(tmp_path: Path) -> None:
+    """It has no chance in training: the variance of a difference is that of the arm's mean alone."""
+    arms = {"sft": SMALL["arms"]["sft"], "soar": SMALL["arms"]["soar"] | {"references": ["sft", "base"]}}
+    with pytest.raises(ValueError, match="no arm 'base'"):
+        sweep_of(tmp_path, arms=arms)
+    sweep = sweep_of(tmp_path, arms=arms, base="recipes/tiny/base")
+    write_evaluation(tmp_path / "evaluation", {"base": 0.2, "sft": 0.4, "soar": 0.6})
+    contrasts = results(sweep, Evaluated([tmp_path / "evaluation"]))["contrasts"]
+    [found] = [each for each in contrasts if (each["measure"], each["reference"]) == ("best", "base")]
+    assert found["value"] == pytest.approx(0.65 - 0.2) and found["seeds"] == 2
+    scores = {"base": {1: 0.0, 2: 0.0}, "a": {1: 1.0, 2: 3.0}}
+    chance = Chance(deviation=1.0, freedom=3)
+    assert contrast(scores, "a", "base", "", chance, 0.0, 0.0, trained=1).errors.seeds == pytest.approx(
+        0.5**0.5
+    )
+
+
+def screened(best: dict[str, float], units: dict[str, float]) -> dict:
+    """Results of a screening with two seeds, whose standard error of a mean is .01."""
+    return {
+        "measures": {
+            "best": {
+                "arms": {name: {"mean": mean, "runs": 2} for name, mean in best.items()},
+                "chance": {"deviation": 0.01 * 2**0.5, "freedom": 9},
+            }
+        },
+        "arms": [{"name": name, "iterations": 200, "units": units.get(name, 10)} for name in best],
+    }
+
+
+def test_a_screening_chooses_by_its_rule() -> None:
+    screening = Path("recipes/tiny/screening.yaml")
+    best = {"sft": 0.9, "soar": 0.8, "soar_g1": 0.7, "soar_n1": 0.691, "soar_length": 0.65}
+    chosen = choice(screened(best, {"soar_n1": 7}), screening)
+    assert (chosen.arm, chosen.control) == (
+        "soar_n1",
+        "control_n1",
+    )  # cheaper, and within an error of the best
+    assert chosen.overrides == ["stage.guidance_scale=1", "stage.num_auxiliary_points=1"]
+    assert chosen.control_overrides == ["stage.num_auxiliary_points=1"]
+    assert choice(screened(best | {"soar_n1": 0.689}, {"soar_n1": 7}), screening).arm == "soar_g1"
+    assert choice(screened(best | {"soar_n1": 0.69}, {}), screening).arm == "soar_g1"  # as dear: the better
+    with pytest.raises(ValueError, match="soar_"):
+        choice(screened({"sft": 0.9, "soar": 0.8}, {}), screening)
+
+
+def test_a_choice_replaces_the_chosen_arm_alone() -> None:
+    text = Path("recipes/tiny/study.yaml").read_text()
+    words = ["stage.guidance_scale={1: 0.5, 3: 0.5}", "stage.points=[1, 3]"]
+    chosen = Choice(arm="a", control="b", overrides=words, control_overrides=[])
+    before, after = yaml.safe_load(text)["arms"], yaml.safe_load(put_into(text, chosen))["arms"]
+    assert after["soar_chosen"].pop("overrides") == after["soar_chosen_long"].pop("overrides") == words
+    assert after["control_chosen"].pop("overrides") == []
+    for name in ("soar_chosen", "soar_chosen_long", "control_chosen"):
+        del before[name]["overrides"]
+    assert before == after
+    assert put_into(put_into(text, chosen), chosen) == put_into(text, chosen)
+    with pytest.raises(ValueError, match="0 lists that it calls &chosen"):
+        put_into("arms: {}", chosen)
 
 
 def test_the_scale_is_chosen_on_prompts_that_are_not_reported(tmp_path: Path) -> None:
@@ -245,13 +320,14 @@ def test_the_scale_is_chosen_on_prompts_that_are_not_reported(tmp_path: Path) ->
         writer.writeheader()
         writer.writerows(rows)
     sweep = sweep_of(tmp_path, arms={"sft": SMALL["arms"]["sft"]})
-    best = results(sweep, Evaluated(tmp_path / "evaluation"), "")["measures"]["best"]
+    best = results(sweep, Evaluated([tmp_path / "evaluation"]))["measures"]["best"]
     assert best["guidance_scale"] == {"sft": 1.0} and best["scores"]["sft"] == {1: 0.0, 2: 0.0}
     with pytest.raises(ValueError, match=r"soar#1 has no images of canvases"):
-        results(sweep_of(tmp_path), Evaluated(tmp_path / "evaluation"), "")
+        results(sweep_of(tmp_path), Evaluated([tmp_path / "evaluation"]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the machine has other work
 def test_a_sweep_goes_all_the_way_and_then_has_nothing_to_do(tmp_path: Path) -> None:
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
     said = SMALL | {
@@ -267,11 +343,11 @@ def test_a_sweep_goes_all_the_way_and_then_has_nothing_to_do(tmp_path: Path) -> 
     said["arms"] = {name: arm | {"budget": {"steps": 2}} for name, arm in SMALL["arms"].items()}
     path.write_text(yaml.safe_dump(said))
     command = [sys.executable, "tools/sweep.py", str(path)]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True)
     result = json.loads((out / "report.json").read_text())
     assert len(result["contrasts"]) == 3 and result["contrasts"][0]["p"] is None  # one seed
     assert [point["iteration"] for point in result["measures"]["best"]["curves"]["soar"]] == [1, 2]
     written = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}
-    again = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "0 of 2 runs to do" in again.stdout
     assert written == {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*") if file.is_file()}

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from multirank import RankFailure, run_ranks
 from PIL import Image
-from rl_cases import STAGES, rl_recipe, rl_steps, taken
+from rl_cases import STAGES, mean_red, rl_recipe, rl_steps, rl_words, taken
 from safetensors.torch import load_file
 from tiny_runs import held_out, logged, tiny_recipe
 from torch import Tensor
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.cli import main
 from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import stop_world
@@ -29,6 +30,7 @@ from soar_mega.training.experience import Share, order_of_pass
 from soar_mega.training.loop import Steps
 
 ITERATIONS = 6  # of collections that are learned from in 4
+Finished = dict[str, tuple[Recipe, list[float], list[dict[str, Any]]]]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,9 +56,9 @@ def checkpoint(run: Steps) -> None:
     saver.finish()
 
 
-def saved_run(recipe: Recipe) -> list[float]:
-    """The losses of a run with a checkpoint after each step, also between a collection and the first one."""
-    losses = []
+def saved_run(recipe: Recipe) -> tuple[list[float], list[dict[str, Any]]]:
+    """Losses and places of a run with a checkpoint after each step, also between a collection and the first one."""
+    losses, places = [], []
     with rl_steps(recipe) as run:
         for _ in range(ITERATIONS):
             run.collect()
@@ -64,37 +66,43 @@ def saved_run(recipe: Recipe) -> list[float]:
                 checkpoint(run)
             losses.append(run.learn()["loss"])
             run.update()
+            places.append(run.collector.place.state_dict())
             checkpoint(run)
-    return losses
+    return losses, places
 
 
-def resumed_losses(recipe: Recipe, iteration: int) -> list[float]:
-    """The next losses of a run that goes on from the checkpoint of an iteration."""
+def resumed(recipe: Recipe, iteration: int) -> tuple[list[float], list[dict[str, Any]]]:
+    """The next losses and places of a run that goes on from the checkpoint of an iteration."""
     RunFolder(recipe.checkpoint.save).set_latest(iteration)
     with rl_steps(recipe) as run:
         assert run.progress.iteration == iteration
         assert run.collector is not None
-        found = []
+        losses, places = [], []
         for _ in range(iteration, min(iteration + 2, ITERATIONS)):
             assert (run.collect() is not None) == (run.progress.iteration == 4)
-            found.append(run.learn()["loss"])
+            losses.append(run.learn()["loss"])
             run.update()
-    return found
+            places.append(run.collector.place.state_dict())
+    return losses, places
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "flow_grpo": {"stage__old_log_probabilities": "replayed"},
+    "flow_grpo": {
+        "stage__old_log_probabilities": "replayed",
+        "stage__rewards": "{'test_rl_runs:mostly_known#mean_red': 1.0}",
+        "data__max_failed_share": 0.5,
+    },
     "diffusion_nft": {"lora__rank": 4},
 }
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> dict[str, tuple[Recipe, list[float]]]:
-    """A run of each stage, with a checkpoint of every iteration, and its losses."""
+def finished(folder: Path) -> Finished:
+    """A run of each stage, with a checkpoint of every iteration, its losses and its places."""
     return {stage: finished_run(stage, folder) for stage in STAGES}
 
 
-def finished_run(stage: str, folder: Path) -> tuple[Recipe, list[float]]:
+def finished_run(stage: str, folder: Path) -> tuple[Recipe, list[float], list[dict[str, Any]]]:
     recipe = rl_recipe(
         folder,
         stage,
@@ -103,18 +111,18 @@ def finished_run(stage: str, folder: Path) -> tuple[Recipe, list[float]]:
         checkpoint__async_save="false",
         **OPTIONS[stage],
     )
-    return recipe, saved_run(recipe)
+    return recipe, *saved_run(recipe)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resumed_within_a_collection_it_is_the_same_run(
-    stage: str, finished: dict[str, tuple[Recipe, list[float]]]
-) -> None:
+def test_resumed_within_a_collection_it_is_the_same_run(stage: str, finished: Finished) -> None:
     """Bitwise, from before the first update, from between any two, and over the end of the collection."""
-    recipe, losses = finished[stage]
+    recipe, losses, places = finished[stage]
     assert len(set(losses)) == ITERATIONS
+    assert (places[-1]["not_judged"] > places[0]["not_judged"]) == (stage == "flow_grpo")
     for iteration in range(ITERATIONS):
-        assert resumed_losses(recipe, iteration) == losses[iteration : iteration + 2], iteration
+        next_ones = slice(iteration, iteration + 2)
+        assert resumed(recipe, iteration) == (losses[next_ones], places[next_ones]), iteration
 
 
 def saved_within_a_collection(recipes: list[Recipe]) -> None:
@@ -136,7 +144,7 @@ def continued(recipes: list[Recipe]) -> list[list[float]]:
 
 
 def test_a_collection_is_learned_from_at_another_layout(
-    finished: dict[str, tuple[Recipe, list[float]]], folder: Path, tmp_path: Path
+    finished: Finished, folder: Path, tmp_path: Path
 ) -> None:
     """Drawn by two replicas, learned from by two pipeline ranks."""
 
@@ -148,8 +156,16 @@ def test_a_collection_is_learned_from_at_another_layout(
 
     run_ranks(saved_within_a_collection, 2, recipes())
     for rank in run_ranks(continued, 2, recipes(parallel__pipeline_model_parallel_size=2)):
-        for found, (_, losses) in zip(rank, finished.values(), strict=True):
+        for found, (_, losses, _) in zip(rank, finished.values(), strict=True):
             assert found == pytest.approx(losses[1:5], rel=1e-5, abs=1e-5 * max(map(abs, losses)))
+
+
+def mostly_known(
+    images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """How red an image is, but for every seventh one or so."""
+    red = mean_red(images, prompts, metadata)
+    return {"mean_red": torch.where((red * 1e3).int() % 7 == 0, torch.nan, red)}
 
 
 def not_red(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -172,6 +188,7 @@ def test_samples_that_cannot_be_judged_count_for_nothing(
         stage__rewards="{'test_rl_runs:not_red': 1.0}",
         stage__prompts_per_collection=8,
         train__global_batch_size=32,
+        data__max_failed_share=0.125,
     )
     with rl_steps(recipe) as run:
         collection = run.collect()
@@ -182,7 +199,31 @@ def test_samples_that_cannot_be_judged_count_for_nothing(
         statistics = run.learn()
         assert statistics["loss"] == statistics["loss"]  # a number
         assert torch.equal(run.batch.valid, ~red[run.batch.position])
-    assert "could not judge" in caplog.text
+        assert "could not be judged, left out of learning: 4 of 'a red 3'" in caplog.text
+        assert run.loader.state_dict()["not_judged"] == 4
+        recipe.data.max_failed_share = 0.124
+    with (
+        rl_steps(recipe) as run,
+        pytest.raises(DataError, match=r"4 samples could not be judged, 12.50% .*'a red"),
+    ):
+        run.collect()
+
+
+def nothing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    """A reward that always fails."""
+    raise RuntimeError("out of paint")
+
+
+@pytest.mark.slow
+def test_a_reward_that_judges_nothing_ends_the_run_with_its_reason(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = rl_words(
+        folder, stage__rewards="{'test_rl_runs:nothing': 1.0}", checkpoint__save=tmp_path / "run"
+    )
+    assert main(["train", str(tiny_runs.ROOT / "recipes/tiny/flow_grpo.yaml"), *words]) == 1
+    assert "reward nothing could not judge one of the 16 samples" in (told := capsys.readouterr().err)
+    assert "RuntimeError: out of paint" in told
 
 
 def test_a_broken_reward_ends_the_run(folder: Path) -> None:
@@ -214,10 +255,8 @@ def test_a_run_that_is_stopped_while_it_draws_draws_the_same_again(folder: Path)
     assert torch.equal(again.rewards["total"], fresh.rewards["total"])
 
 
-def test_what_a_run_cannot_go_on_with_is_named(
-    finished: dict[str, tuple[Recipe, list[float]]], folder: Path, tmp_path: Path
-) -> None:
-    recipe, _ = finished["flow_grpo"]
+def test_what_a_run_cannot_go_on_with_is_named(finished: Finished, folder: Path, tmp_path: Path) -> None:
+    recipe, *_ = finished["flow_grpo"]
     stage, save = recipe.stage.name, recipe.checkpoint.save
     settings = OPTIONS[stage] | {"checkpoint__save": save}
     RunFolder(save).set_latest(2)

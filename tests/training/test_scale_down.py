@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from soar_mega.cli import main
+from soar_mega.data.encoder_facts import encoder_facts
+from soar_mega.data.prompt_files import read_prompts
 from soar_mega.models.family import model_sizes
 from soar_mega.stages import load_recipe
 from soar_mega.training.scale_down import scale_down
@@ -41,9 +43,44 @@ def test_nothing_of_the_user_is_replaced(tmp_path):
         scale_down(recipe, 12, writes=True)
 
 
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])
+def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, caplog):
+    caplog.set_level("INFO")
+    words = [f"checkpoint.save={tmp_path}/run", "data.validation_prompts=there"]
+    whole = load_recipe(RECIPES / f"sd35_medium/{name}.yaml", words)
+    small = scale_down(whole, 1, writes=True)
+    sizes, facts = model_sizes(small.model), encoder_facts(Path(small.model.pipeline_dir))
+    assert (sizes.num_layers, sizes.num_attention_heads) == (24, 24)
+    assert (facts.latent_channels, facts.text_shape[1]) == (sizes.in_channels, sizes.joint_attention_dim)
+    assert (small.stage.sampling_steps, small.stage.kl_beta) == (
+        whole.stage.sampling_steps,
+        whole.stage.kl_beta,
+    )
+    assert small.stage.updates_per_collection(small.train.global_batch_size) == 2
+    assert len(read_prompts(small.data.prompts)) >= small.stage.prompts_per_collection
+    assert small.data.validation_prompts == small.data.prompts
+    assert f"stand in for data.prompts={whole.data.prompts}" in caplog.text
+    assert f"the rewards {', '.join(whole.stage.rewards)}" in caplog.text
+    first = {path: path.read_bytes() for path in Path(small.model.pipeline_dir).rglob("*.json")}
+    scale_down(whole, 1, writes=True)
+    assert first == {path: path.read_bytes() for path in Path(small.model.pipeline_dir).rglob("*.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])
+def test_a_method_that_draws_its_samples_runs(name, tmp_path):
+    words = [f"checkpoint.save={tmp_path}/run"]
+    assert main(["train", str(RECIPES / f"sd35_medium/{name}.yaml"), "--scale-down", *words]) == 0
+    run = tmp_path / "run_scaled_down/run"
+    told = (run / "train.log").read_text()
+    assert "collection 1 for iteration 3 | reward/total: " in told
+    assert (run / "complete.json").is_file() and (run / "export/transformer/config.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_recipe_of_two_billion_parameters_runs(tmp_path, caplog):
-    words = [f"checkpoint.save={tmp_path}/run", "model.dtype=fp32"]
-    assert main(["train", str(RECIPES / "sd35_medium/soar.yaml"), "--scale-down", *words]) == 0
+    words = [f"checkpoint.save={tmp_path}/run", "model.dtype=fp32", "lora.load=adapters"]  # of the large one
+    assert main(["train", str(RECIPES / "sd35_medium/soar_lora.yaml"), "--scale-down", *words]) == 0
     run = tmp_path / "run_scaled_down/run"
     assert (run / "complete.json").is_file() and (run / "export/transformer/config.json").is_file()

@@ -15,7 +15,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from soar_mega.data.canvases import COLOURS, KINDS, RELATIONS, Caption, draw_caption
+from soar_mega.examples.digits.canvases import COLOURS, KINDS, RELATIONS, Caption, draw_caption
 
 log = logging.getLogger(__name__)
 

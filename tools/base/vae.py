@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from soar_mega.data.canvases import PIXEL_NOISE, make_canvas
+from soar_mega.examples.digits.canvases import PIXEL_NOISE, make_canvas
 
 log = logging.getLogger(__name__)
 

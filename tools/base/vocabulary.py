@@ -3,7 +3,7 @@
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from soar_mega.data.canvases import COLOURS, COUNTS
+from soar_mega.examples.digits.canvases import COLOURS, COUNTS
 
 # "a red 3 left of a green 7" with its begin and end tokens; T5 has one token less.
 TEXT_LENGTH = 10

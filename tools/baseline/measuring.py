@@ -98,21 +98,22 @@ def measure_alone(case: Case, rows: list[Row], repeats: int, row_seconds: float)
 
 
 def measure_size(case: Case, row: Row, size: int, worker: Worker, repeats: int, row_seconds: float) -> Result:
-    """Two steps that warm up, and `repeats` that count; fewer of both where time runs out, but always a second one."""
+    """A step that warms up, and `repeats` that count; fewer where time runs out, but always one."""
     started = time.perf_counter()
-    steps: list[float] = []
+    building, steps = 0.0, list[float]()
     try:
         worker.build(row.arms[size])
+        building = time.perf_counter() - started
         while len(steps) < 2 or (
-            len(steps) < 2 + repeats and time.perf_counter() - started + steps[-1] < row_seconds
+            len(steps) < 1 + repeats and time.perf_counter() - started + steps[-1] < row_seconds
         ):
             steps.append(worker.step())
-        result = result_of(case, row, size, steps[2:] or steps[1:], worker.peak_memory())
+        result = result_of(case, row, size, steps[1:], worker.peak_memory())
     except Failed as failed:
         result = Result(name=row.name.strip(), micro_batch=size, seconds=steps, failure=failed.reason)
     said = result.failure or f"{result.samples_per_second:.2f} samples/s"
-    taken = time.perf_counter() - started
-    print(f"{result.name}, micro-batch {size}: {said} ({taken:.0f} s in all)", flush=True)
+    parts = f"importing and building {building:.1f} s, steps {', '.join(f'{s:.2f}' for s in steps)} s"
+    print(f"{result.name}, micro-batch {size}: {said} ({parts})", flush=True)
     return result
 
 

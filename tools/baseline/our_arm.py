@@ -3,18 +3,16 @@ memory.
 """
 
 from typing import Any
-from unittest import mock
 
 import torch
 from baseline.case import LEARNING_RATE, Case, make_samples
+from device_weights import drawn_on_device
 
 from soar_mega import platform
 from soar_mega.config import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 from soar_mega.data.batch import Batch
 from soar_mega.distributed import device, start_world, stop_world
 from soar_mega.engines import make_engine
-from soar_mega.models.common import build
-from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
 from soar_mega.stages import make_stage
 
@@ -53,7 +51,7 @@ class OurArm:
         start_world(recipe.parallel)
         assert case.stage.shift is not None
         self.stage = make_stage(case.stage, case.stage.shift)
-        with mock.patch.object(build, "initialize", draw_on_device):
+        with drawn_on_device():
             self.engine = make_engine(recipe, read_sizes(case.transformer))
         self.samples = make_samples(case, device())
         self.latent_shape, self.consumed = case.latent_shape, 0
@@ -81,11 +79,3 @@ class OurArm:
             empty_text=s.empty_text,
             empty_pooled=s.empty_pooled,
         )
-
-
-@torch.no_grad()
-def draw_on_device(model: Transformer, seed: int) -> None:
-    """Random weights, drawn where they are: billions of them take a CPU longer than all steps that are measured."""
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    model.fill_buffers()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from baseline.case import Case
@@ -66,10 +67,12 @@ def rows_in_turns(case: Case, sizes: Sequence[int], fastest: Callable[[Row], Row
     ]
 
 
-def rows_alone(case: Case, sizes: Sequence[int], points: Sequence[int], layers: Sequence[str]) -> list[Row]:
+def rows_alone(
+    case: Case, sizes: Sequence[int], points: Sequence[int], layers: Sequence[str], attentions: Sequence[str]
+) -> list[Row]:
     """What a GPU is asked, one arm after the other: the published procedure and its repairs at their fastest size, and
-    ours with each number of points per forward and each kind of layers ("local", "transformer_engine", "fp8"),
-    with and without CUDA graphs.
+    ours with each number of points per forward, each kind of layers ("local", "transformer_engine", "fp8") and each
+    model.attention_backend, with and without CUDA graphs.
     """
     rows = [
         published(case, "published procedure", sizes),
@@ -86,11 +89,12 @@ def rows_alone(case: Case, sizes: Sequence[int], points: Sequence[int], layers: 
         "fp8": (", FP8", {"transformer_impl": "transformer_engine", "fp8": "hybrid"}),
     }
     ours_case = replace(case, recompute=False)
-    for kind in layers:
+    for kind, attention, count, graphs in product(layers, attentions, points, ("none", "layers")):
         label, settings = kinds[kind]
-        for count in points:
-            for graphs in ("none", "layers"):
-                name = f"soar_mega{label}, {count} points{', CUDA graphs' if graphs == 'layers' else ''}"
-                rows.append(ours(ours_case, name, [count], graphs, **settings))
+        if attention != "sdpa":
+            label += f", {attention} attention"
+            settings = settings | {"attention_backend": attention}
+        name = f"soar_mega{label}, {count} points{', CUDA graphs' if graphs == 'layers' else ''}"
+        rows.append(ours(ours_case, name, [count], graphs, **settings))
     recomputing = replace(case, recompute=True)
     return [*rows, ours(recomputing, "soar_mega, 28 points, all recomputed", [28])]

@@ -16,7 +16,7 @@ def write_report(metrics: Mapping[str, Any], samples: Mapping[str, Path], out: P
     """Writes the page to `out`.
 
     Args:
-        metrics: the content of the demo's metrics.json: what `soar-mega evaluate` wrote, and "demo".
+        metrics: the content of the demo's metrics.json: what examples/digits wrote, and "demo".
         samples: per arm a picture with one row per prompt of metrics["demo"]["sample_prompts"].
     """
     body = "\n".join([

@@ -7,6 +7,7 @@ import torch
 
 from soar_mega.config import Recipe
 from soar_mega.data.batch import Batch
+from soar_mega.data.info import DatasetInfo
 from soar_mega.distributed import data_rank, data_size, device
 from soar_mega.flow import normal
 from soar_mega.models.family import model_sizes
@@ -21,6 +22,16 @@ class MadeUp:
         mine = self._global_batch_size // data_size()
         shape = (sizes.in_channels, height, width)
         text, pooled = (text_length, sizes.joint_attention_dim), (sizes.pooled_projection_dim,)
+        self.info = DatasetInfo(
+            buckets={f"{width}x{height}": self._global_batch_size},
+            latent_channels=sizes.in_channels,
+            vae_scale_factor=1,
+            text_shape=text,
+            pooled_size=sizes.pooled_projection_dim,
+            max_sequence_length=text_length,
+            text_dtype="float32",
+            encoders={},
+        )
         self._position = data_rank() * mine + torch.arange(mine)
 
         def noise(stream: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Which operators and kernels a step spends its time in, by torch.profiler."""
+"""What a step spends its time on by torch.profiler: operators on the host, kernels on the GPU."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from step_profile import kernels
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,43 +13,36 @@ Json = dict[str, Any]
 TOP = 25
 
 
-def profiled(step: Callable[[], Any]) -> Json:
-    """The operators and kernels that took most of one step, which the profiler itself makes slower.
+def profiled(step: Callable[[], Any], step_seconds: float) -> tuple[Json, Json | None]:
+    """The operators that took most of one step's time on the host, which the profiler itself makes slower, and the
+    GPU's kernels; these are None without a GPU.
 
-    "kernel_seconds" is for how long at least one kernel ran on the GPU, None without one.
+    Args:
+        step_seconds: of a step that is not profiled.
     """
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         step()
+    ran = kernels.of_a_step(on_device(profiler.events()), step_seconds) if on_gpu else None
+    return {"top": on_host(profiler.key_averages())}, ran
+
+
+def on_host(averages: Iterable[Any]) -> list[Json]:
+    """The operators that took most, each without those that it called."""
     rows = [
-        {
-            "name": row.key,
-            "calls": row.count,
-            "host_seconds": row.self_cpu_time_total / 1e6,
-            "device_seconds": row.self_device_time_total / 1e6,
-        }
-        for row in profiler.key_averages()
-        if not row.is_user_annotation  # which lies over what it is named for
+        {"name": row.key, "calls": row.count, "host_seconds": row.self_cpu_time_total / 1e6}
+        for row in averages
+        if row.device_type == DeviceType.CPU and not row.is_user_annotation
     ]
-    clock = "device_seconds" if on_gpu else "host_seconds"
-    kernels = [
-        (event.time_range.start / 1e6, event.time_range.end / 1e6)
-        for event in profiler.events()
+    return sorted(rows, key=lambda row: -row["host_seconds"])[:TOP]
+
+
+def on_device(events: Iterable[Any]) -> list[kernels.Ran]:
+    """What ran on the GPU itself: neither what a range of the host is called there, nor what the profiler says of
+    itself ("Command Buffer Full"), which it puts down as work of the GPU."""
+    return [
+        kernels.Ran(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in events
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    return {
-        "sorted_by": clock,
-        "top": sorted(rows, key=lambda row: -row[clock])[:TOP],
-        "kernel_seconds": covered(kernels) if on_gpu else None,
-        "kernels": len(kernels),
-    }
-
-
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of what intervals cover together."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from report import page as report_page
-from report.page import picture, table
+from report.page import picture, table, whole_page
+from step_profile.kernels import short
 
 Json = dict[str, Any]
 
 
 def page(said: Json, pictures: Mapping[str, bytes]) -> str:
     """The whole page, readable without any other file."""
-    style = Path(report_page.__file__).with_name("style.css").read_text()
     body = "\n".join(
         [
             "<h1>Where the time of a step goes</h1>",
@@ -36,14 +34,12 @@ def page(said: Json, pictures: Mapping[str, bytes]) -> str:
                 "Memory over a step",
                 "Line: all that is allocated (on a CPU: resident).",
             ),
+            *([] if said["kernels"] is None else ["<h2>Kernels</h2>", kernels(said["kernels"])]),
             "<h2>Operators</h2>",
             operators(said),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Profile of a step</title>\n'
-        f"<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return whole_page("Profile of a step", body)
 
 
 def overview(said: Json) -> str:
@@ -136,19 +132,32 @@ def memory(said: Json) -> str:
     return table(["MiB", "before the model", *kinds, "most of all"], rows)
 
 
+def kernels(ran: Json) -> str:
+    """What the GPU did on rank 0: kinds of kernels, and the largest kernels."""
+    numbers = ["launches", "time", "of the step"]
+    kinds = [[kind["name"], *numbers_of(kind)] for kind in ran["kinds"]]
+    top = [
+        [f"<code>{escape(short(one['name']))}</code>", one["kind"], *numbers_of(one)] for one in ran["top"]
+    ]
+    return table(["kind", *numbers], kinds) + table(["kernel", "kind", *numbers], top)
+
+
+def numbers_of(total: Json) -> list[str]:
+    """Of a kind of kernels, or of one."""
+    return [str(total["launches"]), milliseconds(total["seconds"]), f"{total['share']:.1%}"]
+
+
 def operators(said: Json) -> str:
-    """What took most of a step on rank 0."""
-    found = said["operators"]
+    """What took most of the host's time in a step on rank 0."""
     rows = [
         [
             f"<code>{escape(row['name'][:100])}</code>",
             str(row["calls"]),
             milliseconds(row["host_seconds"]),
-            milliseconds(row["device_seconds"]),
         ]
-        for row in found["top"]
+        for row in said["operators"]["top"]
     ]
-    return table(["rank 0, one profiled step", "calls", "host", "device"], rows)
+    return table(["rank 0, one profiled step", "calls", "host"], rows)
 
 
 def milliseconds(seconds: float) -> str:

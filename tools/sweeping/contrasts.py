@@ -93,11 +93,16 @@ def contrast(
     chance: Chance,
     prompts_error: float,
     images_error: float,
+    trained: int = 2,
 ) -> Contrast:
-    """Of two arms that have seeds in common."""
+    """Of two arms that have seeds in common.
+
+    Args:
+        trained: 1 where the reference is no run, but weights that have no chance in training.
+    """
     seeds = [seed for seed in scores[arm] if seed in scores[reference]]
     value = float(np.mean([scores[arm][seed] - scores[reference][seed] for seed in seeds]))
-    seeds_error = chance.deviation * math.sqrt(2 / len(seeds))
+    seeds_error = chance.deviation * math.sqrt(trained / len(seeds))
     errors = Errors(seeds=seeds_error, prompts=prompts_error, images=images_error)
     low = high = p = None
     if chance.freedom:

@@ -25,22 +25,25 @@ class Prompts:
 
 
 class Evaluated:
-    """All outcomes of an evaluation, and the drift of its models.
+    """All outcomes of some evaluations of one suite, and the drift of their models.
 
     Args:
-        folder: with outcomes.csv and report.json.
+        folders: each with outcomes.csv and report.json.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._drift: dict[str, Any] = {}
         self._prompts: dict[str, Prompts] = {}
         self._outcomes: dict[tuple[Any, ...], dict[int, list[float]]] = {}
         self._bootstraps: dict[tuple[str, int | None], Bootstrap] = {}
         self.steps: int | None = None  # the suite's first
-        with (folder / "outcomes.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["value"] == row["scorer"]:
-                    self._add(row)
+        for folder in folders:
+            models = json.loads((folder / "report.json").read_text())["models"]
+            self._drift |= {name: model["drift"] for name, model in models.items()}
+            with (folder / "outcomes.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["value"] == row["scorer"]:
+                        self._add(row)
 
     def _add(self, row: dict[str, str]) -> None:
         prompts = self._prompts.setdefault(row["set"], Prompts(texts={}, categories=[], halves=[]))
@@ -127,7 +130,7 @@ class Evaluated:
 
     def errors(self, model: str, measure: Measure) -> list[float]:
         """The drift of each held-out sample."""
-        found = self.report["models"][model]["drift"]
+        found = self._drift[model]
         scale = f"{measure.guidance_scale:g}"
         for span in (found or {}).get("scales", {}).get(scale, []):
             if (span["from"], span["to"]) == measure.drift:

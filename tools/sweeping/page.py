@@ -26,15 +26,34 @@ score of the other half. Training losses of different arms are numbers of differ
 
 def write_page(result: Json, out: Path) -> bytes:
     """The page as bytes; `out` is its name, for its title."""
-    parts = [f"<h1>Sweep {escape(out.stem)}</h1>", NOTES, "<h2>Arms</h2>", arms_table(result)]
-    parts += ["<h2>Differences, primary measures</h2>", contrasts_table(result, primary=True)]
-    parts += ["<h2>Other differences</h2>", contrasts_table(result, primary=False), "<h2>Curves</h2>"]
+    parts = [f"<h1>Sweep {escape(out.stem)}</h1>", NOTES]
+    for title, rows in tables(result).items():
+        parts += [f"<h2>{title}</h2>", table(rows[0], [[escape(cell) for cell in row] for row in rows[1:]])]
+    parts.append("<h2>Curves</h2>")
     for name in result["measures"]:
         parts.append(f"<figure>{image(curves_figure(result, name), name)}</figure>")
     return whole_page(escape(out.stem), "\n".join(parts)).encode()
 
 
-def arms_table(result: Json) -> str:
+def write_markdown(result: Json) -> str:
+    """The tables alone, for documents."""
+    parts = []
+    for title, (head, *rows) in tables(result).items():
+        lines = [head, ["---"] * len(head), *rows]
+        parts += [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return "\n".join([*parts, f"Written by {WRITTEN_BY}.", ""])
+
+
+def tables(result: Json) -> dict[str, list[list[str]]]:
+    """The rows of each table by its title, the first of them its head."""
+    return {
+        "Arms": arms_rows(result),
+        "Differences, primary measures": contrasts_rows(result, primary=True),
+        "Other differences": contrasts_rows(result, primary=False),
+    }
+
+
+def arms_rows(result: Json) -> list[list[str]]:
     """A row for each arm: its length, and each measure."""
     measures = result["measures"]
     rows = []
@@ -44,11 +63,11 @@ def arms_table(result: Json) -> str:
             _interval(each["arms"][arm["name"]], _chosen(each, arm["name"])) for each in measures.values()
         ]
         runs = str(len(arm["seeds"]))
-        rows.append([escape(arm["name"]), str(arm["iterations"]), f"{work:g}", runs, *cells])
+        rows.append([arm["name"], str(arm["iterations"]), f"{work:g}", runs, *cells])
     bases = [each["base"] for each in measures.values()]
     if any(value is not None for value in bases):
         rows.insert(0, ["base", "", "", "", *("" if value is None else f"{value:.3f}" for value in bases)])
-    return table(["arm", "steps", "forward units", "runs", *map(escape, measures)], rows)
+    return [["arm", "steps", "forward units", "runs", *measures], *rows]
 
 
 def _chosen(measure: Json, arm: str) -> str:
@@ -57,7 +76,7 @@ def _chosen(measure: Json, arm: str) -> str:
     return f" at {scales[arm]:g}" if len(set(scales.values())) > 1 else ""
 
 
-def contrasts_table(result: Json, primary: bool) -> str:
+def contrasts_rows(result: Json, primary: bool) -> list[list[str]]:
     """A row for each difference of the primary measures, or of the others."""
     rows = []
     for each in result["contrasts"]:
@@ -65,8 +84,8 @@ def contrasts_table(result: Json, primary: bool) -> str:
             continue
         known = each["low"] is not None
         row = [
-            f"{escape(each['arm'])} - {escape(each['reference'])}",
-            escape(each["measure"]),
+            f"{each['arm']} - {each['reference']}",
+            each["measure"],
             f"{each['value']:+.3f}",
             f"{each['low']:+.3f} to {each['high']:+.3f}" if known else "not known",
             str(each["seeds"]),
@@ -75,8 +94,7 @@ def contrasts_table(result: Json, primary: bool) -> str:
         if primary:
             row.append(f"{each['adjusted']:.3f}" if each["adjusted"] is not None else "")
         rows.append(row)
-    head = ["", "measure", "difference", "95 %", "seeds", "p", *(["p, Holm"] if primary else [])]
-    return table(head, rows)
+    return [["", "measure", "difference", "95 %", "seeds", "p", *(["p, Holm"] if primary else [])], *rows]
 
 
 def curves_figure(result: Json, measure: str) -> bytes:
@@ -110,4 +128,4 @@ def _curves(axes: Axes, result: Json, measure: str, key: str) -> None:
 def _interval(each: Json, more: str) -> str:
     if each["low"] is None:
         return f"{each['mean']:.3f}{more}"
-    return f"{each['mean']:.3f} <small>({each['low']:.3f} to {each['high']:.3f}){more}</small>"
+    return f"{each['mean']:.3f} ({each['low']:.3f} to {each['high']:.3f}){more}"

@@ -14,6 +14,7 @@ from soar_mega.models.family import model_sizes
 from soar_mega.stages import load_recipe
 
 BEST = "best"
+BASE = "base"  # among the references of an arm, the weights that all start from
 WRITTEN_BY = "tools/sweep.py"  # in all files of a sweep, so that they may be replaced
 
 
@@ -42,7 +43,7 @@ class Arm:
     """One way to train.
 
     Attributes:
-        references: the arms that it is compared with.
+        references: the arms that it is compared with, and BASE.
         iterations: optimizer steps.
         units: forwards of a sample in a step; a backward is two.
     """
@@ -130,7 +131,13 @@ def read_sweep(path: str | Path) -> Sweep:
         shared["overrides"] = [f"model.pipeline_dir={said['base']}", *(shared["overrides"] or ())]
     arms = tuple(_arm(name, each, shared, f"{path}: arms.{name}") for name, each in said["arms"].items())
     for arm in arms:
+        if arm.name == BASE:
+            raise ValueError(
+                f"{path}: arms.{BASE}: this is what the weights are called that all arms start from"
+            )
         for name in arm.references:
+            if name == BASE and said.get("base"):
+                continue
             other = next((each for each in arms if each.name == name), None)
             if other is None or not set(other.seeds) & set(arm.seeds):
                 raise ValueError(

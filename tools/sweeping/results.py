@@ -1,22 +1,21 @@
 """All numbers of a sweep, as plain values: scores of the runs, contrasts between arms, curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from typing import Any
 
 import numpy as np
-import torch
+from origin import origin
 from scipy.stats import t as student
 from sweeping.contrasts import Chance, Contrast, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
-from sweeping.plan import WRITTEN_BY, Arm, Measure, Sweep
+from sweeping.plan import BASE, WRITTEN_BY, Arm, Measure, Sweep
 from sweeping.runs import curve_name
 
 Json = dict[str, Any]
 
 
-def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
+def results(sweep: Sweep, evaluated: Evaluated) -> Json:
     """Everything that is reported.
 
     Raises:
@@ -44,23 +43,42 @@ def results(sweep: Sweep, evaluated: Evaluated, command: str) -> Json:
                 arm.name: curve(sweep, evaluated, measure, arm, scores[arm.name]) for arm in sweep.arms
             },
         }
-        for arm in sweep.arms:
-            for name in arm.references:
-                pairs = [
-                    (f"{name}#{seed}", f"{arm.name}#{seed}") for seed in arm.seeds if seed in scores[name]
-                ]
-                errors = prompts_errors(evaluated, measure, pairs, (scales[name], scales[arm.name]))
-                contrasts.append(contrast(scores, arm.name, name, measure.name, chance, *errors))
+        contrasts += contrasts_of(sweep, evaluated, measure, scales, scores, chance)
     return {
         "written_by": WRITTEN_BY,
-        "command": command,
-        "date": str(date.today()),
-        "torch": torch.__version__,
+        **origin("sweep"),
         "arms": [asdict(arm) for arm in sweep.arms],
         "primary": list(sweep.primary),
         "measures": found,
         "contrasts": [asdict(each) for each in corrected(contrasts, sweep.primary)],
     }
+
+
+def contrasts_of(
+    sweep: Sweep,
+    evaluated: Evaluated,
+    measure: Measure,
+    scales: Mapping[str, float],
+    scores: Mapping[str, dict[int, float]],
+    chance: Chance,
+) -> list[Contrast]:
+    """Of all arms to their references."""
+    found = []
+    for arm in sweep.arms:
+        for name in arm.references:
+            if name == BASE:
+                scale = evaluated.scale([BASE], measure)
+                reference = dict.fromkeys(arm.seeds, evaluated.value(BASE, measure, scale))
+                models = dict.fromkeys(arm.seeds, BASE)
+            else:
+                scale, reference = scales[name], scores[name]
+                models = {seed: f"{name}#{seed}" for seed in reference}
+            pairs = [(models[seed], f"{arm.name}#{seed}") for seed in arm.seeds if seed in models]
+            errors = prompts_errors(evaluated, measure, pairs, (scale, scales[arm.name]))
+            both = {name: reference, arm.name: scores[arm.name]}
+            trained = 1 if name == BASE else 2
+            found.append(contrast(both, arm.name, name, measure.name, chance, *errors, trained))
+    return found
 
 
 def models_of(arm: Arm, iteration: int | None = None) -> list[str]:
@@ -72,7 +90,7 @@ def models_of(arm: Arm, iteration: int | None = None) -> list[str]:
 def base_value(sweep: Sweep, evaluated: Evaluated, measure: Measure) -> float | None:
     if not sweep.base:
         return None
-    return evaluated.value("base", measure, evaluated.scale(["base"], measure))
+    return evaluated.value(BASE, measure, evaluated.scale([BASE], measure))
 
 
 def summary(values: list[float], chance: Chance) -> Json:

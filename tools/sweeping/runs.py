@@ -1,19 +1,21 @@
-"""The runs of a sweep: what each of them is told, which are done, and how the others are started.
+"""The runs of a sweep: what each of them is told, which are done, and the commands that do the others.
 
 Nothing is ever removed. A run folder with another recipe than its arm's is refused: runs of two plans do not mix.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sweeping.plan import Arm, Sweep
-from walk.commands import logged, run_together, soar_mega, torchrun
+from sweeping.plan import BASE, Arm, Sweep
+from walk.commands import Command, logged, soar_mega
 
 from soar_mega.checkpoints.run_folder import MARKER, RECIPE, RunFolder
 from soar_mega.launch import slurm
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
+
+RECEIPT = "evaluated.txt"  # what an evaluation was told that is complete
 
 
 @dataclass(frozen=True)
@@ -99,33 +101,50 @@ def curve_name(arm: str, iteration: int) -> str:
 
 
 def runs_of(sweep: Sweep) -> list[Run]:
-    """All runs, those with the most work first: they would otherwise keep one core busy at the end."""
-    runs = [Run(sweep, arm, seed) for arm in sweep.arms for seed in arm.seeds]
-    return sorted(runs, key=lambda run: -run.arm.iterations * run.arm.units)
+    """All runs, the first seed of every arm before the second: what is interrupted has whole seeds.
 
-
-def train(runs: list[Run], at_once: int) -> None:
-    """Trains runs, `at_once` at a time, each in one process.
-
-    Raises:
-        RuntimeError: one failed, with the end of its output; start again to go on.
+    Of a seed those with the most work come first: they would otherwise keep one core busy at the end.
     """
-    chains = [[logged(run.sweep.folder, run.name, soar_mega("train", *run.words))] for run in runs]
-    run_together(*chains, at_once=at_once)
+    runs = [(i, Run(sweep, arm, seed)) for arm in sweep.arms for i, seed in enumerate(arm.seeds)]
+    return [
+        run
+        for _, run in sorted(runs, key=lambda each: (each[0], -each[1].arm.iterations * each[1].arm.units))
+    ]
 
 
-def evaluate(sweep: Sweep, runs: list[Run], processes: int) -> Path:
-    """Evaluates all runs and the base together, in a folder that goes on where it was; that folder."""
-    folder = sweep.folder / "evaluation"
-    models = [f"base={sweep.base}"] if sweep.base else []
-    for arm in sweep.arms:
-        models += [model for run in runs if run.arm is arm for model in run.models()]
-    words = [*models, *sweep.evaluate, "--out", str(folder), *(["--ema"] if runs[0].has_average else [])]
+def chains(sweep: Sweep, runs: list[Run]) -> list[list[Command]]:
+    """What is left to do: the base's evaluation, and for each run its training and then its evaluation."""
+    left = []
+    if sweep.base:
+        left.append([evaluation(sweep, BASE, [f"{BASE}={sweep.base}"])])
+    for run in runs:
+        judging = evaluation(sweep, run.name, run.models(), run.has_average)
+        if run.is_done():
+            left.append([judging])
+        else:  # judged anew, also where an earlier run was
+            left.append([logged(sweep.folder, run.name, soar_mega("train", *run.words)), judging])
+    return [chain for chain in left if not chain[0].has_receipt()]
+
+
+def evaluation(sweep: Sweep, name: str, models: list[str], has_average: bool = False) -> Command:
+    """Evaluates models in a folder of their own, which goes on where it was."""
+    folder = evaluation_folder(sweep, name)
+    words = [*models, *sweep.evaluate, *(["--ema"] if has_average else [])]
     if sweep.canvases is not None:
         words += ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
-    arguments = torchrun(processes, "evaluate", *words) if processes > 1 else soar_mega("evaluate", *words)
-    run_together([logged(sweep.folder, "evaluate", arguments)])
-    return folder
+    command = logged(sweep.folder, f"evaluate-{name}", soar_mega("evaluate", *words, "--out", str(folder)))
+    return replace(command, receipt=(folder / RECEIPT, "\n".join([*words, ""])))
+
+
+def evaluation_folder(sweep: Sweep, name: str) -> Path:
+    """Of a run, or of the base."""
+    return sweep.folder / "evaluation" / name
+
+
+def evaluation_folders(sweep: Sweep, runs: list[Run]) -> list[Path]:
+    """All of them."""
+    names = [*([BASE] if sweep.base else []), *(run.name for run in runs)]
+    return [evaluation_folder(sweep, name) for name in names]
 
 
 def job_script(sweep: Sweep, runs: list[Run]) -> tuple[str, int]:

@@ -16,12 +16,25 @@ ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command with its output in a file. `threads` is per process."""
+    """A command with its output in a file.
+
+    Attributes:
+        threads: per process.
+        receipt: a file that is written when it has succeeded, and the text for it.
+    """
 
     name: str
     arguments: Sequence[str]
     log: Path
     threads: int
+    receipt: tuple[Path, str] | None = None
+
+    def has_receipt(self) -> bool:
+        """Whether it has succeeded before, as it is now."""
+        if self.receipt is None:
+            return False
+        path, text = self.receipt
+        return path.is_file() and path.read_text() == text
 
 
 def soar_mega(*arguments: str) -> list[str]:
@@ -55,12 +68,14 @@ def run_together(*chains: Sequence[Command], at_once: int | None = None) -> None
     """Runs chains of commands side by side until all are done; the commands of a chain one after another.
 
     Args:
-        at_once: how many chains run at a time; None runs all of them.
+        at_once: how many chains run at a time, each on one of the machine's GPUs; None runs all of them, and each sees
+            all GPUs.
 
     Raises:
         RuntimeError: a command failed, with the end of its output; the others are stopped.
     """
     waiting = [list(chain) for chain in chains if chain]
+    gpus = [""] * len(chains) if at_once is None else places_on_gpus(at_once)
     running: list[Running] = []
     started = told = time.monotonic()
     try:
@@ -68,9 +83,11 @@ def run_together(*chains: Sequence[Command], at_once: int | None = None) -> None
             for one in [one for one in running if one.has_ended()]:
                 running.remove(one)
                 if one.rest:
-                    running.append(Running(one.rest))
-            while waiting and len(running) < (at_once or len(chains)):
-                running.append(Running(waiting.pop(0)))
+                    running.append(Running(one.rest, one.gpu))
+                else:
+                    gpus.append(one.gpu)
+            while waiting and gpus:
+                running.append(Running(waiting.pop(0), gpus.pop(0)))
             if time.monotonic() - told >= PROGRESS_SECONDS:
                 told = time.monotonic()
                 queue = f"; {len(waiting)} more to come" if waiting else ""
@@ -84,13 +101,28 @@ def run_together(*chains: Sequence[Command], at_once: int | None = None) -> None
             one.stop()
 
 
-class Running:
-    """The first command of a chain, started, and the rest of the chain."""
+def places_on_gpus(count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for each of so many processes; "" for all, where there are less than two."""
+    import torch
 
-    def __init__(self, chain: list[Command]) -> None:
-        self.command, self.rest = chain[0], chain[1:]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+    return [gpus[i % len(gpus)] if len(gpus) > 1 else "" for i in range(count)]
+
+
+class Running:
+    """The first command of a chain, started, and the rest of the chain.
+
+    Args:
+        gpu: the only one that it sees; "" for all.
+    """
+
+    def __init__(self, chain: list[Command], gpu: str) -> None:
+        self.command, self.rest, self.gpu = chain[0], chain[1:], gpu
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.command.threads), "PYTHONUNBUFFERED": "1"}
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with self.command.log.open("wb") as log:
             # A session of its own, so that stopping it takes torchrun's workers along.
             self._process = subprocess.Popen(
@@ -106,6 +138,9 @@ class Running:
         code = self._process.poll()
         if code is not None and code != 0:
             raise RuntimeError(f"{self.command.name} failed with exit code {code}:\n{self._end_of_output()}")
+        if code == 0 and self.command.receipt is not None:
+            path, text = self.command.receipt
+            path.write_text(text)
         return code is not None
 
     def state(self) -> str:

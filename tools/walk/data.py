@@ -5,7 +5,7 @@ from pathlib import Path
 
 from walk.commands import Command, run_together, soar_mega
 
-from soar_mega.data.canvases import write_image_folder
+from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.outputs import MARKER, OutputFolder
 
 TRAIN_SEED, HELD_OUT_SEED = 1000, 2000

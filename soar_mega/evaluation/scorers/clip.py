@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from soar_mega.evaluation.scorers.state import fill_model, read_json, read_state
+
+# three scorers of the published table read one CLIP of 1.7 GB
+_held: WeakValueDictionary[tuple[object, ...], "Clip"] = WeakValueDictionary()
 
 
 class Clip:
@@ -45,14 +49,20 @@ class Clip:
 
 
 def read_clip(folder: Path, tokenizer_folder: Path, device: torch.device) -> Clip:
-    """The CLIP of a folder with config.json and model.safetensors.
+    """The CLIP of a folder with config.json and model.safetensors; the same object for all who hold it at a time.
 
     Raises:
         ValueError: a file is damaged, or the weights are not those of the configuration.
+        FileNotFoundError: one is not there.
     """
-    config = CLIPConfig.from_dict(read_json(folder / "config.json"))
     path = folder / "model.safetensors"
-    return make_clip(config, read_state(path), path, tokenizer_folder, device)
+    files = (folder / "config.json", path, tokenizer_folder / "vocab.json", tokenizer_folder / "merges.txt")
+    key = (device, *((file.absolute(), file.stat().st_mtime_ns) for file in files))
+    clip = _held.get(key)
+    if clip is None:
+        config = CLIPConfig.from_dict(read_json(folder / "config.json"))
+        clip = _held[key] = make_clip(config, read_state(path), path, tokenizer_folder, device)
+    return clip
 
 
 def make_clip(

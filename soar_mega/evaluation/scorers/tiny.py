@@ -4,6 +4,8 @@ Their values mean nothing.
 """
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,6 +37,19 @@ IMAGE = 28
 def write_tiny_weights(name: str, weights_dir: Path) -> None:
     """All files that the scorer `name` reads, the same at every call."""
     WRITERS[name](weights_dir)
+
+
+def replace_tiny_weights(names: Iterable[str], weights_dir: Path) -> None:
+    """Those of all scorers among `names` that read files. Each file is there as a whole or not at all."""
+    made = weights_dir / "new"
+    shutil.rmtree(made, ignore_errors=True)
+    for name in WRITERS.keys() & set(names):
+        write_tiny_weights(name, made)
+    for file in [path for path in made.rglob("*") if path.is_file()]:
+        target = weights_dir / file.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(made, ignore_errors=True)
 
 
 def write_clip_l(weights_dir: Path) -> None:

@@ -7,6 +7,7 @@ the place OWNER/NAME is expected at OWNER/NAME/file in the folder of weights.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -131,5 +132,12 @@ def hash_of_files(paths: Iterable[Path]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    state = path.stat()
+    return _sha256_of(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    """Once for all scorers that read the file as it is."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

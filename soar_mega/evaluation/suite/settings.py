@@ -1,6 +1,7 @@
 """What an evaluation consists of, as a YAML file says it.
 
 size: 512x512                        # pixels; left out: what each transformer draws by itself
+weights: tiny                        # of the scorers: random, made in the folder of the evaluation; left out: --weights
 guidance_scale: [4.5, 1]             # the first one is the table's
 steps: [40]                          # likewise; further ones are drawn at the first guidance scale
 sets:
@@ -72,6 +73,7 @@ class Suite:
     Attributes:
         guidance_scales, steps: the first of each is that of the table.
         size: (width, height) in pixels; None: the transformer's own.
+        tiny_weights: the scorers get tiny random weights; their values mean nothing.
         published: {row: {scorer: value}} to compare with.
     """
 
@@ -80,6 +82,7 @@ class Suite:
     guidance_scales: tuple[float, ...]
     steps: tuple[int, ...]
     size: tuple[int, int] | None = None
+    tiny_weights: bool = False
     solver: str = "euler"
     seed: int = 0
     drift: DriftSettings = DriftSettings()
@@ -93,7 +96,7 @@ class Suite:
 
 
 def load_suite(name: str, prompts_dir: str | Path | None = None) -> Suite:
-    """Reads a suite: a YAML file, or a name among recipes/evaluation (paper, tiny).
+    """Reads a suite: a YAML file, or a name among recipes/evaluation (paper, tiny, digits).
 
     Args:
         prompts_dir: where the files of prompts lie; None is the folder of the suite's file.
@@ -109,10 +112,14 @@ def load_suite(name: str, prompts_dir: str | Path | None = None) -> Suite:
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from error
-    known_keys = {"size", "guidance_scale", "steps", "solver", "seed", "sets", "published"}
+    known_keys = {"size", "weights", "guidance_scale", "steps", "solver", "seed", "sets", "published"}
     _check_keys(said, known_keys, str(file))
     if not said.get("sets"):
         raise ValueError(f"{file}: sets is missing: name at least one file of prompts and its scorers")
+    if said.get("weights", "tiny") != "tiny":
+        raise ValueError(
+            f"{file}: weights: only tiny can stand here, not {said['weights']!r}; a folder goes to --weights"
+        )
     folder = Path(prompts_dir) if prompts_dir else file.parent
     suite = Suite(
         name=file.stem,
@@ -124,6 +131,7 @@ def load_suite(name: str, prompts_dir: str | Path | None = None) -> Suite:
             _whole(value, f"{file}: steps") for value in _list(said.get("steps", [40]), f"{file}: steps")
         ),
         size=bucket_size(str(said["size"])) if said.get("size") else None,
+        tiny_weights="weights" in said,
         solver=said.get("solver", "euler"),
         seed=_whole(said.get("seed", 0), f"{file}: seed", least=0),
         published=_published(said.get("published", {}), f"{file}: published"),

@@ -6,6 +6,8 @@
         before that each process has a file of its own, *.part-<rank>
     facts/<model>.json                           where it is, and what its images depend on
     drift/<model>-<hash>.json  distances/<model>-<point>-<hash>/<set>-<hash>.json
+    distances/real-<hash>-*.pt                   what the network of FID says of a set's real images
+    tiny_weights/                                of the scorers, where the suite asks for such
     report.html report.json table.csv outcomes.csv
 
 An image or a score of other weights or settings has another hash, so nothing is ever mixed. Files are replaced as a
@@ -33,7 +35,9 @@ from soar_mega.outputs import check_file, remove_left_over_files, write_file
 
 MARK = b"soar-mega evaluate"
 ABOUT = "evaluation.json"
+TINY_WEIGHTS = "tiny_weights"
 OWN_NAMES = (
+    TINY_WEIGHTS,
     "images",
     "scores",
     "drift",

@@ -74,6 +74,10 @@ def attentions(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(LEARNING if torch.is_grad_enabled() else ANSWERING, set_priority=True)
 
 
+# by model.attention_backend; the others are Transformer Engine's
+ATTENTIONS: dict[str, type] = {"sdpa": ScaledDotProductAttention, "flash": FlashAttention}
+
+
 class LocalLayers(LocalSpecProvider):
     """megatron's own layers with an attention that does not keep every score, as the local one does."""
 
@@ -102,8 +106,8 @@ def get_provider(model: ModelConfig) -> BackendSpecProvider:
     check_layers(model)
     check_machine(model)
     if model.transformer_impl == "transformer_engine":
-        return get_te_provider(model.attention_backend, sdpa=ScaledDotProductAttention)
-    return LocalLayers(FlashAttention if model.attention_backend == "flash" else ScaledDotProductAttention)
+        return get_te_provider(model.attention_backend, ATTENTIONS.get(model.attention_backend))
+    return LocalLayers(ATTENTIONS[model.attention_backend])
 
 
 def layer_submodules(

@@ -20,6 +20,7 @@ class CastOnce:
     """
 
     has_changed = True  # the weight, since it was cast
+    fuse_wgrad_accumulation: bool
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[..., in] -> [..., out] and the bias that is left to add."""
@@ -42,15 +43,26 @@ class CastOnce:
         self.get_weight_workspace(tensor=self.weight, quantizer=quantizer, cache_name="weight")
 
 
-def get_te_provider(attention_backend: str, sdpa: type) -> Any:
-    """Transformer Engine's modules, with its attention chosen by the environment, or `sdpa` in its place."""
+def add_gradients_in_products(model: torch.nn.Module) -> None:
+    """Have each product that makes a weight's gradient add it to the weight's main_grad, which there must be.
+
+    Not where layers are recomputed by torch's checkpoint: Transformer Engine then finds another tensor in the place of
+    the weight and gives autograd no gradient, and megatron's DistributedDataParallel never hears of it.
+    """
+    for module in model.modules():
+        if isinstance(module, CastOnce):
+            module.fuse_wgrad_accumulation = True
+
+
+def get_te_provider(attention_backend: str, given_attention: type | None) -> Any:
+    """Transformer Engine's modules, with its attention chosen by the environment, or the given one in its place."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     given = TESpecProvider()
     column = type("ColumnLinear", (CastOnce, given.column_parallel_linear()), {})
     row = type("RowLinear", (CastOnce, given.row_parallel_linear()), {})
-    attention = sdpa if attention_backend == "sdpa" else given.core_attention()
-    if attention_backend != "sdpa":
+    attention = given_attention or given.core_attention()
+    if given_attention is None:
         for name, variable in VARIABLES.items():
             os.environ[variable] = str(int(attention_backend in ("auto", name)))
 

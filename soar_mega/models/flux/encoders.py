@@ -1,5 +1,6 @@
 """What the encoders of a FluxPipeline make of images and prompts."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from soar_mega.data.encoder_facts import (
     vae_shape,
 )
 from soar_mega.models.flux.sizes import PATCH
+from soar_mega.training_facts import read_facts
 from soar_mega.user_files import whole
 
 CLIP, T5, T5_TOKENIZER = "text_encoder", "text_encoder_2", "tokenizer_2"
@@ -37,7 +39,7 @@ def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) ->
         latent_channels=channels,
         vae_scale_factor=factor,
         size_multiple=factor * PATCH,
-        default_resolution=SAMPLE_SIZE * factor,
+        default_resolution=_default_side(pipeline_dir, factor),
         largest_side=LARGEST_SIDE,
         text_shape=(t5_tokens, whole(read_config(t5_path), "d_model", t5_path)),
         pooled_size=whole(read_config(clip_path), "hidden_size", clip_path),
@@ -48,6 +50,15 @@ def encoder_facts(pipeline_dir: Path, max_sequence_length: int | None = None) ->
         ),
         join=join,
     )
+
+
+def _default_side(pipeline_dir: Path, factor: int) -> int:
+    """In pixels. The transformer names none: of an export it is that of its training, else diffusers'."""
+    facts = read_facts(pipeline_dir)
+    if facts is None or facts.width is None or facts.height is None:
+        return SAMPLE_SIZE * factor
+    multiple = factor * PATCH
+    return multiple * max(1, round(math.sqrt(facts.width * facts.height) / multiple))
 
 
 def join(outputs: Sequence[TextOutput], facts: EncoderFacts) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """CLIPScore, PickScore, HPS, the aesthetic score and ImageReward against their formulas in float64."""
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,20 @@ def test_it_is_the_published_formula_alone_or_in_a_batch(
     assert together.dtype == torch.float64 and scorer.name == name and len(scorer.weights_hash) == 64
     expected = [FORMULAS[name](weights_dir, image, prompt) for image, prompt in zip(images, PROMPTS)]
     assert together.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    del scorer
     again = make_scorer(name, weights_dir)  # as after a restart
     alone = [scores(again, images[i : i + 1], PROMPTS[i : i + 1]) for i in (2, 0, 1)]
     assert torch.equal(torch.cat([alone[1], alone[2], alone[0]]), together)
+
+
+def test_scorers_of_one_clip_hold_it_once(weights_dir: Path) -> None:
+    one, other, another = (
+        make_scorer(name, weights_dir) for name in ("clip_score", "aesthetic", "pick_score")
+    )
+    assert one.clip is other.clip is not another.clip  # type: ignore[attr-defined]
+    gone = weakref.ref(one.clip)  # type: ignore[attr-defined]
+    del one, other
+    assert gone() is None
 
 
 def test_an_image_that_cannot_be_judged(weights_dir: Path, images: Tensor) -> None:

@@ -82,5 +82,5 @@ def test_doctor_says_what_each_scorer_lacks(weights_dir: Path, tmp_path: Path) -
     folder = shutil.copytree(weights_dir, tmp_path / "weights")
     (folder / OPENAI_CLIP / "config.json").write_text("")  # a copy that broke off at once
     said = dict(line.split(maxsplit=1) for line in doctor.scorers(str(folder)))
-    assert said["hps"] == "usable" and said.keys() == ALL.keys()
+    assert said["hps"] == said["digits"] == "usable" and said.keys() == {"digits", *ALL}
     assert said["clip_score"] == f"not usable: lacks {folder / OPENAI_CLIP / 'config.json'}"

@@ -1,46 +1,52 @@
-"""The published scorers on tiny random weights, through the command: their values are those of the images on disk."""
+"""`--suite tiny`: every published scorer on tiny random weights; its values are those of the images on disk."""
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from evaluations import BASE, evaluate, write_suite
+from evaluations import BASE
 from PIL import Image
 
-from soar_mega.evaluation.scorers import make_scorer
-from soar_mega.evaluation.scorers.tiny import write_tiny_weights
-from soar_mega.evaluation.scorers.weights import HPS_WEIGHTS
+from soar_mega.cli import main
+from soar_mega.evaluation.scorers import SCORERS, make_scorer
+from soar_mega.evaluation.scorers.tiny_reader import TinyReader
+from soar_mega.evaluation.suite.prompts import read_prompt_set
+from soar_mega.evaluation.suite.settings import load_suite
 
-SCORERS = ["gen_eval", "clip_score", "pick_score", "hps", "aesthetic", "image_reward"]
-LINE = {"tag": "colors", "include": [{"class": "clock", "count": 1, "color": "red"}], "prompt": "a red clock"}
+
+def test_the_tiny_suite_asks_what_the_paper_s_does() -> None:
+    tiny, paper = (
+        {name for each in load_suite(suite).sets for name in each.scorers} for suite in ("tiny", "paper")
+    )
+    assert tiny - {"soar_mega.evaluation.scorers.tiny_reader:TinyReader"} == paper - {"ocr"} <= SCORERS.keys()
 
 
-def test_every_scorer_judges_the_images_on_disk_or_none_is_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    weights, out = tmp_path / "weights", tmp_path / "out"
-    for name in SCORERS:
-        write_tiny_weights(name, weights)
-    sets = {"published": {"prompts": "lines.jsonl", "scorers": SCORERS}}
-    published = {"SD3.5-M": {"gen_eval": 0.63, "clip_score": 0.285}}
-    suite = write_suite(tmp_path, sets=sets, guidance_scale=[3], published=published)
-    (tmp_path / "lines.jsonl").write_text(json.dumps(LINE) + "\n")
-
-    hps = (weights / HPS_WEIGHTS.path).rename(tmp_path / "elsewhere.pt")
-    assert evaluate(suite, out, f"base={BASE}", "--weights", str(weights)) == 1
-    assert str(weights / HPS_WEIGHTS.path) in capsys.readouterr().err and not [*out.glob("**/*.png")]
-    hps.rename(weights / HPS_WEIGHTS.path)
-    assert evaluate(suite, out, f"base={BASE}", "--weights", str(weights)) == 0
-
-    rows = {row["value"]: row for row in csv.DictReader((out / "outcomes.csv").open())}
-    [drawn] = out.glob("images/*/*/*.png")
-    pixels = torch.from_numpy(np.array(Image.open(drawn))).permute(2, 0, 1)[None] / 255
-    for name in SCORERS:
-        value = make_scorer(name, weights).score(pixels, [str(LINE["prompt"])], [LINE])[name].item()
-        assert float(rows[name]["score"]) == value
+def test_every_scorer_judges_the_images_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["evaluate", f"base={BASE}", "--suite", "tiny", "--out", str(out)]
+    assert main([*words, "--weights", str(tmp_path)]) == 1
+    assert "the suite tiny makes its own" in capsys.readouterr().err and not out.exists()
+    assert main([*words, "--guidance-scale", "3", "--steps", "1"]) == 0
+    rows = list(csv.DictReader((out / "outcomes.csv").open()))
+    judged = {row["scorer"]: row for row in rows if row["scorer"] == row["value"]}  # the last image of each
+    assert judged.keys() == {
+        "gen_eval",
+        "ocr_tiny",
+        "pick_score",
+        "clip_score",
+        "hps",
+        "aesthetic",
+        "image_reward",
+    }
+    sets = map(read_prompt_set, load_suite("tiny").sets)
+    metadata = {(each.name, item.prompt): item.metadata for each in sets for item in each.items}
+    for name, row in judged.items():
+        [drawn] = out.glob(f"images/*/{row['set']}/{row['image']}.png")
+        pixels = torch.from_numpy(np.array(Image.open(drawn))).permute(2, 0, 1)[None] / 255
+        scorer = TinyReader() if name == "ocr_tiny" else make_scorer(name, out / "tiny_weights")
+        values = scorer.score(pixels, [row["prompt"]], [metadata[row["set"], row["prompt"]]])
+        assert float(row["score"]) == values[name].item()
     page = (out / "report.html").read_text()
-    assert "<td>SD3.5-M (published)</td><td>0.63</td><td>0.285</td><td></td>" in page
     assert "<td>gen_eval/missing</td>" in page and "<td>gen_eval/color</td>" in page

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soar_mega.data.canvases import COLOURS, COUNTS, RELATIONS, Caption
-from soar_mega.evaluation.benchmark import OCR, judged
-from soar_mega.evaluation.verifier import Verifier
+from soar_mega.examples.digits.benchmark import OCR, judged
+from soar_mega.examples.digits.canvases import COLOURS, COUNTS, RELATIONS, Caption
+from soar_mega.examples.digits.verifier import Verifier
 
 _NOUN = rf"an? (?:({'|'.join(COLOURS)}) )?([0-9])"
 _OCR = re.compile(r'the number "([0-9]+)"')

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from soar_mega.data.canvases import COLOURS, make_canvas
-from soar_mega.evaluation.verifier import Verifier
+from soar_mega.examples.digits.canvases import COLOURS, make_canvas
+from soar_mega.examples.digits.verifier import Verifier
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.svm import SVC
 
-from soar_mega.data.canvases import CANVAS, CELL, COLOURS, Cell, scans
+from soar_mega.examples.digits.canvases import CANVAS, CELL, COLOURS, Cell, scans
 
 # A cell holds something if its brightness (the largest channel) is above this on average; the faintest scan has .22.
 OCCUPIED = 0.10

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
-from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases
-from soar_mega.evaluation.verifier import Verifier
+from soar_mega.examples.digits.benchmark import benchmark_prompts, real_canvases
+from soar_mega.examples.digits.verifier import Verifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from soar_mega.data.canvases import RELATIONS, Caption, Cell, draw_caption, place, render
 from soar_mega.evaluation.text_share import share_read
-from soar_mega.evaluation.verifier import Verifier
+from soar_mega.examples.digits.canvases import RELATIONS, Caption, Cell, draw_caption, place, render
+from soar_mega.examples.digits.verifier import Verifier
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OCR = "ocr"

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soar_mega.data.canvases import (
+from soar_mega.examples.digits.benchmark import fulfils, read_back
+from soar_mega.examples.digits.canvases import (
     KINDS,
     RELATIONS,
     SPLITS,
@@ -13,7 +14,6 @@ from soar_mega.data.canvases import (
     scans,
     write_image_folder,
 )
-from soar_mega.evaluation.benchmark import fulfils, read_back
 
 
 def test_splits_share_no_scan_and_use_all():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from soar_mega.data.canvases import Caption
-from soar_mega.evaluation.benchmark import (
+from soar_mega.evaluation.text_share import edit_distance
+from soar_mega.examples.digits.benchmark import (
     CATEGORIES,
     benchmark_prompts,
     fulfils,
@@ -13,7 +13,7 @@ from soar_mega.evaluation.benchmark import (
     real_canvases,
     score,
 )
-from soar_mega.evaluation.text_share import edit_distance
+from soar_mega.examples.digits.canvases import Caption
 
 
 def caption(digits, **fields):

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from soar_mega.evaluation.benchmark import benchmark_prompts, real_canvases
-from soar_mega.evaluation.energy import energy_distance, energy_to_real
+from soar_mega.examples.digits.benchmark import benchmark_prompts, real_canvases
+from soar_mega.examples.digits.energy import energy_distance, energy_to_real
 
 
 def mean_distance(mu, variance):

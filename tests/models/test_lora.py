@@ -12,6 +12,7 @@ from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
+from soar_mega.models.family import read_sizes
 from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
@@ -129,6 +130,15 @@ def test_a_target_that_matches_nothing_is_named():
         ValueError, match=r"lora.targets: 'to_q' matches no linear.*transformer_blocks.\*.attn.to_q"
     ):
         adapter_pairs(entries(SD3Sizes(**SMALL)), ["to_q"])
+
+
+def test_a_target_that_is_computed_in_parts_is_named():
+    """FLUX's proj_out of attention and MLP side by side. A pattern that means more leaves it out."""
+    sizes = read_sizes({"_class_name": "FluxTransformer2DModel", **flux_peer.SMALL})
+    table = sizes.family.entries(sizes)
+    with pytest.raises(ValueError, match=r"single_transformer_blocks.0.proj_out is computed in two parts"):
+        adapter_pairs(table, ["*.proj_out"])
+    assert not any(pair.module.endswith(".proj_out") for pair in adapter_pairs(table, EVERY_LINEAR))
 
 
 def test_merged_weights_are_the_adapted_model(tmp_path):

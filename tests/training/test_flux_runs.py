@@ -132,3 +132,19 @@ def test_training_does_not_depend_on_the_layout(
     for iteration, (loss, norm) in found.items():
         assert loss == pytest.approx(expected[iteration][0], rel=1e-5)
         assert norm == pytest.approx(expected[iteration][1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp2-sp-pp2", "deepspeed-tp2"])
+def test_adapters_of_it_do_not_depend_on_the_layout(name: str, flux_shards: Path, tmp_path: Path) -> None:
+    """On every linear, with dropout."""
+    lora = {"lora__rank": 2, "lora__dropout": 0.2, "lora__targets": "[*]", "train__train_iters": 3}
+    ranks, layout = LAYOUTS[name]
+    for count, folder, settings in ((1, "one", {}), (ranks, "many", layout)):
+        recipe = flux_recipe(flux_shards, tmp_path / folder, **lora, **settings)
+        assert run_ranks(tiny_runs.run, count, recipe) == [0] * count
+    expected, found = logged(tmp_path / "one"), logged(tmp_path / "many")
+    assert found.keys() == expected.keys() and len(found) == 3
+    for iteration, (loss, norm) in found.items():
+        assert loss == pytest.approx(expected[iteration][0], rel=1e-5)
+        assert norm == pytest.approx(expected[iteration][1], rel=1e-4)

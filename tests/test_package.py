@@ -82,17 +82,6 @@ def test_constraints_pin_every_requirement() -> None:
     assert not missing, f"constraints.txt does not pin {sorted(missing)}"
 
 
-def test_the_library_imports_no_extra_and_nothing_above_it() -> None:
-    """scikit-learn and matplotlib serve the digits and figures alone, and nothing rests on examples or tools."""
-    imported = re.compile(
-        r"^\s*(?:from|import) +(sklearn|matplotlib|soar_mega\.examples|tools)\b", re.MULTILINE
-    )
-    for folder in ("soar_mega", "kernels"):
-        for path in (ROOT / folder).rglob("*.py"):
-            if not path.is_relative_to(ROOT / "soar_mega/examples"):  # as an uninstalled copy links it
-                assert not (found := imported.search(path.read_text())), f"{path}: {found}"
-
-
 def test_no_address_of_a_package_registry() -> None:
     for name in ("constraints.txt", "setup.py", "pyproject.toml", "Makefile", "Dockerfile", "README.md"):
         assert not re.search(

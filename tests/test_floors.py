@@ -1,0 +1,47 @@
+"""Imports go down the floors of CONTRIBUTING.md, never up, also inside functions; and the library needs no extra."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    **dict.fromkeys(("tools", "examples", "__main__"), 9),
+    "cli": 8,
+    **dict.fromkeys(("launch", "handoff"), 7),
+    "training": 6,
+    **dict.fromkeys(("engines", "checkpoints", "faults"), 5),
+    "stages": 4,
+    **dict.fromkeys(("models", "data", "evaluation", "convert", "rewards"), 3),
+    "kernels": 2,
+    "flow": 1,
+}
+EXTRAS = ("sklearn", "matplotlib")  # of the digits and of figures
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(module: str) -> int:
+    """Of a dotted name: soar_mega.data.shards, kernels.sums, tools.sweep."""
+    first, *rest = module.split(".")
+    return FLOORS.get(rest[0] if first == "soar_mega" and rest else first, 0)
+
+
+def test_imports_go_down_only() -> None:
+    files = [*(ROOT / "soar_mega").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    assert len(files) > 200
+    upwards = []
+    for path in files:
+        own = floor(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        upwards += [
+            f"{path.relative_to(ROOT)} imports {name}"
+            for name in imported(path)
+            if floor(name) > own or (name.startswith(EXTRAS) and own < 9)
+        ]
+    assert not upwards

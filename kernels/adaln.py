@@ -53,6 +53,8 @@ def adaln(
 ) -> tuple[Tensor, Tensor]:
     """(hidden, modulated), both [S, B, H] in the type of `residual`; hidden is `residual` itself without a branch.
 
+    Who reads hidden and not `residual` from then on has both gradients added up in the backward pass of this.
+
     Args:
         residual: [S, B, H] float32, bfloat16 or float16, contiguous.
         shift, scale: [B, H] of the same type and device; may be slices of a wider tensor.
@@ -66,8 +68,7 @@ def adaln(
     sizes = _checked(residual, shift, scale, branch, gate, bias)
     if not launches(residual.device):
         return plain_adaln(residual, shift, scale, branch, gate, bias, epsilon)
-    hidden, modulated = _operation(residual, branch, bias, gate, shift, scale, epsilon, sizes)
-    return (residual if branch is None else hidden), modulated
+    return _operation(residual, branch, bias, gate, shift, scale, epsilon, sizes)
 
 
 def plain_adaln(
@@ -136,25 +137,25 @@ def _forward(
     scale: Tensor,
     epsilon: float,
     sizes: Sizes,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from soar_mega.kernels.source.adaln import adaln_forward_kernel
 
     tokens, samples, _ = residual.shape
-    hidden = None if branch is None else empty(residual)
+    hidden = residual if branch is None else empty(residual)
     modulated = empty(residual)
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
         adaln_forward_kernel, (sizes.forward_blocks, samples), residual.device,
-        residual, branch, bias, gate, shift, scale, hidden, modulated, statistics,
+        residual, branch, bias, gate, shift, scale, None if branch is None else hidden, modulated, statistics,
         tokens, samples, _stride(gate), shift.stride(0), scale.stride(0), epsilon, **sizes.forward,
     )  # fmt: skip
     return hidden, modulated, statistics
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor | None, Tensor, Tensor]) -> None:
-    residual, branch, bias, gate, _, scale, _, ctx.sizes = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, branch, bias, gate, _, scale, _, ctx.sizes = inputs
     hidden, _, statistics = results
-    ctx.save_for_backward(residual if hidden is None else hidden, branch, bias, gate, scale, statistics)
+    ctx.save_for_backward(hidden, branch, bias, gate, scale, statistics)
     ctx.set_materialize_grads(False)  # nothing may read hidden but the norm
 
 

@@ -2,7 +2,7 @@
 
 Nothing is tuned while a job runs: the first step is as fast as any other, and no rank waits for another one's search.
 The entry "any" was chosen from what the compiler reports for sm_90 (registers, width of loads), not from a
-measurement: tools/bench_kernels.py on a GPU says which entries to change.
+measurement: tools/tune_kernels.py on a GPU says which entries to change.
 """
 
 from dataclasses import dataclass

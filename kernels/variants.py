@@ -126,7 +126,6 @@ def adaln() -> list[Variant]:
         else:
             read = ("grad_hidden", "grad_modulated", "hidden", "branch")
             written = ("grad_residual", "grad_branch")
-            absent |= set() if branch else {"grad_hidden"}
         width = power_of_two(hidden_size)
         launch = launch_of("adaln", f"{direction} {width}", "any")
         pointers = {*read, *written, "bias", "gate", "scale", *(("shift",) if forward else ())}

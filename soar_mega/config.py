@@ -172,7 +172,9 @@ class LoraConfig:
 class DataConfig:
     """Where samples come from."""
 
-    path: str = ""  # shard folder written by `soar-mega prepare`, or with encode: online an image folder
+    path: str = (
+        ""  # shards of `soar-mega prepare`: a folder, a url or a command; with encode: online an image folder
+    )
     validation_path: str = ""  # held-out shards; empty: no validation, no drift during training
     encode: str = "shards"  # shards | online
     prompts: str = ""  # of stages that draw their samples: a .txt or .jsonl file, or a folder with train.txt
@@ -182,6 +184,8 @@ class DataConfig:
         None  # pixels of what they draw, or [width, height]; None: the transformer's own
     )
     max_sequence_length: int | None = None  # T5 tokens of their prompts; None: as the pipeline's training
+    cache_dir: str = ""  # of shards behind a url: a folder of each machine's own disk
+    cache_gb: float = 100.0  # of shards in it, of all sets (10^9 bytes)
     num_workers: int = 0  # reader processes per data-parallel rank
     # samples that stop the run, as a share of those so far (at least an epoch): unreadable ones, or own ones not judged
     max_failed_share: float = 0.01

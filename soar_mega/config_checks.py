@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "lora.dropout": from_below(0, 1),
     "data.encode": one_of("shards", "online"),
     "data.num_workers": at_least(0),
+    "data.cache_gb": at_least(0),
     "data.max_sequence_length": at_least(1),
     "data.max_failed_share": within(0, 1),
     "checkpoint.save_interval": at_least(1),

@@ -8,8 +8,10 @@ imported where they are needed: this file is for everyone.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -32,6 +34,27 @@ def nccl_trace() -> bytes:
     from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
 
     return _dump_nccl_trace()
+
+
+def processes_of_data_loader(iterator: Any) -> list[BaseProcess]:
+    """Those that a DataLoader's iterator has started."""
+    return getattr(iterator, "_workers", [])
+
+
+def end_data_loader(iterator: Any) -> None:
+    """Tells the processes of a DataLoader's iterator to end, and waits for each some seconds."""
+    if processes_of_data_loader(iterator):
+        iterator._shutdown_workers()
+
+
+def is_data_loader_timeout(error: Exception) -> bool:
+    """Whether a DataLoader says that its timeout is over; it may be asked again."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader timed out")
+
+
+def shared_storage(size: int) -> torch.UntypedStorage:
+    """Bytes that go to another process as they are."""
+    return torch.UntypedStorage._new_shared(size)
 
 
 def wrapped_exception(error: Exception) -> Any:

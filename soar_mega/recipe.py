@@ -74,7 +74,18 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5) and a key given twice is an error."""
+    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5), a key given twice an error, and patterns need no quotes."""
+
+    yaml_implicit_resolvers = {
+        first: [*found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
+    }
+
+    def fetch_alias(self) -> None:
+        # * stands before the name of an anchor, or else it begins a pattern: *.attn.to_q
+        if self.peek(1).isalnum():
+            super().fetch_alias()
+        else:
+            self.fetch_plain()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

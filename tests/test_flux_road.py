@@ -117,6 +117,8 @@ def test_the_whole_road(shards: Path, run: Path, tmp_path: Path) -> None:
     """Prepared for, trained and exported it is drawn as by diffusers, and measured."""
     ours, theirs = images_by_both(run / "export", (16, 16))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    card = (run / "export/README.md").read_text()
+    assert "max_sequence_length=10, guidance_scale=3)" in card and " --guidance-scale 3\n" in card
     models = [f"before={BASE}", f"after={run}/export"]
     words = ["--guidance-scale", "3", "--held-out", str(shards), "--drift-samples", "4"]
     words += ["--drift-steps", "1"]

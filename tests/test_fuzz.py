@@ -1,10 +1,13 @@
 """Files damaged at random: every reader takes them or says what is wrong with an error of ours, and nothing else."""
 
+import contextlib
 import io
 import json
 import os
 import random
 import shutil
+import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +29,12 @@ from soar_mega.data.info import bucket_size
 from soar_mega.data.prepare import prepare
 from soar_mega.data.prepare_options import Options
 from soar_mega.data.shards import open_shards
+from soar_mega.launch.chain import load_chain
 from soar_mega.models.family import read_sizes
 from soar_mega.stages import load_recipe
+
+sys.path.append(str(Path(__file__).parent / "checkpoints"))
+from test_foreign_files import COMPLETE, DESCRIPTION, LINEAGE, READERS
 
 pytestmark = pytest.mark.slow
 
@@ -146,22 +153,89 @@ def test_pictures(kind: str, tmp_path: Path, rng: random.Random) -> None:
     assert rejected > 100 and taken + rejected == 6000
 
 
-@pytest.mark.parametrize("published", [True, False])
-def test_lists_of_captions(published: bool, tmp_path: Path, rng: random.Random) -> None:
+ROWS = {
+    "published": {"md5": "aa", "caption_en": "a fox", "bw": 16, "bh": 16},
+    "one caption": {"file_name": "aa.jpg", "text": "a"},
+    "several": {"file_name": "aa.jpg", "captions": ["a", "b"], "weights": [1, 2.5]},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_lists_of_captions(kind: str, tmp_path: Path, rng: random.Random) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "aa.jpg")
-    row = (
-        {"md5": "aa", "caption_en": "a fox", "bw": 16, "bh": 16}
-        if published
-        else {"file_name": "aa.jpg", "text": "a"}
-    )
+    row = ROWS[kind]
     lines = [damaged_json(json.dumps(row), rng).replace("\n", " ") for _ in range(3000)]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     items, rejects = list_items(tmp_path / "list.jsonl")
     assert len(items) > 100 and len(rejects) > 1000
     for item in items:
-        assert item.captions[0].text.encode() and item.image.path.is_file()
+        assert all(caption.text.encode() and caption.weight > 0 for caption in item.captions)
+        assert item.image.path.is_file()
         assert item.bucket is None or bucket_size(item.bucket)
     assert all(reject.name.startswith("list.jsonl:") and reject.reason for reject in rejects)
+
+
+def test_lists_in_csv(tmp_path: Path, rng: random.Random) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / "aa.jpg")
+    whole = "file_name,text\n" + 'aa.jpg,"a fox, in the snow"\n' * 3
+    refused = taken = 0
+    for _ in range(1000):
+        content = damaged_text(whole, rng).encode(errors="surrogatepass")
+        (tmp_path / "list.csv").write_bytes(damaged_bytes(content, rng) if rng.random() < 0.3 else content)
+        try:
+            items, rejects = list_items(tmp_path / "list.csv")
+        except ValueError as error:
+            assert "list.csv" in str(error)
+            refused += 1
+            continue
+        taken += len(items)
+        assert all(reject.name.startswith("list.csv:") and reject.reason for reject in rejects)
+    assert refused > 50 and taken > 500
+
+
+def test_tars(tmp_path: Path, rng: random.Random) -> None:
+    """Headers, captions and the ends of blocks alike."""
+    path = tmp_path / "0.tar"
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for key in range(3):
+            row = json.dumps({"caption": ["a", "b"], "weights": [1, 2]}).encode()
+            for suffix, content in (("png", picture.getvalue()), ("json", row), ("txt", b"")):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    whole = path.read_bytes()
+    taken = rejected = 0
+    for _ in range(3000):
+        path.write_bytes(damaged_bytes(whole, rng))
+        try:
+            items, rejects = list_items(path)
+        except ValueError as error:
+            assert "0.tar holds no images" in str(error)
+            continue
+        taken, rejected = taken + len(items), rejected + len(rejects)
+        for item in items:
+            with contextlib.suppress(ImageError), item.image.open() as file:
+                assert len(file.read()) <= len(whole)
+    assert taken > 1000 and rejected > 300
+
+
+def test_files_of_a_run(tmp_path: Path, rng: random.Random) -> None:
+    written = {"checkpoint.json": DESCRIPTION, "lineage.json": LINEAGE, "complete.json": COMPLETE}
+    refused = 0
+    for name, content in written.items():
+        for _ in range(500):
+            (tmp_path / name).write_text(damaged_json(json.dumps(content), rng))
+            refused += only_value_errors(lambda name=name: READERS[name](tmp_path))
+    recipe = (ROOT / "recipes/tiny/soar.yaml").read_text()
+    chain = (ROOT / "recipes/chains/tiny.yaml").read_text()
+    for _ in range(300):
+        (tmp_path / "run_config.yaml").write_text(damaged_text(recipe, rng))
+        refused += only_value_errors(lambda: READERS["run_config.yaml"](tmp_path))
+        (tmp_path / "chain.yaml").write_text(damaged_text(chain, rng))
+        refused += only_value_errors(lambda: load_chain(tmp_path / "chain.yaml"))
+    assert refused > 600
 
 
 def test_captions(tmp_path: Path, rng: random.Random) -> None:

@@ -17,6 +17,8 @@ HOMES = {"private_names.py", "platform.py"}  # platform's are guarded by tests/t
 
 CHECKPOINTS = "megatron.core.dist_checkpointing"
 IMPORTED = {
+    "torch": ["UntypedStorage._new_shared"],
+    "torch.utils.data.dataloader": ["_MultiProcessingDataLoaderIter._shutdown_workers"],
     "torch.distributed.distributed_c10d": ["_get_default_store"],
     "torch._C._distributed_c10d": ["_dump_nccl_trace"],
     "torch.distributed.checkpoint.api": ["_wrap_exception", "CheckpointException.failures"],
@@ -54,6 +56,7 @@ IMPORTED = {
 }
 # what instances hold: written in these sources as `something.name = ...`, or as a field of a dataclass
 HELD = {
+    "torch.utils.data.dataloader": ["_workers"],
     "torch.nn.modules.module": ["_forward_pre_hooks"],
     "megatron.core.optimizer.distrib_optimizer": [
         "model_fp32_groups", "model_float16_groups", "shard_fp32_groups", "shard_fp32_from_float16_groups",

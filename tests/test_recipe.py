@@ -111,6 +111,16 @@ def test_a_guidance_scale_is_a_number_or_spread_over_samples(
     assert load_text(tmp_path, recipe_to_yaml(recipe)) == recipe
 
 
+def test_patterns_need_no_quotes_and_anchors_stay(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ["lora.targets=[*.attn.to_q,*.ff.net.*,*]", "optimizer.frozen=[*.embedder.*]"]
+    )
+    assert recipe.lora.targets == ["*.attn.to_q", "*.ff.net.*", "*"] and recipe.optimizer.frozen == [
+        "*.embedder.*"
+    ]
+    assert load_text(tmp_path, "model: {preset: sd35_medium}\ntrain: {seed: &n 7, train_iters: *n}\n").train.train_iters == 7
+
+
 def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
     for settings in SETTINGS.values():
         stage = settings()  # type: ignore[call-arg]  # each has its name

@@ -10,8 +10,9 @@ just written, so it comes from memory, not from a disk.
 
 feed: latents of 512 x 512 pixels and 333 tokens of 4096, on the CPU, of the same shards. webdataset reads the tars in
 sequence and draws latents with torch.randn; the loader reads in its keyed order, checks checksums and numbers, draws
-keyed noise, and says after each batch how a run would go on. Both in turn, in processes of their own. The wait is that
-of a loop whose step takes --step-seconds besides. Writes JSON.
+keyed noise, and says after each batch how a run would go on. Both in turn, in processes of their own, with 0, 1 and 2
+reader processes. Processor time is that of the process and its readers: it is what a loaded machine can measure. The
+wait is that of a loop whose step takes --step-seconds besides. Writes JSON.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from origin import origin
 from safetensors.torch import load, save_file
@@ -38,6 +40,7 @@ from soar_mega.data.json_files import write_json
 from soar_mega.data.loader import Loader
 from soar_mega.data.made_up import write_made_up_shards
 from soar_mega.data.order import Order, Place
+from soar_mega.data.readers import READ_AHEAD
 from soar_mega.data.sample_index import INDEX_FILE, RECORD, join
 from soar_mega.data.shard_writer import (
     DATASET_FILE,
@@ -55,7 +58,7 @@ SIZES = ["1024x1024", "896x1152", "1152x896", "768x1344", "1344x768"]
 PER_SHARD = 1000
 PART_BYTES = 1 << 19  # of a sample's latents, and of its text
 KEY_BYTES, NAME_BYTES = 9, 32
-FEED_SHARDS, BATCH = 4, 16
+FEED_SHARDS, BATCH, WORKERS = 4, 16, (0, 1, 2)
 
 
 def write_index_only(folder: Path, samples: int) -> None:
@@ -193,7 +196,8 @@ def webdataset_batches(folder: Path, workers: int, batch: int) -> Batches:
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     data = webdataset.WebDataset(urls, resampled=True, shardshuffle=False).map(decode).batched(batch)
-    yield from webdataset.WebLoader(data, batch_size=None, num_workers=workers)
+    ahead = READ_AHEAD if workers else None
+    yield from webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=ahead)
 
 
 WAYS = {"loader": loader_batches, "webdataset": webdataset_batches}
@@ -203,11 +207,12 @@ def fed(folder: Path, way: str, workers: int, batch: int, steps: int, step_secon
     """What one way does in this process: at full speed, then with steps that do something else."""
     torch.set_num_threads(1)
     batches = WAYS[way](folder, workers, batch)
-    next(batches)
-    started = time.perf_counter()
+    for _ in range(1 + 2 * workers):  # readers are some batches ahead from then on
+        next(batches)
+    started, cpu = time.perf_counter(), cpu_seconds()
     for _ in range(steps):
         next(batches)
-    seconds, waited = time.perf_counter() - started, 0.0
+    seconds, cpu, waited = time.perf_counter() - started, cpu_seconds() - cpu, 0.0
     for _ in range(steps):
         time.sleep(step_seconds)  # the device computes
         before = time.perf_counter()
@@ -215,7 +220,17 @@ def fed(folder: Path, way: str, workers: int, batch: int, steps: int, step_secon
         waited += time.perf_counter() - before
     batches.close()
     share = waited / (waited + steps * step_seconds)
-    return {"samples_per_second": steps * batch / seconds, "wait_share": share}
+    return {
+        "samples_per_second": steps * batch / seconds,
+        "cpu_ms_per_sample": 1000 * cpu / steps / batch,
+        "wait_share": share,
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and the processes that it has started."""
+    this = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (this, *this.children()))
 
 
 def feed_part(arguments: argparse.Namespace) -> Json:
@@ -225,7 +240,7 @@ def feed_part(arguments: argparse.Namespace) -> Json:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name) / "shards"
         write_feed(folder, samples, tokens, side)
-        for workers in (0, 2):
+        for workers in WORKERS:
             runs: dict[str, list[Json]] = {way: [] for way in WAYS}
             for _ in range(arguments.repetitions):
                 for way, rows in runs.items():
@@ -233,14 +248,17 @@ def feed_part(arguments: argparse.Namespace) -> Json:
                     said = subprocess.check_output([sys.executable, __file__, "fed", *words])
                     rows.append(json.loads(said))
             row: Json = {"runs": runs}
-            for key in ("samples_per_second", "wait_share"):
+            for key in ("samples_per_second", "cpu_ms_per_sample", "wait_share"):
                 row[key] = {way: statistics.median(r[key] for r in rows) for way, rows in runs.items()}
             speed = row["samples_per_second"]
             row["ratio"] = speed["loader"] / speed["webdataset"]
+            cpu = row["cpu_ms_per_sample"]
+            row["cpu_ratio"] = cpu["webdataset"] / cpu["loader"]
             found["workers"][str(workers)] = row
             print(
                 f"{workers} workers: loader {speed['loader']:.1f}, webdataset {speed['webdataset']:.1f} samples/s, "
-                f"ratio {row['ratio']:.2f}; waits {row['wait_share']['loader']:.1%} and "
+                f"ratio {row['ratio']:.2f}; {cpu['loader']:.1f} and {cpu['webdataset']:.1f} ms of processors per "
+                f"sample, ratio {row['cpu_ratio']:.2f}; waits {row['wait_share']['loader']:.1%} and "
                 f"{row['wait_share']['webdataset']:.1%} of steps of {step_seconds} s"
             )
     return found

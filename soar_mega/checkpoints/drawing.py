@@ -17,7 +17,9 @@ from soar_mega.convert import is_pipeline
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.vae import Decoder
+from soar_mega.distributed import start_world
 from soar_mega.evaluation.generate import Generator, schedule_of
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.family import families
 from soar_mega.training_facts import read_facts
 from soar_mega.user_files import read_object
@@ -89,7 +91,8 @@ class Source:
         assert self.kind != DIFFUSERS, "diffusers draws it"
         if self.kind == PIPELINE:
             return Generator.load(self.path, dtype, self.shift, self.adapters)
-        if holds_adapters(self.path):
+        start_world(parallel)
+        if on_rank_zero(lambda: holds_adapters(self.path)):
             return self._adapted(dtype, parallel)
         model = load_model(self.path, dtype, parallel, self.ema)
         return Generator(

@@ -33,6 +33,7 @@ from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
 from soar_mega.engines.weights import sharded_copy, sharded_main_copies
+from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import ModelChunks
 from soar_mega.models.common.names import named_tensors
@@ -74,8 +75,8 @@ def checkpoint_to_folder(
     OutputFolder(out).check()
     model, tensors = _open(folder, ema, files.dtype)
     iteration = resume.read_description(folder)["iteration"]
-    products, name = model.sizes.family.products, "ema" if ema else "current"
-    notes = notes_of_run(RunFolder(folder.parent), products, iteration, name, files.dtype_name)
+    name = "ema" if ema else "current"
+    notes = notes_of_run(RunFolder(folder.parent), model.sizes, iteration, name, files.dtype_name)
     save_folder(model, out, tensors, files, notes, parts)
     return bool(parts)
 
@@ -117,8 +118,8 @@ def load_model(source: str | Path, dtype: str, parallel: ParallelConfig, ema: bo
 
     Raises what `checkpoint_to_folder` does for the checkpoint, and ValueError for a layout that is not possible.
     """
-    folder = resume.find_checkpoint(source)
     start_world(parallel)
+    folder = on_rank_zero(lambda: resume.find_checkpoint(source))
     description = resume.verified(folder, ema)
     if ADAPTERS in description["model"]:
         raise ValueError(

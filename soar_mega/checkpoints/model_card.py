@@ -12,10 +12,10 @@ from soar_mega.checkpoints.lineage import read_lineage
 from soar_mega.checkpoints.recipes import read_settings
 from soar_mega.checkpoints.run_folder import RECIPE, RunFolder
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.info import DatasetInfo, bucket_size
-from soar_mega.data.shard_writer import DATASET_FILE
+from soar_mega.data.info import bucket_size
+from soar_mega.data.remote import read_info
+from soar_mega.models.common.sizes import Sizes
 from soar_mega.training_facts import FILE, TrainingFacts
-from soar_mega.user_files import read_object
 
 CARD = "README.md"
 
@@ -23,12 +23,12 @@ Samples = tuple[int | None, int | None, int | None]  # T5 tokens, width, height
 
 
 def notes_of_run(
-    run: RunFolder, products: str, iteration: int, weights: str, dtype: str | None = None
+    run: RunFolder, sizes: Sizes, iteration: int, weights: str, dtype: str | None = None
 ) -> dict[str, str]:
     """Texts by file name.
 
     Args:
-        products: of the model's family.
+        sizes: of the model.
         weights: which of the run's: current or ema.
         dtype: of the exported numbers: fp32, bf16 or fp16; None is that of the run.
     """
@@ -47,10 +47,13 @@ def notes_of_run(
         iteration=iteration,
         weights=weights,
     )
-    return {CARD: _card(run, products, text, facts), FILE: facts.to_json()}
+    told = settings.get("stage", {}).get("guidance_scale") if sizes.guidance_embeds else None
+    return {CARD: _card(run, sizes.family.products, text, facts, told), FILE: facts.to_json()}
 
 
-def _card(run: RunFolder, products: str, recipe: str, facts: TrainingFacts) -> str:
+def _card(
+    run: RunFolder, products: str, recipe: str, facts: TrainingFacts, guidance_scale: float | None
+) -> str:
     iteration, weights = facts.iteration, facts.weights
     what = "the exponential moving average of the weights" if weights == "ema" else "the weights"
     parts = [
@@ -58,7 +61,7 @@ def _card(run: RunFolder, products: str, recipe: str, facts: TrainingFacts) -> s
         f"A diffusers folder with {what} of a run after {iteration} iterations, written by soar_mega "
         f"{soar_mega.__version__}.",
         "## How to sample",
-        *_sampling(facts),
+        *_sampling(facts, guidance_scale),
         "## Where it comes from",
         _lineage(run.path / LINEAGE),
     ]
@@ -67,7 +70,8 @@ def _card(run: RunFolder, products: str, recipe: str, facts: TrainingFacts) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def _sampling(facts: TrainingFacts) -> list[str]:
+def _sampling(facts: TrainingFacts, guidance_scale: float | None) -> list[str]:
+    """guidance_scale: that the model was told in training; None: it is told none."""
     arguments, options, lines = ['"..."'], "", []
     length, width, height = facts.max_sequence_length, facts.width, facts.height
     if length is not None:
@@ -77,6 +81,10 @@ def _sampling(facts: TrainingFacts) -> list[str]:
             f"The model was trained with {length} T5 tokens for a prompt. diffusers takes another number unless it is "
             f"told: always pass max_sequence_length. soar-mega takes it from {FILE}."
         )
+    if guidance_scale is not None:
+        arguments.append(f"guidance_scale={guidance_scale:g}")
+        options += f" --guidance-scale {guidance_scale:g}"
+        lines.append(f"In training it was told a guidance scale of {guidance_scale:g}.")
     python = [
         "from diffusers import DiffusionPipeline",
         "",
@@ -98,9 +106,8 @@ def _trained_with(settings: dict[str, Any]) -> Samples:
         return _drawn_with(pipeline, length, data.get("resolution"))
     if not data.get("path"):
         return None, None, None
-    path = Path(data["path"], DATASET_FILE)
     try:
-        info = DatasetInfo.from_json(read_object(path), path)
+        info = read_info(data["path"])
     except ValueError:
         return None, None, None
     return info.max_sequence_length, *bucket_size(info.largest_bucket)

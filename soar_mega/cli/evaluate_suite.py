@@ -143,7 +143,7 @@ def table(tables: "Tables") -> list[str]:
         for point in tables.suite.points:
             cells = []
             for column in columns:
-                found = tables.bootstrap(column.prompt_set).score(tables.outcomes(model, point, column))
+                found = tables.score(model, point, column)
                 cells.append(f"{f'{found.value:.4g} +- {found.standard_error:.2g}':>24}")
             lines.append(f"{model.name:<{width}}{point!s:<24}" + "".join(cells))
     return lines

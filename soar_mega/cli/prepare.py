@@ -15,11 +15,12 @@ Encode captioned images once, into shards that training reads: latents, text emb
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
 metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as
-webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. An image is scaled and cropped to
-the nearest bucket. Images that cannot be used (damaged, animated, no caption, NaN latents) are listed by name in
-rejects.jsonl, and the command fails unless --skip-invalid. The same command goes on where it was interrupted, with any
-number of processes. Folders behind links are read too; hidden files and folders, and what a NAS or macOS keeps beside
-images, are not. Text is UTF-8. docs/data.md tells the whole road.
+webdataset has it, also behind a url or pipe:COMMAND; parquet as Hugging Face has it. Lists, tars and parquet may give
+an image several captions, with weights. An image is scaled and cropped to the nearest bucket. Images that cannot be
+used (damaged, animated, no caption, NaN latents) are listed by name in rejects.jsonl, and the command fails unless
+--skip-invalid. The same command goes on where it was interrupted, with any number of processes. Folders behind links
+are read too; hidden files and folders, and what a NAS or macOS keeps beside images, are not. Text is UTF-8.
+docs/data.md tells the whole road.
 """
 
 

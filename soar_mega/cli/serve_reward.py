@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         pixels=arguments.max_megapixels * 10**6,
     )
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    worker = Worker(make_scorers(arguments.names, arguments.weights, device), limits)
+    worker = Worker(make_scorers(arguments.names, arguments.weights, device), limits, arguments.names)
     server = RewardServer(worker, arguments.host, arguments.port, token)
     served = ", ".join(worker.scorers)
 

@@ -25,6 +25,7 @@ class Folder:
     """The files below a folder, each list in the order of their names.
 
     Attributes:
+        lists: files that list images, below the folder itself.
         others: pictures of kinds that are not taken.
         problems: what cannot be seen, and why: a folder that cannot be listed, a link that leads nowhere.
     """
@@ -32,6 +33,7 @@ class Folder:
     images: list[Path] = field(default_factory=list)
     captions: list[Path] = field(default_factory=list)
     tars: list[Path] = field(default_factory=list)
+    lists: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     problems: list[tuple[Path, str]] = field(default_factory=list)
 
@@ -48,6 +50,12 @@ def list_folder(folder: Path, score_key: str) -> Iterator[Item | Reject]:
     if metadata:
         yield from _listed(metadata[0], folder, found, score_key)
     else:
+        if found.lists:
+            log.warning(
+                "%s lists images and is not read: give its folder as a source, as %s",
+                found.lists[0],
+                found.lists[0].parent,
+            )
         yield from _captioned(folder, found)
     for tar in found.tars:
         yield from list_tar(tar, tar.relative_to(folder).as_posix(), score_key)
@@ -134,9 +142,11 @@ def walk(folder: Path) -> Folder:
             found.captions.append(path)
         elif path.suffix == ".tar":
             found.tars.append(path)
+        elif path.name in METADATA_FILES and path.parent != folder:
+            found.lists.append(path)
         elif suffix in OTHER_SUFFIXES:
             found.others.append(path)
-    for files in (found.images, found.captions, found.tars, found.others, found.problems):
+    for files in (found.images, found.captions, found.tars, found.lists, found.others, found.problems):
         files.sort()
     if hidden:
         log.info(

@@ -1,7 +1,6 @@
 """The loader: an endless iterator of batches, the same samples at every layout and after every resume."""
 
 import logging
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -17,8 +16,8 @@ from soar_mega.data.compatibility import ModelSizes, check_compatible
 from soar_mega.data.info import DataError, DatasetInfo
 from soar_mega.data.order import Order, Place, Stretch
 from soar_mega.data.ranks import Ranks, agree, this_rank
-from soar_mega.data.shards import Read, ShardSet
-from soar_mega.data.workers import WorkerPool
+from soar_mega.data.readers import Readers
+from soar_mega.data.shards import Read, find_shards
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +87,15 @@ class Loader:
         agree({}, 0, failure)
         self.info = self._source.info
         self._empty = self._share_empty(empty) if self.ranks.first_stage else None
-        self._place, self._ahead = Place(), Place()
-        self._failed = 0
-        self._planned: deque[tuple[Stretch, Place]] = deque()
-        self._workers = data.num_workers if self.ranks.reads else 0
-        self._pool = WorkerPool(self._read, self._workers)
+        self._place, self._failed = Place(), 0
+        self._workers = data.num_workers
+        self._readers = self._start_readers()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        while len(self._planned) < self._pool.depth:
-            stretch, self._ahead = self._order.step(self._ahead, self.global_batch_size)
-            self._planned.append((stretch, self._ahead))
-            if self.ranks.reads:
-                self._pool.submit(stretch)
-        stretch, place = self._planned.popleft()
+        stretch, place = self._order.step(self._place, self.global_batch_size)
         part = stretch.part(self.ranks.data_rank, self.ranks.data_size)
         read, fatal = self._take(part)
         first = part.position - stretch.position
@@ -152,14 +144,26 @@ class Loader:
             )
         self._place = Place(consumed=int(state["consumed_samples"]), streams=dict(state["buckets"]))
         self._failed = int(state["failed_samples"])
-        self._ahead = self._place
-        self._planned.clear()
-        self._pool.close()
-        self._pool = WorkerPool(self._read, self._workers)
+        self.close()
+        self._readers = self._start_readers()
 
     def close(self) -> None:
         """End the reader processes."""
-        self._pool.close()
+        if self._readers is not None:
+            self._readers.close()
+
+    def _start_readers(self) -> Readers | None:
+        """From where the run is; None on ranks that do not read."""
+        if not self.ranks.reads:
+            return None
+        is_gpu = distributed.device().type == "cuda"
+        return Readers(self._read, self._stretches(self._place), self._workers, pin_memory=is_gpu)
+
+    def _stretches(self, place: Place) -> Iterator[Stretch]:
+        """Those of the run behind `place`, without end."""
+        while True:
+            stretch, place = self._order.step(place, self.global_batch_size)
+            yield stretch
 
     def _indices(self, part: Stretch) -> NDArray[Any]:
         return self._source.members(part.bucket)[self._order.members(part)]
@@ -174,10 +178,10 @@ class Loader:
     def _take(self, part: Stretch) -> tuple[Read, str | None]:
         """This rank's samples, or why it cannot go on."""
         nothing = Read(tensors={}, names=[])
-        if not self.ranks.reads:
+        if self._readers is None:
             return nothing, None
         try:
-            read = self._pool.next()
+            read = next(self._readers)
             positions, text = part.positions(), self.ranks.first_stage
             return self._source.finish(read, self._indices(part), positions, self.seed, text), None
         except (ValueError, OSError, RuntimeError) as error:
@@ -235,7 +239,7 @@ def _open_source(data: DataConfig, pipeline_dir: str, ranks: Ranks) -> Source:
 
         source = OnlineImages(data.path, pipeline_dir, text=ranks.first_stage)
     else:
-        source = ShardSet(data.path)
+        source = find_shards(data.path, data.cache_dir, data.cache_gb)
     if ranks.reads:
         source.open()
     return source

@@ -19,18 +19,22 @@ log = logging.getLogger(__name__)
 BLOCK = 1 << 24  # bytes read at once
 
 
-def open_index(folder: Path, dataset: Mapping[str, Any], buckets: Mapping[str, int]) -> SampleIndex:
+def open_index(
+    folder: Path, dataset: Mapping[str, Any], buckets: Mapping[str, int], is_remote: bool = False
+) -> SampleIndex:
     """Of the shards that `dataset` lists, each of which must be there and whole.
 
     Args:
+        is_remote: the shards are elsewhere, and the index is here.
         dataset: what dataset.json of the folder holds.
         buckets: name -> samples, as it counts them.
 
     Raises:
         ValueError: a shard is missing or truncated, or another file does not belong to it; naming the file.
     """
-    for shard in dataset["shards"]:
-        _check_shard(folder, shard)
+    if not is_remote:
+        for shard in dataset["shards"]:
+            _check_shard(folder, shard)
     index = _mapped(folder, dataset)
     if index is None:
         content = index_content(_samples(folder, dataset))
@@ -88,13 +92,13 @@ def _keep(folder: Path, dataset: Mapping[str, Any], content: bytes) -> SampleInd
 def _mapped(folder: Path, dataset: Mapping[str, Any]) -> SampleIndex | None:
     """The file in a folder of shards; None when there is none, or not the one that dataset.json names."""
     path = folder / INDEX_FILE
-    if not path.is_file() or _checksum(path) != dataset.get("index_crc32"):
+    if not path.is_file() or checksum_of(path) != dataset.get("index_crc32"):
         return None
     with open(path, "rb") as file:
         return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _checksum(path: Path) -> int:
+def checksum_of(path: Path) -> int:
     """CRC-32 of a file; read, for what is read through a map counts as memory of this process."""
     checksum = 0
     with open(path, "rb", buffering=0) as file:

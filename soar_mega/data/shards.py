@@ -1,11 +1,8 @@
 """Random access to shards: which samples there are, and their tensors by number."""
 
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from io import FileIO
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
 
@@ -16,17 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from soar_mega.data import batch_memory
 from soar_mega.data.batch import Batch
 from soar_mega.data.captions import drawn
 from soar_mega.data.compatibility import check_compatible
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
+from soar_mega.data.pattern import Pattern
+from soar_mega.data.remote import remote_folder
 from soar_mega.data.sample_index import SampleIndex
+from soar_mega.data.shard_bytes import ShardBytes
+from soar_mega.data.shard_cache import GIGABYTE, ShardCache
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE
 from soar_mega.flow import normal
 
-OPEN_FILES = 32  # shards kept open for reading
+PARTS = {"latents": ("mean", "std"), "text": ("text", "pooled")}  # the tensors of a sample's files
 
 
 @dataclass(kw_only=True)
@@ -37,17 +39,28 @@ class Read:
     names: list[str]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it could not be read
 
+    def pin_memory(self) -> "Read":
+        """In memory that a GPU reads from; torch's DataLoader asks for it by this name."""
+        return replace(self, tensors={name: values.pin_memory() for name, values in self.tensors.items()})
+
 
 class ShardSet:
-    """Random access to the samples of a folder of shards. The index is opened at the first use of a sample."""
+    """Random access to the samples of a folder of shards. The index is opened at the first use of a sample.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: the folder.
+        cache: what that is where the shards are elsewhere; then they need not be in it.
+    """
+
+    def __init__(self, path: str | Path, cache: ShardCache | None = None) -> None:
         self.path = Path(path)
+        self._is_remote = cache is not None
         self._dataset = read_dataset_file(self.path)
         self.info = DatasetInfo.from_json(self._dataset, self.path / DATASET_FILE)
         self._index: SampleIndex | None = None
         self._ends = np.cumsum([shard["samples"] for shard in self._dataset["shards"]])  # of the shards
-        self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._shards = ShardBytes(self.path, [shard["name"] for shard in self._dataset["shards"]], cache)
+        self._patterns: dict[tuple[str, torch.Size], Pattern] = {}  # by part, and shape of its first tensor
 
     def __len__(self) -> int:
         return self.info.samples
@@ -70,7 +83,7 @@ class ShardSet:
     def open(self) -> None:
         """Map the index and check that every shard is there and whole. ValueError naming the file otherwise."""
         if self._index is None:
-            self._index = open_index(self.path, self._dataset, self.info.buckets)
+            self._index = open_index(self.path, self._dataset, self.info.buckets, is_remote=self._is_remote)
 
     def bucket_of(self, index: int) -> str:
         """The bucket of sample `index`."""
@@ -91,24 +104,28 @@ class ShardSet:
 
         A sample that cannot be read is reported in `failures`; a shard that cannot is a ValueError.
         """
-        count = len(indices)
-        tensors = {"latents": torch.empty(count, *self.info.latent_shape(bucket))}
+        count, shape = len(indices), self.info.latent_shape(bucket)
+        tensors = {"latents": batch_memory.empty((count, *shape), torch.float32)}
         if text:
             dtype = self.info.torch_text_dtype()
-            tensors["text"] = torch.empty(count, *self.info.text_shape, dtype=dtype)
-            tensors["pooled"] = torch.empty(count, self.info.pooled_size, dtype=dtype)
+            tensors["text"] = batch_memory.empty((count, *self.info.text_shape), dtype)
+            tensors["pooled"] = batch_memory.empty((count, self.info.pooled_size), dtype)
         result = Read(tensors=tensors, names=self.names(indices))
+        distribution = {"mean": torch.empty(shape), "std": torch.empty(shape)}
         for row, index in enumerate(indices):
+            rows = {name: values[row] for name, values in tensors.items()}
             try:
-                sample = self._decode(int(index), positions[row : row + 1], seed, text)
-                _check_sample(sample, {name: values.shape[1:] for name, values in tensors.items()})
+                self._read_part("latents", int(index), distribution)
+                noise = normal(seed, "vae", positions[row : row + 1], 0, shape)[0]
+                torch.add(distribution["mean"], noise.mul_(distribution["std"]), out=rows["latents"])
+                if text:
+                    caption = self._drawn_caption(int(index), positions[row : row + 1], seed)
+                    self._read_part("text", int(index), {name: rows[name] for name in PARTS["text"]}, caption)
+                _check_finite(rows)
             except SampleError as error:
                 result.failures[row] = str(error)
-                for values in tensors.values():
-                    values[row] = 0
-                continue
-            for name, values in tensors.items():
-                values[row] = sample[name]
+                for values in rows.values():
+                    values.zero_()
         return result
 
     def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
@@ -123,25 +140,7 @@ class ShardSet:
 
         SampleError: this sample cannot be read. ValueError: its shard cannot.
         """
-        shard = self._shard_of(index)
-        offset, size, checksum = self._place(part, index, caption)
-        content = os.pread(self._file(shard).fileno(), size, offset)
-        if len(content) < size:
-            raise ValueError(f"{self._shard_path(shard)} is truncated: prepare this shard again")
-        if zlib.crc32(content) != checksum:
-            raise SampleError(
-                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
-            )
-        try:
-            tensors = load_tensors(content)
-        except SafetensorError as error:
-            raise SampleError(f"its {part} are no safetensors: {error}") from error
-        wanted = ("mean", "std") if part == "latents" else ("text", "pooled")
-        if not tensors.keys() >= set(wanted):
-            raise SampleError(
-                f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}"
-            )
-        return {name: tensors[name] for name in wanted}
+        return _tensors(part, self._content(part, index, caption))
 
     def captions(self, index: int) -> list[str]:
         """The captions of a sample, each of which its tar holds behind its text. ValueError where it does not."""
@@ -152,10 +151,8 @@ class ShardSet:
         offset, size, _ = self._place("text", index, number)
         start = offset + -(-size // BLOCKSIZE) * BLOCKSIZE
         try:
-            member = TarInfo.frombuf(
-                os.pread(self._file(shard).fileno(), BLOCKSIZE, start), "utf-8", "strict"
-            )
-            content = os.pread(self._file(shard).fileno(), member.size, start + BLOCKSIZE)
+            member = TarInfo.frombuf(self._shards.read(shard, start, BLOCKSIZE), "utf-8", "strict")
+            content = self._shards.read(shard, start + BLOCKSIZE, member.size)
             if not member.name.endswith(".txt"):
                 raise ValueError(f"{member.name} is in its place")
             return content.decode()
@@ -222,16 +219,28 @@ class ShardSet:
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
-    def _decode(self, index: int, position: Tensor, seed: int, text: bool) -> dict[str, Tensor]:
-        latents = self.stored("latents", index)
-        mean, std = latents["mean"], latents["std"]
-        if mean.shape != std.shape:
-            raise SampleError(f"its latents have means {tuple(mean.shape)} and deviations {tuple(std.shape)}")
-        sample = {"latents": mean + std * normal(seed, "vae", position, 0, mean.shape)[0]}
-        if not text:
-            return sample
+    def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor], caption: int = 0) -> None:
+        """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
+        like = part, next(iter(rows.values())).shape
+        if like in self._patterns:
+            file, place = self._shards.file(self._shard_of(index)), self._place(part, index, caption)
+            if file is not None and self._patterns[like].read(file, place, rows):
+                return
+        content = self._content(part, index, caption)
+        tensors = _tensors(part, content)
+        for name, values in rows.items():
+            shape = tensors[name].shape
+            if shape != values.shape:
+                raise SampleError(
+                    f"its {part} ({name}) have shape {tuple(shape)} instead of {tuple(values.shape)}"
+                )
+            values.copy_(tensors[name])
+        if all(tensors[name].dtype == values.dtype for name, values in rows.items()):
+            self._patterns[like] = Pattern(content, rows)
+
+    def _drawn_caption(self, index: int, position: Tensor, seed: int) -> int:
         weights = [weight for weight, *_ in self._opened().captions(index)]
-        return {**sample, **self.stored("text", index, drawn(weights, seed, position) if weights else 0)}
+        return drawn(weights, seed, position) if weights else 0
 
     def _place(self, part: str, index: int, caption: int) -> tuple[int, int, int]:
         if caption == 0:
@@ -239,27 +248,27 @@ class ShardSet:
         _, *place = self._opened().captions(index)[caption]
         return place[0], place[1], place[2]
 
-    def _file(self, shard: int) -> FileIO:
-        """A shard's open file; the least recently used one is closed when too many are open."""
-        if shard not in self._files:
-            if len(self._files) == OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            try:
-                self._files[shard] = FileIO(self._shard_path(shard))
-            except OSError as error:
-                raise ValueError(f"cannot open shard {self._shard_path(shard)}: {error.strerror}") from error
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _shard_path(self, shard: int) -> Path:
-        return self.path / f"{self._dataset['shards'][shard]['name']}.tar"
+    def _content(self, part: str, index: int, caption: int) -> bytes:
+        """A part of a sample as it was written."""
+        shard = self._shard_of(index)
+        offset, size, checksum = self._place(part, index, caption)
+        content = self._shards.read(shard, offset, size)
+        if zlib.crc32(content) != checksum and self._shards.drop_copy(shard):
+            content = self._shards.read(shard, offset, size)
+        if len(content) < size:
+            raise ValueError(f"{self._shards.path(shard)} is truncated: prepare this shard again")
+        if zlib.crc32(content) != checksum:
+            raise SampleError(
+                f"the checksum of its {part} is wrong: the shard was damaged after it was written"
+            )
+        return content
 
     def _shard_of(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
         key, name = self._opened().key_and_name(index)
-        return f"{name} ({self._shard_path(self._shard_of(index)).name}, {key})"
+        return f"{name} ({self._shards.path(self._shard_of(index)).name}, {key})"
 
     def _opened(self) -> SampleIndex:
         self.open()
@@ -271,21 +280,50 @@ class SampleError(Exception):
     """One sample cannot be read; the others can."""
 
 
-def open_shards(path: str | Path, pipeline_dir: str = "") -> ShardSet:
+def find_shards(path: str | Path, cache_dir: str = "", cache_gb: float = 0.0) -> ShardSet:
+    """The shards in a folder, or behind a url or a command with what is in `cache_dir` of them, at most `cache_gb`.
+
+    ValueError naming what cannot be read.
+    """
+    remote = remote_folder(str(path))
+    if remote is None:
+        return ShardSet(path)
+    if not cache_dir:
+        raise ValueError(
+            f"{path} is not on this machine: name a folder of a disk that is in data.cache_dir, for its index and as "
+            "many of its shards as data.cache_gb lets in"
+        )
+    cache = ShardCache(remote, str(path), Path(cache_dir), int(cache_gb * GIGABYTE))
+    return ShardSet(cache.path, cache)
+
+
+def open_shards(
+    path: str | Path, pipeline_dir: str = "", cache_dir: str = "", cache_gb: float = 0.0
+) -> ShardSet:
     """The shards in `path`, checked to be complete and, where a pipeline folder is given, to come from its encoders.
 
     ValueError naming the file that is missing, truncated or of another format version, or the encoder that differs.
     """
-    shards = ShardSet(path)
+    shards = find_shards(path, cache_dir, cache_gb)
     shards.open()
     check_compatible(shards.info, str(path), pipeline_dir)
     return shards
 
 
-def _check_sample(sample: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    for name, shape in shapes.items():
-        if sample[name].shape != shape:
-            raise SampleError(f"its {name} have shape {tuple(sample[name].shape)} instead of {tuple(shape)}")
+def _tensors(part: str, content: bytes) -> dict[str, Tensor]:
+    """What a part of a sample holds; SampleError where that is something else."""
+    try:
+        tensors = load_tensors(content)
+    except SafetensorError as error:
+        raise SampleError(f"its {part} are no safetensors: {error}") from error
+    wanted = PARTS[part]
+    if not tensors.keys() >= set(wanted):
+        raise SampleError(f"its {part} hold {', '.join(tensors) or 'nothing'} instead of {', '.join(wanted)}")
+    return {name: tensors[name] for name in wanted}
+
+
+def _check_finite(sample: Mapping[str, Tensor]) -> None:
+    for name, values in sample.items():
         # One pass; a sum can also be infinite because finite numbers are large.
-        if not sample[name].sum().isfinite() and not sample[name].isfinite().all():
+        if not values.sum().isfinite() and not values.isfinite().all():
             raise SampleError(f"its {name} hold NaN or infinite numbers")

@@ -313,10 +313,13 @@ def _config(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
         zero["offload_optimizer"] = on_cpu
     if parallel.offload_parameters:
         zero["offload_param"] = on_cpu
+    is_refused = parallel.zero_stage == 1 and recipe.model.dtype == "bf16"
+    if parallel.zero_stage in (1, 2) and not parallel.offload_optimizer and not is_refused:
+        zero["compute_grad_norm"] = False  # `step` has it, and has looked at it: the host would wait again
     return {
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": recipe.model.dtype == "bf16"},
+        "bf16": {"enabled": recipe.model.dtype == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,

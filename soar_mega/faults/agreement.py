@@ -47,6 +47,28 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """The result of `action`, which every rank does. Collective, and whatever is collective in it fails on all ranks.
+
+    Raises:
+        PeerFailure: on the ranks where it went well, when the action raised on another.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except (ValueError, OSError, RuntimeError) as error:
+        failure = error
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, str(failure) if failure else None)
+    if failure is not None:
+        raise failure
+    if failed := [
+        f"rank {rank} failed: {reason}" for rank, reason in enumerate(reasons) if reason is not None
+    ]:
+        raise PeerFailure(failed[0])
+    return result
+
+
 @contextlib.contextmanager
 def world(recipe: Recipe) -> Iterator[None]:
     """Starts the world of a run and stops it; an exception ends the process where there are others (end_process)."""

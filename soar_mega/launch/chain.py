@@ -20,20 +20,17 @@ Exports are float32, the optimizer's own numbers, unless a link says otherwise: 
 Reading a chain file resolves every path and checks every recipe, so that a mistake in the last link is found first.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soar_mega.config import Recipe
 from soar_mega.launch.reward_worker import FOLDER, RewardWorker
 from soar_mega.launch.slurm import Resources, resources
 from soar_mega.recipe import read_yaml
-from soar_mega.stages import CollectingConfig, load_recipe
+from soar_mega.stages import load_recipe
 
 KINDS = ("train", "evaluate", "export", "handoff", "command")
 STARTS = ("export", "export_ema", "checkpoint")
@@ -190,10 +187,7 @@ class _Builder:
         try:
             recipe = load_recipe(settings["train"], overrides)
             if worker is not None:
-                asked = yaml.safe_dump(
-                    worker.asked(_rewards(recipe)), default_flow_style=True, width=math.inf
-                )
-                overrides += [f"stage.rewards={asked.strip()}"]
+                overrides += [worker.override(recipe)]
                 recipe = load_recipe(settings["train"], overrides)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -290,15 +284,6 @@ class _Builder:
         if settings["product"] == "pipeline":
             self._pipeline, self._made_by = str(product), link.name
         return link
-
-
-def _rewards(recipe: Recipe) -> dict[str, float]:
-    """What a recipe names in stage.rewards. ValueError: its stage is judged by nobody."""
-    if not isinstance(recipe.stage, CollectingConfig):
-        raise ValueError(
-            f"reward_worker: stage.name={recipe.stage.name} draws no samples that could be judged"
-        )
-    return recipe.stage.rewards
 
 
 def _gives(words: list[str], option: str) -> bool:

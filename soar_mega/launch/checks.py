@@ -7,6 +7,7 @@ from soar_mega import distributed
 from soar_mega.config import Recipe
 from soar_mega.config_checks import check_replicas
 from soar_mega.convert import is_pipeline, pipeline_parts
+from soar_mega.data.fetched import is_remote
 from soar_mega.models.common import layout
 from soar_mega.models.family import model_sizes
 from soar_mega.training.export import check_places
@@ -51,7 +52,7 @@ def check_data(recipe: Recipe) -> None:
 
 def _check_there(key: str, path: str) -> None:
     folder = Path(path).absolute()
-    if folder.exists():
+    if is_remote(path) or folder.exists():
         return
     nearest = next(above for above in folder.parents if above.exists())
     if nearest == Path(folder.anchor):

@@ -125,7 +125,9 @@ def _settings(link: Link) -> Json:
     if link.recipe is None:
         return {"arguments": link.arguments}
     recipe = dataclasses.asdict(link.recipe)
-    del recipe["parallel"], recipe["logging"], recipe["data"]["num_workers"]
+    del recipe["parallel"], recipe["logging"]
+    for key in ("num_workers", "cache_dir", "cache_gb"):
+        del recipe["data"][key]
     for key in ("exit_duration_in_mins", "step_timeout_minutes", "phase_timeout_minutes"):
         del recipe["train"][key]
     for key in ("save_interval", "async_save", "keep_last", "save_retain_interval"):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
-from soar_mega.launch import reward_worker, slurm
+from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
@@ -64,7 +64,7 @@ def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
         logger.info("link %s: begins", link.name)
         with contextlib.ExitStack() as stack:
             if link.worker is not None:
-                stack.enter_context(reward_worker.running(link.worker))
+                stack.enter_context(run_worker.running(link.worker))
             code = _run_to_its_end(link, processes)
         if code == UNFINISHED:
             return code
@@ -177,6 +177,11 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
         running = slurm.queued(link.folder / "slurm")
         if running is not None:
             raise ValueError(f"link {link.name} is job {running}: wait for it, or end it with scancel")
+        worker = None if link.worker is None else slurm.queued(link.worker.folder / "slurm")
+        if worker is not None:
+            raise ValueError(
+                f"the last reward worker of {link.name} is job {worker}: it ends in half a minute"
+            )
     submitted: list[tuple[Link, str]] = []
     workers: list[str] = []
     try:
@@ -198,11 +203,8 @@ def _submit_worker(chain: Chain, link: Link, before: str | None) -> str:
     """Submits the job of a link's reward worker, after the job `before`; its number."""
     worker = link.worker
     assert worker is not None
-    left_over = slurm.queued(worker.folder / "slurm")
-    if left_over is not None:  # it has not noticed yet that its link's last job is gone
-        slurm.cancel(left_over.split()[0])
-    worker.make_ready()
-    worker.make_token()
+    run_worker.make_ready(worker)
+    run_worker.make_token(worker)
     # until the link has its number the worker waits for it
     (link.folder / "slurm" / slurm.JOB_ID).unlink(missing_ok=True)
     number = slurm.submit(worker_job(chain, link), worker.resources, before)

@@ -26,7 +26,8 @@ class WorkerScorer:
     """Asks a worker, and takes nothing that it says on trust.
 
     Attributes:
-        name: of the reward, as the worker knows it; NAME/PART is one of several values that it gives under NAME.
+        name: of the reward, as the worker knows it, and says where it is asked for by what `serve-reward` was told;
+            NAME/PART is one of several values that it gives under NAME.
     """
 
     weights_hash = ""
@@ -149,9 +150,11 @@ class WorkerScorer:
         answer = self._peer.get("/health")
         try:
             health = json.loads(answer)
-            served, facts = health.get("rewards"), health.get("scorers")
+            served, facts, keys = health.get("rewards"), health.get("scorers"), health.get("keys")
         except (ValueError, RecursionError, AttributeError):
             return "of a worker"  # it is there, and that is all it says
+        if isinstance(keys, dict):
+            self.name = str(keys.get(self.name, self.name))
         name = self.name.partition("/")[0]
         if not self._compute and isinstance(served, dict) and name not in served:
             raise ValueError(f"the worker {self._peer.place} has no reward {name}, it has {sorted(served)}")

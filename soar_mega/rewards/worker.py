@@ -49,8 +49,10 @@ class Sample:
 class Worker:
     """Scorers by name, asked by one request at a time: a scorer need not be safe for threads, or have room for two."""
 
-    def __init__(self, scorers: Sequence[Scorer], limits: Limits) -> None:
+    def __init__(self, scorers: Sequence[Scorer], limits: Limits, keys: Sequence[str] = ()) -> None:
+        """keys: what the scorers are called in a recipe, so that a client may ask for them by that."""
         self.scorers = {scorer.name: scorer for scorer in scorers}
+        self._keys = dict(zip(keys, self.scorers))
         self.limits = limits
         self._one_at_a_time = threading.Lock()
 
@@ -59,6 +61,7 @@ class Worker:
         return {
             "status": "ok",
             "rewards": {name: ["ready"] for name in self.scorers},
+            "keys": self._keys,
             "scorers": {
                 name: {"version": scorer.version, "weights_hash": scorer.weights_hash}
                 for name, scorer in self.scorers.items()

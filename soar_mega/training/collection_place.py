@@ -71,7 +71,8 @@ class Place:
         if is_rank_zero():
             log.warning("samples that could not be judged, left out of learning: %s%s", named, more)
         share = self.not_judged / max((self.collection + 1) * self.samples, self._pass)
-        if share > self._max_failed_share:
+        judged = not bool(totals.isnan().all())  # or the report of the collection ends the run, and knows why
+        if judged and share > self._max_failed_share:
             raise DataError(
                 f"{self.not_judged} samples could not be judged, {share:.2%} of what is drawn "
                 f"(data.max_failed_share={self._max_failed_share}). Last ones: {named}{more}; the log says why"

@@ -27,7 +27,7 @@ from soar_mega.evaluation.suite.settings import Suite
 from soar_mega.evaluation.suite.store import Json, Store, digest
 from soar_mega.evaluation.suite.tables import Measured, Tables, to_csv
 from soar_mega.evaluation.suite.work import Cell, Place, run_model
-from soar_mega.faults.agreement import on_rank_zero
+from soar_mega.faults.agreement import on_all_ranks, on_rank_zero
 from soar_mega.training.history import history
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ class Evaluation:
 
         @functools.cache
         def generator() -> Generator:
-            return source.generator(self.dtype, self.parallel, place.writes)
+            # a run may remove a checkpoint when some ranks have read it and others have not
+            return on_all_ranks(lambda: source.generator(self.dtype, self.parallel, place.writes))
 
         def drawer(prompts: list[str]) -> Drawer:
             if source.kind == DIFFUSERS:

@@ -88,7 +88,7 @@ def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:
     exact = dtype == "fp32"
     for name, weights in _exports(recipe).items():
         place, tensors = _place(recipe, name), engine.exported(weights, exact)
-        notes = notes_of_run(run, engine.model.sizes.family.products, iteration, weights, dtype)
+        notes = notes_of_run(run, engine.model.sizes, iteration, weights, dtype)
         parts = source if is_pipeline(source) else None
         save_folder(engine.model, place, tensors, WeightFiles(dtype=DTYPES[dtype]), notes, parts)
         logger.info("wrote %s", place)

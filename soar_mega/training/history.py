@@ -11,13 +11,11 @@ from soar_mega.checkpoints.resume import read_description
 from soar_mega.checkpoints.run_folder import DESCRIPTION, RECIPE, RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.info import DatasetInfo
-from soar_mega.data.shard_writer import DATASET_FILE
+from soar_mega.data.remote import read_info
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.stages import CollectingConfig, load_recipe
-from soar_mega.user_files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +89,7 @@ def _work_of_sample(recipe: Recipe) -> float:
 def _tokens(recipe: Recipe, sizes: Sizes) -> Tokens:
     """Of a sample of the size that most have."""
     if recipe.data.path:
-        path = Path(recipe.data.path, DATASET_FILE)
-        info = DatasetInfo.from_json(read_object(path), path)
+        info = read_info(recipe.data.path)
         return Tokens(image_tokens(sizes, info.latent_shape(info.largest_bucket)[1:]), info.text_shape[0])
     facts = encoder_facts(Path(recipe.model.pipeline_dir), recipe.data.max_sequence_length)
     latents = facts.latent_shape(*facts.image_size(recipe.data.resolution))

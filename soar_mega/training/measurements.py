@@ -48,8 +48,11 @@ class Measurements:
         self._events = events
         weights = "ema" if "ema" in engine.weights else "current"
         self._held_out: HeldOut | None = None
-        if recipe.data.validation_path and (self._settings.eval_interval or self._settings.drift_interval):
-            shards = open_shards(recipe.data.validation_path, recipe.model.pipeline_dir)
+        data = recipe.data
+        if data.validation_path and (self._settings.eval_interval or self._settings.drift_interval):
+            shards = open_shards(
+                data.validation_path, recipe.model.pipeline_dir, data.cache_dir, data.cache_gb
+            )
             self._held_out = HeldOut(shards, schedule, recipe.train.micro_batch_size, weights)
         self._rewards: HeldOutRewards | None = None
         if collector is not None and collector.validation is not None:

@@ -59,6 +59,7 @@ def _small(recipe: Recipe, folder: Path, replicas: int) -> Recipe:
             lr_decay_iters=None,
             lr_decay_start=None,
         ),
+        lora=replace(recipe.lora, load=""),  # adapters of the large model
         data=_small_data(recipe.data, inputs, recipe.stage.collects),
         checkpoint=replace(
             recipe.checkpoint,

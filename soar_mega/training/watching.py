@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from soar_mega.checkpoints.run_folder import RunFolder
@@ -48,11 +49,12 @@ def watch(
         for iteration in new:
             seen.add(iteration)
             try:
-                found = evaluation.measure(_model(model, run, iteration, there))
+                found = evaluation.measure(on_rank_zero(partial(_model, model, run, iteration, there)))
             except (ValueError, OSError, PeerFailure) as error:
                 if run.checkpoint(iteration).is_dir():
                     raise
-                log.warning("iteration %d was removed before it could be evaluated: %s", iteration, error)
+                if is_rank_zero():
+                    log.warning("iteration %d was removed before it could be evaluated: %s", iteration, error)
                 continue
             measured.append(found)
             if is_rank_zero():
@@ -92,11 +94,9 @@ def _check(run: RunFolder) -> None:
 def _curves(tables: Tables, model: Measured) -> dict[str, float]:
     """The scores of one model by the names of their curves."""
     scores = {
-        f"{column.title}/guidance {point.guidance_scale:g}, {point.steps} steps": tables.bootstrap(
-            column.prompt_set
-        )
-        .score(tables.outcomes(model, point, column))
-        .value
+        f"{column.title}/guidance {point.guidance_scale:g}, {point.steps} steps": tables.resampled(
+            model, point, column
+        ).value
         for column in tables.columns()
         for point in tables.suite.points
     }

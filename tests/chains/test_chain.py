@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.launch.chain import Chain, load_chain
 from soar_mega.launch.links import begin, end, why_not_done
-from soar_mega.launch.reward_worker import running
 from soar_mega.launch.run_chain import command, job, run_local, status
+from soar_mega.launch.run_worker import running
 from soar_mega.rewards.client import WorkerScorer
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +187,43 @@ def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
         load_chain(write(tmp_path, links))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"links: [", "not valid YAML"),
+        (b"folder: \xff", "not UTF-8 text"),
+        (b"folder: a\nfolder: b", "the key 'folder' is given twice"),
+        (b"folder: 2024-13-45", "not valid YAML"),
+        (b"- a", "expected `key: value` lines"),
+    ],
+)
+def test_a_file_that_is_no_chain_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "chain.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/chain\.yaml.*{message}"):
+        load_chain(tmp_path / "chain.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("link.json", "", "is not valid JSON"),
+        ("link.json", "[]", "instead of a JSON object"),
+        ("link.json", '{"parent": null}', "settings is no object"),
+        ("link.json", '{"settings": {}}', "parent is no hash"),
+        ("completed.json", '{"settings": {}, "parent": null}', "product is no hash"),
+    ],
+)
+def test_a_marker_that_is_none_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    chain = load_chain(write(tmp_path, [note("a")]))
+    link = chain.link("a")
+    link.folder.mkdir(parents=True)
+    (link.folder / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"{link.folder / name}.*{message}.*remove it, and the link is done again"
+    ):
+        why_not_done(chain, link)
+
+
 def test_a_failed_link_stops_the_rest_and_says_why(tmp_path: Path) -> None:
     chain = load_chain(write(tmp_path, [note("one"), note("two", code=3), note("three")]))
     with pytest.raises(ValueError, match=r"two failed with exit code 3:\n  two says no\nnot started.*three"):
@@ -304,7 +343,9 @@ def test_an_evaluate_link_takes_drift_alone_or_a_suite(tmp_path: Path) -> None:
     assert begin(chain, suite) and not suite.product.exists()
 
 
-def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_worker_is_a_job_beside_its_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     link = rl("rl", "digits", "--max-images", 8, slurm={"gpus_per_node": 0, "time": "01:00:00"})
     link["overrides"] = ["stage.rewards={digits: 1.0, 'my:own#x': 1.0e-05}", "data.prompts=recipes"]
     link["overrides"] += ["logging.eval_interval=0", "logging.drift_interval=0"]
@@ -322,8 +363,9 @@ def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: p
 
     def slurm(*command: str) -> str:
         asked.append(command)
-        return str(len(asked)) if command[0] == "sbatch" else ""
+        return str(len(asked)) if command[0] == "sbatch" else queue
 
+    queue = ""
     monkeypatch.setattr("soar_mega.launch.slurm._call", slurm)
     old = worker.folder / "failure.txt"
     old.parent.mkdir(parents=True)
@@ -345,6 +387,9 @@ def test_a_reward_worker_is_a_job_beside_its_link(tmp_path: Path, monkeypatch: p
         f"--url-file {url})" in script
     )
     assert worker.token_file.stat().st_mode & 0o777 == 0o600
+    queue = f"{number[served]} RUNNING"
+    assert main(["chain", str(path), "--slurm"]) == 1
+    assert "the last reward worker of rl is job" in capsys.readouterr().err
 
 
 def test_a_reward_worker_that_dies_is_not_waited_for(tmp_path: Path) -> None:
@@ -366,9 +411,24 @@ def test_a_reward_worker_that_dies_is_not_waited_for(tmp_path: Path) -> None:
             time.sleep(0.01)
         with pytest.raises(OSError, match="it ended with exit code -9, see .*worker.log"):
             scorer.score(torch.zeros(1, 3, 16, 16), ["a"], [{}])
-    with running(worker) as process:
-        pass
-    assert process.poll() == 0 and not worker.url_file.exists(), "it ends with its link"
+
+
+@pytest.mark.slow
+def test_a_reward_worker_does_not_outlive_a_chain_that_is_killed(tmp_path: Path) -> None:
+    link = rl("rl", "jpeg_compressibility") | {"overrides": ["stage.rewards={jpeg_compressibility: 1.0}"]}
+    program = (
+        "import os; from soar_mega.launch.chain import load_chain; from soar_mega.launch.run_worker import running\n"
+        f"with running(load_chain({str(write(tmp_path, [link]))!r}).links[0].worker) as process:\n"
+        "    print(process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    process = Path("/proc", told.stdout.strip(), "stat")
+    assert told.returncode == -9 and told.stdout.strip()
+    until = time.monotonic() + 30
+    while process.exists() and " Z " not in process.read_text():  # nobody may wait for its end here
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

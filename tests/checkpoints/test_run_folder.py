@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soar_mega.checkpoints.recipes import write_recipe
+from soar_mega.checkpoints.recipes import tell_differences, write_recipe
 from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
 from soar_mega.config import Recipe
 from soar_mega.stages import SoarConfig
@@ -131,3 +131,26 @@ def test_the_recipes_of_earlier_starts_are_kept_and_their_differences_told(
     write_recipe(run, recipe)
     assert "shift: 2.0" in (tmp_path / "run_config.2.yaml").read_text()
     assert "stage.shift was 2.0 and is 3.0" in caplog.text
+
+
+def test_a_run_that_loads_another_one_tells_in_what_they_differ(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is saved and what it loads aside."""
+    recipe = Recipe(stage=SoarConfig())
+    recipe.checkpoint.save = str(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    write_recipe(RunFolder(tmp_path / "a"), recipe)
+    checkpoint = tmp_path / "a" / "iter_0000100"
+    recipe.checkpoint.save, recipe.checkpoint.load = str(tmp_path / "b"), str(tmp_path / "a")
+    tell_differences(checkpoint, recipe)
+    tell_differences(tmp_path / "alone" / "iter_0000100", recipe)
+    assert not caplog.text
+    recipe.stage.num_auxiliary_points, recipe.model.dtype = 3, "fp32"
+    tell_differences(checkpoint, recipe)
+    assert f"the recipe is not that of {checkpoint}, which is loaded:" in caplog.text
+    assert (
+        "stage.num_auxiliary_points was " in caplog.text
+        and "model.dtype was 'bf16' and is 'fp32'" in caplog.text
+    )
+    assert caplog.text.count(" was ") == 2

@@ -172,7 +172,7 @@ def test_a_shard_that_is_cut_during_the_run_stops_it(loader, shards, workers):
 def test_a_killed_reader_process_stops_the_run(loader):
     one = loader(num_workers=2)
     next(one)
-    os.kill(one._pool.processes[1].pid, signal.SIGKILL)
+    os.kill(one._readers.processes[1].pid, signal.SIGKILL)
     with pytest.raises(DataError, match="data reader process 1 .* was killed by signal 9"):
         for _ in range(20):
             next(one)
@@ -228,6 +228,13 @@ def test_shards_of_other_encoders_are_refused(loader, images, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_encoding_while_training_gives_the_samples_of_shards(loader, images, tmp_path, workers):
+    """Also where an image has several captions: a place in training draws the same of them."""
+    names = sorted(path.name for path in images.glob("*.png"))
+    rows = [
+        {"file_name": n, "text": [f"a red {i}", f"a blue {i}"], "weights": [1, 2]}
+        for i, n in enumerate(names)
+    ]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prepare(images, tmp_path / "prepared", BASE)
     from_shards = loader(path=tmp_path / "prepared", pipeline_dir=str(BASE))
     online = loader(path=images, pipeline_dir=str(BASE), encode="online", num_workers=workers)

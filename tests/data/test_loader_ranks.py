@@ -92,7 +92,7 @@ def read_until_it_stops(path, kill_rank):
     try:
         for step, _ in enumerate(loader):
             if step == 1 and rank == kill_rank:
-                os.kill(loader._pool.processes[0].pid, signal.SIGKILL)
+                os.kill(loader._readers.processes[0].pid, signal.SIGKILL)
             assert step < 20
     except DataError as error:
         loader.close()

@@ -66,6 +66,25 @@ def test_the_last_stage_reads_latents_alone(shards):
     assert set(read.tensors) == {"latents"} and not read.failures
 
 
+def test_samples_that_lie_otherwise_than_their_neighbours_are_read_too(shards):
+    """As another version of a library writes them: with more in the header, and in another order."""
+    index = json.loads((shards / "shard-000001.json").read_text())
+    offset = index["samples"][1]["text"][0]
+    text, pooled = torch.full((5, 8), 50.0), torch.full((6,), 51.0)
+    content = save({"a": text, "pooled": pooled}, {"by": "others"}).replace(b'"a"', b'"text"')
+    content = (int.from_bytes(content[:8], "little") + 3).to_bytes(8, "little") + content[8:]
+    with open(shards / "shard-000001.tar", "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+    index["samples"][1]["text"] = [offset, len(content), zlib.crc32(content)]
+    edit_json(shards / "shard-000001.json", **index)
+    shard_set = open_shards(shards)
+    for _ in range(2):
+        read = shard_set.read("16x16", [4, 5, 6, 7], positions(0, 1, 2, 3), seed=0)
+        assert read.tensors["text"][:, 0, 0].tolist() == [4.0, 50.0, 6.0, 7.0] and not read.failures
+        assert read.tensors["pooled"][:, 5].tolist() == [4.0, 51.0, 6.0, 7.0]
+
+
 def test_latents_are_drawn_anew_at_each_position(tmp_path):
     sample = make_sample(2)
     sample.latent_std.copy_(torch.rand(4, 8, 8))
@@ -204,11 +223,13 @@ def test_unfinished_empty_and_missing_folders_are_told_apart(shards, tmp_path):
 
 
 def test_only_some_shards_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("soar_mega.data.shards.OPEN_FILES", 2)
+    monkeypatch.setattr("soar_mega.data.shard_bytes.OPEN_FILES", 2)
     shard_set = open_shards(make_shards(tmp_path / "s", [make_sample(i) for i in range(5)], per_shard=1))
     opened = []
     real = io.FileIO
-    monkeypatch.setattr("soar_mega.data.shards.FileIO", lambda path: opened.append(real(path)) or opened[-1])
+    monkeypatch.setattr(
+        "soar_mega.data.shard_bytes.FileIO", lambda path: opened.append(real(path)) or opened[-1]
+    )
     for index in [0, 1, 2, 3, 4, 3, 0]:
         assert shard_set.read("16x16", [index], positions(0), seed=0).tensors["latents"].max() == index
     assert len(opened) == 6

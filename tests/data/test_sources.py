@@ -215,6 +215,19 @@ def test_captions_as_kohya_keeps_them(tmp_path, caplog):
     assert "1 images have a .txt and a .caption" in caplog.text
 
 
+def test_a_list_in_a_folder_below_is_told(tmp_path, caplog):
+    """As Hugging Face keeps splits: which of them are meant is for the user to say."""
+    (tmp_path / "train").mkdir()
+    write_images(tmp_path / "train", "a.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "an a"}')
+    assert not list_items(tmp_path)[0]
+    assert (
+        f"train/metadata.jsonl lists images and is not read: give its folder as a source, as {tmp_path}/train"
+        in (caplog.text)
+    )
+    assert len(list_items(tmp_path / "train")[0]) == 1
+
+
 def test_metadata_as_csv(tmp_path):
     write_images(tmp_path, "x.png", "d/y.png")
     lines = [

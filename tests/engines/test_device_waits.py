@@ -71,7 +71,7 @@ def two_steps_of_own_samples(recipe: Recipe) -> Seen:
     ids=["pipeline", "two-chunks", "varied", "tensor", "deepspeed"],
 )
 def test_a_step_waits_for_its_gradient_norm_alone(settings):
-    wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("
+    wanted = "_gradient_norm (deepspeed.py" if "engine" in settings else "get_grad_norm ("
     for seen in run_ranks(two_steps, 2, make_recipe(**settings)):
         assert_one_wait(seen, wanted)
         if "engine" not in settings:
@@ -98,7 +98,7 @@ def assert_one_wait(seen: Seen, wanted: str) -> None:
     ids=["two-chunks-copies-on-host", "deepspeed"],
 )
 def test_nor_does_a_step_on_own_samples_wait_for_more(settings):
-    wanted = "step (deepspeed.py" if "engine" in settings else "get_grad_norm ("
+    wanted = "_gradient_norm (deepspeed.py" if "engine" in settings else "get_grad_norm ("
     for seen in run_ranks(two_steps_of_own_samples, 2, collecting_recipe(**settings)):
         assert_one_wait(seen, wanted)
         if "engine" not in settings:  # the statistics come with what was reduced before

@@ -9,7 +9,8 @@ import torch
 from soar_mega import platform
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines")]  # their helpers
+# the helpers of their tests
+sys.path[:0] = [str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines", "data")]
 platform.install()
 
 

@@ -76,7 +76,11 @@ def test_graphs_change_nothing(name):
     skip_what_is_not_installed(recipes[0].model, FLUX.attention_head_dim if kind == "flux" else 64)
     found, expected = (trained(recipe, sizes) for recipe in recipes)
     assert torch.equal(found[0][0], expected[0][0])  # to the bit, before a sum of gradients in another order
-    assert_gradients_agree(found[2], expected[2], 1e-5)
+    # in FP8 the gradients of recomputed layers are summed in bf16 where there are no graphs, and what differs in a last
+    # bit is rounded to another number of FP8 in the next step
+    in_fp8 = recipes[0].model.fp8 is not None
+    assert_gradients_agree(found[2], expected[2], 1e-2 if in_fp8 else 1e-5)
+    later = 1e-2 if in_fp8 else 1e-4
     for ours, theirs in zip(found[0], expected[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
-    assert found[1] == pytest.approx(expected[1], rel=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=later, atol=0)
+    assert found[1] == pytest.approx(expected[1], rel=later)

@@ -232,4 +232,3 @@ def test_five_hundred_steps_in_fp8_stay_within_the_spread_of_three_seeds_in_bf16
     curves = torch.stack(seeds)
     spread = (curves.amax(dim=0) - curves.amin(dim=0)).mean()
     assert (fp8 - curves[0]).abs().max() < spread, (fp8, curves)
-    assert distance(fp8, curves[0]) < 0.02

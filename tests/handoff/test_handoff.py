@@ -18,6 +18,7 @@ from soar_mega.cli import main
 from soar_mega.handoff import outside
 from soar_mega.handoff.check import check, handoff
 from soar_mega.handoff.trainers import SD3, TRAINERS, Handoff, script
+from soar_mega.models.family import read_sizes
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
 from soar_mega.training_facts import TrainingFacts, read_facts
@@ -137,7 +138,7 @@ def test_an_export_of_own_samples_says_how_they_were_drawn(
     run.mkdir()
     recipe = load_recipe(str(BASE.parent / "flow_grpo.yaml"), [f"model.pipeline_dir={pipeline}", *settings])
     (run / "run_config.yaml").write_text(recipe_to_yaml(recipe))
-    for name, text in notes_of_run(RunFolder(run), "SD3", 100, "current").items():
+    for name, text in notes_of_run(RunFolder(run), read_sizes(BASE), 100, "current").items():
         (run / name).write_text(text)
     facts = read_facts(run)
     assert facts is not None and (facts.max_sequence_length, facts.width, facts.height) == told

@@ -12,6 +12,7 @@ from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
+from soar_mega.models.family import read_sizes
 from soar_mega.models.sd3.mapping import entries
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
@@ -131,6 +132,15 @@ def test_a_target_that_matches_nothing_is_named():
         adapter_pairs(entries(SD3Sizes(**SMALL)), ["to_q"])
 
 
+def test_a_target_that_is_computed_in_parts_is_named():
+    """FLUX's proj_out of attention and MLP side by side. A pattern that means more leaves it out."""
+    sizes = read_sizes({"_class_name": "FluxTransformer2DModel", **flux_peer.SMALL})
+    table = sizes.family.entries(sizes)
+    with pytest.raises(ValueError, match=r"single_transformer_blocks.0.proj_out is computed in two parts"):
+        adapter_pairs(table, ["*.proj_out"])
+    assert not any(pair.module.endswith(".proj_out") for pair in adapter_pairs(table, EVERY_LINEAR))
+
+
 def test_merged_weights_are_the_adapted_model(tmp_path):
     model, _, adapters, _ = adapted(tmp_path, CONFIGS[2])
     tensors = adapters.merged(dict(model.named_parameters()).__getitem__)
@@ -176,15 +186,23 @@ def test_dropout_leaves_out_features_of_a_step(tmp_path):
     assert len(rows.unique(dim=0)) == len(rows)  # each pair has its own
 
 
-def test_adapters_on_transformer_engine_s_linears(tmp_path, monkeypatch):
-    """Over the stand-in: adapters compute beside what FP8 casts, as they do beside torch's linears."""
+@pytest.mark.parametrize(("dtype", "fp8", "close"), [("fp32", None, 1e-5), ("bf16", "hybrid", 0.05)])
+@pytest.mark.parametrize("family", [peer, flux_peer], ids=["sd3", "flux"])
+def test_adapters_on_transformer_engine_s_linears(family, dtype, fp8, close, tmp_path, monkeypatch):
+    """Over the stand-in: adapters compute and learn beside what FP8 casts as they do beside torch's linears."""
     config = CONFIGS[0]
-    model, _, adapters, factors = adapted(tmp_path, config)
+    family.save_peer(tmp_path)
+    model = load_diffusers(tmp_path, dtype)
     te_stand_in.install(monkeypatch)
-    settings = ModelConfig(dtype="fp32", transformer_impl="transformer_engine")
+    settings = ModelConfig(dtype=dtype, transformer_impl="transformer_engine", fp8=fp8)
     other = build_model(model.sizes, settings, ParallelConfig())
     load_weights(other, tmp_path)
-    with_adapters(other, config)
-    set_factors(other, adapters.pairs, config, factors)
-    inputs = make_inputs(model.sizes)
-    torch.testing.assert_close(other(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
+    inputs, velocities, learnt = family.make_inputs(model.sizes), [], []
+    for each in (other, model):
+        adapters = with_adapters(each, config)
+        set_factors(each, adapters.pairs, config, random_factors(adapters.pairs, config.rank))
+        velocities.append(each(*inputs))
+        velocities[-1].square().sum().backward()
+        learnt.append(gradients(each, adapters.pairs, config))
+    assert relative_error(*velocities) < close
+    assert max(gradient_errors(*learnt).values()) < close

@@ -154,6 +154,11 @@ def test_the_version_of_a_scorer_comes_with_it(served: Served, token: None) -> N
     assert WorkerScorer(f"{served.url}/score#jpeg_incompressibility").version.startswith("quality 95")
 
 
+def test_a_reward_may_be_asked_for_by_what_a_recipe_calls_it(served: Served, token: None) -> None:
+    scorer = WorkerScorer(f"{served.url}/score#own_rewards:mean_red")
+    assert scorer.name == "mean_red" and list(scorer.score(pictures(1), ["a"], [{}])) == ["mean_red"]
+
+
 def test_questions_of_unirl_and_flow_factory_are_understood(served: Served) -> None:
     """As their clients put them: JPEG unless told otherwise, two turns for editing, a password in the URL."""
     image = Image.fromarray(np.full((16, 16, 3), (200, 10, 10), dtype=np.uint8))

@@ -29,5 +29,6 @@ def test_feeding_is_measured_both_ways(tmp_path, monkeypatch, capsys):
     for row in said["workers"].values():
         speed = row["samples_per_second"]
         assert row["ratio"] == pytest.approx(speed["loader"] / speed["webdataset"])
+        assert min(row["cpu_ms_per_sample"].values()) >= 0
         assert all(0 <= share < 1 for share in row["wait_share"].values())
-    assert said["workers"].keys() == {"0", "2"} and list(tmp_path.iterdir()) == [out]
+    assert said["workers"].keys() == {"0", "1", "2"} and list(tmp_path.iterdir()) == [out]

@@ -1,5 +1,6 @@
 """Runs of a guidance-distilled FLUX over images of two sizes: as recorded, at every layout, and resumed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import tiny_runs
 from golden import assert_golden
 from multirank import run_ranks
+from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, tiny_recipe
 
 from soar_mega.config import Recipe
@@ -46,7 +48,8 @@ def flux_recipe(shards: Path, folder: Path, **overrides: Any) -> Recipe:
         "optimizer__lr": 1e-4,
         "train__global_batch_size": 8,
     }
-    return tiny_recipe(shards, folder, "flux_soar", model__pipeline_dir=BASE, **(settings | overrides))
+    settings["model__pipeline_dir"] = BASE
+    return tiny_recipe(shards, folder, "flux_soar", **(settings | overrides))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,33 @@ def test_golden_losses(run: Path) -> None:
     assert_golden(GOLDEN, [loss for loss, _ in logged(run).values()], "flux_base")
 
 
+def test_one_that_is_told_no_scale_is_asked_in_both_branches(flux_shards: Path, tmp_path: Path) -> None:
+    """As schnell: guided by a pair of answers, or by none at scale 1; at its own scheduler's shift, which is none."""
+    for part in ("transformer", "scheduler"):
+        shutil.copytree(BASE / part, tmp_path / "schnell" / part)
+    for name, changes in (
+        ("transformer/config.json", {"guidance_embeds": False}),
+        ("scheduler/scheduler_config.json", {"shift": 1.0, "use_dynamic_shifting": False}),
+    ):
+        file = tmp_path / "schnell" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    [weights] = (tmp_path / "schnell/transformer").glob("*.safetensors")
+    kept = {key: tensor for key, tensor in load_file(weights).items() if "guidance_embedder" not in key}
+    save_file(kept, weights, {"format": "pt"})
+    settings = {"model__pipeline_dir": tmp_path / "schnell", "train__train_iters": 2}
+    recipes = [
+        flux_recipe(flux_shards, tmp_path / str(scale), stage__guidance_scale=scale, **settings)
+        for scale in (1.0, 4.5)
+    ]
+    assert run_ranks(run_each, 1, recipes) == [[0, 0]]
+    alone, guided = ([loss for loss, _ in logged(Path(r.checkpoint.save)).values()] for r in recipes)
+    assert len(alone) == len(guided) == 2 and alone != guided
+
+
+def run_each(recipes: list[Recipe]) -> list[int]:
+    return [tiny_runs.run(recipe) for recipe in recipes]
+
+
 def test_resumed_it_is_the_same_run(flux_shards: Path, run: Path, tmp_path: Path) -> None:
     halfway = tmp_path / "halfway"
     shutil.copytree(run, halfway, ignore=shutil.ignore_patterns("iter_0000006", "complete.json", "train.log"))
@@ -99,6 +129,22 @@ def test_training_does_not_depend_on_the_layout(
     )
     expected, found = logged(run), logged(tmp_path / "run")
     assert found.keys() == expected.keys()
+    for iteration, (loss, norm) in found.items():
+        assert loss == pytest.approx(expected[iteration][0], rel=1e-5)
+        assert norm == pytest.approx(expected[iteration][1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp2-sp-pp2", "deepspeed-tp2"])
+def test_adapters_of_it_do_not_depend_on_the_layout(name: str, flux_shards: Path, tmp_path: Path) -> None:
+    """On every linear, with dropout."""
+    lora = {"lora__rank": 2, "lora__dropout": 0.2, "lora__targets": "[*]", "train__train_iters": 3}
+    ranks, layout = LAYOUTS[name]
+    for count, folder, settings in ((1, "one", {}), (ranks, "many", layout)):
+        recipe = flux_recipe(flux_shards, tmp_path / folder, **lora, **settings)
+        assert run_ranks(tiny_runs.run, count, recipe) == [0] * count
+    expected, found = logged(tmp_path / "one"), logged(tmp_path / "many")
+    assert found.keys() == expected.keys() and len(found) == 3
     for iteration, (loss, norm) in found.items():
         assert loss == pytest.approx(expected[iteration][0], rel=1e-5)
         assert norm == pytest.approx(expected[iteration][1], rel=1e-4)

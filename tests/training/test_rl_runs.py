@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from multirank import RankFailure, run_ranks
 from PIL import Image
-from rl_cases import STAGES, mean_red, rl_recipe, rl_steps, taken
+from rl_cases import STAGES, mean_red, rl_recipe, rl_steps, rl_words, taken
 from safetensors.torch import load_file
 from tiny_runs import held_out, logged, tiny_recipe
 from torch import Tensor
 
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.checkpoints.run_folder import RunFolder
+from soar_mega.cli import main
 from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import stop_world
@@ -206,6 +207,23 @@ def test_samples_that_cannot_be_judged_count_for_nothing(
         pytest.raises(DataError, match=r"4 samples could not be judged, 12.50% .*'a red"),
     ):
         run.collect()
+
+
+def nothing(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    """A reward that always fails."""
+    raise RuntimeError("out of paint")
+
+
+@pytest.mark.slow
+def test_a_reward_that_judges_nothing_ends_the_run_with_its_reason(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = rl_words(
+        folder, stage__rewards="{'test_rl_runs:nothing': 1.0}", checkpoint__save=tmp_path / "run"
+    )
+    assert main(["train", str(tiny_runs.ROOT / "recipes/tiny/flow_grpo.yaml"), *words]) == 1
+    assert "reward nothing could not judge one of the 16 samples" in (told := capsys.readouterr().err)
+    assert "RuntimeError: out of paint" in told
 
 
 def test_a_broken_reward_ends_the_run(folder: Path) -> None:

@@ -67,9 +67,8 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["flow_grpo_ocr", "flow_grpo_geneval", "flow_grpo_pickscore", "nft_multi_reward"]
-)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])
 def test_a_method_that_draws_its_samples_runs(name, tmp_path):
     words = [f"checkpoint.save={tmp_path}/run"]
     assert main(["train", str(RECIPES / f"sd35_medium/{name}.yaml"), "--scale-down", *words]) == 0
@@ -81,7 +80,7 @@ def test_a_method_that_draws_its_samples_runs(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_recipe_of_two_billion_parameters_runs(tmp_path, caplog):
-    words = [f"checkpoint.save={tmp_path}/run", "model.dtype=fp32"]
-    assert main(["train", str(RECIPES / "sd35_medium/soar.yaml"), "--scale-down", *words]) == 0
+    words = [f"checkpoint.save={tmp_path}/run", "model.dtype=fp32", "lora.load=adapters"]  # of the large one
+    assert main(["train", str(RECIPES / "sd35_medium/soar_lora.yaml"), "--scale-down", *words]) == 0
     run = tmp_path / "run_scaled_down/run"
     assert (run / "complete.json").is_file() and (run / "export/transformer/config.json").is_file()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from tiny_runs import ROOT, held_out, logged, tiny_recipe
 
 from soar_mega import distributed
+from soar_mega.checkpoints.rank_file import RankFile
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import ParallelConfig, Recipe
+from soar_mega.data.order import Order, Place
 from soar_mega.training.run import Trainer
 
 
@@ -226,6 +229,36 @@ def test_a_run_that_is_bad_from_its_first_step_is_saved(
     assert list(logged(tmp_path / "once")) == [2, 3] and list(logged(tmp_path / "ever"))[-1] == 3
 
 
+def run_and_write_slowly(recipe: Recipe) -> int:
+    write = RankFile.write
+
+    def slowly(self: RankFile) -> Any:
+        time.sleep(3)
+        return write(self)
+
+    RankFile.write = slowly  # type: ignore[method-assign]
+    return tiny_runs.run(recipe)
+
+
+@pytest.mark.slow
+def test_what_is_being_written_when_the_data_fails_is_kept(shards: Path, tmp_path: Path) -> None:
+    """All ranks know that a sample of the second step cannot be read: none is missed while they wait."""
+    damaged, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shards, damaged)
+    recipe = tiny_recipe(damaged, folder, checkpoint__save_interval=1, data__max_failed_share=0.0)
+    order = Order(recipe.train.seed, {"16x16": 48})
+    _, place = order.step(Place(), 16)
+    victim = int(order.members(order.step(place, 16)[0])[3])
+    offset, size, _ = json.loads((damaged / "shard-000000.json").read_text())["samples"][victim]["latents"]
+    with open(damaged / "shard-000000.tar", "r+b") as tar:
+        tar.seek(offset + size - 1)
+        tar.write(b"\x55")
+    with pytest.raises(RankFailure, match="died without a word"):
+        run_ranks(run_and_write_slowly, 2, recipe)
+    assert "1 samples could not be read" in (folder / "train.log").read_text()
+    assert RunFolder(folder).latest() == 1 and not list(folder.glob("*.tmp"))
+
+
 def test_two_runs_cannot_share_a_folder(shards: Path, tmp_path: Path) -> None:
     with RunFolder(tmp_path).lock():
         said = run_ranks(refusal, 1, tiny_recipe(shards, tmp_path))[0]
@@ -266,6 +299,9 @@ def test_frozen_parameters_stay_and_the_average_can_be_a_start(shards: Path, tmp
         optimizer__lr=0.0,
     )
     assert run_ranks(tiny_runs.run, 1, second) == [0]
+    said = (tmp_path / "second" / "train.log").read_text()
+    assert f"the recipe is not that of {tmp_path}/first/iter_0000002, which is loaded:" in said
+    assert "optimizer.lr was 0.0005 and is 0.0\n" in said
     for name in ("export", "export_ema"):
         started = load_file(
             tmp_path / "second" / name / "transformer" / "diffusion_pytorch_model.safetensors"

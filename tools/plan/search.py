@@ -12,7 +12,7 @@ from soar_mega.gpus import usable_memory
 from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.layout import check_layout
 from soar_mega.models.common.memory import Memory, largest_rank, workload
-from soar_mega.models.common.micro_batches import even_sizes, points_of
+from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of
 from soar_mega.models.common.sizes import Sizes
 
 TENSOR = (1, 2, 3, 4, 6, 8, 16)
@@ -123,7 +123,6 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     data_size = case.gpus // (ranks * parallel.context_parallel_size)
     samples = case.recipe.train.global_batch_size // data_size
-    asked = [n for n in range(1, samples + 1) if samples % n == 0]
     points = points_of(case.recipe, data_size)
     chosen = list(even_sizes(points, 1))
     chosen = [size for size in chosen if size <= 64] or chosen[-1:]
@@ -132,7 +131,7 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
         model = replace(case.recipe.model, recompute_granularity=granularity, recompute_every=every)
         base = replace(case.recipe, model=model, parallel=parallel)
         for size in chosen[::step]:
-            answering = max((n for n in asked if 2 * n <= max(size, 2)), default=1)
+            answering = asked_at_once(base, case.sizes, samples, size)
             train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
             recipe = replace(base, train=train)
             work = workload(

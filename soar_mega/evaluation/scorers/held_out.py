@@ -23,13 +23,17 @@ NAMES = {
 
 
 def distance_to_held_out(
-    images: Path, held_out: Path, weights_dir: Path, device: str = "cpu"
+    images: Path, held_out: Path, weights_dir: Path, device: str = "cpu", features: Path | None = None
 ) -> dict[str, float]:
     """fid, kid, kid_std (over its subsets), precision and recall of the images in a folder and all below it.
 
     All are of InceptionV3's last features, precision and recall too (their authors have VGG-16's), with 3 neighbours.
     KID is the mean over 100 subsets of 1000 images, or of as many as the smaller set has. All images of a set have one
     size.
+
+    Args:
+        features: beginning of the names of files in which what the network says of the held-out images is kept, and
+            where it is looked for first; None: it is computed.
 
     Raises:
         ValueError: torch-fidelity is not installed, its network's file is missing or damaged, or a set is too small.
@@ -52,7 +56,10 @@ def distance_to_held_out(
         prc_neighborhood=NEIGHBOURS,
         feature_extractor_weights_path=str(path),
         cuda=torch.device(device).type == "cuda",
-        cache=False,  # it would be in the home folder, found by the path alone
+        # without a name nothing is kept: torch-fidelity would find it by the folder's path alone, in the home folder
+        cache=features is not None,
+        cache_root=str(features.parent) if features else None,
+        input2_cache_name=features.name if features else None,
         verbose=False,
     )
     return {ours: float(found[theirs]) for theirs, ours in NAMES.items()}

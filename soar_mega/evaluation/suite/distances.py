@@ -6,6 +6,7 @@ import torch
 
 from soar_mega.evaluation.scorers import SET_METRICS
 from soar_mega.evaluation.scorers.held_out import distance_to_held_out
+from soar_mega.evaluation.scorers.weights import INCEPTION, hash_of_files
 from soar_mega.evaluation.suite.prompts import PromptSet
 from soar_mega.evaluation.suite.store import Store, digest
 from soar_mega.evaluation.suite.work import Cell
@@ -27,11 +28,16 @@ def distance(store: Store, cell: Cell, weights_dir: str, device: torch.device) -
     if real is None:
         return {}
     listing = sorted((path.name, path.stat().st_size) for path in real.rglob("*") if path.is_file())
-    said = {"images": cell.hash, "prompts": cell.prompt_set.hash, "real": listing}
+    network = hash_of_files([Path(weights_dir) / INCEPTION.path])
+    seen = {"real": listing, "network": network}
+    said = {"images": cell.hash, "prompts": cell.prompt_set.hash, **seen}
     name = f"distances/{cell.folder}/{cell.prompt_set.name}-{digest(said)}.json"
     known = store.read_json(name)
     if known is None:
-        known = {"distances": distance_to_held_out(cell.images.folder, real, Path(weights_dir), str(device))}
+        # the same real images for every model and every point
+        features = store.path / "distances" / f"real-{digest(seen)}"
+        measured = distance_to_held_out(cell.images.folder, real, Path(weights_dir), str(device), features)
+        known = {"distances": measured}
         store.write_json(name, known)
     found: dict[str, float] = known["distances"]
     return found

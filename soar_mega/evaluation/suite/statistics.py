@@ -5,7 +5,7 @@ categories' scores, as in GenEval. Prompts are resampled with all of their image
 are a function of the set's size alone: all models see the same ones, so that what a difference has in common cancels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,15 @@ class Estimate:
     standard_error: float
     low: float
     high: float
+    prompts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """A score, and what it is in every resample of the prompts: [RESAMPLES]."""
+
+    value: float
+    scores: NDArray[np.float64]
     prompts: int
 
 
@@ -65,34 +74,54 @@ class Bootstrap:
             self._parts[category] = (where, _weights(len(where), number))
         self.prompts = len(kept)
 
+    def value(self, outcomes: Outcomes, category: str | None = None) -> float:
+        """The score of all prompts, or of one category's."""
+        totals = (outcomes[where].sum(axis=0) for where, _ in self._chosen(category))
+        return float(np.mean([total / count for total, count in totals]))
+
+    def resampled(self, outcomes: Outcomes, category: str | None = None) -> Resampled:
+        """The score with what the resamples make of it."""
+        scores = []
+        for where, weights in self._chosen(category):
+            total, count = outcomes[where].T
+            scores.append((weights @ total) / (weights @ count))
+        return Resampled(
+            value=self.value(outcomes, category),
+            scores=np.mean(scores, axis=0),
+            prompts=self.prompts if category is None else len(self._parts[category][0]),
+        )
+
     def score(self, outcomes: Outcomes, category: str | None = None) -> Estimate:
         """Of all prompts, or of one category's."""
-        return self._estimate(*self._scores(outcomes, category), category)
+        return estimate(self.resampled(outcomes, category))
 
     def difference(self, before: Outcomes, after: Outcomes, category: str | None = None) -> Estimate:
         """after - before of two models on the same prompts."""
-        value, resampled = self._scores(after, category)
-        other, others = self._scores(before, category)
-        return self._estimate(value - other, resampled - others, category)
+        return difference(self.resampled(before, category), self.resampled(after, category))
 
-    def _scores(self, outcomes: Outcomes, category: str | None) -> tuple[float, NDArray[np.float64]]:
-        parts = self._parts.values() if category is None else [self._parts[category]]
-        values, resampled = [], []
-        for where, weights in parts:
-            total, count = outcomes[where].T
-            values.append(total.sum() / count.sum())
-            resampled.append((weights @ total) / (weights @ count))
-        return float(np.mean(values)), np.mean(resampled, axis=0)
+    def _chosen(self, category: str | None) -> Iterable[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Which prompts each category has, and how often each resample takes them."""
+        return self._parts.values() if category is None else [self._parts[category]]
 
-    def _estimate(self, value: float, resampled: NDArray[np.float64], category: str | None) -> Estimate:
-        low, high = np.percentile(resampled, INTERVAL)
-        return Estimate(
-            value=value,
-            standard_error=float(np.std(resampled, ddof=1)),
-            low=float(low),
-            high=float(high),
-            prompts=self.prompts if category is None else len(self._parts[category][0]),
-        )
+
+def estimate(found: Resampled) -> Estimate:
+    """A score with its error."""
+    low, high = np.percentile(found.scores, INTERVAL)
+    return Estimate(
+        value=found.value,
+        standard_error=float(np.std(found.scores, ddof=1)),
+        low=float(low),
+        high=float(high),
+        prompts=found.prompts,
+    )
+
+
+def difference(before: Resampled, after: Resampled) -> Estimate:
+    """after - before, by the same bootstrap."""
+    found = Resampled(
+        value=after.value - before.value, scores=after.scores - before.scores, prompts=after.prompts
+    )
+    return estimate(found)
 
 
 def _weights(prompts: int, number: int) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@
         before that each process has a file of its own, *.part-<rank>
     facts/<model>.json                           where it is, and what its images depend on
     drift/<model>-<hash>.json  distances/<model>-<point>-<hash>/<set>-<hash>.json
+    distances/real-<hash>-*.pt                   what the network of FID says of a set's real images
     tiny_weights/                                of the scorers, where the suite asks for such
     report.html report.json table.csv outcomes.csv
 

@@ -4,13 +4,22 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 
 from soar_mega.evaluation.suite.prompts import PromptSet, Task
 from soar_mega.evaluation.suite.settings import Point, Suite
-from soar_mega.evaluation.suite.statistics import Bootstrap, Estimate, Outcomes, between_runs, outcomes
+from soar_mega.evaluation.suite.statistics import (
+    Bootstrap,
+    Estimate,
+    Resampled,
+    between_runs,
+    difference,
+    estimate,
+    outcomes,
+)
 from soar_mega.evaluation.suite.store import DEFECTS, MARK, Images, Json, Values
 from soar_mega.evaluation.suite.work import PICTURES
 
@@ -25,6 +34,7 @@ class Measured:
         values: {(point, set): {scorer: {image: values}}}
         images: {(point, set): its images}
         distances: {(point, set): {fid, kid, ...}} of the sets that name real images
+        resampled: what `Tables.resampled` has found out; while a run is watched, each report has all earlier models.
     """
 
     name: str
@@ -34,6 +44,7 @@ class Measured:
     distances: Mapping[tuple[Point, str], Mapping[str, float]] = field(default_factory=dict)
     history: Sequence[Json] = ()
     drift: Json | None = None
+    resampled: dict[tuple[object, ...], Resampled] = field(default_factory=dict, repr=False)
 
     @property
     def arm(self) -> str:
@@ -92,10 +103,26 @@ class Tables:
             self._bootstraps[key] = Bootstrap([item.category for item in items], chosen)
         return self._bootstraps[key]
 
-    def outcomes(self, model: Measured, point: Point, column: Column, value: str | None = None) -> Outcomes:
-        """What each prompt got."""
-        values = model.values[point, column.prompt_set.name][column.scorer]
-        return outcomes(column.prompt_set, values, value or column.value)
+    def resampled(
+        self,
+        model: Measured,
+        point: Point,
+        column: Column,
+        value: str | None = None,
+        category: str | None = None,
+        half: int | None = None,
+    ) -> Resampled:
+        """A score with its resamples: of the column's value or another one, of all prompts, a category's or a half."""
+        key = (point, column.prompt_set.name, column.scorer, value, category, half)
+        if key not in model.resampled:
+            values = model.values[point, column.prompt_set.name][column.scorer]
+            own = outcomes(column.prompt_set, values, value or column.value)
+            model.resampled[key] = self.bootstrap(column.prompt_set, half).resampled(own, category)
+        return model.resampled[key]
+
+    def score(self, model: Measured, point: Point, column: Column) -> Estimate:
+        """What a model got."""
+        return estimate(self.resampled(model, point, column))
 
     def scores(self) -> list[Json]:
         """A row for each model, point, value and category ("" is all of them)."""
@@ -107,27 +134,22 @@ class Tables:
         return rows
 
     def _scores(self, model: Measured, point: Point, column: Column) -> list[Json]:
-        bootstrap, rows = self.bootstrap(column.prompt_set), []
+        rows = []
         said = {"model": model.name, **asdict(point), "set": column.prompt_set.name, "scorer": column.scorer}
-        own = self.outcomes(model, point, column)
         categories = column.prompt_set.categories
         for category in ["", *categories] if len(categories) > 1 else [""]:
-            estimate = bootstrap.score(own, category or None)
-            rows.append(said | {"value": column.value, "category": category} | named(estimate))
+            found = estimate(self.resampled(model, point, column, category=category or None))
+            rows.append(said | {"value": column.value, "category": category} | named(found))
         for value in self.more_values(column):
-            estimate = bootstrap.score(self.outcomes(model, point, column, value))
-            rows.append(said | {"value": value, "category": ""} | named(estimate))
+            found = estimate(self.resampled(model, point, column, value))
+            rows.append(said | {"value": value, "category": ""} | named(found))
         return rows
 
     def differences(self) -> list[Json]:
         """Of each pair of models, at each point and of each column: the later one minus the earlier one."""
         return [
             {"model": after.name, "minus": before.name, **asdict(point), "column": column.title}
-            | named(
-                self.bootstrap(column.prompt_set).difference(
-                    self.outcomes(before, point, column), self.outcomes(after, point, column)
-                )
-            )
+            | named(difference(self.resampled(before, point, column), self.resampled(after, point, column)))
             for before, after in combinations(self.models, 2)
             for point in self.suite.points
             for column in self.columns()
@@ -145,17 +167,17 @@ class Tables:
             halves = [sum(item.half == half for item in column.prompt_set.items) for half in (0, 1)]
             if min(halves) < 2:
                 continue
-            choosing = self.bootstrap(column.prompt_set, CHOOSING)
-            reporting = self.bootstrap(column.prompt_set, REPORTING)
-            first: Outcomes | None = None
+            first: Resampled | None = None
             for model in self.models:
-                found = {point: self.outcomes(model, point, column) for point in points}
-                best = max(points, key=lambda point: choosing.score(found[point]).value)
+                of_half = partial(self.resampled, model, column=column)
+                choosing = {point: of_half(point=point, half=CHOOSING).value for point in points}
+                best = max(points, key=choosing.__getitem__)
+                found = of_half(point=best, half=REPORTING)
                 row = {"model": model.name, "column": column.title, "guidance_scale": best.guidance_scale}
-                row |= named(reporting.score(found[best]))
+                row |= named(estimate(found))
                 if first is not None:
-                    row["minus_first"] = named(reporting.difference(first, found[best]))
-                first = found[best] if first is None else first
+                    row["minus_first"] = named(difference(first, found))
+                first = first or found
                 rows.append(row)
         return rows
 
@@ -168,8 +190,7 @@ class Tables:
                 continue
             for point in self.suite.points:
                 for column in self.columns():
-                    bootstrap = self.bootstrap(column.prompt_set)
-                    values = [bootstrap.score(self.outcomes(run, point, column)).value for run in runs]
+                    values = [self.resampled(run, point, column).value for run in runs]
                     said = {"arm": arm, **asdict(point), "column": column.title, "runs": len(runs)}
                     rows.append(
                         said | {k: v for k, v in named(between_runs(values)).items() if k != "prompts"}
@@ -194,7 +215,7 @@ class Tables:
 
     def _one_noise(self, column: Column, values: Mapping[str, Values], noise: int) -> float:
         rows = [(values[Task(item, noise).name][column.value], 1.0) for item in column.prompt_set.items]
-        return self.bootstrap(column.prompt_set).score(np.array(rows)).value
+        return self.bootstrap(column.prompt_set).value(np.array(rows))
 
     def defects(self) -> list[Json]:
         """How many images are black or NaN, where there are such."""

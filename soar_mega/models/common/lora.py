@@ -78,20 +78,27 @@ def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
     Raises:
         ValueError: a pattern that matches no linear.
     """
+    weights = [entry for entry in table if entry.name.endswith(".weight") and len(entry.shape) == 2]
     linears = {
-        key.removesuffix(".weight"): entry
-        for entry in table
-        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.columns is None
-        for key in entry.keys
+        key.removesuffix(".weight"): entry for entry in weights if entry.columns is None for key in entry.keys
+    }
+    in_parts = {
+        key.removesuffix(".weight") for entry in weights if entry.columns is not None for key in entry.keys
     }
     for target in targets:
         # of the published ones some are not in every model: one layer alone has no to_add_out
-        if target not in LORA_TARGETS and not any(fnmatchcase(module, target) for module in linears):
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", module) for module in linears)
+        if target in LORA_TARGETS or any(fnmatchcase(module, target) for module in linears):
+            continue
+        if found := sorted(module for module in in_parts if fnmatchcase(module, target)):
             raise ValueError(
-                f"lora.targets: {target!r} matches no linear of this model. A target is a pattern over diffusers' "
-                f"names, in which * stands for anything: {', '.join(kinds)}"
+                f"lora.targets: {found[0]} is computed in two parts and takes no adapter here. Adapters that have one "
+                "can be put into the weights: soar-mega convert PIPELINE OUT --lora ADAPTERS"
             )
+        kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", module) for module in linears)
+        raise ValueError(
+            f"lora.targets: {target!r} matches no linear of this model. A target is a pattern over diffusers' "
+            f"names, in which * stands for anything: {', '.join(kinds)}"
+        )
     wanted = [module for module in linears if any(fnmatchcase(module, target) for target in targets)]
     return [
         Pair(

@@ -64,11 +64,8 @@ def _fewest(
     room: int,
 ) -> MicroBatches | None:
     samples = recipe.train.global_batch_size // data_size
-    branches = recipe.stage.asking(sizes.guidance_embeds).forwards().query_branches
     for size in even_sizes(points_of(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
-        asked = next(
-            n for n in range(samples, 0, -1) if samples % n == 0 and branches * n <= max(size, branches)
-        )
+        asked = asked_at_once(recipe, sizes, samples, size)
         tried = replace(
             recipe,
             model=replace(recipe.model, recompute_granularity=granularity),
@@ -79,6 +76,13 @@ def _fewest(
         if memory.total <= room:
             return MicroBatches(size, asked, granularity, work.micro_batches, memory)
     return None
+
+
+def asked_at_once(recipe: Recipe, sizes: Sizes, samples: int, points: int) -> int:
+    """The most of a replica's samples, without a rest, of which an answer's forward has no more rows than `points`."""
+    branches = recipe.stage.asking(sizes.guidance_embeds).forwards().query_branches
+    possible = (n for n in range(samples, 0, -1) if samples % n == 0)
+    return next(n for n in possible if n == 1 or branches * n <= points)
 
 
 def points_of(recipe: Recipe, data_size: int) -> int:

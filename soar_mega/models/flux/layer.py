@@ -68,9 +68,9 @@ class DoubleLayer(torch.nn.Module):
         """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text, image."""
         text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
         shift, scale, gate, *mlp = self.image.modulation(conditioning)
-        _, modulated = self.adaln(text, text_shift, text_scale)
+        text, modulated = self.adaln(text, text_shift, text_scale)
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
-        _, modulated = self.adaln(image, shift, scale)
+        image, modulated = self.adaln(image, shift, scale)
         image_qkv = self.image.attention.qkv(modulated, lengths.image)
         order = range(lengths.text), range(lengths.text, lengths.text + lengths.image)
         context = self.joint_attention([text_qkv, image_qkv], lengths, order)

@@ -43,9 +43,9 @@ class MMDiTLayer(torch.nn.Module):
             text_scale, text_shift = self.text.modulation(conditioning)
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
-        _, modulated = self.adaln(image, shift, scale)
+        image, modulated = self.adaln(image, shift, scale)
         image_qkv = self.image.attention.qkv(modulated, lengths.image)
-        _, modulated = self.adaln(text, text_shift, text_scale)
+        text, modulated = self.adaln(text, text_shift, text_scale)
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
         joint = self._attend(image_qkv, text_qkv)
@@ -54,7 +54,7 @@ class MMDiTLayer(torch.nn.Module):
         attended = self.image.attention.project(image_context)
         if self.image.dual_attention is not None:
             dual_shift, dual_scale, dual_gate = dual
-            _, modulated = self.adaln(image, dual_shift, dual_scale)
+            image, modulated = self.adaln(image, dual_shift, dual_scale)
             context_dual = self._attend(self.image.dual_attention.qkv(modulated, lengths.image))
             branch, bias = attended
             image = self.image.gated_add(image, branch, gate, bias)

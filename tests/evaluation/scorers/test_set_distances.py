@@ -1,6 +1,7 @@
 """Distances to a held-out set: what is refused, and where torch-fidelity is installed, FID by its formula."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_fid_is_its_formula_on_the_features(tmp_path: Path) -> None:
     expected = ((mean_a - mean_b) ** 2).sum() + (spread_a**2).sum() + (spread_b**2).sum()
     expected -= 2 * np.linalg.svd(spread_a @ spread_b.T, compute_uv=False).sum()
     assert found["fid"] == pytest.approx(expected, rel=1e-3)
+    features = tmp_path / "kept" / "real"
+    assert distance_to_held_out(a, b, tmp_path / "weights", features=features) == found
+    shutil.move(b, tmp_path / "aside")
+    write_images(b / "below", 5, 30)  # others, and what was kept of the first ones is taken
+    assert distance_to_held_out(a, b, tmp_path / "weights", features=features) == found
+    assert distance_to_held_out(a, b, tmp_path / "weights")["fid"] != found["fid"]
     same = distance_to_held_out(a, a, tmp_path / "weights")
     assert (same["precision"], same["recall"]) == (1, 1) and abs(same["kid"]) < 1e-6
     with pytest.raises(ValueError, match="few holds 3 images; a distance between sets needs at least 4"):

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from evaluations import BASE, evaluate, kept, write_suite
 from multirank import run_ranks
 from PIL import Image
 
+from soar_mega.checkpoints import drawing
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
+from soar_mega.evaluation.scorers.weights import INCEPTION
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +138,10 @@ def test_what_is_there_is_not_made_again(road: Path, tmp_path: Path, monkeypatch
     assert {(row["model"], row["minus"]) for row in said["differences"]} == {("shifted", "base")}
 
 
-def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
-    """Each checkpoint is a point of the curves; a complete run ends the watching."""
+def test_a_run_is_watched_to_its_end(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each checkpoint is a point of the curves, one that is removed while it is read is not; a complete run ends it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
@@ -144,10 +150,21 @@ def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
     assert evaluate(road / "suite.yaml", out, *words) == 0
-    # a later checkpoint comes, and the run removes the first one
-    shutil.copytree(run / "iter_0000000", run / "iter_0000005")
+    # later checkpoints come, and the run removes the first one, and one in between while it is read
+    for name in ("iter_0000003", "iter_0000005"):
+        shutil.copytree(run / "iter_0000000", run / name)
     shutil.rmtree(run / "iter_0000000")
+    real = drawing.load_model
+
+    def load(source: Path, *more: Any) -> Any:
+        if source.name == "iter_0000003":
+            source.rename(source.with_name("iter_0000003.deleted"))
+        return real(source, *more)
+
+    monkeypatch.setattr(drawing, "load_model", load)
+    monkeypatch.setattr(drawing.Source, "fingerprint", lambda source: {"path": str(source.path)})
     assert evaluate(road / "suite.yaml", out, *words) == 0
+    assert "iteration 3 was removed before it could be evaluated" in caplog.text
     said = json.loads((out / "report.json").read_text())
     assert list(said["models"]) == ["iter_0000000", "iter_0000005"]
     events = EventAccumulator(str(out / "tensorboard"))
@@ -158,20 +175,52 @@ def test_a_run_is_watched_to_its_end(road: Path, tmp_path: Path) -> None:
     assert [point.value for point in points] == pytest.approx([scores[0]] * len(points))
 
 
+@pytest.mark.slow
+def test_a_run_may_remove_a_checkpoint_that_is_being_read(road: Path, tmp_path: Path) -> None:
+    """When one process has read it and the other has not: both are told, and go on with the next one."""
+    run = tmp_path / "run"
+    assert main(["convert", str(BASE), str(run)]) == 0
+    shutil.copytree(run / "iter_0000000", run / "iter_0000005")
+    RunFolder(run).mark_complete(5, 0)
+    words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
+    run_ranks(_evaluate_while_one_is_removed, 2, str(road / "suite.yaml"), str(tmp_path / "out"), words)
+    said = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(said["models"]) == ["iter_0000005"]
+
+
+def _evaluate_while_one_is_removed(suite: str, out: str, words: tuple[str, ...]) -> None:
+    real = drawing.load_model
+
+    def load(source: Path, *more: object) -> object:
+        model = real(source, *more)  # type: ignore[arg-type]
+        if source.name == "iter_0000000" and os.environ["RANK"] == "1":
+            source.rename(source.with_name("iter_0000000.deleted"))
+            raise FileNotFoundError(f"no such file: {source}")
+        return model
+
+    drawing.load_model = load  # type: ignore[assignment]
+    assert evaluate(Path(suite), Path(out), *words) == 0
+
+
 def test_distances_to_real_images_are_measured_once_for_each_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What measures them is not installed or has no weights here, which is told before the first image."""
     (tmp_path / "photos").mkdir()
     digits = {"prompts": "digits", "scorers": ["jpeg_incompressibility"], "real": "photos"}
-    suite = write_suite(tmp_path, sets={"digits": digits}, guidance_scale=[1])
-    words = (f"base={BASE}", "--weights", str(tmp_path / "none"))
+    suite = write_suite(tmp_path, sets={"digits": digits}, guidance_scale=[1, 3])
+    words = (f"base={BASE}", "--weights", str(tmp_path / "weights"))
     assert evaluate(suite, tmp_path / "out", *words) == 1 and "FID" in capsys.readouterr().err
     assert not (tmp_path / "out" / "images").exists()
+    network = tmp_path / "weights" / INCEPTION.path
+    network.parent.mkdir(parents=True)
+    network.write_bytes(b"a network")
     seen: list[int] = []
+    kept: set[Path] = set()
 
-    def measure(images: Path, real: Path, *more: object) -> dict[str, float]:
+    def measure(images: Path, real: Path, weights: Path, device: str, features: Path) -> dict[str, float]:
         assert real == tmp_path / "photos"
+        kept.add(features)
         seen.append(len(list(images.glob("*.png"))))
         return {"fid": 12.5}
 
@@ -179,7 +228,7 @@ def test_distances_to_real_images_are_measured_once_for_each_set(
     monkeypatch.setattr("soar_mega.evaluation.suite.distances.check_distances", lambda *ignored: None)
     for _ in range(2):
         assert evaluate(suite, tmp_path / "out", *words) == 0
-    assert seen == [4]
-    [row] = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
+    assert seen == [4, 4] and len(kept) == 1  # at both scales, with one set of features of the real images
+    row, _ = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
     assert (row["model"], row["set"], row["fid"]) == ("base", "digits", 12.5)
     assert "<td>12.5</td>" in (tmp_path / "out" / "report.html").read_text()

@@ -1,6 +1,8 @@
 """Scores and their errors: against closed forms, and paired over prompts."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from evaluations import write_suite
 
 from soar_mega.evaluation.suite.prompts import read_prompt_set
 from soar_mega.evaluation.suite.settings import Suite, load_suite
-from soar_mega.evaluation.suite.statistics import Bootstrap, between_runs
+from soar_mega.evaluation.suite.statistics import Bootstrap, Resampled, between_runs
 from soar_mega.evaluation.suite.store import Values
 from soar_mega.evaluation.suite.tables import Measured, Tables
 from soar_mega.evaluation.suite.work import PICTURES
@@ -112,6 +114,26 @@ def test_the_best_scale_is_chosen_on_other_prompts_than_it_is_scored_on(tmp_path
     at_1 = [0.5 if half == 0 else 0.9 for half in halves]
     [row] = _tables(tmp_path / "x", {"m": {3.0: at_3, 1.0: at_1}}).best_of_sweep()
     assert row["guidance_scale"] == 3.0 and row["score"] == pytest.approx(0.1)
+
+
+def test_a_report_resamples_no_model_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the next report over more checkpoints of a run, which compares each with each."""
+    calls: list[object] = []
+    real = Bootstrap.resampled
+
+    def counted(bootstrap: Bootstrap, *arguments: Any) -> Resampled:
+        calls.append(arguments)
+        return real(bootstrap, *arguments)
+
+    monkeypatch.setattr(Bootstrap, "resampled", counted)
+    flat = {f"iter_{i}": {3.0: [0.1 * i] * 40, 1.0: [0.0] * 40} for i in range(4)}
+    tables = _tables(tmp_path, flat)
+    whole = tables.report()
+    assert len(calls) == 4 * (
+        2 + 2 + 1
+    )  # two points, at both the choosing half, at the best the reporting half
+    replace(tables, models=tables.models[:2]).report()
+    assert replace(tables).report() == whole and len(calls) == 4 * 5
 
 
 def test_arms_and_pairs(tmp_path: Path) -> None:

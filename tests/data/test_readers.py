@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
+from soar_mega.data import readers as readers_module
 from soar_mega.data.info import DataError
 from soar_mega.data.order import Stretch
+from soar_mega.data.readers import Readers
 from soar_mega.data.shards import Read
-from soar_mega.data.workers import WorkerPool
 
 
 def stretch(first):
@@ -28,25 +29,26 @@ def echo(job):
     )
 
 
+def stretches(count):
+    return (stretch(first) for first in range(count))
+
+
 @pytest.fixture
-def pools():
+def start():
     made = []
 
-    def make(read, count):
-        made.append(WorkerPool(read, count))
+    def make(read, count, jobs=100):
+        made.append(Readers(read, stretches(jobs), count))
         return made[-1]
 
     yield make
-    for pool in made:
-        pool.close()
+    for readers in made:
+        readers.close()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_results_come_in_the_order_of_the_jobs(pools, count):
-    pool = pools(echo, count)
-    for first in range(7):
-        pool.submit(stretch(first))
-    reads = [pool.next() for _ in range(7)]
+def test_reads_come_in_the_order_of_the_stretches(start, count):
+    reads = list(start(echo, count, jobs=7))
     assert [read.tensors["x"].item() for read in reads] == list(range(7))
     assert [read.failures for read in reads] == [{0: "bad"} if i == 3 else {} for i in range(7)]
     assert len({read.names[0] for read in reads}) == max(1, count)
@@ -61,13 +63,8 @@ def grow(job):
     )
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_reads_may_differ_in_size_and_stay_what_they_were(pools, count):
-    pool = pools(grow, count)
-    for first in range(12):
-        pool.submit(stretch(first))
-    reads = [pool.next() for _ in range(12)]
-    for first, read in enumerate(reads):
+def test_reads_may_differ_in_size_and_stay_what_they_were(start):
+    for first, read in enumerate(list(start(grow, 2, jobs=12))):
         assert torch.equal(read.tensors["x"], grow(stretch(first)).tensors["x"])
         assert read.tensors["x"].dtype == torch.bfloat16 and read.tensors["y"].tolist() == [0, 1, 2]
 
@@ -81,26 +78,43 @@ def leave_the_pipe_open(job):
 
 
 @pytest.mark.parametrize("work", [lambda job: time.sleep(60), leave_the_pipe_open])
-def test_a_killed_reader_is_reported(pools, work):
-    pool = pools(work, 1)
-    pool.submit(stretch(0))
+def test_a_killed_reader_is_reported(start, work):
+    readers = start(work, 1)
+    (process,) = readers.processes
     if work is not leave_the_pipe_open:
-        os.kill(pool.processes[0].pid, signal.SIGKILL)
-    start = time.monotonic()
+        os.kill(process.pid, signal.SIGKILL)
+    begin = time.monotonic()
     with pytest.raises(
-        DataError, match=rf"pid {pool.processes[0].pid}\) was killed by signal 9 \(out of memory"
+        DataError, match=rf"process 0 \(pid {process.pid}\) was killed by signal 9 \(out of memory"
     ):
-        pool.next()
-    assert time.monotonic() - start < 5
+        next(readers)
+    assert time.monotonic() - begin < 5
 
 
-def test_a_reader_that_is_dead_before_the_job_is_reported(pools):
-    pool = pools(echo, 1)
-    os.kill(pool.processes[0].pid, signal.SIGKILL)
-    pool.processes[0].join()
-    pool.submit(stretch(0))
+def test_the_death_of_a_reader_is_told_where_a_batch_is_asked_for(start):
+    """Not wherever the run is at that moment, on this rank alone."""
+    readers = start(echo, 1)
+    next(readers)
+    os.kill(readers.processes[0].pid, signal.SIGKILL)
+    time.sleep(0.5)  # in a step
     with pytest.raises(DataError, match="was killed by signal 9"):
-        pool.next()
+        list(readers)
+
+
+def slow(job):
+    time.sleep(0.5)
+    return echo(job)
+
+
+def test_a_slow_reader_is_told_of_and_waited_for(start, monkeypatch, caplog):
+    monkeypatch.setattr(readers_module, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(readers_module, "PATIENCE_SECONDS", 0.2)
+    readers = start(slow, 1, jobs=1)
+    (read,) = readers
+    assert read.tensors["x"].item() == 0
+    assert (
+        f"({readers.processes[0].pid}) are still at the next batch: is the file system slow?" in caplog.text
+    )
 
 
 def unreadable(job):
@@ -111,31 +125,29 @@ def broken(job):
     raise KeyError("a mistake in the code")
 
 
+@pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize(
     ("read", "message"), [(unreadable, r"^shard-000004\.tar is truncated$"), (broken, "Traceback")]
 )
-def test_what_a_reader_raises_is_passed_on(pools, read, message):
-    pool = pools(read, 1)
-    pool.submit(stretch(0))
+def test_what_reading_raises_is_passed_on(start, count, read, message):
     with pytest.raises(DataError, match=message):
-        pool.next()
+        next(start(read, count))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_readers_outlive_the_signals_that_a_scheduler_sends_to_every_process(pools, number):
-    pool = pools(echo, 1)
-    pool.submit(stretch(0))
-    pool.next()
-    os.kill(pool.processes[0].pid, number)
-    pool.submit(stretch(1))
-    assert pool.next().tensors["x"].item() == 1
+def test_readers_outlive_the_signals_that_a_scheduler_sends_to_every_process(start):
+    readers = start(echo, 1)
+    next(readers)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(readers.processes[0].pid, number)
+    assert [next(readers).tensors["x"].item() for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow  # a process looks for its parent every five seconds
 def test_readers_end_with_a_parent_that_is_killed():
     code = (
-        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1]); from test_workers import WorkerPool, echo\n"
-        "pool = WorkerPool(echo, 2)\n"
-        "print(*[process.pid for process in pool.processes], flush=True)\n"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from test_readers import Readers, echo, stretches\n"
+        "readers = Readers(echo, stretches(100), 2)\n"
+        "print(*[process.pid for process in readers.processes], flush=True)\n"
         "time.sleep(60)"
     )
     command = [sys.executable, "-c", code, os.path.dirname(__file__)]
@@ -145,7 +157,7 @@ def test_readers_end_with_a_parent_that_is_killed():
     assert len(pids) == 2 and all(running(pid) for pid in pids)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while any(running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(running(pid) for pid in pids)

@@ -17,6 +17,7 @@ from soar_mega.examples.digits.canvases import KINDS, draw_caption
 
 BASE = Path(__file__).parents[1] / "recipes" / "tiny" / "base"
 FLUX_BASE = BASE.with_name("flux_base")
+PLATEAU_BASE = BASE.with_name("plateau_base")
 # what flow_grpo and DiffusionNFT pin; the last two without what they need, which is torch above all
 PINNED = [
     "transformers==4.40.0",
@@ -51,10 +52,18 @@ def pipeline():
     return pipeline
 
 
-def test_folder_is_small_and_holds_safetensors_only():
-    files = [path for path in BASE.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("folder", [BASE, PLATEAU_BASE])
+def test_folder_is_small_and_holds_safetensors_only(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10e6
     assert {path.suffix for path in files} == {".json", ".safetensors", ".txt"}
+
+
+def test_the_base_at_its_plateau_is_the_other_one_with_another_transformer():
+    names = {path.relative_to(BASE) for path in BASE.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(PLATEAU_BASE) for path in PLATEAU_BASE.rglob("*") if path.is_file()}
+    others = {str(name) for name in names if (BASE / name).read_bytes() != (PLATEAU_BASE / name).read_bytes()}
+    assert others == {"transformer/diffusion_pytorch_model.safetensors", "training_facts.json"}
 
 
 def test_samples(pipeline):

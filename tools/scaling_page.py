@@ -28,7 +28,8 @@ from soar_mega.stages import SoarConfig
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 GPUS = [8 << n for n in range(12)]  # 8 to 16,384
-MODELS = {"sd35_medium": "SD3.5-Medium", "sd35_large": "SD3.5-Large"}
+MODELS = {"sd35_medium": "SD3.5-Medium", "sd35_large": "SD3.5-Large", "flux_dev": "FLUX.1 dev"}
+TEXT = {"sd35_medium": 154, "sd35_large": 154, "flux_dev": 512}  # tokens
 STRONG_BATCH, WEAK_SAMPLES = 2048, 4
 TENSOR = (1, 2, 4, 8)
 
@@ -38,7 +39,7 @@ def case_of(model: str, gpus: int, batch: int) -> Case:
     recipe = Recipe(
         model=ModelConfig(preset=model), stage=SoarConfig(), train=TrainConfig(global_batch_size=batch)
     )
-    return Case(presets()[model], recipe, gpus, HARDWARE["h100"], (64, 64), 154)
+    return Case(presets()[model], recipe, gpus, HARDWARE["h100"], (64, 64), TEXT[model])
 
 
 def best_by_tensor(case: Case) -> dict[int, Plan]:
@@ -57,7 +58,7 @@ def fastest(best: dict[int, Plan]) -> Plan | None:
 
 def draw(strong: dict[str, Any], weak: dict[str, Any], path: Path) -> None:
     """Speed over GPUs: the best layout, each TP, and the ideal."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True)
+    figure, axes = plt.subplots(2, len(MODELS), figsize=(13, 7), sharex=True)
     for column, (model, title) in enumerate(MODELS.items()):
         upper, lower = axes[0][column], axes[1][column]
         for tensor in TENSOR:
@@ -165,8 +166,8 @@ GPU.** The page is written by `python tools/scaling_page.py`; the model is the o
 constants stand in [tools/plan/hardware.py](../tools/plan/hardware.py), each with its source or with the words "not
 measured": those of NVLink and the network are among the latter.
 
-The case is SOAR with six auxiliary points at 512 px (1,024 image and 154 text tokens) in bf16, with CUDA graphs, on
-H100s with 80 GB, eight in a node, with one 400 Gbit/s card for each. FLUX is not in this library yet, and so not here.
+The case is SOAR with six auxiliary points at 512 px (1,024 image tokens, and 154 of text, 512 with FLUX) in bf16, with
+CUDA graphs, on H100s with 80 GB, eight in a node, with one 400 Gbit/s card for each. All weights are trained.
 
 ## How well the model fits what was measured"""
 
@@ -174,7 +175,8 @@ TAIL = """\
 ## What this says
 
 - The column `answers` is what SOAR's rollout costs on top of training on the same points: a forward without gradient of
-  two rows (both branches of guidance) for each sample, against seven points with a backward.
+  two rows (both branches of guidance; one row with FLUX, which is told its guidance) for each sample, against seven points
+  with a backward.
 - A replica has at least one sample, so a batch of 2,048 samples does not spread over more than 2,048 replicas: beyond
   that only TP, PP and CP divide a step further.
 - Tensor parallelism pays when nothing else divides: its gathers and scatters are not hidden behind computation in this

@@ -144,7 +144,7 @@ def find_source(
 
 def _is_known(folder: Path) -> bool:
     config = folder / "transformer" / "config.json"
-    return config.is_file() and read_object(config).get("_class_name") in families()
+    return config.is_file() and read_object(config).get("_class_name") in list(families())
 
 
 SIZE = re.compile(r"(.+)@(\d+x\d+)")

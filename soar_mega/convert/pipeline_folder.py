@@ -95,7 +95,7 @@ def pipeline_parts(folder: str | Path) -> dict[str, int]:
         # what begins with _ and a plain value are settings; [null, null] is a part that this pipeline does without
         if name.startswith("_") or name == "transformer" or not isinstance(kind, list) or None in kind:
             continue
-        if Path(name).name != name or not name or not (folder / name).is_dir():
+        if Path(name).name != name or not name or not os.path.isdir(folder / name):
             raise ValueError(f"{index} names the part {name}, but {folder / name} is missing")
         files.update({file.relative_to(folder).as_posix(): file for file in _files_below(folder / name)})
     return {name: _readable_size(file) for name, file in files.items()}

@@ -1,5 +1,6 @@
 """What the JSON files of a folder of shards hold, checked: dataset.json, and the index beside each shard."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,11 @@ def _read_version(path: Path) -> dict[str, Any]:
 
 
 def _is_shard(entry: Any) -> bool:
-    """Whether an entry of dataset.json is one; its name stays within the folder."""
+    """Whether an entry of dataset.json is one; its name is one that `shard_name` gives."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
-        and Path(entry["name"]).name == entry["name"]
+        and re.fullmatch(r"shard-[0-9]{6,20}", entry["name"]) is not None
         and type(entry.get("samples")) is type(entry.get("bytes")) is int
     )
 

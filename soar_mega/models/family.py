@@ -76,7 +76,7 @@ def families() -> dict[str, Family]:
 def family_in(content: dict[str, Any], name: str) -> Family:
     """The family of the transformer whose config.json, called `name`, has this content. ValueError: none known."""
     kind = content.get("_class_name")
-    if kind not in families():
+    if not isinstance(kind, str) or kind not in families():
         known = ", ".join(f"{family.class_name} ({family.products})" for family in families().values())
         raise ValueError(f"{name} describes a {kind} (_class_name); supported are {known}")
     return families()[kind]

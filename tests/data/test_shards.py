@@ -258,6 +258,8 @@ def edit_first_sample(path, **changes):
         {"shards": {}},
         {"shards": [3]},
         {"shards": [{"name": "../shard-000000", "samples": 4, "bytes": 1}]},
+        {"shards": [{"name": "a" * 300, "samples": 4, "bytes": 1}]},
+        {"shards": [{"name": "shard-\0", "samples": 4, "bytes": 1}]},
     ],
 )
 def test_a_foreign_dataset_file_is_named(shards, changes):

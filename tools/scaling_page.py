@@ -175,7 +175,7 @@ TAIL = """\
 ## What this says
 
 - The column `answers` is what SOAR's rollout costs on top of training on the same points: a forward without gradient of
-  two rows (both branches of guidance; one row with FLUX, which is told its guidance) for each sample, against seven points
+  two rows (both branches of guidance; one with FLUX, which is told its scale) for each sample, against seven points
   with a backward.
 - A replica has at least one sample, so a batch of 2,048 samples does not spread over more than 2,048 replicas: beyond
   that only TP, PP and CP divide a step further.

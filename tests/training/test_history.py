@@ -21,7 +21,8 @@ def _run(folder: Path, recipe: str, samples: int, parent: Path | None) -> Path:
     said = recipe_to_yaml(load_recipe(ROOT / "recipes" / "tiny" / recipe, OVERRIDES[recipe]))
     (folder / "run_config.yaml").write_text(said)
     found = None if parent is None else {"path": str(parent), "sha256": "", "lineage": None}
-    (folder / "lineage.json").write_text(json.dumps({"parent": found, "starts": []}))
+    starts = [{"time": "2026-01-01T00:00:00Z", "code": "0.1"}]
+    (folder / "lineage.json").write_text(json.dumps({"parent": found, "starts": starts}))
     (folder / "complete.json").write_text(json.dumps({"iteration": 10, "consumed_samples": samples}))
     return folder / "export"
 

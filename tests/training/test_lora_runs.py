@@ -233,7 +233,9 @@ def test_sampling_with_adapters(run: Path, tmp_path: Path, world: None) -> None:
     assert torch.equal(checkpoint, adapted)
 
 
-def test_a_checkpoint_of_adapters_is_drawn_with_on_its_base(run: Path, world: None) -> None:
+def test_a_checkpoint_of_adapters_is_drawn_with_on_its_base(
+    run: Path, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What evaluates a run while it trains draws with its checkpoints."""
     of_checkpoint = find_source(str(run), ema=True).generator("fp32", ParallelConfig(), decodes=True)
     exported = find_source(BASE, adapters=str(run / "export_lora_ema")).generator(
@@ -246,6 +248,7 @@ def test_a_checkpoint_of_adapters_is_drawn_with_on_its_base(run: Path, world: No
     velocities = [each.velocity(latents, sigma, said) for each in (of_checkpoint, exported)]
     base = find_source(BASE).generator("fp32", ParallelConfig(), True).velocity(latents, sigma, said)
     assert torch.equal(*velocities) and not torch.equal(velocities[0], base)
+    monkeypatch.setattr("soar_mega.checkpoints.drawing.start_world", lambda parallel: None)
     with pytest.raises(ValueError, match="lies whole in each process"):
         find_source(str(run)).generator("fp32", ParallelConfig(tensor_model_parallel_size=2), True)
 

@@ -1,6 +1,8 @@
-"""Imports go down the floors of CONTRIBUTING.md, never up, also inside functions; and the library needs no extra."""
+"""Imports go down the floors of CONTRIBUTING.md, never up, also inside functions; the library needs no extra, and
+each of its files has a name of its own."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ FLOORS = {
     "kernels": 2,
     "flow": 1,
 }
+LINKED = ("kernels", "examples")  # from beside the library, in a checkout without an installed one
 EXTRAS = ("sklearn", "matplotlib")  # of the digits and of figures
 
 
@@ -45,3 +48,13 @@ def test_imports_go_down_only() -> None:
             if floor(name) > own or (name.startswith(EXTRAS) and own < 9)
         ]
     assert not upwards
+
+
+def test_a_name_is_one_file() -> None:
+    """But for a family's files, which are called as the other's, and for what a command is called as."""
+    rooms = ("models/sd3", "models/flux", "cli")
+    files = [path.relative_to(ROOT / "soar_mega") for path in (ROOT / "soar_mega").rglob("*.py")]
+    names = Counter(
+        f.name for f in files if f.name != "__init__.py" and not str(f).startswith(rooms + LINKED)
+    )
+    assert [name for name, count in names.items() if count > 1] == []

@@ -21,11 +21,11 @@ from soar_mega.convert import pipeline_parts, scheduler_shift
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, image_size, read_image
 from soar_mega.data.info import bucket_size
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.prepare import prepare
 from soar_mega.data.prepare_options import Options
 from soar_mega.data.shards import open_shards

@@ -15,12 +15,12 @@ from soar_mega.checkpoints.run_folder import check_place
 from soar_mega.checkpoints.strict import held_names
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers
+from soar_mega.convert.adapter_files import save_adapters
 from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.load import refuse_broken
-from soar_mega.convert.lora import save_adapters
 from soar_mega.distributed import start_world
+from soar_mega.engines.kept_weights import sharded_copy, sharded_main_copies
 from soar_mega.engines.on_demand import without_room
-from soar_mega.engines.weights import sharded_copy, sharded_main_copies
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.lora import Adapters, add_adapters, alpha, is_adapter

@@ -29,10 +29,10 @@ from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.load import refuse_broken
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
+from soar_mega.engines.kept_weights import sharded_copy, sharded_main_copies
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.sampling import ShardedModel
 from soar_mega.engines.saved_pieces import UnreadTensor
-from soar_mega.engines.weights import sharded_copy, sharded_main_copies
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.chunks import ModelChunks

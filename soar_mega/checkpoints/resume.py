@@ -22,8 +22,8 @@ from soar_mega.checkpoints.reading import read_tensors
 from soar_mega.checkpoints.run_folder import DESCRIPTION, RunFolder
 from soar_mega.checkpoints.strict import held_names, listed
 from soar_mega.config import CheckpointConfig
+from soar_mega.engines.kept_weights import sharded_main_copies
 from soar_mega.engines.on_demand import OnDemand
-from soar_mega.engines.weights import sharded_main_copies
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.user_files import read_object, whole
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from soar_mega.checkpoints.checkpoint import FAILURES, reason
 from soar_mega.distributed import gather_on_rank_zero
-from soar_mega.engines.weights import MAIN_COPIES
+from soar_mega.engines.kept_weights import MAIN_COPIES
 from soar_mega.faults.agreement import on_rank_zero
 
 NAMED = 20  # of the things that are wrong, in an error message

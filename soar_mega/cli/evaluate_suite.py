@@ -17,7 +17,7 @@ from soar_mega.cli.adapted import split_adapted
 from soar_mega.cli.numbers import check_at_least_one
 
 if TYPE_CHECKING:
-    from soar_mega.evaluation.suite.settings import Suite
+    from soar_mega.evaluation.suite.suite_settings import Suite
     from soar_mega.evaluation.suite.tables import Tables
     from soar_mega.training.evaluating import Evaluation, Model
 
@@ -80,7 +80,7 @@ def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import device, start_world
     from soar_mega.evaluation.suite.distances import check_distances
-    from soar_mega.evaluation.suite.prompts import read_prompt_set
+    from soar_mega.evaluation.suite.prompt_sets import read_prompt_set
     from soar_mega.evaluation.suite.scoring import check_prompts, make_scorers
     from soar_mega.evaluation.suite.store import TINY_WEIGHTS, Store
     from soar_mega.faults.agreement import on_rank_zero
@@ -118,7 +118,7 @@ def _evaluation(arguments: argparse.Namespace) -> "Evaluation":
 
 
 def _suite(arguments: argparse.Namespace) -> "Suite":
-    from soar_mega.evaluation.suite.settings import DriftSettings, load_suite, sampled_at
+    from soar_mega.evaluation.suite.suite_settings import DriftSettings, load_suite, sampled_at
 
     suite = sampled_at(
         load_suite(arguments.suite, arguments.prompts), arguments.guidance_scale, arguments.steps
@@ -151,7 +151,7 @@ def table(tables: "Tables") -> list[str]:
 
 def _models(arguments: argparse.Namespace) -> "list[Model]":
     """All that are named. ValueError where two have one name, or one cannot be drawn with at the layout."""
-    from soar_mega.checkpoints.drawing import CHECKPOINT
+    from soar_mega.checkpoints.model_source import CHECKPOINT
 
     models = [_model(text, arguments) for text in arguments.models]
     if len({model.name for model in models}) < len(models):
@@ -167,7 +167,7 @@ def _models(arguments: argparse.Namespace) -> "list[Model]":
 
 def tell_text_lengths(models: "list[Model]") -> None:
     """Warns where models that are compared are told prompts of different lengths."""
-    from soar_mega.checkpoints.drawing import DIFFUSERS
+    from soar_mega.checkpoints.model_source import DIFFUSERS
 
     own = [model for model in models if model.source.kind != DIFFUSERS]
     lengths = {model.name: model.source.text_length() for model in own}
@@ -181,7 +181,7 @@ def tell_text_lengths(models: "list[Model]") -> None:
 
 def _model(text: str, arguments: argparse.Namespace) -> "Model":
     """[NAME=]MODEL[@WIDTHxHEIGHT]."""
-    from soar_mega.checkpoints.drawing import find_source, split_size
+    from soar_mega.checkpoints.model_source import find_source, split_size
     from soar_mega.convert import is_pipeline
     from soar_mega.data.info import bucket_size
     from soar_mega.training.evaluating import Model

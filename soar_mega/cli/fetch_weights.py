@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from soar_mega.evaluation.scorers import SCORERS, SET_METRICS
-from soar_mega.evaluation.scorers.weights import WeightFile, differs
+from soar_mega.evaluation.scorers.scorer_files import WeightFile, differs
 
 KNOWN = SCORERS | SET_METRICS
 
@@ -59,7 +59,7 @@ def asked(names: list[str], suite: str | None) -> list[str]:
     if unknown := [name for name in names if name not in KNOWN]:
         raise ValueError(f"there is no scorer {unknown[0]!r}; there are {', '.join(KNOWN)}")
     if suite:
-        from soar_mega.evaluation.suite.settings import load_suite
+        from soar_mega.evaluation.suite.suite_settings import load_suite
 
         names = [*names, *(name for part in load_suite(suite).sets for name in part.scorers)]
     return [name for name in KNOWN if name in names or not (names or suite)]

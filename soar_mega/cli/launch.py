@@ -61,7 +61,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 def run(arguments: argparse.Namespace) -> int:
     from soar_mega.launch import slurm
-    from soar_mega.launch.checks import check_data, check_fit, check_model
+    from soar_mega.launch.job_checks import check_data, check_fit, check_model
     from soar_mega.stages import load_recipe
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]

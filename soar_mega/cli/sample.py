@@ -141,7 +141,7 @@ def _pipeline(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Gener
 
 def _checkpoint(arguments: argparse.Namespace, prompts: list[str]) -> "tuple[Generator, EncodedPrompts]":
     """What a checkpoint draws with; its model stays cut over the ranks. Collective."""
-    from soar_mega.checkpoints.drawing import find_source
+    from soar_mega.checkpoints.model_source import find_source
     from soar_mega.config import ParallelConfig
     from soar_mega.distributed import data_size, is_rank_zero, start_world
     from soar_mega.faults.agreement import on_rank_zero

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from soar_mega.convert.adapter_files import LoraFile, open_lora
 from soar_mega.convert.checks import listed
-from soar_mega.convert.lora import LoraFile, open_lora
 from soar_mega.convert.safetensors_reader import open_file
 from soar_mega.convert.weights import Weights
 

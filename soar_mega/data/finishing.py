@@ -10,9 +10,9 @@ from typing import Any
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.items import Reject
 from soar_mega.data.json_files import read_json
-from soar_mega.data.plan import Plan
 from soar_mega.data.prepare_folder import HELD_OUT_FOLDER, index_file, remove_leftover_shards
 from soar_mega.data.rejects import REJECTS_FILE, read_rejects, rejects_of, write_rejects
+from soar_mega.data.shard_plan import Plan
 from soar_mega.data.shard_writer import write_dataset_file
 
 log = logging.getLogger(__name__)

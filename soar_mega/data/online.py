@@ -12,11 +12,11 @@ from soar_mega import distributed
 from soar_mega.data.buckets import generate_buckets, nearest_bucket
 from soar_mega.data.captions import drawn
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.image_sources import list_items
 from soar_mega.data.images import ImageError, fit, image_size, read_image, to_model_range
 from soar_mega.data.info import bucket_size
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.shards import Read
 from soar_mega.flow import normal
 

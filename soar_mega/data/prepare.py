@@ -21,7 +21,6 @@ from soar_mega import distributed
 from soar_mega.data import prepare_folder
 from soar_mega.data.bucket_choice import choose_buckets
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.fetched import copy_of, expand, fetch, is_copied, is_remote
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.finishing import finish
@@ -29,7 +28,7 @@ from soar_mega.data.image_sources import list_items
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.items import Item, Reject
 from soar_mega.data.json_files import write_bytes
-from soar_mega.data.plan import Plan, PlannedShard
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.prepare_folder import FETCHED_FOLDER, HELD_OUT_FOLDER, SURVEY_FOLDER, Lock, complete_shard
 from soar_mega.data.prepare_options import DTYPES, Options
 from soar_mega.data.processes import Processes
@@ -37,6 +36,7 @@ from soar_mega.data.rejects import REJECTS_FILE, read_rejects, write_duplicates,
 from soar_mega.data.selection import Selection
 from soar_mega.data.shard_files import read_dataset_file
 from soar_mega.data.shard_job import ShardJob
+from soar_mega.data.shard_plan import Plan, PlannedShard
 from soar_mega.data.shard_writer import DATASET_FILE, EMPTY_FILE, FORMAT_VERSION
 from soar_mega.data.survey import Seen, Survey
 from soar_mega.outputs import refuse_overlap

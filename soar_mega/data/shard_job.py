@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.captions import Caption
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import ImageError, fit, read_image, to_model_range
 from soar_mega.data.info import bucket_size
 from soar_mega.data.items import UNREADABLE, Item, Reject
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.selection import Chosen
 from soar_mega.data.shard_writer import EncodedCaption, EncodedSample, ShardWriter
 from soar_mega.data.threads import in_order

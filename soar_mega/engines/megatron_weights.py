@@ -8,7 +8,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch.nn import Parameter
 
-from soar_mega.engines.weights import MainWeights, Piece
+from soar_mega.engines.kept_weights import MainWeights, Piece
 from soar_mega.private_names import MainCopy, distributed_main_copies, float16_main_copies
 
 

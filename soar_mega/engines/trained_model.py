@@ -14,12 +14,12 @@ from torch.nn import Parameter
 
 from soar_mega.config import Recipe
 from soar_mega.convert import exact_shards, load_weights
-from soar_mega.convert.lora import load_adapters
+from soar_mega.convert.adapter_files import load_adapters
 from soar_mega.distributed import device
+from soar_mega.engines.kept_weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.engines.on_demand import OnDemand, without_room
 from soar_mega.engines.parameter_groups import freeze
 from soar_mega.engines.saved_pieces import SavedPiece
-from soar_mega.engines.weights import KeptWeights, MainWeights, sharded_copy
 from soar_mega.models.common.chunks import ModelChunks, build_chunks
 from soar_mega.models.common.fingerprint import fingerprint
 from soar_mega.models.common.lora import Adapters, add_adapters, is_adapter

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soar_mega.distributed import device
-from soar_mega.engines.weights import MainWeights, Piece
+from soar_mega.engines.kept_weights import MainWeights, Piece
 from soar_mega.private_names import flat_parameters, forget_gradients, partition, zero_gradient, zero_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

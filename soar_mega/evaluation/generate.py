@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from soar_mega.convert import load_diffusers, scheduler_shift
-from soar_mega.convert.lora import load_adapted
+from soar_mega.convert.adapter_files import load_adapted
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
 from soar_mega.data.vae import Decoder

@@ -14,8 +14,8 @@ from types import FrameType
 import torch
 
 from soar_mega.convert import WeightFiles
+from soar_mega.convert.adapter_files import PEFT_CONFIG, PEFT_FILE, open_lora
 from soar_mega.convert.change_form import to_pipeline_folder
-from soar_mega.convert.lora import PEFT_CONFIG, PEFT_FILE, open_lora
 from soar_mega.convert.merging import with_adapters
 from soar_mega.convert.weights import open_weights
 from soar_mega.training_facts import facts_of_copy

@@ -10,7 +10,7 @@ from pathlib import Path
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
 from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
-from soar_mega.launch.checks import check_data, check_fit
+from soar_mega.launch.job_checks import check_data, check_fit
 from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.rewards.asking import SHOWN, Patience, Peer
-from soar_mega.rewards.pictures import to_base64
+from soar_mega.rewards.picture_files import to_base64
 
 log = logging.getLogger(__name__)
 BATCH, PIXELS = 16, 2**25  # images of a request, and pixels of all of them

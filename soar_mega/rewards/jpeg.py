@@ -11,7 +11,7 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from soar_mega.rewards.pictures import to_picture
+from soar_mega.rewards.picture_files import to_picture
 
 QUALITY = 95
 SCALE = 500  # kB that count as one unit of compressibility

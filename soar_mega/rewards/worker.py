@@ -15,7 +15,7 @@ from torch import Tensor
 
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.rewards.judging import BrokenScorer, WorkerError, judge
-from soar_mega.rewards.pictures import from_base64
+from soar_mega.rewards.picture_files import from_base64
 from soar_mega.user_files import is_text
 
 Json = dict[str, Any]

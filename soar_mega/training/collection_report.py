@@ -10,7 +10,7 @@ from torch import Tensor
 from soar_mega.config import LoggingConfig
 from soar_mega.evaluation.scorer import TOTAL
 from soar_mega.faults.agreement import on_rank_zero
-from soar_mega.training.collecting import Collection, Collector
+from soar_mega.training.collector import Collection, Collector
 from soar_mega.training.samples import enlarge, grid, write_png
 from soar_mega.training.tensorboard import Events
 

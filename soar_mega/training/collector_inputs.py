@@ -18,8 +18,8 @@ from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import DTYPES
 from soar_mega.rewards import Rewards, make_rewards
 from soar_mega.stages import CollectingConfig
-from soar_mega.training.collecting import Collector
-from soar_mega.training.judging import Judge
+from soar_mega.training.collector import Collector
+from soar_mega.training.judge_queue import Judge
 from soar_mega.training.prompt_texts import PromptTexts
 
 CACHE = "prompts"  # in the run folder

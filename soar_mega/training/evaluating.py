@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from soar_mega.checkpoints.drawing import CHECKPOINT, DIFFUSERS, Source
 from soar_mega.checkpoints.lineage import code_version, content_hash
+from soar_mega.checkpoints.model_source import CHECKPOINT, DIFFUSERS, Source
 from soar_mega.config import ParallelConfig
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.data.shards import ShardSet, open_shards
@@ -19,14 +19,14 @@ from soar_mega.distributed import data_rank, data_size, device, is_first_of_repl
 from soar_mega.evaluation.generate import Generator
 from soar_mega.evaluation.scorer import Scorer
 from soar_mega.evaluation.suite.distances import distance
-from soar_mega.evaluation.suite.drawing import DiffusersDrawer, Drawer, Drawn, KeyedDrawer, encode_alone
 from soar_mega.evaluation.suite.exposure import measure_drift
+from soar_mega.evaluation.suite.keyed_images import DiffusersDrawer, Drawer, Drawn, KeyedDrawer, encode_alone
+from soar_mega.evaluation.suite.one_model import Cell, Place, run_model
 from soar_mega.evaluation.suite.page import write_page
-from soar_mega.evaluation.suite.prompts import PromptSet
-from soar_mega.evaluation.suite.settings import Suite
+from soar_mega.evaluation.suite.prompt_sets import PromptSet
 from soar_mega.evaluation.suite.store import Json, Store, digest
+from soar_mega.evaluation.suite.suite_settings import Suite
 from soar_mega.evaluation.suite.tables import Measured, Tables, to_csv
-from soar_mega.evaluation.suite.work import Cell, Place, run_model
 from soar_mega.faults.agreement import on_all_ranks, on_rank_zero
 from soar_mega.training.history import history
 

@@ -9,7 +9,7 @@ from soar_mega.data.info import DatasetInfo
 from soar_mega.data.prompt_files import PromptSet
 from soar_mega.engines import Engine
 from soar_mega.flow import Schedule
-from soar_mega.training.judging import Judge, rewards_of_all
+from soar_mega.training.judge_queue import Judge, rewards_of_all
 from soar_mega.training.prompt_texts import PromptTexts
 from soar_mega.training.samples import FixedNoise
 

@@ -17,7 +17,7 @@ from soar_mega.phases import phases
 from soar_mega.stages import CollectingConfig, make_stage
 from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
-from soar_mega.training.collecting import Collection, Collector, Watch
+from soar_mega.training.collector import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
 
 

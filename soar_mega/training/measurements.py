@@ -12,7 +12,7 @@ from soar_mega.data.shards import open_shards
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.flow import Schedule
-from soar_mega.training.collecting import Collector
+from soar_mega.training.collector import Collector
 from soar_mega.training.held_out_rewards import HeldOutRewards
 from soar_mega.training.samples import SampleGrid, write_png
 from soar_mega.training.tensorboard import Events

@@ -25,12 +25,12 @@ from soar_mega.faults.watchdog import Watchdog, reports_folder
 from soar_mega.phases import phases
 from soar_mega.training.anomalies import Anomalies
 from soar_mega.training.collection_report import CollectionReport
-from soar_mega.training.export import check_exports, check_places, finish
 from soar_mega.training.logs import Interval, log_line
 from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.memory_report import log_memory
 from soar_mega.training.progress import drawing_bar, progress_bar
+from soar_mega.training.run_exports import check_exports, check_places, finish
 from soar_mega.training.samples import encode_sample_prompts
 from soar_mega.training.tensorboard import Events, peak_memory_gib
 from soar_mega.training.throughput import Throughput

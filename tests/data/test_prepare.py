@@ -13,8 +13,8 @@ from damaged_pictures import damaged_pictures
 from PIL import Image
 
 from soar_mega.data import prepare as prepare_module
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.images import to_model_range
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.prepare import prepare
 from soar_mega.data.prepare_options import Options
 from soar_mega.data.selection import Wishes

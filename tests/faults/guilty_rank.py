@@ -13,7 +13,7 @@ from collections.abc import Callable
 from soar_mega.checkpoints.checkpoint import Saver
 from soar_mega.data.loader import Loader
 from soar_mega.stages.soar import Soar
-from soar_mega.training import export
+from soar_mega.training import run_exports
 from soar_mega.training.measurements import Measurements
 from soar_mega.training.run import Trainer
 
@@ -46,7 +46,7 @@ PHASES = {
     "learn": (Soar, "loss"),
     "measurements": (Measurements, "take"),
     "checkpoint": (Saver, "poll"),
-    "export": (export, "_export"),
+    "export": (run_exports, "_export"),
 }
 SHORT_MINUTES = 0.03  # of a phase that is not a step, from where a rank acts in it
 

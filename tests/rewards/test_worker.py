@@ -29,7 +29,7 @@ from soar_mega.rewards import make_rewards
 from soar_mega.rewards.asking import Patience
 from soar_mega.rewards.client import WorkerScorer
 from soar_mega.rewards.jpeg import JpegIncompressibility
-from soar_mega.rewards.pictures import from_base64, to_base64
+from soar_mega.rewards.picture_files import from_base64, to_base64
 from soar_mega.rewards.server import RewardServer
 from soar_mega.rewards.tokens import VARIABLE, read_token
 from soar_mega.rewards.worker import Limits, Worker

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soar_mega.rewards.asking import Patience
 from soar_mega.rewards.client import WorkerScorer
-from soar_mega.rewards.pictures import to_base64
+from soar_mega.rewards.picture_files import to_base64
 from soar_mega.rewards.server import RewardServer
 from soar_mega.rewards.worker import BadRequest, Limits, Worker
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import ROOT, logged, steps, tiny_recipe
 
 from soar_mega.checkpoints.adapters import checkpoint_to_adapters
-from soar_mega.checkpoints.drawing import find_source
 from soar_mega.checkpoints.exchange import checkpoint_to_folder
+from soar_mega.checkpoints.model_source import find_source
 from soar_mega.cli import main
 from soar_mega.config import ParallelConfig
 from soar_mega.convert import load_diffusers
-from soar_mega.convert.lora import load_adapted, open_lora
+from soar_mega.convert.adapter_files import load_adapted, open_lora
 from soar_mega.convert.weights import open_weights
 from soar_mega.distributed import stop_world
 from soar_mega.models.common.conditions import Conditions
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_adapters_is_drawn_with_on_its_base(
     velocities = [each.velocity(latents, sigma, said) for each in (of_checkpoint, exported)]
     base = find_source(BASE).generator("fp32", ParallelConfig(), True).velocity(latents, sigma, said)
     assert torch.equal(*velocities) and not torch.equal(velocities[0], base)
-    monkeypatch.setattr("soar_mega.checkpoints.drawing.start_world", lambda parallel: None)
+    monkeypatch.setattr("soar_mega.checkpoints.model_source.start_world", lambda parallel: None)
     with pytest.raises(ValueError, match="lies whole in each process"):
         find_source(str(run)).generator("fp32", ParallelConfig(tensor_model_parallel_size=2), True)
 

@@ -304,8 +304,8 @@ def test_the_pictures_of_a_collection() -> None:
 
 
 DEATHS = {  # what is killed in the middle of: on one of two ranks, all of which go
-    "drawing": ("soar_mega.training.collecting.draw", 3),
-    "judging": ("soar_mega.training.collecting.rewards_of_all", 1),
+    "drawing": ("soar_mega.training.collector.draw", 3),
+    "judging": ("soar_mega.training.collector.rewards_of_all", 1),
     "learning": ("soar_mega.training.loop.Steps.learn", 4),
     "updating": ("soar_mega.training.loop.Steps.update", 6),
 }

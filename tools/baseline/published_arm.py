@@ -71,7 +71,7 @@ class OnlineEncoders:
     """A global batch encoded from images and prompts by the pipeline's own encoders."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        from soar_mega.data.encoders import Encoders
+        from soar_mega.data.loaded_encoders import Encoders
         from soar_mega.examples.digits.canvases import make_canvas
 
         canvases = [make_canvas(0, index) for index in range(case.batch_size)]

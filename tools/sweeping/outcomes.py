@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sweeping.plan import BEST, Measure
 
-from soar_mega.evaluation.suite.statistics import Bootstrap, Outcomes
+from soar_mega.evaluation.suite.score_errors import Bootstrap, Outcomes
 
 CHOOSING, REPORTING = 0, 1  # halves of the prompts
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soar_mega.evaluation.scorers.weights import (
+from soar_mega.evaluation.scorers.scorer_files import (
     AESTHETIC_HEAD,
     BERT_VOCABULARY,
     CLIP_H_TOKENIZER,

@@ -12,8 +12,8 @@ from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.heads import LinearHead
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_pil
+from soar_mega.evaluation.scorers.scorer_files import AESTHETIC_HEAD, CLIP_L, OPENAI_CLIP
 from soar_mega.evaluation.scorers.state import fill, read_state
-from soar_mega.evaluation.scorers.weights import AESTHETIC_HEAD, CLIP_L, OPENAI_CLIP
 
 WIDTH = 768
 

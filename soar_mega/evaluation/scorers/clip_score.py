@@ -14,7 +14,7 @@ from torch import Tensor
 from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_bilinear_tensor
-from soar_mega.evaluation.scorers.weights import CLIP_L, OPENAI_CLIP
+from soar_mega.evaluation.scorers.scorer_files import CLIP_L, OPENAI_CLIP
 
 
 class ClipScore(PerImage):

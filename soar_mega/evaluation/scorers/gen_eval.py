@@ -23,7 +23,7 @@ from soar_mega.evaluation.scorers.gen_eval_rules import (
 )
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_pil
-from soar_mega.evaluation.scorers.weights import CLIP_L, DETECTOR, OPENAI_CLIP
+from soar_mega.evaluation.scorers.scorer_files import CLIP_L, DETECTOR, OPENAI_CLIP
 
 BACKGROUND = "#999"
 COLOR_PHRASES = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from soar_mega.evaluation.scorers import SET_METRICS
+from soar_mega.evaluation.scorers.scorer_files import INCEPTION
 from soar_mega.evaluation.scorers.state import read_state
-from soar_mega.evaluation.scorers.weights import INCEPTION
 
 NEIGHBOURS = 3
 KID_SUBSET = 1000

@@ -14,8 +14,8 @@ from soar_mega.evaluation.scorers.clip import make_clip
 from soar_mega.evaluation.scorers.open_clip_keys import to_transformers
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_padded_tensor
+from soar_mega.evaluation.scorers.scorer_files import CLIP_H_TOKENIZER, HPS_WEIGHTS, LAION_CLIP
 from soar_mega.evaluation.scorers.state import read_json, read_state
-from soar_mega.evaluation.scorers.weights import CLIP_H_TOKENIZER, HPS_WEIGHTS, LAION_CLIP
 
 # What the library ftfy, which open_clip cleans text with, does to texts that are not broken: straight quotes, and
 # letters of plain width in place of those for Chinese lines.

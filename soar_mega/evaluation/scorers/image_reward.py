@@ -26,8 +26,8 @@ from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.heads import LinearHead
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_pil
+from soar_mega.evaluation.scorers.scorer_files import BERT_VOCABULARY, IMAGE_REWARD_WEIGHTS
 from soar_mega.evaluation.scorers.state import fill, fill_model, read_json, read_state
-from soar_mega.evaluation.scorers.weights import BERT_VOCABULARY, IMAGE_REWARD_WEIGHTS
 
 # of the rewards of the training set
 MEAN = 0.16717362830052426

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.per_image import PerImage
-from soar_mega.evaluation.scorers.weights import (
+from soar_mega.evaluation.scorers.scorer_files import (
     PADDLE_DETECTION,
     PADDLE_DIRECTION,
     PADDLE_OCR,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.evaluation.scorers.pixels import in_range
-from soar_mega.evaluation.scorers.weights import hash_of_files
+from soar_mega.evaluation.scorers.scorer_files import hash_of_files
 
 
 class PerImage(ABC):

@@ -11,7 +11,7 @@ from soar_mega.evaluation.pictures import to_pil
 from soar_mega.evaluation.scorers.clip import read_clip
 from soar_mega.evaluation.scorers.per_image import PerImage
 from soar_mega.evaluation.scorers.pixels import by_pil
-from soar_mega.evaluation.scorers.weights import LAION_CLIP, PICK_SCORE
+from soar_mega.evaluation.scorers.scorer_files import LAION_CLIP, PICK_SCORE
 
 
 class PickScore(PerImage):

@@ -14,9 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BlipConfig, CLIPConfig, CLIPModel
 
 from soar_mega.evaluation.scorers.heads import LinearHead
-from soar_mega.evaluation.scorers.tiny_detector import write_detector
-from soar_mega.evaluation.scorers.tiny_state import Shapes, linear, norms, random_state, save_pickled
-from soar_mega.evaluation.scorers.weights import (
+from soar_mega.evaluation.scorers.scorer_files import (
     AESTHETIC_HEAD,
     BERT_VOCABULARY,
     HPS_WEIGHTS,
@@ -25,6 +23,8 @@ from soar_mega.evaluation.scorers.weights import (
     OPENAI_CLIP,
     PICK_SCORE,
 )
+from soar_mega.evaluation.scorers.tiny_detector import write_detector
+from soar_mega.evaluation.scorers.tiny_state import Shapes, linear, norms, random_state, save_pickled
 
 TEXT_LENGTH = 77
 WIDTH = 32

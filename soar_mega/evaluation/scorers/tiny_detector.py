@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import Mask2FormerConfig, SwinConfig
 
 from soar_mega.evaluation.scorers.gen_eval_rules import CLASSES
+from soar_mega.evaluation.scorers.scorer_files import DETECTOR
 from soar_mega.evaluation.scorers.tiny_state import Shapes, linear, norms, random_state, save_pickled
-from soar_mega.evaluation.scorers.weights import DETECTOR
 
 EMBED = 8
 DEPTHS = (1, 2, 1, 1)

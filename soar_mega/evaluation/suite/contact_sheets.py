@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from soar_mega.evaluation.suite.prompts import Task
+from soar_mega.evaluation.suite.prompt_sets import Task
 from soar_mega.evaluation.suite.tables import Column, Tables
 
 ROWS = 8

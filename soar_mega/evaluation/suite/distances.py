@@ -6,10 +6,10 @@ import torch
 
 from soar_mega.evaluation.scorers import SET_METRICS
 from soar_mega.evaluation.scorers.held_out import distance_to_held_out
-from soar_mega.evaluation.scorers.weights import INCEPTION, hash_of_files
-from soar_mega.evaluation.suite.prompts import PromptSet
+from soar_mega.evaluation.scorers.scorer_files import INCEPTION, hash_of_files
+from soar_mega.evaluation.suite.one_model import Cell
+from soar_mega.evaluation.suite.prompt_sets import PromptSet
 from soar_mega.evaluation.suite.store import Store, digest
-from soar_mega.evaluation.suite.work import Cell
 
 
 def check_distances(sets: list[PromptSet], weights_dir: str) -> None:

@@ -10,8 +10,8 @@ from soar_mega.data.batch import on_device
 from soar_mega.data.shards import ShardSet
 from soar_mega.evaluation.drift import TOGETHER, DriftResult, held_out_drift, span_facts
 from soar_mega.evaluation.generate import Generator
-from soar_mega.evaluation.suite.settings import DriftSettings
-from soar_mega.evaluation.suite.work import Place
+from soar_mega.evaluation.suite.one_model import Place
+from soar_mega.evaluation.suite.suite_settings import DriftSettings
 
 SEED = 0  # of noise and latents
 

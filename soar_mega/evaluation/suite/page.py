@@ -6,8 +6,8 @@ from typing import Any
 
 from soar_mega.evaluation.suite import svg
 from soar_mega.evaluation.suite.contact_sheets import contact_sheet
-from soar_mega.evaluation.suite.settings import Point
 from soar_mega.evaluation.suite.store import MARK, Json
+from soar_mega.evaluation.suite.suite_settings import Point
 from soar_mega.evaluation.suite.tables import Column, Tables
 
 STYLE = """\

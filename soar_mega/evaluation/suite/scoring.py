@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from soar_mega.evaluation.scorer import Particular, Scorer
-from soar_mega.evaluation.suite.prompts import PromptSet
+from soar_mega.evaluation.suite.prompt_sets import PromptSet
 from soar_mega.rewards.registry import make_scorers as make_named
 
 

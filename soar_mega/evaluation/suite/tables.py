@@ -9,9 +9,9 @@ from itertools import combinations
 
 import numpy as np
 
-from soar_mega.evaluation.suite.prompts import PromptSet, Task
-from soar_mega.evaluation.suite.settings import Point, Suite
-from soar_mega.evaluation.suite.statistics import (
+from soar_mega.evaluation.suite.one_model import PICTURES
+from soar_mega.evaluation.suite.prompt_sets import PromptSet, Task
+from soar_mega.evaluation.suite.score_errors import (
     Bootstrap,
     Estimate,
     Resampled,
@@ -21,7 +21,7 @@ from soar_mega.evaluation.suite.statistics import (
     outcomes,
 )
 from soar_mega.evaluation.suite.store import DEFECTS, MARK, Images, Json, Values
-from soar_mega.evaluation.suite.work import PICTURES
+from soar_mega.evaluation.suite.suite_settings import Point, Suite
 
 CHOOSING, REPORTING = 0, 1  # halves of the prompts
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from soar_mega.evaluation.scorers import tiny_detector
 from soar_mega.evaluation.scorers.detector import Detector, detector_config, normalize, resize
 from soar_mega.evaluation.scorers.gen_eval_rules import CLASSES
-from soar_mega.evaluation.scorers.weights import DETECTOR
+from soar_mega.evaluation.scorers.scorer_files import DETECTOR
 
 
 def error(found: Tensor, expected: Tensor) -> float:

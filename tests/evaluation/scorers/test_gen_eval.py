@@ -24,7 +24,7 @@ from soar_mega.evaluation.scorers.gen_eval_rules import (
     share_met,
     sure_objects,
 )
-from soar_mega.evaluation.scorers.weights import OPENAI_CLIP
+from soar_mega.evaluation.scorers.scorer_files import OPENAI_CLIP
 
 NOWHERE = torch.zeros(1, 1, dtype=torch.bool)
 # Recorded: class, box, score and, where it matters, the colour that was read.

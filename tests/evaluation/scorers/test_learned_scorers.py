@@ -19,8 +19,7 @@ from soar_mega.evaluation.scorer import Scorer
 from soar_mega.evaluation.scorers import make_scorer
 from soar_mega.evaluation.scorers.hps import cleaned, clip_h_config
 from soar_mega.evaluation.scorers.image_reward import blip_configs
-from soar_mega.evaluation.scorers.state import read_state
-from soar_mega.evaluation.scorers.weights import (
+from soar_mega.evaluation.scorers.scorer_files import (
     AESTHETIC_HEAD,
     HPS_WEIGHTS,
     IMAGE_REWARD_WEIGHTS,
@@ -28,6 +27,7 @@ from soar_mega.evaluation.scorers.weights import (
     OPENAI_CLIP,
     PICK_SCORE,
 )
+from soar_mega.evaluation.scorers.state import read_state
 
 PROMPTS = ["a red fox", "two 12 hats and a very long tale " * 4 + "end", "x"]
 LEARNED = ["clip_score", "pick_score", "pick_score_rl", "hps", "aesthetic", "image_reward"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from soar_mega.evaluation.scorers.held_out import distance_to_held_out
-from soar_mega.evaluation.scorers.weights import INCEPTION
+from soar_mega.evaluation.scorers.scorer_files import INCEPTION
 
 FIDELITY = all(importlib.util.find_spec(name) for name in ("torch_fidelity", "torchvision"))
 NEEDS_FIDELITY = pytest.mark.skipif(

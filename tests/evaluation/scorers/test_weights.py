@@ -8,8 +8,8 @@ import pytest
 
 from soar_mega.cli import doctor, main
 from soar_mega.evaluation.scorers import SCORERS, SET_METRICS, make_scorer
+from soar_mega.evaluation.scorers.scorer_files import BERT_VOCABULARY, OPENAI_CLIP, hash_of_files
 from soar_mega.evaluation.scorers.tiny import WRITERS
-from soar_mega.evaluation.scorers.weights import BERT_VOCABULARY, OPENAI_CLIP, hash_of_files
 
 ALL = SCORERS | SET_METRICS
 

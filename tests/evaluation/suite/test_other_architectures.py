@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from evaluations import BASE
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from soar_mega.checkpoints.drawing import DIFFUSERS, find_source
-from soar_mega.evaluation.suite.drawing import DiffusersDrawer, Drawn
-from soar_mega.evaluation.suite.prompts import Item, Task
-from soar_mega.evaluation.suite.settings import Point
+from soar_mega.checkpoints.model_source import DIFFUSERS, find_source
+from soar_mega.evaluation.suite.keyed_images import DiffusersDrawer, Drawn
+from soar_mega.evaluation.suite.prompt_sets import Item, Task
+from soar_mega.evaluation.suite.suite_settings import Point
 
 
 @pytest.fixture(scope="module")

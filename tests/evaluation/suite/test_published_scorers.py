@@ -12,8 +12,8 @@ from PIL import Image
 from soar_mega.cli import main
 from soar_mega.evaluation.scorers import SCORERS, make_scorer
 from soar_mega.evaluation.scorers.tiny_reader import TinyReader
-from soar_mega.evaluation.suite.prompts import read_prompt_set
-from soar_mega.evaluation.suite.settings import load_suite
+from soar_mega.evaluation.suite.prompt_sets import read_prompt_set
+from soar_mega.evaluation.suite.suite_settings import load_suite
 
 
 def test_the_tiny_suite_asks_what_the_paper_s_does() -> None:

@@ -13,15 +13,15 @@ import torch
 from evaluations import BASE, GENEVAL, evaluate, kept, write_suite
 from torch import Tensor
 
-from soar_mega.checkpoints.drawing import find_source
+from soar_mega.checkpoints.model_source import find_source
 from soar_mega.cli.evaluate_suite import explained, tell_text_lengths
 from soar_mega.config import ParallelConfig
 from soar_mega.distributed import start_world
 from soar_mega.evaluation.suite import store as store_module
-from soar_mega.evaluation.suite.prompts import Task, read_prompt_set
-from soar_mega.evaluation.suite.settings import Point, load_suite
+from soar_mega.evaluation.suite.one_model import PICTURES, Cell, Place, run_model
+from soar_mega.evaluation.suite.prompt_sets import Task, read_prompt_set
 from soar_mega.evaluation.suite.store import Store
-from soar_mega.evaluation.suite.work import PICTURES, Cell, Place, run_model
+from soar_mega.evaluation.suite.suite_settings import Point, load_suite
 from soar_mega.training.evaluating import Model
 from soar_mega.training_facts import FILE as FACTS
 from soar_mega.training_facts import TrainingFacts

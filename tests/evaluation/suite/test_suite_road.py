@@ -17,10 +17,10 @@ from evaluations import BASE, evaluate, kept, write_suite
 from multirank import run_ranks
 from PIL import Image
 
-from soar_mega.checkpoints import drawing
+from soar_mega.checkpoints import model_source
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
-from soar_mega.evaluation.scorers.weights import INCEPTION
+from soar_mega.evaluation.scorers.scorer_files import INCEPTION
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +154,15 @@ def test_a_run_is_watched_to_its_end(
     for name in ("iter_0000003", "iter_0000005"):
         shutil.copytree(run / "iter_0000000", run / name)
     shutil.rmtree(run / "iter_0000000")
-    real = drawing.load_model
+    real = model_source.load_model
 
     def load(source: Path, *more: Any) -> Any:
         if source.name == "iter_0000003":
             source.rename(source.with_name("iter_0000003.deleted"))
         return real(source, *more)
 
-    monkeypatch.setattr(drawing, "load_model", load)
-    monkeypatch.setattr(drawing.Source, "fingerprint", lambda source: {"path": str(source.path)})
+    monkeypatch.setattr(model_source, "load_model", load)
+    monkeypatch.setattr(model_source.Source, "fingerprint", lambda source: {"path": str(source.path)})
     assert evaluate(road / "suite.yaml", out, *words) == 0
     assert "iteration 3 was removed before it could be evaluated" in caplog.text
     said = json.loads((out / "report.json").read_text())
@@ -189,7 +189,7 @@ def test_a_run_may_remove_a_checkpoint_that_is_being_read(road: Path, tmp_path: 
 
 
 def _evaluate_while_one_is_removed(suite: str, out: str, words: tuple[str, ...]) -> None:
-    real = drawing.load_model
+    real = model_source.load_model
 
     def load(source: Path, *more: object) -> object:
         model = real(source, *more)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def _evaluate_while_one_is_removed(suite: str, out: str, words: tuple[str, ...])
             raise FileNotFoundError(f"no such file: {source}")
         return model
 
-    drawing.load_model = load  # type: ignore[assignment]
+    model_source.load_model = load  # type: ignore[assignment]
     assert evaluate(Path(suite), Path(out), *words) == 0
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from evaluations import write_suite
 
-from soar_mega.evaluation.suite.prompts import read_prompt_set
-from soar_mega.evaluation.suite.settings import Suite, load_suite
-from soar_mega.evaluation.suite.statistics import Bootstrap, Resampled, between_runs
+from soar_mega.evaluation.suite.one_model import PICTURES
+from soar_mega.evaluation.suite.prompt_sets import read_prompt_set
+from soar_mega.evaluation.suite.score_errors import Bootstrap, Resampled, between_runs
 from soar_mega.evaluation.suite.store import Values
+from soar_mega.evaluation.suite.suite_settings import Suite, load_suite
 from soar_mega.evaluation.suite.tables import Measured, Tables
-from soar_mega.evaluation.suite.work import PICTURES
 from soar_mega.flow.noise import uniform
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from soar_mega.evaluation.suite.prompts import PromptSet, Task
+from soar_mega.evaluation.suite.prompt_sets import PromptSet, Task
 from soar_mega.evaluation.suite.store import Values
 from soar_mega.flow.noise import uniform
 

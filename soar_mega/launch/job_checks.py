@@ -10,7 +10,7 @@ from soar_mega.convert import is_pipeline, pipeline_parts
 from soar_mega.data.fetched import is_remote
 from soar_mega.models.common import layout
 from soar_mega.models.family import model_sizes
-from soar_mega.training.export import check_places
+from soar_mega.training.run_exports import check_places
 
 logger = logging.getLogger(__name__)
 

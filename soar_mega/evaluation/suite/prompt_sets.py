@@ -11,7 +11,7 @@ from typing import Any
 
 from soar_mega.data.prompt_files import read_prompts
 from soar_mega.evaluation.scorers.gen_eval_rules import TAGS as GENEVAL_TAGS
-from soar_mega.evaluation.suite.settings import PromptSetSettings
+from soar_mega.evaluation.suite.suite_settings import PromptSetSettings
 
 TAG = "tag"  # of a line of GenEval's: what kind of prompt it is
 TAGS = (*GENEVAL_TAGS, "ocr")  # the last of digits

@@ -12,8 +12,8 @@ from soar_mega.data.encoder_facts import loading
 from soar_mega.data.prompts import EncodedPrompts, encode_prompts
 from soar_mega.distributed import device
 from soar_mega.evaluation.generate import Generator
-from soar_mega.evaluation.suite.prompts import Task
-from soar_mega.evaluation.suite.settings import Point
+from soar_mega.evaluation.suite.prompt_sets import Task
+from soar_mega.evaluation.suite.suite_settings import Point
 from soar_mega.flow import normal
 from soar_mega.flow.noise import stream_key
 from soar_mega.models.common.build import DTYPES

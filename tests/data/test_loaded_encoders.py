@@ -13,8 +13,8 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from soar_mega.data.encoder_facts import encoder_facts
-from soar_mega.data.encoders import Encoders
 from soar_mega.data.fingerprints import fingerprints
+from soar_mega.data.loaded_encoders import Encoders
 from soar_mega.data.prompts import BATCH, encode_prompts
 from soar_mega.data.text_encoder import TextEncoder
 from soar_mega.data.vae import Decoder

@@ -11,7 +11,7 @@ from soar_mega.checkpoints.resume import other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import WeightFiles, is_pipeline, pipeline_parts, save_folder
-from soar_mega.convert.lora import save_adapters
+from soar_mega.convert.adapter_files import save_adapters
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import Engine
 from soar_mega.faults.agreement import PeerFailure, on_rank_zero

@@ -18,8 +18,8 @@ from soar_mega.checkpoints.exchange import checkpoint_to_folder, weights_to_chec
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert.weights import open_weights
-from soar_mega.training.export import check_exports, check_places
 from soar_mega.training.run import Trainer
+from soar_mega.training.run_exports import check_exports, check_places
 
 BASE = ROOT / "recipes/tiny/base"
 NOBODY = 65534  # a user without rights

@@ -35,7 +35,7 @@ from soar_mega.stages.collecting import CollectingStage, Trajectories
 from soar_mega.training.collection_place import Place
 from soar_mega.training.drawing import draw
 from soar_mega.training.experience import Experience, Share, order_of_pass
-from soar_mega.training.judging import Judge, Values, rewards_of_all
+from soar_mega.training.judge_queue import Judge, Values, rewards_of_all
 from soar_mega.training.prompt_texts import PromptTexts
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from soar_mega.distributed import device
 from soar_mega.evaluation.scorer import Scorer
-from soar_mega.evaluation.suite.drawing import Drawer
-from soar_mega.evaluation.suite.prompts import PromptSet, Task
-from soar_mega.evaluation.suite.settings import Point
+from soar_mega.evaluation.suite.keyed_images import Drawer
+from soar_mega.evaluation.suite.prompt_sets import PromptSet, Task
 from soar_mega.evaluation.suite.store import DEFECTS, Images, ScoreFile, Store, Values, digest
+from soar_mega.evaluation.suite.suite_settings import Point
 
 log = logging.getLogger(__name__)
 

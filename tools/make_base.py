@@ -1,5 +1,5 @@
 """Makes the tiny pipelines of recipes/tiny from scikit-learn's digits: base (SD3), plateau_base (the same one, trained
-until fine-tuning no longer helps it) and flux_base (FLUX).
+on for the study) and flux_base (FLUX).
 
     python tools/make_base.py                  everything, as `make base` does
     python tools/make_base.py --encoders       only the VAE and the text encoders, with transformers of random weights

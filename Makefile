@@ -71,7 +71,7 @@ test-gpu: $(READY)
 
 # A real SLURM on this machine (root; installed where it is missing). Elsewhere the tests say that they were not run.
 test-slurm: $(READY)
-	$(TEST) tests/slurm -m slurm --durations 0 --durations-min 5
+	$(TEST) tests/slurm -m "slurm and not slow" --durations 0 --durations-min 5
 
 demo: $(READY)
 	$(PYTHON) tools/demo.py

@@ -235,6 +235,7 @@ def test_sweep_requeues_the_stopped_element_alone(reference: Launched, cluster: 
     assert (run.folder / "0" / "complete.json").exists() and (run.folder / "1" / "complete.json").exists()
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_laboratory(cluster: Cluster, work: Path) -> None:
     """tools/sweep.py --slurm: an array of the runs that are missing; what is complete is in no further one."""
     shared = [word for word in settings(work, 2) if not word.startswith("train.train_iters")]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soar_mega.data.sample_index import PartPlace
+
 LENGTH_BYTES = 8  # of a safetensors file: how long its header is
 
 
@@ -25,8 +27,8 @@ class Pattern:
         places = json.loads(content[LENGTH_BYTES:start])
         self._order = sorted(names, key=lambda name: places[name]["data_offsets"])
 
-    def read(self, file: int, place: tuple[int, int, int], rows: Mapping[str, Tensor]) -> bool:
-        """Whether the file at `place` (offset, size, CRC-32) is whole and like this one; then `rows` hold its tensors.
+    def read(self, file: int, place: PartPlace, rows: Mapping[str, Tensor]) -> bool:
+        """Whether the file at `place` is whole and like this one; then `rows` hold its tensors.
 
         Args:
             file: a descriptor.

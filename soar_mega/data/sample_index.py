@@ -23,6 +23,8 @@ RECORD = np.dtype([("latents", PLACE), ("text", PLACE), ("words_end", "<i8"), ("
 MEMBER = np.dtype("<u4")
 CAPTIONS = "\x1f"  # between a key and its captions
 
+PartPlace = tuple[int, int, int]  # of a part of a sample in its tar: offset, size and CRC-32
+
 
 class SampleIndex:
     """The samples of a shard set by number, in the order of the source.
@@ -59,13 +61,13 @@ class SampleIndex:
         head, name = self._words(sample)
         return head.partition(CAPTIONS)[0], name
 
-    def captions(self, sample: int) -> list[tuple[float, int, int, int]]:
-        """Of a sample with several: weight, and offset, size and CRC-32 of the text; of one with one alone nothing."""
+    def captions(self, sample: int) -> list[tuple[float, PartPlace]]:
+        """Weight and place of each text of a sample with several; of one with one alone nothing."""
         listed = self._words(sample)[0].partition(CAPTIONS)[2]
-        return [tuple(each) for each in json.loads(listed)] if listed else []
+        return [(weight, (offset, size, crc)) for weight, offset, size, crc in json.loads(listed or "[]")]
 
-    def place(self, part: str, sample: int) -> tuple[int, int, int]:
-        """Offset, size and CRC-32 of the "latents" or the "text" of a sample in its tar."""
+    def place(self, part: str, sample: int) -> PartPlace:
+        """Of the "latents" or the "text" of a sample in its tar."""
         offset, size, checksum = self._records[part][sample].tolist()
         return offset, size, checksum
 

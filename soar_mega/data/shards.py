@@ -21,7 +21,7 @@ from soar_mega.data.info import DatasetInfo
 from soar_mega.data.open_index import open_index
 from soar_mega.data.pattern import Pattern
 from soar_mega.data.remote import remote_folder
-from soar_mega.data.sample_index import SampleIndex
+from soar_mega.data.sample_index import PartPlace, SampleIndex
 from soar_mega.data.shard_bytes import ShardBytes
 from soar_mega.data.shard_cache import GIGABYTE, ShardCache
 from soar_mega.data.shard_files import read_dataset_file
@@ -115,12 +115,12 @@ class ShardSet:
         for row, index in enumerate(indices):
             rows = {name: values[row] for name, values in tensors.items()}
             try:
-                self._read_part("latents", int(index), distribution)
+                self._read_part("latents", int(index), self._place("latents", int(index)), distribution)
                 noise = normal(seed, "vae", positions[row : row + 1], 0, shape)[0]
                 torch.add(distribution["mean"], noise.mul_(distribution["std"]), out=rows["latents"])
                 if text:
-                    caption = self._drawn_caption(int(index), positions[row : row + 1], seed)
-                    self._read_part("text", int(index), {name: rows[name] for name in PARTS["text"]}, caption)
+                    place = self._drawn_place(int(index), positions[row : row + 1], seed)
+                    self._read_part("text", int(index), place, {name: rows[name] for name in PARTS["text"]})
                 _check_finite(rows)
             except SampleError as error:
                 result.failures[row] = str(error)
@@ -140,7 +140,7 @@ class ShardSet:
 
         SampleError: this sample cannot be read. ValueError: its shard cannot.
         """
-        return _tensors(part, self._content(part, index, caption))
+        return _tensors(part, self._content(part, index, self._place(part, index, caption)))
 
     def captions(self, index: int) -> list[str]:
         """The captions of a sample, each of which its tar holds behind its text. ValueError where it does not."""
@@ -219,14 +219,14 @@ class ShardSet:
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
-    def _read_part(self, part: str, index: int, rows: Mapping[str, Tensor], caption: int = 0) -> None:
+    def _read_part(self, part: str, index: int, place: PartPlace, rows: Mapping[str, Tensor]) -> None:
         """Puts the tensors of a part of a sample into `rows`; SampleError where it cannot be read."""
         like = part, next(iter(rows.values())).shape
         if like in self._patterns:
-            file, place = self._shards.file(self._shard_of(index)), self._place(part, index, caption)
+            file = self._shards.file(self._shard_of(index))
             if file is not None and self._patterns[like].read(file, place, rows):
                 return
-        content = self._content(part, index, caption)
+        content = self._content(part, index, place)
         tensors = _tensors(part, content)
         for name, values in rows.items():
             shape = tensors[name].shape
@@ -238,20 +238,22 @@ class ShardSet:
         if all(tensors[name].dtype == values.dtype for name, values in rows.items()):
             self._patterns[like] = Pattern(content, rows)
 
-    def _drawn_caption(self, index: int, position: Tensor, seed: int) -> int:
-        weights = [weight for weight, *_ in self._opened().captions(index)]
-        return drawn(weights, seed, position) if weights else 0
+    def _drawn_place(self, index: int, position: Tensor, seed: int) -> PartPlace:
+        """Of the caption that a sample has at a position [1] of the training sequence."""
+        captions = self._opened().captions(index)
+        if not captions:
+            return self._place("text", index)
+        return captions[drawn([weight for weight, _ in captions], seed, position)][1]
 
-    def _place(self, part: str, index: int, caption: int) -> tuple[int, int, int]:
+    def _place(self, part: str, index: int, caption: int = 0) -> PartPlace:
         if caption == 0:
             return self._opened().place(part, index)
-        _, *place = self._opened().captions(index)[caption]
-        return place[0], place[1], place[2]
+        return self._opened().captions(index)[caption][1]
 
-    def _content(self, part: str, index: int, caption: int) -> bytes:
+    def _content(self, part: str, index: int, place: PartPlace) -> bytes:
         """A part of a sample as it was written."""
         shard = self._shard_of(index)
-        offset, size, checksum = self._place(part, index, caption)
+        offset, size, checksum = place
         content = self._shards.read(shard, offset, size)
         if zlib.crc32(content) != checksum and self._shards.drop_copy(shard):
             content = self._shards.read(shard, offset, size)

@@ -1,6 +1,9 @@
 """Small shard sets with known contents."""
 
+import tarfile
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +26,14 @@ def make_sample(index: int, size: tuple[int, int] = (16, 16)) -> EncodedSample:
         text=torch.full(TEXT, float(index)),
         pooled=torch.full((POOLED,), float(index)),
     )
+
+
+def make_samples(count: int) -> list[EncodedSample]:
+    """In two buckets; their latents have a deviation, so that they are drawn."""
+    samples = [make_sample(i, (16, 16) if i % 3 else (12, 20)) for i in range(count)]
+    for sample in samples:
+        sample.latent_std.fill_(0.5)
+    return samples
 
 
 def make_shards(folder: Path, samples: list[EncodedSample], per_shard: int = 4, **changes: object) -> Path:
@@ -48,3 +59,12 @@ def make_shards(folder: Path, samples: list[EncodedSample], per_shard: int = 4, 
     )
     write_dataset_file(folder, info, len(numbers), **changes)
     return folder
+
+
+def add_to_tar(tar: tarfile.TarFile, name: str, content: bytes, **attributes: Any) -> None:
+    """As a member of this name, with these attributes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in attributes.items():
+        setattr(member, key, value)
+    tar.addfile(member, BytesIO(content))

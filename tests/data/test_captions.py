@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from data_fixtures import POOLED, TEXT, make_sample, make_shards
+from data_fixtures import POOLED, TEXT, add_to_tar, make_sample, make_shards
 from PIL import Image
 
 from soar_mega.data.captions import Caption, drawn, read_captions
@@ -100,9 +100,7 @@ def test_lists_and_tars_give_several(tmp_path):
     (tmp_path / "list.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"weights": [1]}) + "\n")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in (("k.png", picture.getvalue()), ("k.json", json.dumps(row).encode())):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, BytesIO(content))
+            add_to_tar(tar, name, content)
     expected = (Caption("one", 1.0), Caption("two", 3.0))
     (item,), (reject,) = list_items(tmp_path / "list.jsonl")
     assert item.captions == expected and Item.from_row(json.loads(json.dumps(item.to_row()))) == item

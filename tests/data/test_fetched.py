@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from data_fixtures import add_to_tar
 from PIL import Image
 from test_prepare import BASE, contents
 
@@ -32,9 +33,7 @@ def write_tar(path, *indices):
     with tarfile.open(path, "w") as tar:
         for index in indices:
             for suffix, content in (("png", pixels(index)), ("txt", f"a red {index}".encode())):
-                member = tarfile.TarInfo(f"{index}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                add_to_tar(tar, f"{index}.{suffix}", content)
 
 
 def write_folder(path, *indices):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from damaged_pictures import damaged_pictures
-from data_fixtures import make_sample, make_shards
+from data_fixtures import make_sample, make_samples, make_shards
 from PIL import Image
 
 from soar_mega.config import DataConfig
@@ -25,11 +25,7 @@ TENSORS = ("latents", "text", "pooled", "empty_text", "empty_pooled", "position"
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two buckets; latents with a deviation, so that they are drawn."""
-    samples = [make_sample(i, (16, 16) if i % 3 else (12, 20)) for i in range(20)]
-    for sample in samples:
-        sample.latent_std.fill_(0.5)
-    return make_shards(tmp_path / "shards", samples)
+    return make_shards(tmp_path / "shards", make_samples(20))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import make_sample, make_shards
+from data_fixtures import make_samples, make_shards
 from multirank import run_ranks
 from PIL import Image
 from test_loader import damage
@@ -46,10 +46,7 @@ def read_batches(path, tensor, pipeline, context=1, workers=0):
 
 @pytest.fixture
 def shards(tmp_path):
-    samples = [make_sample(i, (16, 16) if i % 3 else (12, 20)) for i in range(12)]
-    for sample in samples:
-        sample.latent_std.fill_(0.5)
-    return make_shards(tmp_path / "shards", samples)
+    return make_shards(tmp_path / "shards", make_samples(12))
 
 
 @pytest.mark.parametrize(

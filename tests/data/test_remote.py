@@ -14,7 +14,7 @@ from functools import partial
 
 import fsspec
 import pytest
-from data_fixtures import make_sample, make_shards
+from data_fixtures import make_sample, make_samples, make_shards
 from test_loader import same
 
 from soar_mega.config import DataConfig
@@ -28,10 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def shards(tmp_path):
-    samples = [make_sample(i, (16, 16) if i % 3 else (12, 20)) for i in range(12)]
-    for sample in samples:
-        sample.latent_std.fill_(0.5)
-    return make_shards(tmp_path / "there", samples)
+    return make_shards(tmp_path / "there", make_samples(12))
 
 
 @pytest.fixture

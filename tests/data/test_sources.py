@@ -1,7 +1,6 @@
 """Sources: every kind of list is read in a fixed order, and what is wrong is said by name."""
 
 import errno
-import io
 import json
 import logging
 import os
@@ -9,6 +8,7 @@ import pickle
 import tarfile
 
 import pytest
+from data_fixtures import add_to_tar
 from PIL import Image
 
 from soar_mega.data.image_sources import list_items
@@ -264,14 +264,6 @@ def test_a_list_names_nothing_outside_its_folder(tmp_path):
     assert "is not in" in list_items(folder / "more.jsonl")[1][0].reason
 
 
-def add(tar, name, content, **attributes):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    for key, value in attributes.items():
-        setattr(member, key, value)
-    tar.addfile(member, io.BytesIO(content))
-
-
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("unpickled",)
@@ -283,21 +275,21 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
     write_images(tmp_path, "secret.png", "in.png")
     picture = (tmp_path / "in.png").read_bytes()
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        add(tar, "b/1.txt", b"one\n")
-        add(tar, "b/1.png", picture)
-        add(tar, "b/1.json", json.dumps({"caption": "not this", "score": 5}).encode())
-        add(tar, "b/2.jpg", b"no picture")
-        add(tar, "b/2.json", json.dumps({"caption": "two"}).encode())
-        add(tar, "b/2.pkl", pickle.dumps(Trap()))
-        add(tar, "../../out.png", picture)
-        add(tar, "../../out.txt", b"stays inside")
-        add(tar, "3.png", b"", type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret.png"))
-        add(tar, "3.txt", b"behind a link")
-        add(tar, "4.png", picture)
-        add(tar, "5.png", picture)
-        add(tar, "5.json", b"[1]")
-        add(tar, "6.png", picture)
-        add(tar, "6.pyd", pickle.dumps(Trap()))
+        add_to_tar(tar, "b/1.txt", b"one\n")
+        add_to_tar(tar, "b/1.png", picture)
+        add_to_tar(tar, "b/1.json", json.dumps({"caption": "not this", "score": 5}).encode())
+        add_to_tar(tar, "b/2.jpg", b"no picture")
+        add_to_tar(tar, "b/2.json", json.dumps({"caption": "two"}).encode())
+        add_to_tar(tar, "b/2.pkl", pickle.dumps(Trap()))
+        add_to_tar(tar, "../../out.png", picture)
+        add_to_tar(tar, "../../out.txt", b"stays inside")
+        add_to_tar(tar, "3.png", b"", type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret.png"))
+        add_to_tar(tar, "3.txt", b"behind a link")
+        add_to_tar(tar, "4.png", picture)
+        add_to_tar(tar, "5.png", picture)
+        add_to_tar(tar, "5.json", b"[1]")
+        add_to_tar(tar, "6.png", picture)
+        add_to_tar(tar, "6.pyd", pickle.dumps(Trap()))
     before = sorted(tmp_path.rglob("*"))
     items, rejects = list_items(tmp_path / "0.tar")
     assert [(item.name, item.captions[0].text, item.score) for item in items] == [
@@ -318,8 +310,8 @@ def test_damaged_and_compressed_tars_are_named(tmp_path):
     for name, mode in (("whole.tar", "w"), ("packed.tar", "w:gz")):
         with tarfile.open(tmp_path / name, mode) as tar:
             for key in range(3):
-                add(tar, f"{key}.png", (tmp_path / "in.png").read_bytes())
-                add(tar, f"{key}.txt", b"fine")
+                add_to_tar(tar, f"{key}.png", (tmp_path / "in.png").read_bytes())
+                add_to_tar(tar, f"{key}.txt", b"fine")
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:2600])
     for name, usable in (("packed.tar", 0), ("cut.tar", 1)):
         items, rejects = list_items(tmp_path / name)

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -80,8 +81,7 @@ class UrlFolder:
 
             file.seek(0)
             with fsspec.open(f"{self._url}/{name}", "rb") as remote:
-                while block := remote.read(BLOCK):
-                    file.write(block)
+                shutil.copyfileobj(remote, file, BLOCK)
 
         _patiently(f"{self._url}/{name}", copy)
 
@@ -119,8 +119,7 @@ class CommandFolder:
             file.seek(0)
             with self._start(name) as process:
                 assert process.stdout is not None
-                while block := process.stdout.read(BLOCK):
-                    file.write(block)
+                shutil.copyfileobj(process.stdout, file, BLOCK)
                 self._check(process)
 
         _patiently(self._of(name), copy)

@@ -118,8 +118,7 @@ class ShardCache:
         while True:
             name = self._wanted.get()
             try:
-                if time.monotonic() > self._full_until:
-                    self._fetch(name, waits=False)
+                self._fetch(name, waits=False)
             except ValueError as error:
                 log.warning("no copy in data.cache_dir: %s", error)
             self._asked.discard(name)

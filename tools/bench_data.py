@@ -207,7 +207,7 @@ def fed(folder: Path, way: str, workers: int, batch: int, steps: int, step_secon
     """What one way does in this process: at full speed, then with steps that do something else."""
     torch.set_num_threads(1)
     batches = WAYS[way](folder, workers, batch)
-    for _ in range(1 + 2 * workers):  # readers are some batches ahead from then on
+    for _ in range(1 + READ_AHEAD * workers):  # readers are some batches ahead from then on
         next(batches)
     started, cpu = time.perf_counter(), cpu_seconds()
     for _ in range(steps):

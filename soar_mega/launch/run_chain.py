@@ -12,7 +12,7 @@ from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.job_checks import check_data, check_fit
 from soar_mega.launch.last_lines import with_last_lines
-from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
+from soar_mega.launch.links import COMPLETED, FAILURE, begin, end, failure, failure_noted, why_not_done
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
     workers: list[str] = []
     try:
         for link in links:
-            (link.folder / "failure.txt").unlink(missing_ok=True)
+            (link.folder / FAILURE).unlink(missing_ok=True)
             before = next((number for other, number in submitted if other.name == link.after), None)
             if link.worker is not None:
                 workers.append(_submit_worker(chain, link, before))

@@ -48,8 +48,8 @@ def read_settings(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 def tell_differences(checkpoint: Path, recipe: Recipe) -> None:
     """Logs in what a recipe differs from that of the run whose checkpoint it loads, if that is beside it."""
-    before = _by_name(read_settings(RunFolder(checkpoint.parent)))
-    now = _by_name(yaml.safe_load(recipe_to_yaml(recipe)))
+    before = by_name(read_settings(RunFolder(checkpoint.parent)))
+    now = by_name(yaml.safe_load(recipe_to_yaml(recipe)))
     told = differences(*({k: v for k, v in each.items() if k not in OF_ONE_RUN} for each in (before, now)))
     if before and told:
         logger.warning("the recipe is not that of %s, which is loaded:\n  %s", checkpoint, "\n  ".join(told))
@@ -65,13 +65,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _by_name(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def by_name(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of all groups as group.key."""
     return {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
 
 
 def _settings(text: str) -> dict[str, Any]:
     """By group.key; empty where the text is no recipe."""
     try:
-        return _by_name({group: dict(keys) for group, keys in dict(yaml.safe_load(text)).items()})
+        return by_name({group: dict(keys) for group, keys in dict(yaml.safe_load(text)).items()})
     except (yaml.YAMLError, TypeError, ValueError):
         return {}

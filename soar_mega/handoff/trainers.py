@@ -90,6 +90,11 @@ def _configured(handoff: Handoff) -> tuple[str, str]:
     )
 
 
+def _tokens_in(scripts: str) -> str:
+    """Words that change the T5 tokens in scripts of flow_grpo, with {tokens}; DiffusionNFT's were made from them."""
+    return f"sed -i 's/max_sequence_length=128/max_sequence_length={{tokens}}/' {scripts}"
+
+
 def _flow_grpo(handoff: Handoff) -> list[str]:
     return [
         "# prompts and rewards are the configuration's: general_ocr_sd3_4gpu here, or geneval_sd3, pickscore_sd3, ...",
@@ -188,16 +193,12 @@ TRAINERS = {
             starts={
                 SD3: Start(
                     tokens=128,
-                    how_to_set=(
-                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_sd3*.py"
-                    ),
+                    how_to_set=_tokens_in("scripts/train_sd3*.py"),
                     lines=_flow_grpo,
                 ),
                 FLUX: Start(
                     tokens=128,
-                    how_to_set=(
-                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_flux.py"
-                    ),
+                    how_to_set=_tokens_in("scripts/train_flux.py"),
                     lines=_flow_grpo_flux,
                 ),
             },
@@ -212,9 +213,7 @@ TRAINERS = {
             starts={
                 SD3: Start(
                     tokens=128,
-                    how_to_set=(
-                        "sed -i 's/max_sequence_length=128/max_sequence_length={tokens}/' scripts/train_nft_sd3.py"
-                    ),
+                    how_to_set=_tokens_in("scripts/train_nft_sd3.py"),
                     lines=_diffusion_nft,
                 )
             },

@@ -149,17 +149,21 @@ class _Builder:
         self._after = name
 
     def _link(self, settings: Any, kind: str, where: str, **values: Any) -> Link:
-        wanted = {**self._slurm, **settings.get("slurm", {})}
-        if not values.get("is_parallel"):
-            wanted |= {"nodes": 1, "processes_per_node": 1}
         return Link(
             name=settings["name"],
             kind=kind,
             parent=self._made_by or None,
             after=self._after,
-            resources=resources(wanted, f"{where}: slurm"),
+            resources=self._resources(settings, where, values.get("is_parallel", False)),
             **values,
         )
+
+    def _resources(self, settings: Any, where: str, is_parallel: bool = False) -> Resources:
+        """Of a job: the chain's, but for what its settings say; one process where it is not parallel."""
+        wanted = {**self._slurm, **settings.get("slurm", {})}
+        if not is_parallel:
+            wanted |= {"nodes": 1, "processes_per_node": 1}
+        return resources(wanted, f"{where}: slurm")
 
     def _train(self, settings: Any, folder: Path, where: str) -> Link:
         start = settings.get("start", "export")
@@ -215,9 +219,8 @@ class _Builder:
             return None
         said, where = settings["reward_worker"], f"{where}: reward_worker"
         _check(said, {"serve": list, "slurm": dict}, where)
-        wanted = {**self._slurm, **said.get("slurm", {}), "nodes": 1, "processes_per_node": 1}
         words = list(map(str, said.get("serve", [])))
-        return RewardWorker.of(words, folder / FOLDER, resources(wanted, f"{where}: slurm"))
+        return RewardWorker.of(words, folder / FOLDER, self._resources(said, where))
 
     def _check_start(self, start: str, recipe: Recipe, where: str) -> None:
         before = self._run.recipe if self._run else None

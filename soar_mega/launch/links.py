@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from soar_mega.checkpoints.lineage import code_version, content_hash
+from soar_mega.checkpoints.recipes import by_name, differences
 from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.user_files import read_object
@@ -37,7 +38,7 @@ def why_not_done(chain: Chain, link: Link) -> str | None:
     begun = marker or _read(link.folder / BEGUN)
     if begun is None:
         return "not begun"
-    changed = _differences(begun["settings"], _settings(link))
+    changed = sorted(differences(begun["settings"], _settings(link)))
     if begun["parent"] != _parent_hash(chain, link):
         changed.append(f"its parent was made anew ({link.parent or chain.pipeline_dir})")
     if changed:
@@ -132,12 +133,7 @@ def _settings(link: Link) -> Json:
         del recipe["train"][key]
     for key in ("save_interval", "async_save", "keep_last", "save_retain_interval"):
         del recipe["checkpoint"][key]
-    return {f"{group}.{key}": value for group, keys in recipe.items() for key, value in keys.items()}
-
-
-def _differences(then: Json, now: Json) -> list[str]:
-    keys = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    return [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    return by_name(recipe)
 
 
 def _parent_hash(chain: Chain, link: Link) -> str | None:

@@ -11,12 +11,12 @@ from soar_mega.checkpoints.run_folder import MARKER, TRACKER
 from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.job_checks import check_data, check_fit
-from soar_mega.launch.links import COMPLETED, begin, end, failure, failure_noted, why_not_done
+from soar_mega.launch.last_lines import with_last_lines
+from soar_mega.launch.links import COMPLETED, FAILURE, begin, end, failure, failure_noted, why_not_done
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = 75
-SHOWN_LINES = 5  # of the log of a failed link
 
 
 def run_local(chain: Chain, processes: int) -> None:
@@ -69,8 +69,8 @@ def run_link(chain: Chain, link: Link, processes: int = 1) -> int:
         if code == UNFINISHED:
             return code
         if code != 0:
-            lines = (link.folder / "link.log").read_text(errors="replace").splitlines()[-SHOWN_LINES:]
-            raise ValueError(f"link {link.name} failed with exit code {code}:\n  " + "\n  ".join(lines))
+            words = f"link {link.name} failed with exit code {code}:"
+            raise ValueError(with_last_lines(words, link.folder / "link.log"))
         end(link)
         logger.info("link %s: complete", link.name)
         return 0
@@ -186,7 +186,7 @@ def submit(chain: Chain) -> list[tuple[Link, str]]:
     workers: list[str] = []
     try:
         for link in links:
-            (link.folder / "failure.txt").unlink(missing_ok=True)
+            (link.folder / FAILURE).unlink(missing_ok=True)
             before = next((number for other, number in submitted if other.name == link.after), None)
             if link.worker is not None:
                 workers.append(_submit_worker(chain, link, before))

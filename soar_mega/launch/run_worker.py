@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 
 from soar_mega.checkpoints.background import die_with_parent
+from soar_mega.launch.last_lines import with_last_lines
 from soar_mega.launch.reward_worker import RewardWorker
 from soar_mega.rewards.url_file import FAILURE
 
 logger = logging.getLogger(__name__)
 
 ENDING = 60  # seconds for what it has begun
-SHOWN_LINES = 5  # of its log
 
 
 def make_ready(worker: RewardWorker) -> None:
@@ -51,8 +51,7 @@ def running(worker: RewardWorker) -> Iterator["subprocess.Popen[bytes]"]:
     def watch() -> None:
         code = process.wait()
         if not ended.is_set():
-            lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
-            why = "\n  ".join([f"it ended with exit code {code}, see {log}", *lines])
+            why = with_last_lines(f"it ended with exit code {code}, see {log}", log)
             (worker.folder / FAILURE).write_text(f"{why}\n")
 
     watching = threading.Thread(target=watch)

@@ -101,8 +101,7 @@ def predicted(name: str, make: Callable[[torch.device], Case], copy: float) -> l
 def measured(name: str, make: Callable[[torch.device], Case], forms: Sequence[str]) -> list[Row]:
     """Times of the forms; all are held against the bytes that the fused one cannot avoid."""
     moved = counted(make(torch.device("meta")).fused)
-    copies = min(CALLS, max(2, -(-BEYOND_CACHE // moved.bytes)))
-    cases = [make(torch.device("cuda")) for _ in range(copies)]
+    cases = beyond_cache(make, moved)
     rows = []
     for form in forms:
         calls = [calls_of(case)[form] for case in cases]
@@ -118,6 +117,12 @@ def measured(name: str, make: Callable[[torch.device], Case], forms: Sequence[st
             )
         )
     return rows
+
+
+def beyond_cache(make: Callable[[torch.device], Case], moved: Traffic) -> list[Case]:
+    """A case several times, so that no input is in the cache any more when its turn comes; `moved`: by one of them."""
+    copies = min(CALLS, max(2, -(-BEYOND_CACHE // moved.bytes)))
+    return [make(torch.device("cuda")) for _ in range(copies)]
 
 
 def calls_of(case: Case) -> dict[str, Callable[[], object]]:

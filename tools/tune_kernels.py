@@ -15,7 +15,7 @@ from itertools import product
 from unittest import mock
 
 import torch
-from bench_kernels import BEYOND_CACHE, CALLS, counted, device_seconds
+from bench_kernels import beyond_cache, counted, device_seconds
 from kernel_cases import all_cases
 
 from soar_mega.kernels import adaln, bias_gelu, gated_add, qk_norm_rope
@@ -81,11 +81,9 @@ def forget_sizes() -> None:
 
 
 def calls_of(sweep: Sweep) -> list[Callable[[], object]]:
-    """The case several times, so that no input is in the cache any more when its turn comes."""
+    """The fused form of its case, on inputs that take turns."""
     make = all_cases()[sweep.case]
-    moved = counted(make(torch.device("meta")).fused)
-    copies = min(CALLS, max(2, -(-BEYOND_CACHE // moved.bytes)))
-    return [make(torch.device("cuda")).fused for _ in range(copies)]
+    return [case.fused for case in beyond_cache(make, counted(make(torch.device("meta")).fused))]
 
 
 def times(

@@ -16,7 +16,7 @@ from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
 from sweeping.page import curves_figure, write_markdown, write_page
 from sweeping.plan import Measure, read_sweep
-from sweeping.results import prompts_errors, results
+from sweeping.results import contrasts_of, prompts_errors, results
 from sweeping.runs import chains, job_script, runs_of
 
 from soar_mega.recipe import recipe_to_yaml
@@ -254,7 +254,9 @@ def test_arms_are_compared_with_the_base(tmp_path: Path) -> None:
         sweep_of(tmp_path, arms=arms)
     sweep = sweep_of(tmp_path, arms=arms, base="recipes/tiny/base")
     write_evaluation(tmp_path / "evaluation", {"base": 0.2, "sft": 0.4, "soar": 0.6})
-    contrasts = results(sweep, Evaluated([tmp_path / "evaluation"]))["contrasts"]
+    evaluated = Evaluated([tmp_path / "evaluation"])
+    result = results(sweep, evaluated)
+    contrasts, best = result["contrasts"], result["measures"]["best"]
     [found] = [each for each in contrasts if (each["measure"], each["reference"]) == ("best", "base")]
     assert found["value"] == pytest.approx(0.65 - 0.2) and found["seeds"] == 2
     scores = {"base": {1: 0.0, 2: 0.0}, "a": {1: 1.0, 2: 3.0}}
@@ -262,6 +264,11 @@ def test_arms_are_compared_with_the_base(tmp_path: Path) -> None:
     assert contrast(scores, "a", "base", "", chance, 0.0, 0.0, trained=1).errors.seeds == pytest.approx(
         0.5**0.5
     )
+    compared = contrasts_of(
+        sweep, evaluated, sweep.measures[0], best["guidance_scale"], best["scores"], chance
+    )
+    errors = {each.reference: each.errors.seeds for each in compared}
+    assert errors == {"sft": pytest.approx(1.0), "base": pytest.approx(0.5**0.5)}
 
 
 def screened(best: dict[str, float], units: dict[str, float]) -> dict:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gpu_page
 from matplotlib.axes import Axes
 from report.figures import plt, to_png
 from report.page import image, table, whole_page
@@ -39,8 +40,7 @@ def write_markdown(result: Json) -> str:
     """The tables alone, for documents."""
     parts = []
     for title, (head, *rows) in tables(result).items():
-        lines = [head, ["---"] * len(head), *rows]
-        parts += [f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+        parts += [f"## {title}", "", *gpu_page.table(head, rows), ""]
     return "\n".join([*parts, f"Written by {WRITTEN_BY}.", ""])
 
 

@@ -62,22 +62,22 @@ def contrasts_of(
     scores: Mapping[str, dict[int, float]],
     chance: Chance,
 ) -> list[Contrast]:
-    """Of all arms to their references."""
+    """Of all arms to their references; the base is the same weights whatever the seed."""
+    scales, scores = dict(scales), dict(scores)
+    models = {arm.name: dict(zip(arm.seeds, models_of(arm), strict=True)) for arm in sweep.arms}
+    if sweep.base:
+        scales[BASE] = evaluated.scale([BASE], measure)
+        models[BASE] = {seed: BASE for arm in sweep.arms for seed in arm.seeds}
+        scores[BASE] = dict.fromkeys(models[BASE], evaluated.value(BASE, measure, scales[BASE]))
     found = []
     for arm in sweep.arms:
         for name in arm.references:
-            if name == BASE:
-                scale = evaluated.scale([BASE], measure)
-                reference = dict.fromkeys(arm.seeds, evaluated.value(BASE, measure, scale))
-                models = dict.fromkeys(arm.seeds, BASE)
-            else:
-                scale, reference = scales[name], scores[name]
-                models = {seed: f"{name}#{seed}" for seed in reference}
-            pairs = [(models[seed], f"{arm.name}#{seed}") for seed in arm.seeds if seed in models]
-            errors = prompts_errors(evaluated, measure, pairs, (scale, scales[arm.name]))
-            both = {name: reference, arm.name: scores[arm.name]}
+            pairs = [
+                (models[name][seed], models[arm.name][seed]) for seed in arm.seeds if seed in models[name]
+            ]
+            errors = prompts_errors(evaluated, measure, pairs, (scales[name], scales[arm.name]))
             trained = 1 if name == BASE else 2
-            found.append(contrast(both, arm.name, name, measure.name, chance, *errors, trained))
+            found.append(contrast(scores, arm.name, name, measure.name, chance, *errors, trained))
     return found
 
 

@@ -1,12 +1,12 @@
 """Which of the possible buckets a set of images gets: those that fit its own shapes."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from soar_mega.data.buckets import shape
 from soar_mega.data.info import bucket_size
 
 
@@ -16,7 +16,7 @@ def choose_buckets(
     """Some of the candidates, in their order.
 
     Args:
-        shapes: log(width / height) of each image.
+        shapes: `buckets.shape` of each image.
         count: how many at most, chosen so that the least is cut off the images; None: all.
         least: images that a bucket must be nearest to; smaller ones go, the smallest first, until only one is left.
     """
@@ -29,10 +29,6 @@ def choose_buckets(
             break
         chosen = chosen[:smallest] + chosen[smallest + 1 :]
     return [bucket for bucket in candidates if bucket in chosen]
-
-
-def shape(width: int, height: int) -> float:
-    return math.log(width / height)
 
 
 def _by_shape(candidates: Sequence[str]) -> list[str]:

@@ -49,8 +49,10 @@ def bucket_problem(bucket: str, multiple: int, largest_side: int) -> str | None:
 def nearest_bucket(width: int, height: int, buckets: Sequence[str]) -> str:
     """The bucket whose aspect ratio is nearest to that of an image; the first of equals."""
 
-    def distance(bucket: str) -> float:
-        bucket_width, bucket_height = bucket_size(bucket)
-        return abs(math.log(width / height) - math.log(bucket_width / bucket_height))
+    of_image = shape(width, height)
+    return min(buckets, key=lambda bucket: abs(of_image - shape(*bucket_size(bucket))))
 
-    return min(buckets, key=distance)
+
+def shape(width: int, height: int) -> float:
+    """What the distances between aspect ratios are taken of."""
+    return math.log(width / height)

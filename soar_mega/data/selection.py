@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from soar_mega.data.bucket_choice import shape
-from soar_mega.data.buckets import bucket_problem, nearest_bucket
+from soar_mega.data.buckets import bucket_problem, nearest_bucket, shape
 from soar_mega.data.encoder_facts import EncoderFacts
 from soar_mega.data.items import UNREADABLE, Item, Reject
 from soar_mega.data.survey import Seen
@@ -85,7 +84,7 @@ class Selection:
                 yield replace(chosen, item=mirrored)
 
     def shapes(self, items: Iterable[tuple[Item, Seen]]) -> Iterator[float]:
-        """log(width / height) of those of further items that are trained on and bring no bucket of their own."""
+        """`buckets.shape` of those of further items that are trained on and bring no bucket of their own."""
         for item, seen in items:
             chosen = list(self.choose([(item, seen)]))
             if chosen and item.bucket is None and not chosen[0].held_out:

@@ -62,10 +62,9 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     dist.all_gather_object(reasons, str(failure) if failure else None)
     if failure is not None:
         raise failure
-    if failed := [
-        f"rank {rank} failed: {reason}" for rank, reason in enumerate(reasons) if reason is not None
-    ]:
-        raise PeerFailure(failed[0])
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise PeerFailure(f"rank {rank} failed: {reason}")
     return result
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from soar_mega.data.bucket_choice import choose_buckets, shape
-from soar_mega.data.buckets import generate_buckets
+from soar_mega.data.bucket_choice import choose_buckets
+from soar_mega.data.buckets import generate_buckets, shape
 from soar_mega.data.info import bucket_size
 
 CANDIDATES = ["512x1024", "768x1024", "1024x1024", "1024x768", "1024x512", "2048x2048"]

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from soar_mega.cli.evaluate import MARK, drift_table, named_pipelines
-from soar_mega.cli.numbers import check_at_least_one
+from soar_mega.cli.evaluate import MARK, add_drift_options, drift_table, named_pipelines
+from soar_mega.cli.numbers import check_at_least_one, check_guidance_scales
 from soar_mega.cli.process import start_process
 
 
@@ -26,18 +26,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("pipelines", nargs="+", metavar="[NAME=]PIPELINE[+ADAPTERS]")
     parser.add_argument("--out", default="metrics.json", help="(default: %(default)s)")
-    parser.add_argument("--held-out", default="", metavar="SHARDS", help="also measure drift on these shards")
-    parser.add_argument("--guidance-scale", type=float, action="append", help="give it again for more")
+    add_drift_options(parser)
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
     parser.add_argument("--prompts-per-category", type=int, default=60, help="(default: %(default)s)")
-    parser.add_argument("--drift-samples", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--drift-steps", type=int, default=5, help="of a span (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Writes the file, and prints its table."""
     check_at_least_one(arguments, "steps", "prompts_per_category", "drift_samples", "drift_steps")
+    check_guidance_scales(arguments.guidance_scale or ())
     pipelines = named_pipelines(arguments.pipelines)
     start_process()
 
@@ -46,7 +44,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
     check_file(arguments.out, MARK)  # before anything is computed
     plan = Plan(
-        guidance_scales=arguments.guidance_scale or (1.0, 4.5),
+        guidance_scales=arguments.guidance_scale or Plan.guidance_scales,
         steps=arguments.steps,
         prompts_per_category=arguments.prompts_per_category,
         held_out=arguments.held_out,

@@ -3,12 +3,11 @@
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from soar_mega.cli.adapted import split_adapted
-from soar_mega.cli.numbers import check_at_least_one
+from soar_mega.cli.numbers import check_at_least_one, check_guidance_scales
 
 MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
@@ -43,14 +42,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("models", nargs="*", metavar="[NAME=]MODEL", help="what is measured")
     parser.add_argument("--out", help="with --suite the folder, else the JSON file (default: metrics.json)")
-    parser.add_argument(
-        "--held-out", default="", metavar="SHARDS", help="held-out shard folder: also measure drift"
-    )
-    parser.add_argument("--guidance-scale", type=float, action="append", help="give it again for more")
-    parser.add_argument("--drift-samples", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument(
-        "--drift-steps", type=int, default=5, help="Euler steps of a span (default: %(default)s)"
-    )
+    add_drift_options(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--shift", type=float, help="timestep shift (default: the pipeline's scheduler's)")
     parser.add_argument("--seed", type=int, help="of all noise (default: the suite's, or 0)")
@@ -77,6 +69,18 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.set_defaults(run=run)
 
 
+def add_drift_options(parser: argparse.ArgumentParser) -> None:
+    """Where drift is measured, and how."""
+    parser.add_argument(
+        "--held-out", default="", metavar="SHARDS", help="held-out shard folder: also measure drift"
+    )
+    parser.add_argument("--guidance-scale", type=float, action="append", help="give it again for more")
+    parser.add_argument("--drift-samples", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--drift-steps", type=int, default=5, help="Euler steps of a span (default: %(default)s)"
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.seed is not None and arguments.seed < 0:
         raise ValueError("--seed must be at least 0")
@@ -94,8 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             "name a --suite to draw and score images, or --held-out SHARDS to measure drift alone"
         )
     check_at_least_one(arguments, "drift_samples", "drift_steps")
-    if not all(math.isfinite(scale) for scale in arguments.guidance_scale or ()):
-        raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
+    check_guidance_scales(arguments.guidance_scale or ())
     return _measure_drift(pipelines, arguments)
 
 
@@ -112,7 +115,7 @@ def _measure_drift(pipelines: dict[str, tuple[str, str]], arguments: argparse.Na
     from soar_mega.evaluation.pipeline_drift import Plan, measure_drift_alone
 
     plan = Plan(
-        guidance_scales=arguments.guidance_scale or (1.0, 4.5),
+        guidance_scales=arguments.guidance_scale or Plan.guidance_scales,
         seed=arguments.seed or 0,
         held_out=arguments.held_out,
         drift_samples=arguments.drift_samples,

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from soar_mega.cli.numbers import check_at_least_one
 from soar_mega.handoff.trainers import MARK, TRAINERS, Trainer, script
 
 HELP = """\
@@ -54,8 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--run-in: {trainer.name} leaves checkpoints of a form of its own: run its lines, which say how they "
             "become weights"
         )
-    if arguments.checkpoints < 1:
-        raise ValueError("--checkpoints must be at least 1")
+    check_at_least_one(arguments, "checkpoints")
 
     from soar_mega.handoff import check
 

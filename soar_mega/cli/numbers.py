@@ -1,6 +1,8 @@
 """Numbers of a command, as verbs check them."""
 
 import argparse
+import math
+from collections.abc import Sequence
 
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
@@ -8,3 +10,10 @@ def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def check_guidance_scales(scales: Sequence[float]) -> None:
+    """ValueError for one that is infinite or NaN."""
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"--guidance-scale must be a number, not {scale}")

@@ -1,12 +1,11 @@
 """soar-mega sample"""
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soar_mega.cli.adapted import split_adapted
-from soar_mega.cli.numbers import check_at_least_one
+from soar_mega.cli.numbers import check_at_least_one, check_guidance_scales
 
 if TYPE_CHECKING:
     from soar_mega.data.prompts import EncodedPrompts
@@ -89,8 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one per line")
     check_at_least_one(arguments, "count", "steps", "scale", "batch_size")
-    if not math.isfinite(arguments.guidance_scale):
-        raise ValueError(f"--guidance-scale must be a number, not {arguments.guidance_scale}")
+    check_guidance_scales([arguments.guidance_scale])
 
     from soar_mega.cli.process import start_process
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from soar_mega.cli.numbers import check_at_least_one
+
 HELP = """\
 Judge images for other processes: a reward worker that speaks JSON over HTTP.
 
@@ -43,9 +45,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name in ("max_images", "max_megapixels", "max_mebibytes"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least_one(arguments, "max_images", "max_megapixels", "max_mebibytes")
     if not 0 <= arguments.port <= 65535:
         raise ValueError(f"--port must be from 0 to 65535, not {arguments.port}")
 

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from soar_mega.config import LoraConfig
 from soar_mega.convert.export import replacing
+from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.load import load_diffusers
 from soar_mega.convert.safetensors_reader import open_file
 from soar_mega.convert.save import on_rank_zero
@@ -160,7 +161,7 @@ def load_adapters(model: Module, adapters: Adapters, config: LoraConfig, path: s
                 raise ValueError(
                     f"lora.load: {key} in {stored.path} is {tuple(tensor.shape)}, this model has {entry.shape}"
                 )
-            if not bool(tensor.isfinite().all()):
+            if not is_finite(tensor):
                 raise ValueError(f"lora.load: {key} in {stored.path} holds NaN or infinite numbers")
             if entry.name in held:
                 held[entry.name].copy_(local_shard(tensor, held[entry.name]))

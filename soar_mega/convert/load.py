@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert.checks import check_shapes, diffusers_shapes, listed
+from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.safetensors_reader import Reader
 from soar_mega.distributed import start_world
 from soar_mega.models.common.build import build_model
@@ -63,7 +64,7 @@ def load_weights(model: Transformer | ModelChunks, folder: str | Path) -> None:
         broken = [
             f"{key} in {reader.files[key].name}"
             for entry in table
-            if entry.name in local and not bool(local[entry.name].isfinite().all())
+            if entry.name in local and not is_finite(local[entry.name])
             for key in entry.keys
         ]
     assert not set(local) - {entry.name for entry in table}

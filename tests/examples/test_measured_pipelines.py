@@ -35,3 +35,17 @@ def test_a_pipeline_that_draws_other_images_is_refused(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))
     assert main([str(tmp_path / "base"), "--out", str(tmp_path / "metrics.json")]) == 1
     assert "draws 32 pixels and canvases have 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--prompts-per-category", "-3", "--prompts-per-category must be at least 1"),
+        ("--guidance-scale", "nan", "--guidance-scale must be a number"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    option: str, value: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(BASE), option, value, "--out", str(tmp_path / "metrics.json")]) == 1
+    assert words in capsys.readouterr().err

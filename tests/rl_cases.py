@@ -1,10 +1,12 @@
 """Short runs that draw their own samples, and rewards that are known functions of an image."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_runs import ROOT
 from torch import Tensor
@@ -63,6 +65,27 @@ def rl_words(folder: Path, **overrides: Any) -> list[str]:
     }
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     return [f"{key}={value}" for key, value in settings.items()]
+
+
+class OwnReward:
+    """A reward in a file of the test's own, which processes of the test find; it is out of order at first."""
+
+    key = "own_reward:red"
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._file = folder / "own_reward.py"
+        self._file.write_text("raise ImportError('out of order')")
+        monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def mend(self) -> None:
+        self._file.write_text(
+            "def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n"
+        )
+
+    def words_of_link(self, folder: Path) -> list[str]:
+        """The overrides of a chain's link that is judged by it."""
+        judged = {"stage.rewards": f"{{'{self.key}': 1.0}}", "checkpoint.export": "true"}
+        return [word for word in rl_words(folder, **judged) if not word.startswith("checkpoint.save=")]
 
 
 def rl_recipe(folder: Path, stage: str, **overrides: Any) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rl_cases import rl_words
+from rl_cases import OwnReward
 
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
@@ -434,21 +434,14 @@ def test_a_reward_worker_does_not_outlive_a_chain_that_is_killed(tmp_path: Path)
 @pytest.mark.slow
 def test_a_chain_with_a_reward_worker_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It judges, and ends with its link; a broken one ends the link by its name, and the chain goes on when mended."""
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    own = tmp_path / "own_reward.py"
-    own.write_text("raise ImportError('out of order')")
-    words = rl_words(
-        tmp_path / "words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
-    )
-    link = rl("rl", "own_reward:red") | {
-        "overrides": [w for w in words if not w.startswith("checkpoint.save=")]
-    }
+    reward = OwnReward(tmp_path, monkeypatch)
+    link = rl("rl", reward.key) | {"overrides": reward.words_of_link(tmp_path / "words")}
     path = write(tmp_path, [link], pipeline_dir="recipes/tiny/base")
     assert main(["chain", str(path)]) == 1
     told = (tmp_path / "chain/rl/failure.txt").read_text()
     assert "reward worker: it ended with exit code 1" in told and "out of order" in told
-    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    reward.mend()
     assert main(["chain", str(path)]) == 0
     assert "reward/red: " in (tmp_path / "chain/rl/train.log").read_text()
     assert "ready: red" in (tmp_path / "chain/rl/reward_worker/worker.log").read_text()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import Cluster, missing
-from rl_cases import rl_words
+from rl_cases import OwnReward
 from tiny_runs import make_shards
 
 from soar_mega.cli import main
@@ -329,18 +329,13 @@ def test_a_reward_worker_is_there_as_long_as_its_link(
     cluster: Cluster, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job of its own, on another node than the run; a broken one ends the run, and its words say why."""
-    own = work / "own_reward.py"
-    own.write_text("raise ImportError('out of order')")
-    monkeypatch.setenv("PYTHONPATH", f"{work}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    words = rl_words(
-        work / "rl_words", **{"stage.rewards": "{'own_reward:red': 1.0}", "checkpoint.export": "true"}
-    )
+    reward = OwnReward(work, monkeypatch)
     link = {
         "name": "rl",
         "train": "recipes/tiny/flow_grpo.yaml",
-        "overrides": [word for word in words if not word.startswith("checkpoint.save=")],
+        "overrides": reward.words_of_link(work / "rl_words"),
         "slurm": {"nodes": 1, "processes_per_node": 2},
-        "reward_worker": {"serve": ["own_reward:red"]},
+        "reward_worker": {"serve": [reward.key]},
     }
     file = chain_file(work / "judged.yaml", work, [link])
     folder = work / "judged" / "rl"
@@ -356,7 +351,7 @@ def test_a_reward_worker_is_there_as_long_as_its_link(
     assert "out of order" in logs(folder)
     assert re.search(r"reward worker file:.*/url: job \d+ on n\d: exit code 1", logs(work / "judged"))
 
-    own.write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    reward.mend()
     capsys.readouterr()
     assert main(["chain", str(file), "--slurm"]) == 0
     wait_for(

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peer import make_inputs, save_peer
 from torch import Tensor
 
+from soar_mega import layer_checks
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.convert import load_weights
 from soar_mega.distributed import device, start_world
@@ -27,6 +29,14 @@ WIDE: dict[str, Any] = {
 SIZE, BATCH, TEXT = (16, 12), 3, 77  # 3 x 77 text and 3 x 48 image tokens
 
 Gradients = dict[str, Tensor]
+
+
+def skip_what_is_not_installed(model: ModelConfig, head_size: int) -> None:
+    """Also where flash-attn 3 was compiled without heads of this size."""
+    if (reason := layer_checks.why_not(model)) is not None:
+        pytest.skip(reason)
+    if model.attention_backend == "flash" and head_size > max(layer_checks.flash_3_head_sizes()):
+        pytest.skip(f"flash-attn 3 was compiled without heads of {head_size}")
 
 
 def build(folder: Path, **settings: Any) -> Transformer:

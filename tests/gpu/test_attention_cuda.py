@@ -4,21 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from te_cases import distance
+from te_cases import distance, skip_what_is_not_installed
 
-from soar_mega import layer_checks
+from soar_mega.config import ModelConfig
 from soar_mega.models.common.specs import ATTENTIONS
 
 TOKENS, SAMPLES, HEADS = 1178, 2, 3  # 1024 of an image of 512 px, and 154 of text
 
 
 def built(backend, head_size):
-    """Skips where it is not installed, or was compiled without heads of this size."""
-    if backend == "flash":
-        if layer_checks.flash_version(torch.cuda.get_device_capability()) is None:
-            pytest.skip("needs flash-attn")
-        if head_size > max(layer_checks.flash_3_head_sizes()):
-            pytest.skip(f"flash-attn 3 was compiled without heads of {head_size}")
+    skip_what_is_not_installed(ModelConfig(dtype="bf16", attention_backend=backend), head_size)
     return ATTENTIONS[backend](config=SimpleNamespace(kv_channels=head_size))
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import EIGHT_LAYERS, SIZES, assert_gradients_agree, make_batch, make_recipe, start_engine
+from te_cases import skip_what_is_not_installed
 
-from soar_mega import layer_checks
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
@@ -56,13 +56,6 @@ def trained(recipe, sizes) -> tuple[list[torch.Tensor], list[float], dict[str, t
         gradients = gradients or engine.gradients()
         norms.append(engine.step(1e-3).grad_norm)
     return losses, norms, gradients
-
-
-def skip_what_is_not_installed(model, head_size):
-    if (reason := layer_checks.why_not(model)) is not None:
-        pytest.skip(reason)
-    if model.attention_backend == "flash" and head_size > max(layer_checks.flash_3_head_sizes()):
-        pytest.skip(f"flash-attn 3 was compiled without heads of {head_size}")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -32,6 +32,8 @@ def test_candidates_are_what_is_launched(model: str, monkeypatch: pytest.MonkeyP
     assert len(set(launched)) == len(launched) > 5
     assert f"best 1000000.0 us by {Launch(8, sweep.num_warps[0])}" in tune_kernels.words(sweep, found)
     assert before == LAUNCHES
+    call()
+    assert launched[-1] == launched[0]  # by the table again, not by the last candidate
     residual = torch.randn(3, 2, 16)
     adaln(residual, residual[0], residual[0])  # goes on as before
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 import os
 import platform as system
 from collections.abc import Iterator
@@ -176,7 +175,7 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
 def scorers(weights_dir: str) -> Iterator[str]:
     """Whether each scorer of an evaluation can run, and what it lacks."""
     needs: dict[str, list[str]] = {"digits": []}
-    if importlib.util.find_spec("sklearn") is None:
+    if find_spec("sklearn") is None:
         needs["digits"].append("the package scikit-learn (pip install 'soar_mega[digits]')")
     for name, entry in (SCORERS | SET_METRICS).items():
         needs[name] = entry.lacks(Path(weights_dir) if weights_dir else None)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from soar_mega.flow.schedule import Schedule
+from soar_mega.flow.schedule import Schedule, check_sampling_steps
 
 MULTISTEP = "dpm++2m"
 SOLVERS = ("euler", "heun", MULTISTEP)
@@ -69,8 +69,7 @@ def solver_steps(schedule: Schedule, n: int, solver: str) -> tuple[Tensor, Tenso
     """
     if solver != MULTISTEP:
         return schedule.inference_sigmas(n), None
-    if n < 1:
-        raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
+    check_sampling_steps(n)
     count, shift = schedule.num_train_timesteps, schedule.shift
     # in its order of operations: another rounding would cut off to another timestep
     alphas = 1.0 + torch.arange(n + 1, dtype=torch.float64) * ((1.0 / count - 1.0) / n)

@@ -92,8 +92,7 @@ class Schedule:
         Raises:
             ValueError: n below 1.
         """
-        if n < 1:
-            raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
+        check_sampling_steps(n)
         last = 1 / n if self.is_dynamic else self.sigma_min
         steps = self._shifted(torch.linspace(1, last, n, dtype=torch.float64))
         return torch.cat([steps, steps.new_zeros(1)])
@@ -104,10 +103,15 @@ class Schedule:
         Raises:
             ValueError: n below 1.
         """
-        if n < 1:
-            raise ValueError(f"the number of sampling steps must be at least 1, not {n}")
+        check_sampling_steps(n)
         return self._shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
 
     def _shifted(self, u: Tensor) -> Tensor:
         # shift u / (1 + (shift - 1) u) in a form that no rounding takes above 1.
         return self.shift * u / (self.shift * u + (1 - u))
+
+
+def check_sampling_steps(n: int) -> None:
+    """ValueError where a sampler has no step."""
+    if n < 1:
+        raise ValueError(f"the number of sampling steps must be at least 1, not {n}")

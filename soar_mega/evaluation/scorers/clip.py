@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from soar_mega.evaluation.scorers.scorer_files import as_it_is
 from soar_mega.evaluation.scorers.state import fill_model, read_json, read_state
 
 # three scorers of the published table read one CLIP of 1.7 GB
@@ -57,7 +58,7 @@ def read_clip(folder: Path, tokenizer_folder: Path, device: torch.device) -> Cli
     """
     path = folder / "model.safetensors"
     files = (folder / "config.json", path, tokenizer_folder / "vocab.json", tokenizer_folder / "merges.txt")
-    key = (device, *((file.absolute(), file.stat().st_mtime_ns) for file in files))
+    key = (device, *map(as_it_is, files))
     clip = _held.get(key)
     if clip is None:
         config = CLIPConfig.from_dict(read_json(folder / "config.json"))

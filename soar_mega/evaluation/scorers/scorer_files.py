@@ -131,9 +131,14 @@ def hash_of_files(paths: Iterable[Path]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest() if listing else ""
 
 
-def _sha256(path: Path) -> str:
+def as_it_is(path: Path) -> tuple[Path, int, int]:
+    """A file, with what tells it from another one that takes its place: size and time of change."""
     state = path.stat()
-    return _sha256_of(path.absolute(), state.st_size, state.st_mtime_ns)
+    return path.absolute(), state.st_size, state.st_mtime_ns
+
+
+def _sha256(path: Path) -> str:
+    return _sha256_of(*as_it_is(path))
 
 
 @cache

@@ -1,12 +1,11 @@
 """soar-mega doctor"""
 
 import argparse
-import importlib
+import importlib.util
 import os
 import platform as system
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,7 +174,7 @@ def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
 def scorers(weights_dir: str) -> Iterator[str]:
     """Whether each scorer of an evaluation can run, and what it lacks."""
     needs: dict[str, list[str]] = {"digits": []}
-    if find_spec("sklearn") is None:
+    if importlib.util.find_spec("sklearn") is None:
         needs["digits"].append("the package scikit-learn (pip install 'soar_mega[digits]')")
     for name, entry in (SCORERS | SET_METRICS).items():
         needs[name] = entry.lacks(Path(weights_dir) if weights_dir else None)
@@ -262,7 +261,7 @@ def examine(name: str) -> tuple[bool, str]:
     module, purpose, needs_gpu = OPTIONAL[name]
     version = installed(name)
     if version is None:
-        if find_spec(module.partition(".")[0]) is None:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
             return False, f"not installed; for {purpose}"
         version = "of an unknown version"  # put on the path by hand
     try:

@@ -11,7 +11,7 @@ import torch
 from PIL import features
 from torch import Tensor
 
-from soar_mega.rewards.picture_files import to_picture
+from soar_mega.evaluation.pictures import to_pil
 
 QUALITY = 95
 SCALE = 500  # kB that count as one unit of compressibility
@@ -48,5 +48,5 @@ class JpegCompressibility:
 def _kilobytes(image: Tensor) -> float:
     # [3, H, W] in [0, 1]
     file = BytesIO()
-    to_picture(image).save(file, format="JPEG", quality=QUALITY)
+    to_pil(image.cpu()).save(file, format="JPEG", quality=QUALITY)
     return file.tell() / 1000

@@ -8,19 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from soar_mega.evaluation.pictures import to_pil
+
 FORMATS = ("PNG", "JPEG")  # UniRL's client sends JPEG unless it is asked for PNG
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """An image [3, H, W] in [0, 1], rounded to 8 bits: no value moves by more than 1/510."""
-    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def to_base64(image: Tensor) -> str:
     """The PNG of an image [3, H, W] in [0, 1] as base64."""
     file = BytesIO()
-    to_picture(image).save(file, format="PNG", compress_level=1)
+    to_pil(image.cpu()).save(file, format="PNG", compress_level=1)
     return b64encode(file.getvalue()).decode("ascii")
 
 

@@ -100,8 +100,7 @@ class Evaluated:
             return measure.guidance_scale
         choosing = self._bootstrap(measure.prompts, CHOOSING)
         scores = {
-            scale: choosing.score(self.outcomes(models, measure, scale)).value
-            for scale in self.scales(measure)
+            scale: choosing.value(self.outcomes(models, measure, scale)) for scale in self.scales(measure)
         }
         return max(scores, key=lambda scale: scores[scale])
 
@@ -109,7 +108,7 @@ class Evaluated:
         """What one model got."""
         if measure.drift is not None:
             return float(np.mean(self.errors(model, measure)))
-        return self.bootstrap(measure).score(self.outcomes([model], measure, scale)).value
+        return self.bootstrap(measure).value(self.outcomes([model], measure, scale))
 
     def over_prompts(
         self, pairs: Sequence[tuple[str, str]], measure: Measure, scales: tuple[float, float]

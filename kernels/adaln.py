@@ -29,16 +29,17 @@ from soar_mega.kernels.sums import sum_lines
 from soar_mega.kernels.tables import launch_of
 
 EPSILON = 1e-6
+PROGRAMS = 264  # of the backward pass, at most: two for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the launches for one layout of the arguments: each direction's blocks of tokens, and what is known at compile
-    time."""
+    """Of the launches for one layout of the arguments: each direction's programs for a sample, and what is known at
+    compile time."""
 
-    forward_blocks: int
+    forward_programs: int
     forward: dict[str, int]
-    backward_blocks: int
+    backward_programs: int
     backward: dict[str, int]
 
 
@@ -115,17 +116,23 @@ def _checked(
         check_tensor("branch", branch, shape=(tokens, samples, width), **alike)
     if bias is not None:
         check_tensor("bias", bias, shape=(width,), **alike)
-    return Sizes(*_launch("forward", residual), *_launch("backward", residual))
+    forward, rows = _launch("forward", residual)
+    backward, least = _launch("backward", residual)
+    return Sizes(
+        forward_programs=-(-tokens // rows),
+        forward=forward | {"ROWS": rows},
+        backward_programs=min(max(1, PROGRAMS // samples), -(-tokens // least)),
+        backward=backward,
+    )
 
 
-def _launch(direction: str, tensor: Tensor) -> tuple[int, dict[str, int]]:
-    """By the table's entry; a thread works on as many bytes of float32 as of a type of two bytes."""
-    tokens, _, width = tensor.shape
+def _launch(direction: str, tensor: Tensor) -> tuple[dict[str, int], int]:
+    """By the table's entry, and its block; a thread works on as many bytes of float32 as of a type of two bytes."""
+    width = tensor.shape[-1]
     shape_class = f"{direction} {2048 if width <= 2048 else 4096}"
     entry = launch_of("adaln", shape_class, architecture(tensor.device))
     warps = min(32, entry.num_warps * tensor.element_size() // 2)
-    constants = {"H": width, "WIDTH": power_of_two(width), "ROWS": entry.block, "num_warps": warps}
-    return -(-tokens // entry.block), constants
+    return {"H": width, "WIDTH": power_of_two(width), "num_warps": warps}, entry.block
 
 
 def _forward(
@@ -145,7 +152,7 @@ def _forward(
     modulated = empty(residual)
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
-        adaln_forward_kernel, (sizes.forward_blocks, samples), residual.device,
+        adaln_forward_kernel, (sizes.forward_programs, samples), residual.device,
         residual, branch, bias, gate, shift, scale, None if branch is None else hidden, modulated, statistics,
         tokens, samples, _stride(gate), shift.stride(0), scale.stride(0), epsilon, **sizes.forward,
     )  # fmt: skip
@@ -172,12 +179,12 @@ def _backward(
     grad_residual = empty(hidden)
     grad_branch = None if branch is None else empty(hidden)
     kinds = 2 if branch is None else 3
-    partials = torch.empty(sizes.backward_blocks, kinds, samples, width, device=hidden.device)
+    partials = torch.empty(sizes.backward_programs, kinds, samples, width, device=hidden.device)
     bias_sums = None
     if ctx.needs_input_grad[2]:
-        bias_sums = torch.empty(sizes.backward_blocks * samples, width, device=hidden.device)
+        bias_sums = torch.empty(sizes.backward_programs * samples, width, device=hidden.device)
     launch(
-        adaln_backward_kernel, (sizes.backward_blocks, samples), hidden.device,
+        adaln_backward_kernel, (sizes.backward_programs, samples), hidden.device,
         grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
         grad_residual, grad_branch, partials, bias_sums,
         tokens, samples, _stride(gate), scale.stride(0), **sizes.backward,

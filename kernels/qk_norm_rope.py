@@ -29,7 +29,7 @@ from soar_mega.kernels.sums import sum_lines
 from soar_mega.kernels.tables import launch_of
 
 EPSILON = 1e-6
-PROGRAMS = 528  # of the backward pass, at most: four for each multiprocessor of an H100
+PROGRAMS = 264  # of the backward pass, at most: two for each multiprocessor of an H100
 HEADS = 8  # that such a program takes at a time, at most
 ROWS_EACH = 16  # tokens of one sample whose sums it adds up at least: they are written once per program
 

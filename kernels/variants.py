@@ -12,6 +12,10 @@ from soar_mega.kernels.sums import LINES
 from soar_mega.kernels.tables import launch_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "i64": 8}
+MOST_REGISTERS = 72  # of 65,536 per multiprocessor, which then holds 900 threads
+READS_AHEAD = (
+    255  # a loop that reads ahead keeps the memory busy with few threads: nothing spills, and that is all
+)
 SOURCES = ("z0", "z1", "v_uncond", "v_cond", "eps", "z1_aux")
 
 
@@ -20,7 +24,7 @@ class Variant:
     """pointers: argument -> element type; None where the tensor is absent. integers: arguments that are sizes.
 
     read, written: the pointers whose elements are streamed, for the byte counts. width: the least bits of their loads
-    and stores; 0 where it is not asserted.
+    and stores; 0 where it is not asserted. registers: the most that a thread may need.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Variant:
     read: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     width: int = 128
+    registers: int = MOST_REGISTERS
 
     def bytes_read(self) -> int:
         """Per element of a sample (per element of a point for the velocity), or of the tokens."""
@@ -136,11 +141,11 @@ def adaln() -> list[Variant]:
             pointers={name: None if name in absent else kind for name in sorted(pointers)}
             | {"statistics": "fp32", "partials": "fp32", "bias_sums": "fp32" if branch else None},
             integers=("tokens", "samples", "gate_stride", "shift_stride", "scale_stride"),
-            constants={"H": hidden_size, "WIDTH": width, "ROWS": launch.block},
+            constants={"H": hidden_size, "WIDTH": width} | ({"ROWS": launch.block} if forward else {}),
             num_warps=min(32, launch.num_warps * WIDTHS[kind] // 2),
             read=read,
             written=written,
-            width=128 if forward else 64,
+            registers=MOST_REGISTERS if forward else READS_AHEAD,
         )
 
     return [
@@ -190,6 +195,7 @@ def qk_norm_rope() -> list[Variant]:
             read=read,
             written=written,
             width=128 if forward and not rotary else 64,
+            registers=MOST_REGISTERS if forward else READS_AHEAD,
         )  # fmt: skip
 
     ways = ("forward", "backward")

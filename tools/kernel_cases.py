@@ -13,6 +13,7 @@ from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
 from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import Projected, plain_qk_norm_rope, qk_norm_rope
 
+POINTS = 16  # of a forward of the model: recipes/sd35_medium's points_per_micro_batch
 LATENTS = {"512 px": (16, 64, 64), "1024 px": (16, 128, 128)}  # the VAEs of SD3.5 and FLUX have 16 channels
 
 
@@ -81,22 +82,22 @@ def plain(sources: list[Tensor], rows: Tensor) -> Tensor:
 
 
 def adaln_case(tokens: int, width: int, backward: bool, device: torch.device) -> Case:
-    """A gated site of B = 4 samples."""
-    residual, branch = leaves(2, device, tokens, 4, width)
-    shift, scale, gate = leaves(3, device, 4, width)
+    """A gated site."""
+    residual, branch = leaves(2, device, tokens, POINTS, width)
+    shift, scale, gate = leaves(3, device, POINTS, width)
     [bias] = leaves(1, device, width)
     arguments = (residual, shift, scale, branch, gate, bias)
     return case_of_forms([partial(form, *arguments) for form in (adaln, plain_adaln)], arguments, backward)
 
 
 def qk_case(text: int, heads: int, width: int, rotary: bool, backward: bool, device: torch.device) -> Case:
-    """1024 image tokens and the text of a joint attention, B = 4, with the bias of the linear before."""
+    """1024 image tokens and the text of a joint attention, with the bias of the linear before."""
     features = 3 * heads * width
     inputs: list[Tensor] = []
     streams = []
     for tokens in (1024, text):
         made = [
-            *leaves(1, device, tokens, 4, features),
+            *leaves(1, device, tokens, POINTS, features),
             *leaves(1, device, features),
             *leaves(2, device, width),
         ]
@@ -158,9 +159,9 @@ def all_cases() -> dict[str, Callable[[torch.device], Case]]:
             backward, rotary = part == "both", model == "FLUX"
             cases[f"adaln {model} {part}"] = partial(adaln_case, 1024 + text, heads * width, backward)
             cases[f"qk_norm_rope {model} {part}"] = partial(qk_case, text, heads, width, rotary, backward)
-            hidden, image = heads * width, (1024, 4)  # tokens at 512 px, B
+            hidden, image = heads * width, (1024, POINTS)  # tokens at 512 px
             wide = ((*image, 4 * hidden), (4 * hidden,))
-            joined = ((*image, hidden), (*image, hidden), (4, hidden), (hidden,))
+            joined = ((*image, hidden), (*image, hidden), (POINTS, hidden), (hidden,))
             gelu, add = (bias_gelu, plain_bias_gelu), (gated_add, plain_gated_add)
             cases[f"bias_gelu {model} {part}"] = partial(mlp_case, gelu, wide, backward)
             cases[f"gated_add {model} {part}"] = partial(mlp_case, add, joined, backward)

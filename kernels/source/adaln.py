@@ -1,13 +1,16 @@
 """Gate, residual, LayerNorm and modulation of tokens [S, B, H]: a program works on tokens of one sample, row by row.
 
 A row lies in registers while its mean and variance are formed, so every tensor is read once and written once. The
-sample's vectors are read once per program.
+sample's vectors are read once per program. Backward, a few programs take all rows in turns, and the rows to come are on
+their way while one is worked on.
 """
 
 import triton
 import triton.language as tl
 
 from soar_mega.kernels.source.point_tables import row_offset
+
+STAGES = tl.constexpr(3)  # rows of the backward pass that are read or worked on at a time
 
 
 @triton.jit
@@ -53,12 +56,13 @@ def adaln_backward_kernel(
     grad_hidden, grad_modulated, hidden, branch, bias, gate, scale, statistics,
     grad_residual, grad_branch, partials, bias_sums,
     tokens, samples, gate_stride, scale_stride,
-    H: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of residual and branch, and this block's sums for shift, scale and gate: partials [blocks, 3, B, H].
+    """Gradients of residual and branch; sums of this program for shift, scale and gate: partials [programs, 3, B, H].
 
-    grad_hidden is absent where nothing but the norm reads hidden; without a branch partials are [blocks, 2, B, H].
-    bias_sums [blocks, B, H]: the same for the bias, where its gradient is asked for.
+    grad_hidden is absent where nothing but the norm reads hidden; without a branch partials are [programs, 2, B, H].
+    bias_sums [programs, B, H]: the same for the bias, where its gradient is asked for. Grid: (programs, samples); a
+    program takes every (number of programs)-th token.
     """
     sample = tl.program_id(1)
     column = tl.arange(0, WIDTH)
@@ -70,9 +74,9 @@ def adaln_backward_kernel(
         sum_bias = tl.zeros([WIDTH], tl.float32)
     sum_shift = tl.zeros([WIDTH], tl.float32)
     sum_scale = tl.zeros([WIDTH], tl.float32)
-    first = tl.program_id(0) * ROWS
-    for row_number in range(tl.minimum(ROWS, tokens - first)):
-        line = row_offset(first + row_number, samples) + sample
+    first = tl.program_id(0)
+    for further in tl.range(0, tokens - first, tl.num_programs(0), num_stages=STAGES):
+        line = row_offset(first + further, samples) + sample
         place = line * H + column
         mean = tl.load(statistics + line * 2)
         inverse = tl.load(statistics + line * 2 + 1)

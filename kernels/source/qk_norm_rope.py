@@ -9,6 +9,8 @@ import triton.language as tl
 
 from soar_mega.kernels.source.point_tables import row_offset
 
+STAGES = tl.constexpr(3)  # blocks of the backward pass that are read or worked on at a time
+
 
 @triton.jit
 def qk_norm_forward_kernel(
@@ -54,65 +56,76 @@ def qk_norm_backward_kernel(
     weight_sums [programs, blocks of heads, 2, D] are None where there is no bias, no weight.
     Grid: (programs, blocks of HEADS heads).
     """
-    backward_of_one(
-        grad_query, mixed, bias, query_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
-        0, D, WIDTH, ROWS, HEADS,
-    )  # fmt: skip
-    backward_of_one(
-        grad_key, mixed, bias, key_weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
-        1, D, WIDTH, ROWS, HEADS,
-    )  # fmt: skip
-    backward_of_one(
-        grad_value, mixed, bias, None, None, None, grad_mixed, bias_sums, None,
-        rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
-        2, D, WIDTH, ROWS, HEADS,
-    )  # fmt: skip
-
-
-@triton.jit
-def backward_of_one(
-    grad_out, mixed, bias, weight, cosine, sine, grad_mixed, bias_sums, weight_sums,
-    rows, samples, heads, token_stride, sample_stride, head_stride, epsilon,
-    PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """This program's share of the gradient of queries (PART 0), keys (1) or values (2)."""
     lane = tl.arange(0, ROWS * HEADS)
     column = tl.arange(0, WIDTH)
     head = tl.program_id(1) * HEADS + lane % HEADS
-    total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
-    weight_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
-    for block in range(tl.program_id(0), (rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+    query_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    key_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    value_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    query_weight_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    key_weight_total = tl.zeros([ROWS * HEADS, WIDTH], tl.float32)
+    blocks = (rows + ROWS - 1) // ROWS
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
         row = block * ROWS + lane // HEADS
         line = row * heads + head
         mask = ((row < rows) & (head < heads))[:, None] & (column < D)[None, :]
         token = row // samples
-        angle = row_offset(token, D)[:, None] + column[None, :]
         read = strided(token, row % samples, head, token_stride, sample_stride, head_stride)
-        gradient = tl.load(grad_out + (read[:, None] + column[None, :]), mask=mask, other=0.0).to(tl.float32)
-        gradient = rotate_back(gradient, cosine, sine, angle, mask, ROWS * HEADS, WIDTH)
-        if weight is not None:
-            values = biased(mixed, bias, line, head, column, mask, PART, D)
-            inverse = inverse_rms(values, epsilon, D)[:, None]
-            normed = values * inverse
-            weight_total += gradient * normed
-            gradient *= vector(weight, column, D)
-            gradient = inverse * (gradient - normed * (tl.sum(gradient * normed, 1) / D)[:, None])
+        read = read[:, None] + column[None, :]
+        of_query = tl.load(grad_query + read, mask=mask, other=0.0).to(tl.float32)
+        of_key = tl.load(grad_key + read, mask=mask, other=0.0).to(tl.float32)
+        of_value = tl.load(grad_value + read, mask=mask, other=0.0).to(tl.float32)
+        angle = row_offset(token, D)[:, None] + column[None, :]
+        of_query = rotate_back(of_query, cosine, sine, angle, mask, ROWS * HEADS, WIDTH)
+        of_key = rotate_back(of_key, cosine, sine, angle, mask, ROWS * HEADS, WIDTH)
+        if query_weight is not None:
+            values = biased(mixed, bias, line, head, column, mask, 0, D)
+            of_query, of_weight = through_norm(of_query, values, query_weight, column, epsilon, D)
+            query_weight_total += of_weight
+            values = biased(mixed, bias, line, head, column, mask, 1, D)
+            of_key, of_weight = through_norm(of_key, values, key_weight, column, epsilon, D)
+            key_weight_total += of_weight
         if bias_sums is not None:
-            total += gradient
-        place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
-        tl.store(grad_mixed + place, gradient.to(grad_mixed.dtype.element_ty), mask=mask)
+            query_total += of_query
+            key_total += of_key
+            value_total += of_value
+        place = grad_mixed + row_offset(line, 3 * D)[:, None] + column[None, :]
+        tl.store(place, of_query.to(grad_mixed.dtype.element_ty), mask=mask)
+        tl.store(place + D, of_key.to(grad_mixed.dtype.element_ty), mask=mask)
+        tl.store(place + 2 * D, of_value.to(grad_mixed.dtype.element_ty), mask=mask)
     if bias_sums is not None:
-        total_of_rows = tl.sum(tl.reshape(total, [ROWS, HEADS, WIDTH]), 0)
-        heads_here = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        line = tl.program_id(0) * heads + heads_here
-        place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
-        mask = (heads_here < heads)[:, None] & (column < D)[None, :]
-        tl.store(bias_sums + place, total_of_rows, mask=mask)
-    if weight is not None:
+        store_bias_sums(bias_sums, query_total, heads, 0, D, WIDTH, ROWS, HEADS)
+        store_bias_sums(bias_sums, key_total, heads, 1, D, WIDTH, ROWS, HEADS)
+        store_bias_sums(bias_sums, value_total, heads, 2, D, WIDTH, ROWS, HEADS)
+    if query_weight is not None:
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(weight_sums + (program * 2 + PART) * D + column, tl.sum(weight_total, 0), mask=column < D)
+        place = weight_sums + program * 2 * D + column
+        tl.store(place, tl.sum(query_weight_total, 0), mask=column < D)
+        tl.store(place + D, tl.sum(key_weight_total, 0), mask=column < D)
+
+
+@triton.jit
+def through_norm(gradient, values, weight, column, epsilon, D: tl.constexpr):
+    """The gradient of what is normed from that of what came out, and each line's share in the weight's."""
+    inverse = inverse_rms(values, epsilon, D)[:, None]
+    normed = values * inverse
+    of_weight = gradient * normed
+    gradient *= vector(weight, column, D)
+    return inverse * (gradient - normed * (tl.sum(gradient * normed, 1) / D)[:, None]), of_weight
+
+
+@triton.jit
+def store_bias_sums(
+    bias_sums, total, heads,
+    PART: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """This program's sums for the bias of queries (PART 0), keys (1) or values (2)."""
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, WIDTH)
+    line = tl.program_id(0) * heads + head
+    place = row_offset(line, 3 * D)[:, None] + (PART * D + column)[None, :]
+    mask = (head < heads)[:, None] & (column < D)[None, :]
+    tl.store(bias_sums + place, tl.sum(tl.reshape(total, [ROWS, HEADS, WIDTH]), 0), mask=mask)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import torch
 from adaln_cases import case, exact, outcome, upstream
 from guards import assert_close, canaries, guarded, worst
 
-from soar_mega.kernels.adaln import adaln, plain_adaln
+from soar_mega.kernels.adaln import _checked, adaln, plain_adaln
 
 # tokens, samples, hidden size: a ragged block of tokens and a width that is no power of two; a whole one, batch 1
 SHAPES = [(19, 3, 40), (1, 2, 7), (5, 1, 64)]
@@ -15,6 +15,14 @@ SHAPES = [(19, 3, 40), (1, 2, 7), (5, 1, 64)]
 def test_with_a_branch_matches_float64(backend, shape):
     for name, (mine, theirs) in outcome(shape, torch.float32).items():
         assert_close(mine, theirs, name)
+
+
+def test_fewer_programs_than_samples(interpreted, monkeypatch):
+    monkeypatch.setattr("soar_mega.kernels.adaln.PROGRAMS", 2)
+    _checked.known.clear()
+    for name, (mine, theirs) in outcome(SHAPES[0], torch.float32).items():
+        assert_close(mine, theirs, name)
+    _checked.known.clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2])

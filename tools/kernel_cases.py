@@ -13,7 +13,7 @@ from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
 from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import Projected, plain_qk_norm_rope, qk_norm_rope
 
-POINTS = 16  # of a forward of the model: recipes/sd35_medium's points_per_micro_batch
+POINTS = 16  # of a forward of the model, as in tools/compare_baseline.py; recipes/sd35_medium takes 14
 LATENTS = {"512 px": (16, 64, 64), "1024 px": (16, 128, 128)}  # the VAEs of SD3.5 and FLUX have 16 channels
 
 

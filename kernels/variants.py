@@ -13,9 +13,7 @@ from soar_mega.kernels.tables import launch_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "i64": 8}
 MOST_REGISTERS = 72  # of 65,536 per multiprocessor, which then holds 900 threads
-READS_AHEAD = (
-    255  # a loop that reads ahead keeps the memory busy with few threads: nothing spills, and that is all
-)
+READS_AHEAD = 255  # all there are, of a loop that reads ahead: few threads keep the memory busy
 SOURCES = ("z0", "z1", "v_uncond", "v_cond", "eps", "z1_aux")
 
 

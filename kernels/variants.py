@@ -12,8 +12,14 @@ from soar_mega.kernels.sums import LINES
 from soar_mega.kernels.tables import launch_of
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "i64": 8}
-MOST_REGISTERS = 72  # of 65,536 per multiprocessor, which then holds 900 threads
-READS_AHEAD = 255  # all there are, of a loop that reads ahead: few threads keep the memory busy
+MOST_REGISTERS = 64  # of 65,536 per multiprocessor: half of the threads it can hold
+TWO_PROGRAMS = 128  # of 256 threads, which read ahead and so keep the memory busy
+ADALN_REGISTERS = {
+    ("forward", 2048): MOST_REGISTERS,
+    ("forward", 4096): 72,  # sm_100 takes two more than sm_90
+    ("backward", 2048): TWO_PROGRAMS,
+    ("backward", 4096): 255,  # one program that reads ahead is as fast as two, so long as nothing spills
+}
 SOURCES = ("z0", "z1", "v_uncond", "v_cond", "eps", "z1_aux")
 
 
@@ -143,7 +149,7 @@ def adaln() -> list[Variant]:
             num_warps=min(32, launch.num_warps * WIDTHS[kind] // 2),
             read=read,
             written=written,
-            registers=MOST_REGISTERS if forward else READS_AHEAD,
+            registers=ADALN_REGISTERS[direction, width],
         )
 
     return [
@@ -193,7 +199,7 @@ def qk_norm_rope() -> list[Variant]:
             read=read,
             written=written,
             width=128 if forward and not rotary else 64,
-            registers=MOST_REGISTERS if forward else READS_AHEAD,
+            registers=MOST_REGISTERS if forward else TWO_PROGRAMS,
         )  # fmt: skip
 
     ways = ("forward", "backward")

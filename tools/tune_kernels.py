@@ -58,7 +58,7 @@ def sweeps(model: str) -> list[Sweep]:
 
     return [
         of("adaln", f"forward {width}", "forward", (1, 2, 4, 8), (4 * wider, 8 * wider)),
-        of("adaln", f"backward {width}", "both", (8, 16, 32, 64), (8, 16, 16 * wider)),
+        of("adaln", f"backward {width}", "both", (8, 128, 256), (4 * wider, 8, 16)),
         of("qk_norm_rope", f"forward{rotary}", "forward", (512, 1024, 2048), (2, 4, 8)),
         of("qk_norm_rope", f"backward{rotary}", "both", (512, 1024, 2048), (4, 8)),
         of("bias_gelu", "16 bit", "both", (512, 1024, 2048), (4, 8)),

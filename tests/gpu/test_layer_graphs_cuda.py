@@ -67,9 +67,8 @@ def test_graphs_change_nothing(name):
     recipe = make_recipe(train=train | {"cuda_graphs": "layers"}, **case)
     skip_what_is_not_installed(recipe.model, FLUX.attention_head_dim if kind == "flux" else 64)
     in_fp8 = recipe.model.fp8 is not None
-    if (
-        in_fp8
-    ):  # without graphs, the gradients of recomputed layers are rounded to bf16 before they are added up
+    if in_fp8:
+        # without graphs, the gradients of recomputed layers are rounded to bf16 before they are added up
         case = case | {"model": case["model"] | {"recompute_granularity": "none"}}
     found = trained(recipe, sizes)
     expected = trained(make_recipe(train=train | {"cuda_graphs": "none"}, **case), sizes)

@@ -17,12 +17,18 @@ def test_with_a_branch_matches_float64(backend, shape):
         assert_close(mine, theirs, name)
 
 
-def test_fewer_programs_than_samples(interpreted, monkeypatch):
+@pytest.fixture
+def two_programs(monkeypatch):
+    """Of a backward pass, at most."""
     monkeypatch.setattr("soar_mega.kernels.adaln.PROGRAMS", 2)
     _checked.known.clear()
+    yield
+    _checked.known.clear()
+
+
+def test_fewer_programs_than_samples(interpreted, two_programs):
     for name, (mine, theirs) in outcome(SHAPES[0], torch.float32).items():
         assert_close(mine, theirs, name)
-    _checked.known.clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES[::2])

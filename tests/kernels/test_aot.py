@@ -51,7 +51,7 @@ print("compiled")
     ("change", "problem"),
     [
         ({"spills": 4}, "4 spills"),
-        ({"registers": 73}, "73 registers"),
+        ({"registers": 65}, "65 registers"),
         ({"loads": {128: 2, 64: 8}}, "128-bit loads"),
         ({"stores": {64: 2}}, "128-bit stores"),
     ],

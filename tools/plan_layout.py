@@ -103,7 +103,7 @@ def report(case: Case, plans: list[Plan], refused: Counter[str]) -> str:
     """All that a person reads."""
     batch = case.recipe.train.global_batch_size
     head = (
-        f"Predicted, not measured: {case.gpus} GPUs ({case.hardware.memory or 'cpu'}), {batch} samples a step, "
+        f"Predicted, not measured: {case.gpus} GPUs ({case.hardware.memory}), {batch} samples a step, "
         f"{case.tokens.image} image and {case.tokens.text} text tokens"
     )
     best = best_of_each_layout(plans)[:SHOWN]

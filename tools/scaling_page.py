@@ -119,17 +119,24 @@ def where_tensor_stops(found: dict[int, dict[int, Plan]]) -> str:
 def validation() -> str:
     """How the order of layouts compares with a measured one."""
     files = sorted(RESULTS.glob("*-cpu-plan-layouts.json"))
-    if not files:
-        return (
-            "No comparison of the order of layouts with a measured one is kept: the machine here was too busy for "
-            "`tools/plan_layout.py --validate` to say anything."
-        )
     content = json.loads(files[-1].read_text())
-    return (
-        f"The order of {len(content['rows'])} layouts of four gloo processes on a CPU, measured and predicted (with "
-        f"numbers of its own for that machine), has a rank correlation (Spearman) of {content['spearman']:.2f} "
-        f"(the machine's load was {content['load_average_15_min']:.1f} on {content['cores']} cores; "
-        f"[{files[-1].name}](../benchmarks/results/{files[-1].name}), `{content['command']}`)."
+    rows = [
+        f"| {row['layout']} | {row['measured']:.2f} | {row['predicted']:.2f} |" for row in content["rows"]
+    ]
+    return "\n".join(
+        [
+            f"The order of {len(rows)} layouts of four gloo processes on a CPU, measured and predicted from what such "
+            "processes do by themselves in the same run (products, attention, additions, gathers), has a rank "
+            f"correlation (Spearman) of {content['spearman']:.2f}: "
+            f"[{files[-1].name}](../benchmarks/results/{files[-1].name}), `{content['command']}`. The processes "
+            f"shared {content['cores']} cores (load before: {content['load_average_before']:.1f}), where a process "
+            "that waits in a pipeline's bubble lends its core to another; a GPU does not, and the model does not "
+            "count it.",
+            "",
+            "| layout | measured s | predicted s |",
+            "|---|---|---|",
+            *rows,
+        ]
     )
 
 

@@ -1,7 +1,8 @@
 """The planner's best layouts can be run, its reasons add up, and it is as far from the measured rows as it says."""
 
+import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import plan_layout
 import pytest
@@ -11,7 +12,7 @@ from plan.gloo import LAYOUTS, SIZES, recipe_of
 from plan.hardware import HARDWARE
 from plan.search import Case, search
 from plan.step_time import StepModel
-from plan.validate import predicted, spearman
+from plan.validate import predicted, process_of, run, spearman
 
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.config_checks import check_recipe
@@ -92,6 +93,15 @@ def test_order_of_layouts_is_compared_by_rank():
     assert (
         spearman([1.0, 2.0, 5.0], [3.0, 4.0, 4.5]) == 1 and spearman([1.0, 2.0, 5.0], [5.0, 2.0, 1.0]) == -1
     )
+
+
+def test_the_constants_of_gloo_processes_are_measured_and_every_layout_has_a_time():
+    constants = run("plan.calibrate")
+    assert all(0 < value < math.inf for value in (*constants.pop("attention"), *constants.values()))
+    process = process_of({**constants, "attention": (1e10, 1e10)})
     for layout in LAYOUTS:
         check_layout(SIZES, recipe_of(layout).parallel)
-        assert predicted(layout) > 0
+        assert predicted(layout, process) > 0
+    slower = replace(process, link_latency=2 * process.link_latency)
+    assert predicted("TP4", slower) > 1.2 * predicted("TP4", process)
+    assert predicted("DP4", slower) < 1.2 * predicted("DP4", process)

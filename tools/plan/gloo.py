@@ -1,10 +1,12 @@
 """The model and the layouts of four processes by which the planner's order is compared with the measured one."""
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.family import presets, read_sizes
 from soar_mega.stages import SoarConfig
 
 STEPS = 5
+POINTS = 4  # of a micro-batch
 SHAPE, TEXT = (16, 16, 16), 32  # 64 tokens of the image
 SIZES = read_sizes(
     presets()["sd35_medium"].to_diffusers()
@@ -18,6 +20,7 @@ SIZES = read_sizes(
         "pos_embed_max_size": 16,
     }
 )
+TOKENS = Tokens(image_tokens(SIZES, SHAPE[1:]), TEXT)
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, object]] = {
@@ -49,6 +52,6 @@ def recipe_of(layout: str) -> Recipe:
         stage=SoarConfig(num_auxiliary_points=3, shift=1.0),
         parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
         train=TrainConfig(
-            global_batch_size=8, micro_batch_size=2, points_per_micro_batch=4, cuda_graphs="none"
+            global_batch_size=8, micro_batch_size=2, points_per_micro_batch=POINTS, cuda_graphs="none"
         ),
     )

@@ -8,7 +8,7 @@ class Hardware:
     """A GPU (or a process on a CPU), its links, and the price of asking it for work.
 
     Attributes:
-        memory: key of soar_mega.gpus.MEMORY; empty: not limited.
+        memory: key of soar_mega.gpus.MEMORY.
         gemm: FLOP/s of a matrix product that fills it.
         tile: (rows, columns) of the output that one multiprocessor works on at a time.
         units: multiprocessors.
@@ -17,7 +17,7 @@ class Hardware:
         copy: bytes/s that elementwise kernels read and write.
         optimizer: bytes moved per parameter by clipping and AdamW.
         link: bytes/s that a GPU sends inside a node, and network: to another one; both reached, not promised.
-        link_latency, network_latency: seconds of a collective's or a message's step.
+        link_latency, network_latency: seconds of a message, and of each step of a collective: log2 of its ranks.
         layer_host: seconds of Python for a layer's forward and for its backward, hidden where the GPU takes longer.
         layer_host_graphs: the same with train.cuda_graphs=layers.
     """
@@ -85,22 +85,5 @@ HARDWARE: dict[str, Hardware] = {
         copy=H100.copy * 2.0 / 3.35,
         link=H100.link * 300 / 450,
         network=H100.network / 2,
-    ),
-    # Four processes of one thread on a CPU with as many cores, over gloo: orders of magnitude, for --validate alone.
-    "cpu": Hardware(
-        memory="",
-        gemm=6e10,
-        tile=(1, 1),
-        units=1,
-        attention=(2e10, 2e10),
-        attention_128=1.0,
-        copy=5e9,
-        optimizer=90,
-        link=1e9,
-        network=1e9,
-        link_latency=2e-4,
-        network_latency=2e-4,
-        layer_host=(1e-3, 2e-3),
-        layer_host_graphs=(1e-3, 2e-3),
     ),
 }

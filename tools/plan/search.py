@@ -1,6 +1,5 @@
 """All layouts of a model on a number of GPUs: which cannot be, which do not fit, and how fast the others should be."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ class Case:
     @property
     def room(self) -> float:
         """Bytes of a GPU."""
-        return usable_memory(self.hardware.memory) if self.hardware.memory else math.inf
+        return usable_memory(self.hardware.memory)
 
 
 @dataclass(frozen=True)

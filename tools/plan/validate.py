@@ -6,14 +6,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from origin import origin
 from tqdm import tqdm
 
-from plan.gloo import LAYOUTS, SHAPE, SIZES, TEXT, recipe_of
-from plan.hardware import HARDWARE
+from plan.gloo import LAYOUTS, SHAPE, SIZES, TEXT, TOKENS, recipe_of
+from plan.hardware import Hardware
 from plan.step_time import StepModel
-from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.memory import workload
 
 PROCESSES = 4
@@ -22,9 +22,13 @@ TOOLS = Path(__file__).parents[1]
 
 def validate(out: str) -> None:
     """Prints both times of each layout and the correlation; writes them to `out` unless it is empty."""
+    load = os.getloadavg()[0]  # before anything of this runs: times of a busy machine are noise
+    constants = run("plan.calibrate")
+    hardware = process_of(constants)
     rows = []
     for layout in tqdm(LAYOUTS):
-        rows.append({"layout": layout, "measured": _measured(layout), "predicted": predicted(layout)})
+        seconds = run("plan.measure", layout)["seconds"]
+        rows.append({"layout": layout, "measured": seconds, "predicted": predicted(layout, hardware)})
     rows.sort(key=lambda row: row["measured"])
     correlation = spearman([row["measured"] for row in rows], [row["predicted"] for row in rows])
     print(f"{'measured s':>11} {'predicted s':>12}  layout")
@@ -35,26 +39,42 @@ def validate(out: str) -> None:
         content = {
             **origin("plan_layout"),
             "processes": PROCESSES,
-            **machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average_before": load,
+            "constants": constants,
             "spearman": correlation,
             "rows": rows,
         }
         Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def machine() -> dict[str, float | int]:
-    """How busy this machine was: times of one that is are noise."""
-    return {"cores": len(os.sched_getaffinity(0)), "load_average_15_min": os.getloadavg()[2]}
+def process_of(constants: dict[str, Any]) -> Hardware:
+    """A process on this machine, by what `plan.calibrate` found; its Python is not hidden by its own products."""
+    return Hardware(
+        memory="",
+        gemm=constants["gemm"],
+        tile=(1, 1),
+        units=1,
+        attention=tuple(constants["attention"]),
+        attention_128=1.0,
+        copy=constants["copy"],
+        optimizer=90,
+        link=constants["link"],
+        network=constants["link"],
+        link_latency=constants["link_latency"],
+        network_latency=constants["link_latency"],
+        layer_host=(0.0, 0.0),
+        layer_host_graphs=(0.0, 0.0),
+    )
 
 
-def predicted(layout: str) -> float:
+def predicted(layout: str, hardware: Hardware) -> float:
     """Seconds of a step by the model."""
     recipe = recipe_of(layout)
     parallel = recipe.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     data_size = PROCESSES // (ranks * parallel.context_parallel_size)
-    tokens = Tokens(image_tokens(SIZES, SHAPE[1:]), TEXT)
-    model = StepModel(SIZES, recipe, HARDWARE["cpu"], data_size, PROCESSES, tokens)
+    model = StepModel(SIZES, recipe, hardware, data_size, PROCESSES, TOKENS)
     return model.step(workload(recipe, data_size, SHAPE[1:], TEXT)).total
 
 
@@ -65,14 +85,15 @@ def spearman(left: list[float], right: list[float]) -> float:
     return 1 - 6 * squares / (len(left) * (len(left) ** 2 - 1))
 
 
-def _measured(layout: str) -> float:
+def run(module: str, *arguments: str) -> dict[str, Any]:
+    """What a module of plan/ finds in four processes of one thread each."""
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "seconds.json"
+        found = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={PROCESSES}", "-m", "plan.measure", str(found), layout]
+        command += [f"--nproc-per-node={PROCESSES}", "-m", module, str(found), *arguments]
         path = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         if done.returncode:
-            raise RuntimeError(f"{layout} failed:\n{done.stderr[-2000:]}")
-        return json.loads(found.read_text())["seconds"]
+            raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+        return json.loads(found.read_text())

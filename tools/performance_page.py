@@ -74,7 +74,8 @@ def compared(said: Json) -> list[str]:
         "peak GiB",
         *(["MFU"] if has_mfu else []),
     ]
-    return [title, "", *table(columns, [compared_row(row)[: len(columns)] for row in said["rows"]])]
+    lines = [title, "", *table(columns, [compared_row(row)[: len(columns)] for row in said["rows"]])]
+    return [*lines, "", said["note"]] if "note" in said else lines
 
 
 def compared_row(row: Json) -> list[str]:
@@ -86,7 +87,7 @@ def compared_row(row: Json) -> list[str]:
         str(row["micro_batch"]),
         f"{row['samples_per_second']:.2f}",
         f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
-        f"{row['peak_memory'] / 2**30:.2f}",
+        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**30:.2f}",
         percent(row.get("mfu")),
     ]
 

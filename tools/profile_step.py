@@ -64,6 +64,7 @@ class Profile:
         with drawn_on_device():
             self.steps = Steps(recipe, run, loader)
         self.recorder = Recorder()
+        self.held_by_graphs = 0
         self.first_spans: list[int] = []  # of each recorded step
         self.micro_batches: dict[str, int] = {}
         self.seconds: dict[str, list[float]] = {"recorded": [], "not recorded": []}
@@ -90,8 +91,9 @@ class Profile:
         """Steps that are not measured, then `count` recorded ones in turn with as many that are not."""
         for _ in range(warmup):
             self.step()
+        self.held_by_graphs = memory.held_by_graphs()  # recordings were made by now
         dist.barrier()
-        self.recorder.start(memory.now)
+        self.recorder.start(lambda: memory.now() + self.held_by_graphs)
         for _ in range(count):
             for name, step in (("recorded", self.recorded_step), ("not recorded", self.step)):
                 seconds, process_seconds = step()
@@ -123,7 +125,7 @@ class Profile:
             "step_seconds": statistics.mean(self.seconds["recorded"]),
             "memory": {
                 "before": self.memory_before,
-                "kinds": memory.by_kind(self.steps.engine),
+                "kinds": memory.by_kind(self.steps.engine) | {"CUDA graphs": self.held_by_graphs},
                 "most": max(count for _, count in self.recorder.notes),
                 "samples": self.recorder.notes[last:],
             },

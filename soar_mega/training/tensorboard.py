@@ -57,8 +57,11 @@ class Events:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: of the GPU's allocator, or resident on the CPU."""
+    """Peak memory of this process in GiB: what torch's allocator has taken of the GPU, or resident on the CPU.
+
+    What it has given out leaves out the memory of CUDA graphs, to which every replay writes.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -9,8 +9,10 @@ import torch
 from soar_mega import platform
 
 HERE = Path(__file__).parent
-# the helpers of their tests
-sys.path[:0] = [str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines", "data")]
+# the helpers of their tests, and the tools
+sys.path[:0] = [
+    str(HERE.parent / folder) for folder in ("", "kernels", "models", "engines", "data", "../tools")
+]
 platform.install()
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_cases import EIGHT_LAYERS, SIZES, assert_gradients_agree, make_batch, make_recipe, start_engine
+from step_profile.memory import held_by_graphs
 from te_cases import skip_what_is_not_installed
 
 from soar_mega.models.flux.sizes import FluxSizes
@@ -79,3 +80,15 @@ def test_graphs_change_nothing(name):
     for ours, theirs in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=later, atol=0)
     assert found[1] == pytest.approx(expected[1], rel=later)
+
+
+def test_what_recordings_hold_is_taken_of_the_gpu():
+    """Activations lie where the allocator has nothing given out: what it has taken is what a run needs."""
+    recipe = make_recipe(train={"global_batch_size": 8, "cuda_graphs": "layers"}, model={"dtype": "bf16"})
+    before = held_by_graphs()
+    engine, stage = start_engine(recipe, HEADS_OF_64), make_stage(recipe.stage, shift=1.0)
+    batch = make_batch(0)
+    engine.learn(stage.points, stage.loss, batch, engine.answer(stage.queries, batch))
+    held = held_by_graphs()
+    assert held > before
+    assert torch.cuda.memory_reserved() >= torch.cuda.memory_allocated() + held

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from baseline.case import make_case
 from baseline.measuring import measure_alone
 from baseline.our_arm import OurArm
@@ -12,7 +13,12 @@ from baseline.published_arm import OneForward, PublishedArm, procedure_of
 from baseline.rows import rows_alone
 from baseline.worker import Failed, Memory, Worker
 from compare_baseline import named, print_table
+from diffusers import SD3Transformer2DModel
 
+from soar_mega.config import Recipe
+from soar_mega.models.common.rank_parameters import trained_elements
+from soar_mega.models.family import read_sizes
+from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.stages import SoarConfig
 
 BATCH, POINTS = 16, 6
@@ -59,9 +65,19 @@ def test_the_work_is_that_of_the_method(measured: dict[str, Measured]) -> None:
         assert expected - 0.5 < units <= expected  # a little less: inputs need no gradient
 
 
-def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match="choose tiny, wide or a preset: flux_dev"):
-        make_case("huge", stage=SoarConfig(), batch_size=1)
+@pytest.mark.parametrize("model", ["tiny", "wide", *PRESETS])
+def test_both_sides_read_the_sizes_of_every_model(model: str) -> None:
+    config = make_case(model, stage=SoarConfig(shift=3.0), batch_size=1).transformer
+    with torch.device("meta"):
+        theirs = SD3Transformer2DModel.from_config(config)
+    ours = read_sizes(config)
+    assert theirs.num_parameters() == trained_elements(ours, Recipe(stage=SoarConfig()), 0)
+
+
+@pytest.mark.parametrize("model", ["huge", "flux_dev"])
+def test_unknown_model(model: str) -> None:
+    with pytest.raises(ValueError, match="is unknown; choose tiny, wide, sd35_medium, sd35_large"):
+        make_case(model, stage=SoarConfig(), batch_size=1)
 
 
 def test_peak_memory_is_above_what_was_there_before() -> None:

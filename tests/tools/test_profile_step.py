@@ -331,3 +331,15 @@ def test_shared_storage_counts_once() -> None:
     whole, seen = torch.zeros(10), set[int]()
     assert memory._bytes([whole, whole[2:], None, 3, torch.empty(4, device="meta")], seen) == 40
     assert memory._bytes([whole[:1], torch.ones(2)], seen) == 8
+
+
+def test_memory_of_graphs_is_what_no_tensor_has_in_their_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},  # of the allocator: free
+        {"segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 20},
+        {"segment_pool_id": (0, 2), "total_size": 7, "allocated_size": 0},
+    ]
+    assert memory.held_by_graphs() == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert memory.held_by_graphs() == 30 + 7

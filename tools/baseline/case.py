@@ -12,7 +12,7 @@ from soar_mega.config import StageConfig
 LEARNING_RATE = 2e-5
 TINY_PIPELINE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
 
-# 75 M parameters: small enough for a CPU, while time goes into matrix products and not into Python.
+# SD3.5-Medium at 75 M parameters: small enough for a CPU, while time goes into matrix products and not into Python.
 WIDE = {
     "num_layers": 8,
     "num_attention_heads": 8,
@@ -88,15 +88,15 @@ def make_samples(case: Case, device: torch.device) -> Samples:
 
 
 def make_case(model: str, **settings: Any) -> Case:
-    """ValueError for a model that is not tiny, wide or a preset's name."""
+    """ValueError for a model that is not tiny, wide or an SD3 preset's name: the baseline is SD3's alone."""
+    from soar_mega.models.sd3.presets import PRESETS
+
     if model == "tiny":
         return Case(name=model, pipeline_dir=str(TINY_PIPELINE), **settings)
     if model == "wide":
-        return Case(name=model, config=WIDE, **settings)
-    from soar_mega.models.family import presets
-
-    if model in presets():
-        sizes = presets()[model].to_diffusers()
+        return Case(name=model, config=PRESETS["sd35_medium"].to_diffusers() | WIDE, **settings)
+    if model in PRESETS:
         # 512 px with a VAE of factor 8, and the 77 + 77 text tokens of the published training.
-        return Case(name=model, config={**sizes, "sample_size": 64}, text_length=154, **settings)
-    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide or a preset: {', '.join(presets())}")
+        config = PRESETS[model].to_diffusers() | {"sample_size": 64}
+        return Case(name=model, config=config, text_length=154, **settings)
+    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide, {', '.join(PRESETS)}")

@@ -151,12 +151,12 @@ def _addmm_flops(total: Sequence[int], left: Sequence[int], right: Sequence[int]
 
 
 class Memory:
-    """Peak memory of this process above where it began: resident memory on the CPU, allocated memory on a
-    GPU.
+    """Peak memory of this process above where it began: resident memory on the CPU, on a GPU what torch's allocator
+    has taken of it. What it has given out leaves out the memory of CUDA graphs, to which every replay writes.
     """
 
     def __init__(self) -> None:
-        self._start = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+        self._start = torch.cuda.memory_reserved() if torch.cuda.is_available() else _status("VmRSS")
 
     def forget_peak(self) -> None:
         if torch.cuda.is_available():
@@ -165,7 +165,7 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present
 
     def peak(self) -> int:
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+        peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else _status("VmHWM")
         return peak - self._start
 
 

@@ -1,4 +1,7 @@
-"""What a rank's memory holds: weights, gradients, optimizer states, kept copies, and the rest, which comes and goes."""
+"""What a rank's memory holds: weights, gradients, optimizer states, kept copies, and the rest, which comes and goes.
+
+With CUDA graphs that is what recordings hold: activations, inputs and outputs, in memory that stays.
+"""
 
 import functools
 import os
@@ -19,6 +22,16 @@ def now() -> int:
         return torch.cuda.memory_allocated()
     pages = int(os.pread(_statm(), 100, 0).split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def held_by_graphs() -> int:
+    """Bytes that no tensor has and replays of CUDA graphs write to: `now` counts them as free, from a recording on."""
+    if not torch.cuda.is_available():
+        return 0
+    pools = [
+        segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)
+    ]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in pools)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ KINDS = {
     "gradients": "#ee6677",
     "optimizer": "#228833",
     "kept weights": "#ccbb44",
+    "CUDA graphs": "#66ccee",
 }
 
 

@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--only", default="", help="operations whose name contains this")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("launches are timed on a GPU, and torch finds none")
     for sweep in sweeps(args.model):
         if args.only in sweep.operation:
             print(words(sweep, times(sweep, calls_of(sweep), device_seconds)), flush=True)

@@ -14,7 +14,9 @@ from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.family import presets
 from soar_mega.stages import SoarConfig
 
-FILE = Path(__file__).parents[2] / "benchmarks/results/2026-11-26-h100-first-run.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+FILE = RESULTS / "2026-11-26-h100-first-run.json"
+WITH_GRAPHS = RESULTS / "2026-11-27-h100-80gb-hbm3-compare-sd35_medium.json"
 # the row's name there -> points of a forward, recomputation
 ROWS = {
     "ours, 4 points per forward, no recomputation": (4, "none"),
@@ -61,11 +63,21 @@ def check(hardware: Hardware = H100) -> str:
         )
     graphs = replace(recipe, train=replace(recipe.train, cuda_graphs="layers"))
     found = 16 / StepModel(sizes, graphs, hardware, 1, 8, tokens).step(work).total
+    speed = with_graphs(recipe.train.points_per_micro_batch)
+    errors.append(found / speed - 1)
     lines.append(
-        f"{'':>10} {found:10.2f} {'':>7}  the last with CUDA graphs and gradients added in the products"
+        f"{speed:10.2f} {found:10.2f} {errors[-1]:+7.1%} {'':>25}  the last with CUDA graphs, gradients added in the "
+        "products"
     )
     worst = max(map(abs, errors))
     return "\n".join([*lines, f"largest error of the speed: {worst:.0%}"])
+
+
+def with_graphs(points: int | None) -> float:
+    """Samples per second that tools/compare_baseline.py measured, by torch's attention."""
+    rows = json.loads(WITH_GRAPHS.read_text())["rows"]
+    [row] = [row for row in rows if row["name"] == f"soar_mega, {points} points, CUDA graphs"]
+    return row["samples_per_second"]
 
 
 def _middle(words: str) -> float:

@@ -30,6 +30,33 @@ def test_the_page_is_made_of_the_results_that_are_there() -> None:
     assert performance_page.PAGE.read_text() == made, "run python tools/performance_page.py"
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    def row(file: str, name: str) -> dict[str, Any]:
+        newest = max(performance_page.RESULTS.glob(f"*-{file}.json"))  # names begin with the date
+        [found] = [row for row in json.loads(newest.read_text())["rows"] if row["name"] == name]
+        return found
+
+    def speed(case: str, name: str) -> str:
+        return f"{row(case, name)['ratio']:.2f}".removeprefix("0")
+
+    on_h100 = "h100-80gb-hbm3-compare-sd35_medium"
+    flash = row(on_h100, "soar_mega, flash attention, 16 points, CUDA graphs")
+    repaired = row(on_h100, "all three repaired")
+    fp8 = row(on_h100, "soar_mega, FP8, flash attention, 16 points, CUDA graphs")
+    small = "soar_mega, forwards as large as the first row's"
+    readme = " ".join((performance_page.PAGE.parents[1] / "README.md").read_text().split())
+    for words in (
+        f"takes {flash['samples_per_second']:.2f} samples per second, {flash['ratio']:.1f} times as many",
+        f"{flash['ratio'] / repaired['ratio']:.1f} times as many as that procedure with its three costly habits",
+        f"in FP8 {fp8['samples_per_second']:.2f}.",
+        f"takes {speed('cpu-compare-wide', 'soar_mega')} times the samples per second",
+        f"or {speed('cpu-compare-wide', small)} times in",
+        f"the built-in model {speed('cpu-compare-tiny', 'soar_mega')} times",
+        f"or {speed('cpu-compare-tiny', small)} times in",
+    ):
+        assert words in readme, words
+
+
 def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
     assert performance_page.page(tmp_path).count(performance_page.NONE) == 4
 

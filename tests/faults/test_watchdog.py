@@ -289,7 +289,7 @@ def test_a_reader_process_that_hangs(shards: Path, tmp_path: Path) -> None:
     assert end.codes == [1] and end.seconds < 30
     (said,) = end.messages
     assert re.search(
-        r"rank 0 \(process \d+ on \S+\) is in step \d, phase data, at .* for _wait \(workers.py:", said
+        r"rank 0 \(process \d+ on \S+\) is in step \d, phase data, at .* for __next__ \(readers.py:", said
     )
 
 

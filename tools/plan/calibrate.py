@@ -95,6 +95,8 @@ def link_of(ranks: int, gemm: float) -> tuple[float, float]:
         return seconds(work, SELDOM) - product
 
     small, large = gather(SMALL), gather(LARGE)
+    if not 0 < small < large:
+        raise RuntimeError("a small gather took as long as a large one: measure on an idle machine")
     link = (LARGE - SMALL) * (ranks - 1) / ranks / (large - small)
     steps = (ranks - 1).bit_length()  # the planner's: the logarithm of the ranks
     return small / steps, link

@@ -8,7 +8,7 @@ class Hardware:
     """A GPU (or a process on a CPU), its links, and the price of asking it for work.
 
     Attributes:
-        memory: key of soar_mega.gpus.MEMORY.
+        memory: key of soar_mega.gpus.MEMORY; empty for a process on a CPU.
         gemm: FLOP/s of a matrix product that fills it.
         tile: (rows, columns) of the output that one multiprocessor works on at a time.
         units: multiprocessors.

@@ -198,7 +198,8 @@ class StepModel:
         inside = span <= self.gpus_per_node
         speed = self.hardware.link if inside else self.hardware.network
         latency = self.hardware.link_latency if inside else self.hardware.network_latency
-        return (ranks - 1).bit_length() * latency + size * (ranks - 1) / ranks / speed
+        steps = (ranks - 1).bit_length()
+        return steps * latency + size * (ranks - 1) / ranks / speed
 
     def _message(self, rows: int) -> float:
         """One message between pipeline stages; between nodes where a replica's ranks are not all in one."""
@@ -238,9 +239,8 @@ class StepModel:
         if replicas <= local:
             return self._collective(size, replicas, 1)
         speed = min(self.hardware.link, local * self.hardware.network)
-        return (replicas - 1).bit_length() * self.hardware.network_latency + size * (
-            replicas - 1
-        ) / replicas / speed
+        steps = (replicas - 1).bit_length()
+        return steps * self.hardware.network_latency + size * (replicas - 1) / replicas / speed
 
     def _optimizer(self) -> float:
         parallel = self.recipe.parallel

@@ -49,7 +49,7 @@ def validate(out: str) -> None:
 
 
 def process_of(constants: dict[str, Any]) -> Hardware:
-    """A process on this machine, by what `plan.calibrate` found; its Python is not hidden by its own products."""
+    """A process on this machine, by what `plan.calibrate` found; the time of its Python is left out."""
     return Hardware(
         memory="",
         gemm=constants["gemm"],

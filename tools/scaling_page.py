@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from gpu_page import link, table
 from plan.check import check
 from plan.hardware import HARDWARE
 from plan.search import Case, Plan, search
@@ -118,26 +119,18 @@ def where_tensor_stops(found: dict[int, dict[int, Plan]]) -> str:
 
 def validation() -> str:
     """How the order of layouts compares with a measured one."""
-    files = sorted(RESULTS.glob("*-cpu-plan-layouts.json"))
-    content = json.loads(files[-1].read_text())
-    rows = [
-        f"| {row['layout']} | {row['measured']:.2f} | {row['predicted']:.2f} |" for row in content["rows"]
-    ]
-    return "\n".join(
-        [
-            f"The order of {len(rows)} layouts of four gloo processes on a CPU, measured and predicted from what such "
-            "processes do by themselves in the same run (products, attention, additions, gathers), has a rank "
-            f"correlation (Spearman) of {content['spearman']:.2f}: "
-            f"[{files[-1].name}](../benchmarks/results/{files[-1].name}), `{content['command']}`. The processes "
-            f"shared {content['cores']} cores (load before: {content['load_average_before']:.1f}), where a process "
-            "that waits in a pipeline's bubble lends its core to another; a GPU does not, and the model does not "
-            "count it.",
-            "",
-            "| layout | measured s | predicted s |",
-            "|---|---|---|",
-            *rows,
-        ]
+    file = max(RESULTS.glob("*-cpu-plan-layouts.json"))  # names begin with the date
+    content = json.loads(file.read_text())
+    rows = [[row["layout"], f"{row['measured']:.2f}", f"{row['predicted']:.2f}"] for row in content["rows"]]
+    words = (
+        f"The order of {len(rows)} layouts of four gloo processes on a CPU, measured and predicted from what such "
+        "processes do by themselves in the same run (products, attention, additions, gathers), has a rank "
+        f"correlation (Spearman) of {content['spearman']:.2f}: {link(file.name)}, `{content['command']}`. The "
+        f"processes shared {content['cores']} cores (load before: {content['load_average_before']:.1f}), where a "
+        "process that waits in a pipeline's bubble lends its core to another; a GPU does not, and the model does not "
+        "count it."
     )
+    return "\n".join([words, "", *table(["layout", "measured s", "predicted s"], rows)])
 
 
 def page(strong: dict[str, Any], weak: dict[str, Any]) -> str:

@@ -89,15 +89,15 @@ def make_samples(case: Case, device: torch.device) -> Samples:
 
 def make_case(model: str, **settings: Any) -> Case:
     """ValueError for a model that is not tiny, wide or an SD3 preset's name: the baseline is SD3's alone."""
-    from soar_mega.models.family import presets
+    from soar_mega.models.family import families
 
+    presets = families()["SD3Transformer2DModel"].presets
     if model == "tiny":
         return Case(name=model, pipeline_dir=str(TINY_PIPELINE), **settings)
-    every = {name: sizes.to_diffusers() for name, sizes in presets().items()}
-    known = {name: sizes for name, sizes in every.items() if sizes["_class_name"] == "SD3Transformer2DModel"}
     if model == "wide":
-        return Case(name=model, config=known["sd35_medium"] | WIDE, **settings)
-    if model in known:
+        return Case(name=model, config=presets["sd35_medium"].to_diffusers() | WIDE, **settings)
+    if model in presets:
         # 512 px with a VAE of factor 8, and the 77 + 77 text tokens of the published training.
-        return Case(name=model, config=known[model] | {"sample_size": 64}, text_length=154, **settings)
-    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide, {', '.join(known)}")
+        config = presets[model].to_diffusers() | {"sample_size": 64}
+        return Case(name=model, config=config, text_length=154, **settings)
+    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide, {', '.join(presets)}")

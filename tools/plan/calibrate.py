@@ -25,11 +25,12 @@ def main(out: Path) -> None:
     """Rank 0 writes what `validate` makes a Hardware of."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    gemm = product_speed()
+    left, right = operands()
+    product = seconds(lambda: left @ right, OFTEN)
     forward, backward = attention_speeds()
-    latency, link = link_of(dist.get_world_size(), gemm)
+    latency, link = link_of(dist.get_world_size(), product)
     found = {
-        "gemm": gemm,
+        "gemm": 2 * left.numel() * right.shape[1] / product,
         "attention": (forward, backward),
         "copy": copy_speed(),
         "link": link,
@@ -57,12 +58,6 @@ def operands() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(POINTS * sum(TOKENS), hidden), torch.randn(hidden, 4 * hidden)
 
 
-def product_speed() -> float:
-    """FLOP/s."""
-    left, right = operands()
-    return 2 * left.numel() * right.shape[1] / seconds(lambda: left @ right, OFTEN)
-
-
 def attention_speeds() -> tuple[float, float]:
     """FLOP/s of forward and backward, the backward counted as twice the forward."""
     shape = (POINTS, SIZES.num_attention_heads, sum(TOKENS), SIZES.attention_head_dim)
@@ -80,10 +75,13 @@ def copy_speed() -> float:
     return 3 * left.nbytes / seconds(lambda: left + other, OFTEN)
 
 
-def link_of(ranks: int, gemm: float) -> tuple[float, float]:
-    """Latency in seconds of one step of a gather and bytes/s of a link, in gathers between products as a layer has."""
+def link_of(ranks: int, product: float) -> tuple[float, float]:
+    """Latency in seconds of one step of a gather and bytes/s of a link, in gathers between products as a layer has.
+
+    Args:
+        product: seconds of one.
+    """
     left, right = operands()
-    product = 2 * left.numel() * right.shape[1] / gemm
 
     def gather(size: int) -> float:
         mine, all_of_them = torch.randn(size // 4 // ranks), torch.empty(size // 4)

@@ -198,8 +198,7 @@ class StepModel:
         inside = span <= self.gpus_per_node
         speed = self.hardware.link if inside else self.hardware.network
         latency = self.hardware.link_latency if inside else self.hardware.network_latency
-        steps = (ranks - 1).bit_length()
-        return steps * latency + size * (ranks - 1) / ranks / speed
+        return _gather(size, ranks, latency, speed)
 
     def _message(self, rows: int) -> float:
         """One message between pipeline stages; between nodes where a replica's ranks are not all in one."""
@@ -239,8 +238,7 @@ class StepModel:
         if replicas <= local:
             return self._collective(size, replicas, 1)
         speed = min(self.hardware.link, local * self.hardware.network)
-        steps = (replicas - 1).bit_length()
-        return steps * self.hardware.network_latency + size * (replicas - 1) / replicas / speed
+        return _gather(size, replicas, self.hardware.network_latency, speed)
 
     def _optimizer(self) -> float:
         parallel = self.recipe.parallel
@@ -248,6 +246,12 @@ class StepModel:
         is_divided = parallel.engine == "deepspeed" or parallel.use_distributed_optimizer
         share = self.data_size * self.context if is_divided else 1
         return elements / share * self.hardware.optimizer / self.hardware.copy
+
+
+def _gather(size: float, ranks: int, latency: float, speed: float) -> float:
+    """`size` bytes in all, in as many steps as the logarithm of the ranks; a scatter takes as long."""
+    steps = (ranks - 1).bit_length()
+    return steps * latency + size * (ranks - 1) / ranks / speed
 
 
 def samples_per_second(recipe: Recipe, time: StepTime) -> float:

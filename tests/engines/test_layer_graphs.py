@@ -22,6 +22,7 @@ FROZEN = {"frozen": ["context_embedder.*", "time_text_embed.*", "layers.1.*"]}
 LAYOUTS = {
     "one": ((1, 1), 1, {"model": RECOMPUTED, "optimizer": FROZEN}),
     "dp2": ((1, 1), 2, OVERLAP),
+    "tp2": ((2, 1), 2, {}),
     "tp2-sp-dp2": ((2, 1), 4, {"sequence_parallel": True, **OVERLAP}),
     "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
     "pp4": ((1, 4), 4, {}),

@@ -19,7 +19,8 @@ from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layer
 from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.common.sizes import Sizes
 
-# H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum
+# H per token that elementwise kernels read and write: adaLN twice, q, k and v into one tensor, GELU, the gated sum,
+# which takes one less each way where the next layer closes it
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
 # and for the second attention of a layer, on the image alone
 DUAL_FORWARD_TRAFFIC, DUAL_BACKWARD_TRAFFIC = 11, 20

@@ -8,7 +8,7 @@ way at once: each of them needs a recording, with memory of its own.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 
+from soar_mega.models.common.open_sum import Tokens, each, tensors_of
 from soar_mega.models.common.precision import cast_weights, run_layer
 from soar_mega.private_names import capturing, forward_pre_hooks
 
@@ -84,10 +85,10 @@ class RecordedLayer:
 
     Attributes:
         outputs: text (None after the model's last layer) and image, after `forward`.
-        gradients: of the inputs, None where not wanted, after `backward`.
+        gradients: of all tensors of text and image and of the conditioning, None where not wanted, after `backward`.
     """
 
-    outputs: tuple[Tensor | None, Tensor]
+    outputs: tuple[Tokens | None, Tokens]
     gradients: list[Tensor | None]
 
     def __init__(
@@ -98,45 +99,53 @@ class RecordedLayer:
         self.trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         self._weights = {name: _stand_in(p) for name, p in layer.named_parameters()}
         self._modules = list(layer.modules())
-        self._inputs: list[Tensor]
-        self._results: tuple[Tensor | None, Tensor]
+        self._inputs: list[Tokens]
+        self._results: tuple[Tokens | None, Tokens]
 
-    def forward(self, inputs: list[Tensor], wanted: list[bool]) -> None:
-        """Compute `outputs`; with gradients `wanted` of any input or weight, keep what `backward` needs."""
-        self._inputs = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        learns = any(wanted)
+    def forward(self, inputs: Sequence[Tokens | None], learns: bool) -> None:
+        """Compute `outputs` of text, image and conditioning; if it `learns`, keep what `backward` needs."""
+        self._inputs = [each(_leaf, x) for x in inputs if x is not None]
         with torch.set_grad_enabled(learns):  # also where it is recomputed: attention depends on it
             text, image = self._run()
         if learns and not self.recomputed:
             self._results = text, image
-        self.outputs = (None if text is None else text.detach(), image.detach())
+        self.outputs = (None if text is None else each(_leaf, text), each(_leaf, image))
 
     def backward(self, gradients: list[Tensor | None]) -> None:
         """Compute the gradients of the inputs from those of the outputs, and add those of the weights to main_grad."""
         if self.recomputed:
             with torch.enable_grad():
                 self._results = self._run()
-        pairs = [(out, g) for out, g in zip(self._results, gradients, strict=True) if out is not None]
-        wanted = [i for i, x in enumerate(self._inputs) if x.requires_grad]
+        outputs = zip(tensors_of(*self._results), gradients, strict=True)
+        pairs = [(out, g) for out, g in outputs if out is not None and g is not None]
+        inputs = tensors_of(*self._inputs)
+        wanted = {i: x for i, x in enumerate(inputs) if x is not None and x.requires_grad}
         weights = [self._weights[name] for name in self.trained]
         found = torch.autograd.grad(
             [out for out, _ in pairs],
-            [*(self._inputs[i] for i in wanted), *weights],
+            [*wanted.values(), *weights],
             [g for _, g in pairs],
             allow_unused=True,
         )
         del self._results
-        self.gradients = [None] * len(self._inputs)
+        self.gradients = [None] * len(inputs)
         for i, gradient in zip(wanted, found, strict=False):
             self.gradients[i] = gradient
         for weight, gradient in zip(weights, found[len(wanted) :], strict=True):
             if gradient is not None and not getattr(weight, "grad_added_to_main_grad", False):
                 weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
 
-    def _run(self) -> tuple[Tensor | None, Tensor]:
+    def zero_gradients(self) -> list[Tensor | None]:
+        """Zeros for `backward`, after `forward`."""
+        return [
+            torch.zeros_like(x, requires_grad=False) if x is not None and x.requires_grad else None
+            for x in tensors_of(*self.outputs)
+        ]
+
+    def _run(self) -> tuple[Tokens | None, Tokens]:
         return run_layer(self._call, self._number, self._config, *self._inputs, self._lengths)
 
-    def _call(self, *inputs: Any) -> tuple[Tensor | None, Tensor]:
+    def _call(self, *inputs: Any) -> tuple[Tokens | None, Tokens]:
         return functional_call(self._layer, self._weights, inputs)
 
     def add_into(self, sums: Mapping[str, Tensor]) -> None:
@@ -184,7 +193,7 @@ class Recording:
         self._forwards = [recorder.record(partial(forward, number)) for number in range(len(layers))]
         self._backwards: list[Replay] = []
         if learns:
-            self._output_gradients = [None if x is None else torch.zeros_like(x) for x in layers[-1].outputs]
+            self._output_gradients = layers[-1].zero_gradients()
             self._backwards = [
                 recorder.record(partial(self._backward, number)) for number in reversed(range(len(layers)))
             ]
@@ -196,7 +205,8 @@ class Recording:
         for layer, replay in zip(self._layers, self._forwards, strict=True):
             layer.prepare()
             replay()
-        text, image = self._layers[-1].outputs
+        text, image = tensors_of(*self._layers[-1].outputs)  # the last layer leaves no sum open
+        assert image is not None
         return None if text is None else text.detach(), image.detach(), self._inputs[2].detach()
 
     def backward(
@@ -222,10 +232,11 @@ class Recording:
         return [text, image, self._conditioning_gradient if self._wanted[2] else None]
 
     def _forward(self, number: int) -> None:
-        first = number == 0
-        before = self._inputs[:2] if first else self._layers[number - 1].outputs
-        wanted = self._wanted if first or not any(self._wanted) else [True, True, self._wanted[2]]
-        self._layers[number].forward([*before, self._inputs[2]], wanted)
+        *streams, conditioning = (
+            x.detach().requires_grad_(want) for x, want in zip(self._inputs, self._wanted, strict=True)
+        )
+        before = streams if number == 0 else self._layers[number - 1].outputs
+        self._layers[number].forward([*before, conditioning], learns=any(self._wanted))
 
     def _forward_alone(self, number: int) -> None:
         """With no backward to follow."""
@@ -235,8 +246,8 @@ class Recording:
 
     def _backward(self, number: int) -> None:
         layer, is_last = self._layers[number], number + 1 == len(self._layers)
-        layer.backward(self._output_gradients if is_last else self._layers[number + 1].gradients[:2])
-        gradient = layer.gradients[2]
+        layer.backward(self._output_gradients if is_last else self._layers[number + 1].gradients[:-1])
+        gradient = layer.gradients[-1]
         if gradient is not None:
             self._conditioning_gradient.add_(gradient)
         if not is_last:
@@ -250,7 +261,7 @@ class Recording:
             layer = self._layers[number]
             sums = {name: p.main_grad for name, p in layer.trained.items()}  # type: ignore[attr-defined]
             layer.add_into({name: torch.empty_like(total) for name, total in sums.items()})
-            layer.backward([None if x is None else torch.zeros_like(x) for x in layer.outputs])
+            layer.backward(layer.zero_gradients())
             layer.add_into(sums)
 
 
@@ -322,6 +333,11 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.finish(*gradients)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The same tensor as one that autograd begins with."""
+    return x.detach().requires_grad_(x.requires_grad)
 
 
 def _stand_in(parameter: Parameter) -> Tensor:

@@ -14,6 +14,7 @@ from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.linear import add_bias
 from soar_mega.models.common.modulation import Modulation
+from soar_mega.models.common.open_sum import OpenSum, Tokens, norm_of
 from soar_mega.models.common.sequence_shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
@@ -136,7 +137,13 @@ def build_mlp(config: TransformerConfig, submodules: LayerSubmodules) -> MLP:
 
 
 class Stream(torch.nn.Module):
-    """The weights of one modality in a layer. Before the model's end the text needs no more than its q, k and v."""
+    """The weights of one modality in a layer. Before the model's end the text needs no more than its q, k and v.
+
+    Attributes:
+        leaves_sum_open: whether the layer's last sum is left to the next layer.
+    """
+
+    leaves_sum_open = False
 
     def __init__(
         self,
@@ -153,6 +160,10 @@ class Stream(torch.nn.Module):
         self.mlp = None if is_pre_only else build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
 
+    def norm(self, tokens: Tokens, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer begins with: its tokens [S, B, H], their sum closed, and what is modulated of them."""
+        return norm_of(self.adaln, tokens, shift, scale)
+
     def add_mlp(
         self,
         hidden: Tensor,
@@ -161,7 +172,7 @@ class Stream(torch.nn.Module):
         shift: Tensor,
         scale: Tensor,
         mlp_gate: Tensor,
-    ) -> Tensor:
+    ) -> Tokens:
         """hidden [S, B, H] plus gated attention, plus the gated MLP of their modulated sum.
 
         attended: what attention's projection returned, and the bias that is left to add to it.
@@ -170,4 +181,6 @@ class Stream(torch.nn.Module):
         branch, bias = attended
         hidden, modulated = self.adaln(hidden, shift, scale, branch, gate, bias)
         branch, bias = self.mlp(modulated)
+        if self.leaves_sum_open:
+            return OpenSum(hidden, branch, mlp_gate, bias)
         return self.gated_add(hidden, branch, mlp_gate, bias)

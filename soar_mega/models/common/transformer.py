@@ -6,6 +6,7 @@ more token (a full copy on each tensor- and context-parallel rank), so no embedd
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from soar_mega.models.common.names import named_tensors
 from soar_mega.models.common.precision import around_layers, recompute_layer, run_layer
 from soar_mega.models.common.sequence_shards import gather, padded_length, scatter, sequence_shards
 from soar_mega.models.common.sizes import Sizes
-from soar_mega.models.common.stream import LayerSubmodules
+from soar_mega.models.common.stream import LayerSubmodules, Stream
 from soar_mega.models.common.te_layers import CastOnce
 
 # the dimension that TP cuts of the weight of a module of this name, wherever it is
@@ -38,7 +39,8 @@ class Transformer(MegatronModule):
     """The layers of one (virtual) pipeline stage, with the embedders on the first stage and the output on the last.
 
     Layers are kept under their global numbers, so a parameter has the same name at every layout. Each is called as
-    `layer(text, image, conditioning, lengths) -> (text, image)`, with this rank's tokens in and out.
+    `layer(text, image, conditioning, lengths) -> (text, image)`, with this rank's tokens in and out. A layer that
+    `takes_open_sums` may get an OpenSum from the one before.
     """
 
     sizes: Any  # of the family: Sizes, and what it adds
@@ -52,6 +54,7 @@ class Transformer(MegatronModule):
         pre_process: bool,
         post_process: bool,
         recompute_every: int,
+        leaves_sums_open: bool,
     ) -> None:
         super().__init__(config)
         self.sizes = sizes
@@ -67,6 +70,8 @@ class Transformer(MegatronModule):
         if pre_process:
             self.make_embedders()
         self.layers = torch.nn.ModuleDict({str(number): self.make_layer(number) for number in layers})
+        if leaves_sums_open:
+            self._leave_sums_open()
         if post_process:
             self.adaln = submodules.adaln
             self.norm_out = Modulation(config, 2)
@@ -210,6 +215,16 @@ class Transformer(MegatronModule):
                     layer, number, self.config, text, image, conditioning.view_as(conditioning), lengths
                 )
         return text, image
+
+    def _leave_sums_open(self) -> None:
+        """Have layers leave their last sums to the next one, but where more would be kept: before and behind recomputed
+        layers."""
+        for number, following in pairwise(self.layers):
+            again = self._is_recomputed(int(number)) or self._is_recomputed(int(following))
+            if self.layers[following].takes_open_sums and not again:
+                for stream in self.layers[number].modules():
+                    if isinstance(stream, Stream):
+                        stream.leaves_sum_open = True
 
     def _is_recomputed(self, number: int) -> bool:
         return self.recompute_every > 0 and number % self.recompute_every == 0

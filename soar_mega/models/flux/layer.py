@@ -10,6 +10,7 @@ from torch import Tensor
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.lengths import Lengths
 from soar_mega.models.common.modulation import Modulation
+from soar_mega.models.common.open_sum import Tokens
 from soar_mega.models.common.sequence_shards import sequence_shards
 from soar_mega.models.common.stream import (
     AttentionProjections,
@@ -49,6 +50,8 @@ class RotaryAttention(torch.nn.Module):
 class DoubleLayer(torch.nn.Module):
     """Text and image through one attention and an MLP each."""
 
+    takes_open_sums = True
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -60,17 +63,16 @@ class DoubleLayer(torch.nn.Module):
         self.image = Stream(config, submodules, layer_number)
         self.text = Stream(config, submodules, layer_number)
         self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
-        self.adaln = submodules.adaln
 
     def forward(
-        self, text: Tensor, image: Tensor, conditioning: Tensor, lengths: Lengths
-    ) -> tuple[Tensor, Tensor]:
+        self, text: Tokens, image: Tokens, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tokens, Tokens]:
         """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text, image."""
         text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
         shift, scale, gate, *mlp = self.image.modulation(conditioning)
-        text, modulated = self.adaln(text, text_shift, text_scale)
+        text, modulated = self.text.norm(text, text_shift, text_scale)
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
-        image, modulated = self.adaln(image, shift, scale)
+        image, modulated = self.image.norm(image, shift, scale)
         image_qkv = self.image.attention.qkv(modulated, lengths.image)
         order = range(lengths.text), range(lengths.text, lengths.text + lengths.image)
         context = self.joint_attention([text_qkv, image_qkv], lengths, order)
@@ -85,6 +87,8 @@ class SingleLayer(torch.nn.Module):
     What diffusers keeps as one `proj_out` of the two branches is attention's projection, which has no bias here, and
     the MLP's second linear: each is cut over TP by its own columns.
     """
+
+    takes_open_sums = False  # the streams would be joined twice
 
     def __init__(
         self,

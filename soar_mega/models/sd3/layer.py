@@ -6,6 +6,7 @@ from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.open_sum import Tokens
 from soar_mega.models.common.stream import LayerSubmodules, Stream, attend, build_attention
 
 
@@ -16,6 +17,8 @@ class MMDiTLayer(torch.nn.Module):
         is_dual: has the second, image-only attention.
         is_last: ends the model; its text comes out of no layer, so nothing is computed for it after attention.
     """
+
+    takes_open_sums = True
 
     def __init__(
         self,
@@ -35,17 +38,17 @@ class MMDiTLayer(torch.nn.Module):
         self.is_last = is_last
 
     def forward(
-        self, text: Tensor, image: Tensor, conditioning: Tensor, lengths: Lengths
-    ) -> tuple[Tensor | None, Tensor]:
+        self, text: Tokens, image: Tokens, conditioning: Tensor, lengths: Lengths
+    ) -> tuple[Tokens | None, Tokens]:
         """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text (None after the last), image."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *dual = self.image.modulation(conditioning)
         if self.is_last:
             text_scale, text_shift = self.text.modulation(conditioning)
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
-        image, modulated = self.adaln(image, shift, scale)
+        image, modulated = self.image.norm(image, shift, scale)
         image_qkv = self.image.attention.qkv(modulated, lengths.image)
-        text, modulated = self.adaln(text, text_shift, text_scale)
+        text, modulated = self.text.norm(text, text_shift, text_scale)
         text_qkv = self.text.attention.qkv(modulated, lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
         joint = self._attend(image_qkv, text_qkv)

@@ -15,11 +15,13 @@ from soar_mega.engines import make_engine
 from soar_mega.stages import SoarConfig
 
 ITERATIONS = 2
+# the first and the last layer; between the others goes an open sum, with a bias that is another module's
+RECOMPUTED = {"recompute_granularity": "full", "recompute_every": 3}
 LAYOUTS = {  # ZeRO stage, TP, processes, further settings
     "zero0-tp2-dp2": (0, 2, 4, {}),
     "zero1-tp2-dp2-sp": (1, 2, 4, {"sequence_parallel": True}),
     "zero2-tp2-dp2": (2, 2, 4, {}),
-    "zero3-tp2-dp2-sp": (3, 2, 4, {"sequence_parallel": True, "model": {"recompute_granularity": "full"}}),
+    "zero3-tp2-dp2-sp": (3, 2, 4, {"sequence_parallel": True, "model": RECOMPUTED}),
 }
 MORE_LAYOUTS = {
     f"zero{stage}-tp{tp}-dp{n // tp}": (stage, tp, n, {})

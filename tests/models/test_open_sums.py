@@ -12,24 +12,23 @@ from soar_mega.models.family import read_sizes
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.models.sd3.sizes import SD3Sizes
 
-ZERO3 = ParallelConfig(engine="deepspeed", zero_stage=3)
 SD3 = SD3Sizes(num_layers=4, dual_attention_layers=(0,))
 FLUX = FluxSizes(num_double_layers=3, num_single_layers=2)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "model", "parallel", "expected"),
+    ("sizes", "settings", "expected"),
     [
-        (SD3, {}, ParallelConfig(), [0, 1, 2]),
-        (FLUX, {}, ParallelConfig(), [0, 1]),  # single layers join the streams before their norm
-        (SD3, {"recompute_granularity": "selective"}, ParallelConfig(), [0, 1, 2]),
-        (SD3, {"recompute_granularity": "full", "recompute_every": 3}, ParallelConfig(), [1]),
-        (SD3, {}, ZERO3, []),
+        (SD3, {}, [0, 1, 2]),
+        (FLUX, {}, [0, 1]),  # single layers join the streams before their norm
+        (SD3, {"recompute_granularity": "selective"}, [0, 1, 2]),
+        (SD3, {"recompute_granularity": "full"}, []),
+        (SD3, {"recompute_granularity": "full", "recompute_every": 3}, [1]),
     ],
 )
-def test_where_sums_are_left_open(sizes, model, parallel, expected):
-    """Where both layers keep what they compute; not where a bias is gone with its layer."""
-    built = build_model(sizes, ModelConfig(**model), parallel, meta=True)
+def test_where_sums_are_left_open(sizes, settings, expected):
+    """Where both layers keep what they compute."""
+    built = build_model(sizes, ModelConfig(**settings), ParallelConfig(), meta=True)
     streams = {
         number: [stream.leaves_sum_open for stream in layer.modules() if isinstance(stream, Stream)]
         for number, layer in built.layers.items()
@@ -46,11 +45,12 @@ def test_the_next_layer_closes_them(tmp_path, monkeypatch):
     sizes = read_sizes(tmp_path)
     inputs = make_inputs(sizes, batch=1)
     calls, velocities, gradients = [], [], []
-    for parallel in (ParallelConfig(), ZERO3):
-        model = build_model(sizes, ModelConfig(dtype="fp32"), parallel)
+    for leaves_open in (True, False):
+        model = build_model(sizes, ModelConfig(dtype="fp32"), ParallelConfig())
         load_weights(model, tmp_path)
         calls.append(0)
         for stream in (module for module in model.modules() if isinstance(module, Stream)):
+            stream.leaves_sum_open &= leaves_open
 
             def counted(*given, add=stream.gated_add):
                 calls[-1] += 1

@@ -115,8 +115,6 @@ def build_model(
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,
             recompute_every=model.recompute_every if granularity == "full" else 0,
-            # ZeRO-3 gives a bias away when its layer is through
-            leaves_sums_open=not (parallel.engine == "deepspeed" and parallel.zero_stage == 3),
         )
     if not meta:
         if model.init == "random":

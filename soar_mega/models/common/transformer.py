@@ -54,7 +54,6 @@ class Transformer(MegatronModule):
         pre_process: bool,
         post_process: bool,
         recompute_every: int,
-        leaves_sums_open: bool,
     ) -> None:
         super().__init__(config)
         self.sizes = sizes
@@ -70,8 +69,7 @@ class Transformer(MegatronModule):
         if pre_process:
             self.make_embedders()
         self.layers = torch.nn.ModuleDict({str(number): self.make_layer(number) for number in layers})
-        if leaves_sums_open:
-            self._leave_sums_open()
+        self._leave_sums_open()
         if post_process:
             self.adaln = submodules.adaln
             self.norm_out = Modulation(config, 2)

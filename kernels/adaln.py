@@ -189,9 +189,9 @@ def _backward(
         grad_residual, grad_branch, partials, bias_sums,
         tokens, samples, _stride(gate), scale.stride(0), **sizes.backward,
     )  # fmt: skip
-    vectors = sum_lines(partials, hidden.dtype)
+    vectors, grad_bias = sum_lines(hidden.dtype, partials, bias_sums)
+    assert vectors is not None
     grad_gate = None if branch is None else vectors[2]
-    grad_bias = None if bias_sums is None else sum_lines(bias_sums, hidden.dtype)
     return grad_residual, grad_branch, grad_bias, grad_gate, vectors[0], vectors[1], None, None
 
 

@@ -114,7 +114,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         bias_gelu_backward_kernel, sizes.backward_grid, x.device,
         grad_out.contiguous(), x, bias, grad_x, sums, sizes.rows, sizes.backward_rows, width, **sizes.constants,
     )  # fmt: skip
-    return grad_x, None if sums is None else sum_lines(sums, x.dtype), None
+    return grad_x, *sum_lines(x.dtype, sums), None
 
 
 _operation = define("bias_gelu", forward=_forward, setup_context=_setup_context, backward=_backward)

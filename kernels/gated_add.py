@@ -115,8 +115,8 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_out.contiguous(), branch, bias, gate, grad_branch, gate_sums, bias_sums,
         tokens, samples, BACKWARD_TOKENS, width, gate.stride(0), **ctx.sizes.constants,
     )  # fmt: skip
-    grad_bias = None if bias_sums is None else sum_lines(bias_sums, branch.dtype)
-    return grad_out, grad_branch, sum_lines(gate_sums, branch.dtype), grad_bias, None
+    grad_gate, grad_bias = sum_lines(branch.dtype, gate_sums, bias_sums)
+    return grad_out, grad_branch, grad_gate, grad_bias, None
 
 
 _operation = define("gated_add", forward=_forward, setup_context=_setup_context, backward=_backward)

@@ -256,9 +256,8 @@ def _backward_of_one(
         *gradients, *tensors, cosine, sine, grad_mixed, bias_sums, weight_sums,
         size.length * samples, samples, size.heads, *gradients[0].stride()[:3], epsilon, **size.backward,
     )  # fmt: skip
-    grad_bias = None if bias_sums is None else sum_lines(bias_sums, mixed.dtype)
-    weights = (None, None) if weight_sums is None else sum_lines(weight_sums, mixed.dtype)
-    return [grad_mixed, grad_bias, *weights]
+    grad_bias, weights = sum_lines(mixed.dtype, bias_sums, weight_sums)
+    return [grad_mixed, grad_bias, *((None, None) if weights is None else weights)]
 
 
 def _parts(lengths: list[int], *joint: Tensor | None) -> list[Any]:

@@ -270,21 +270,27 @@ def gated_add() -> list[Variant]:
 
 
 def sums() -> list[Variant]:
-    """The second half of the gradients of adaln's vectors and of the norms' weights."""
+    """The second half of the gradients of vectors, weights and biases."""
     launch = launch_of("sum_lines", "columns", "any")
+    kinds = {"": "fp32", "_sum": "bf16"}
     return [
         Variant(
-            name="sum of partial sums, bf16",
+            name=f"{' and '.join(given)} of partial sums, bf16",
             module="sums",
             kernel="sum_kernel",
-            pointers={"partials": "fp32", "out": "bf16"},
-            integers=("lines", "size"),
+            pointers={
+                f"{which}{part}": kind if which in given else None
+                for which in ("first", "second")
+                for part, kind in kinds.items()
+            },
+            integers=("first_lines", "first_size", "second_lines", "second_size"),
             constants={"LINES": LINES, "BLOCK": launch.block},
             num_warps=launch.num_warps,
-            read=("partials",),
-            written=("out",),
+            read=given,
+            written=tuple(f"{which}_sum" for which in given),
             width=0,
         )
+        for given in (("first",), ("first", "second"))
     ]
 
 

@@ -11,14 +11,15 @@ in a forward with its backward:
     fused       by the kernels' twins on the CPU
     launching   by the code that launches the Triton kernels, with the launches themselves left out
 
-Printed: the lowest of all rounds, which other work on the machine disturbs least, in milliseconds, and the ratio to
-plain. Writes JSON.
+Printed: the lowest of all rounds in milliseconds, and the ratio to plain, the median of what it was in each round: a
+machine that is now fast and now slow is the same to all forms of a round. Writes JSON.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,6 @@ from kernel_traffic import modules_that_launch
 from origin import origin
 from torch import Tensor
 
-from soar_mega import platform
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.sizes import Sizes
@@ -124,17 +124,16 @@ def process_time(call: Callable[[], object]) -> float:
 
 
 def summary(times: Times) -> dict[str, dict[str, float]]:
-    """The lowest in milliseconds, and their ratio to the plain form."""
-    lowest = {form: {part: 1e3 * min(each) for part, each in parts.items()} for form, parts in times.items()}
+    """The lowest in milliseconds, and the ratio to the plain form: the median of all rounds'."""
     return {
-        form: {
-            "forward_ms": found["forward"],
-            "both_ms": found["both"],
-            "forward_ratio": found["forward"] / lowest["plain"]["forward"],
-            "both_ratio": found["both"] / lowest["plain"]["both"],
-        }
-        for form, found in lowest.items()
+        form: {f"{part}_ms": 1e3 * min(found) for part, found in parts.items()}
+        | {f"{part}_ratio": _ratio(found, times["plain"][part]) for part, found in parts.items()}
+        for form, parts in times.items()
     }
+
+
+def _ratio(seconds: list[float], plain: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(seconds, plain, strict=True))
 
 
 def main() -> None:
@@ -147,7 +146,6 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/<date>-cpu-host.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    platform.install()
     found = summary(measure(tiny(args.layers, args.dual), args.rounds))
     print(f"{args.layers} layers, {args.dual} of them dual, hidden size 16, lowest of {args.rounds} rounds")
     print(f"{'':10} {'forward ms':>11} {'ratio':>6} {'with backward ms':>17} {'ratio':>6}")

@@ -171,8 +171,8 @@ def host(said: Json) -> list[str]:
         for form, row in said["forms"].items()
     ]
     title = (
-        f"{said['layers']} layers, {said['dual_layers']} of them with the second attention, lowest of "
-        f"{said['rounds']} rounds:"
+        f"{said['layers']} layers, {said['dual_layers']} of them with the second attention; the lowest of "
+        f"{said['rounds']} rounds, and the median of their ratios:"
     )
     return [title, "", *table(["form", "forward, ms (of plain)", "with backward, ms (of plain)"], rows)]
 

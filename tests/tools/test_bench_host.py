@@ -4,7 +4,6 @@ import json
 import sys
 
 import bench_host
-import pytest
 import torch
 
 from soar_mega.kernels import adaln
@@ -25,5 +24,15 @@ def test_every_form_is_measured(tmp_path, monkeypatch, capsys):
     assert said["forms"].keys() == {"plain", "fused", "launching"} and said["layers"] == 2
     for row in said["forms"].values():
         assert 0 < row["forward_ms"] < row["both_ms"]
-        assert row["both_ratio"] == pytest.approx(row["both_ms"] / said["forms"]["plain"]["both_ms"])
+        assert row["both_ratio"] > 0
+    assert said["forms"]["plain"]["both_ratio"] == 1
     assert capsys.readouterr().out.startswith("2 layers, 1 of them dual")
+
+
+def test_a_ratio_is_that_of_a_round():
+    """The machine was three times as slow from the second round on, and no form is to blame."""
+    plain, fused = [1.0, 3.0, 3.3], [1.5, 3.6, 3.3]
+    times = {"plain": {"forward": plain, "both": plain}, "fused": {"forward": fused, "both": fused[::-1]}}
+    found = bench_host.summary(times)["fused"]
+    assert found["forward_ms"] == found["both_ms"] == 1500.0
+    assert found["forward_ratio"] == 1.2

@@ -5,7 +5,8 @@
 
 At a width where nothing takes time to compute, what is left is what a step on a GPU waits for: Python, autograd, and
 torch's own calls. Three forms of the same model take turns, in a forward without gradients (an answer of the model) and
-in a forward with its backward:
+in a forward with its backward. torch is as it is on a GPU, without what stands in for one elsewhere
+(soar_mega/platform.py):
 
     plain       adaLN and QK norm by plain torch calls
     fused       by the kernels' twins on the CPU

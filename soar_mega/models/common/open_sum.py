@@ -22,16 +22,6 @@ class OpenSum(NamedTuple):
 Tokens = Tensor | OpenSum
 
 
-def norm_of(
-    adaln: Callable[..., tuple[Tensor, Tensor]], tokens: Tokens, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """By `adaln`, the tokens [S, B, H], their sum closed, and their modulated norm; shift, scale: [B, H]."""
-    if isinstance(tokens, Tensor):
-        return adaln(tokens, shift, scale)
-    residual, *branch = tokens
-    return adaln(residual, shift, scale, *branch)
-
-
 def each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
     """The same with `function` of every tensor."""
     if isinstance(tokens, Tensor):

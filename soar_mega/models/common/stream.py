@@ -14,7 +14,7 @@ from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.linear import add_bias
 from soar_mega.models.common.modulation import Modulation
-from soar_mega.models.common.open_sum import OpenSum, Tokens, norm_of
+from soar_mega.models.common.open_sum import OpenSum, Tokens
 from soar_mega.models.common.sequence_shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
@@ -162,7 +162,10 @@ class Stream(torch.nn.Module):
 
     def norm(self, tokens: Tokens, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer begins with: its tokens [S, B, H], their sum closed, and what is modulated of them."""
-        return norm_of(self.adaln, tokens, shift, scale)
+        if isinstance(tokens, Tensor):
+            return self.adaln(tokens, shift, scale)
+        residual, *branch = tokens
+        return self.adaln(residual, shift, scale, *branch)
 
     def add_mlp(
         self,

@@ -148,7 +148,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = summary(measure(tiny(args.layers, args.dual), args.rounds))
-    print(f"{args.layers} layers, {args.dual} of them dual, hidden size 16, lowest of {args.rounds} rounds")
+    print(f"{args.layers} layers, {args.dual} of them dual, hidden size 16")
+    print(f"the lowest of {args.rounds} rounds, and the median of their ratios")
     print(f"{'':10} {'forward ms':>11} {'ratio':>6} {'with backward ms':>17} {'ratio':>6}")
     for form, row in found.items():
         print(

@@ -88,7 +88,7 @@ class RecordedLayer:
         gradients: of all tensors of text and image and of the conditioning, None where not wanted, after `backward`.
     """
 
-    outputs: tuple[Tokens | None, Tokens]
+    outputs: list[Tokens | None]
     gradients: list[Tensor | None]
 
     def __init__(
@@ -99,17 +99,17 @@ class RecordedLayer:
         self.trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         self._weights = {name: _stand_in(p) for name, p in layer.named_parameters()}
         self._modules = list(layer.modules())
-        self._inputs: list[Tokens]
+        self._inputs: list[Tokens | None]
         self._results: tuple[Tokens | None, Tokens]
 
     def forward(self, inputs: Sequence[Tokens | None], learns: bool) -> None:
         """Compute `outputs` of text, image and conditioning; if it `learns`, keep what `backward` needs."""
-        self._inputs = [each(_leaf, x) for x in inputs if x is not None]
+        self._inputs = [each(_leaf, x) for x in inputs]
         with torch.set_grad_enabled(learns):  # also where it is recomputed: attention depends on it
-            text, image = self._run()
+            results = self._run()
         if learns and not self.recomputed:
-            self._results = text, image
-        self.outputs = (None if text is None else each(_leaf, text), each(_leaf, image))
+            self._results = results
+        self.outputs = [each(_leaf, x) for x in results]
 
     def backward(self, gradients: list[Tensor | None]) -> None:
         """Compute the gradients of the inputs from those of the outputs, and add those of the weights to main_grad."""

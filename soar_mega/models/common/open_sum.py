@@ -22,14 +22,14 @@ class OpenSum(NamedTuple):
 Tokens = Tensor | OpenSum
 
 
-def each(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+def each(function: Callable[[Tensor], Tensor], tokens: Tokens | None) -> Tokens | None:
     """The same with `function` of every tensor."""
-    if isinstance(tokens, Tensor):
-        return function(tokens)
-    residual, branch, gate, bias = tokens
-    return OpenSum(
-        function(residual), function(branch), function(gate), None if bias is None else function(bias)
-    )
+    if isinstance(tokens, OpenSum):
+        residual, branch, gate, bias = tokens
+        return OpenSum(
+            function(residual), function(branch), function(gate), None if bias is None else function(bias)
+        )
+    return None if tokens is None else function(tokens)
 
 
 def tensors_of(*streams: Tokens | None) -> list[Tensor | None]:

@@ -219,10 +219,9 @@ class Transformer(MegatronModule):
         layers."""
         for number, following in pairwise(self.layers):
             again = self._is_recomputed(int(number)) or self._is_recomputed(int(following))
-            if self.layers[following].takes_open_sums and not again:
-                for stream in self.layers[number].modules():
-                    if isinstance(stream, Stream):
-                        stream.leaves_sum_open = True
+            streams = (module for module in self.layers[number].modules() if isinstance(module, Stream))
+            for stream in streams:
+                stream.leaves_sum_open = bool(self.layers[following].takes_open_sums) and not again
 
     def _is_recomputed(self, number: int) -> bool:
         return self.recompute_every > 0 and number % self.recompute_every == 0

@@ -42,11 +42,10 @@ until_complete() {
     fi
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "$@" &
     local step=$!
-    # `wait` returns early when a signal comes
-    while kill -0 "$step" 2> /dev/null; do
-        wait "$step"
-        code=$?
-    done
+    # `wait` returns early when a signal comes; the shell keeps the exit code of a command that has ended
+    while kill -0 "$step" 2> /dev/null; do wait "$step"; done
+    wait "$step"
+    code=$?
     trap - USR1 TERM
     [[ -n $asked ]] && kill "$asked" 2> /dev/null
     [[ -n $watch ]] && kill "$watch" 2> /dev/null

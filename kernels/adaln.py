@@ -51,6 +51,7 @@ def adaln(
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     epsilon: float = EPSILON,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(hidden, modulated), both [S, B, H] in the type of `residual`; hidden is `residual` itself without a branch.
 
@@ -62,13 +63,16 @@ def adaln(
         branch, gate: [S, B, H] and [B, H], both or neither.
         bias: [H], which the linear behind the branch has left; only with a branch.
         epsilon: added to the variance.
+        out: like `residual`; modulated is written there, and nothing gets a gradient.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
     """
-    sizes = _checked(residual, shift, scale, branch, gate, bias)
+    sizes = _checked(residual, shift, scale, branch, gate, bias, out)
     if not launches(residual.device):
-        return plain_adaln(residual, shift, scale, branch, gate, bias, epsilon)
+        return plain_adaln(residual, shift, scale, branch, gate, bias, epsilon, out)
+    if out is not None:
+        return _forward(residual, branch, bias, gate, shift, scale, epsilon, sizes, out)[:2]
     return _operation(residual, branch, bias, gate, shift, scale, epsilon, sizes)
 
 
@@ -80,13 +84,14 @@ def plain_adaln(
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     epsilon: float = EPSILON,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`adaln` by plain torch calls, which autograd differentiates."""
     hidden = residual
     if branch is not None and gate is not None:
         hidden = plain_gated_add(residual, branch, gate, bias)
     normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=epsilon)
-    return hidden, torch.addcmul(shift, normed, 1 + scale)
+    return hidden, torch.addcmul(shift, normed, 1 + scale, out=out)
 
 
 @once_per_layout
@@ -97,6 +102,7 @@ def _checked(
     branch: Tensor | None,
     gate: Tensor | None,
     bias: Tensor | None,
+    out: Tensor | None,
 ) -> Sizes:
     check_tensor("residual", residual, shape=("S", "B", "H"))
     if (branch is None) != (gate is None):
@@ -112,8 +118,9 @@ def _checked(
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
         if vector is not None:
             check_tensor(name, vector, shape=(samples, width), strided=True, **alike)
-    if branch is not None:
-        check_tensor("branch", branch, shape=(tokens, samples, width), **alike)
+    for name, tensor in (("branch", branch), ("out", out)):
+        if tensor is not None:
+            check_tensor(name, tensor, shape=(tokens, samples, width), **alike)
     if bias is not None:
         check_tensor("bias", bias, shape=(width,), **alike)
     forward, rows = _launch("forward", residual)
@@ -144,12 +151,13 @@ def _forward(
     scale: Tensor,
     epsilon: float,
     sizes: Sizes,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from soar_mega.kernels.source.adaln import adaln_forward_kernel
 
     tokens, samples, _ = residual.shape
     hidden = residual if branch is None else empty(residual)
-    modulated = empty(residual)
+    modulated = empty(residual) if out is None else out
     statistics = torch.empty(tokens, samples, 2, device=residual.device)
     launch(
         adaln_forward_kernel, (sizes.forward_programs, samples), residual.device,

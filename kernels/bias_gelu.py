@@ -42,29 +42,33 @@ class Sizes:
     constants: dict[str, int]
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """GELU(x + bias), like x.
 
     Args:
         x: [S, B, F] float32, bfloat16 or float16, contiguous.
         bias: [F] of the same type, or None where it is in x already.
+        out: like x; the result is written there, and nothing gets a gradient.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
     """
-    sizes = _checked(x, bias)
+    sizes = _checked(x, bias, out)
     if not launches(x.device):
-        return plain_bias_gelu(x, bias)
+        return plain_bias_gelu(x, bias, out)
+    if out is not None:
+        return _forward(x, bias, sizes, out)
     return _operation(x, bias, sizes)
 
 
-def plain_bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+def plain_bias_gelu(x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """`bias_gelu` by plain torch calls, which autograd differentiates."""
-    return torch.nn.functional.gelu(x if bias is None else x + bias, approximate="tanh")
+    result = torch.nn.functional.gelu(x if bias is None else x + bias, approximate="tanh")
+    return result if out is None else out.copy_(result)
 
 
 @once_per_layout
-def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
+def _checked(x: Tensor, bias: Tensor | None, out: Tensor | None) -> Sizes:
     check_tensor("x", x, shape=("S", "B", "F"))
     tokens, samples, width = x.shape
     if max(tokens * samples, width) > LARGEST_ROW:
@@ -73,6 +77,8 @@ def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
         )
     if bias is not None:
         check_tensor("bias", bias, shape=(width,), dtypes=(x.dtype,), device=x.device)
+    if out is not None:
+        check_tensor("out", out, shape=x.shape, dtypes=(x.dtype,), device=x.device)
     rows = tokens * samples
     entry = launch_of("bias_gelu", width_class(x), architecture(x.device))
     columns = -(-width // entry.block)
@@ -87,10 +93,10 @@ def _checked(x: Tensor, bias: Tensor | None) -> Sizes:
     )
 
 
-def _forward(x: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, sizes: Sizes, out: Tensor | None = None) -> Tensor:
     from soar_mega.kernels.source.bias_gelu import bias_gelu_forward_kernel
 
-    out = empty(x)
+    out = empty(x) if out is None else out
     launch(
         bias_gelu_forward_kernel, sizes.forward_grid, x.device,
         x, bias, out, sizes.rows, sizes.forward_rows, x.shape[2], **sizes.constants,

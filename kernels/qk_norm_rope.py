@@ -67,6 +67,7 @@ def qk_norm_rope(
     cosine: Tensor | None = None,
     sine: Tensor | None = None,
     epsilon: float = EPSILON,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all streams, one after the other: each [sum of lengths, B, heads, D] contiguous.
 
@@ -76,6 +77,7 @@ def qk_norm_rope(
         cosine, sine: [sum of lengths, D] float32, both or neither: each angle twice, as diffusers' FLUX gives them.
             They get no gradient.
         epsilon: added to the mean square.
+        out: like the results, which are written there, and nothing gets a gradient.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, empty, or not contiguous; the message names it.
@@ -83,8 +85,12 @@ def qk_norm_rope(
     lengths = tuple([stream.length for stream in streams])
     tensors = [x for s in streams for x in (s.mixed, s.bias, s.query_weight, s.key_weight)]
     sizes = _checked(lengths, head_size, cosine, sine, *tensors)
+    if out is not None:
+        _check_out(out, streams[0].mixed, sum(lengths), head_size)
     if not launches(streams[0].mixed.device):
-        return plain_qk_norm_rope(streams, head_size, cosine, sine, epsilon)
+        return plain_qk_norm_rope(streams, head_size, cosine, sine, epsilon, out)
+    if out is not None:
+        return _forward(*tensors, cosine, sine, epsilon, sizes, out=out)
     return _operation(*tensors, cosine, sine, epsilon, sizes)
 
 
@@ -94,13 +100,18 @@ def plain_qk_norm_rope(
     cosine: Tensor | None = None,
     sine: Tensor | None = None,
     epsilon: float = EPSILON,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope` by plain torch calls, which autograd differentiates."""
     normed = [_plain_one(stream, head_size, epsilon) for stream in streams]
     query, key, value = (torch.cat(parts) for parts in zip(*normed))
-    if cosine is None or sine is None:
+    if cosine is not None and sine is not None:
+        query, key = (_rotate(x, cosine, sine).to(x.dtype) for x in (query, key))
+    if out is None:
         return query, key, value
-    return _rotate(query, cosine, sine).to(query.dtype), _rotate(key, cosine, sine).to(key.dtype), value
+    for place, result in zip(out, (query, key, value), strict=True):
+        place.copy_(result)
+    return out
 
 
 def _plain_one(stream: Projected, head_size: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,6 +179,13 @@ def _check_stream(name: str, stream: Projected, first: Tensor, head_size: int) -
             check_tensor(name + part, vector, shape=(size,), **alike)
 
 
+def _check_out(out: Sequence[Tensor], mixed: Tensor, length: int, head_size: int) -> None:
+    _, samples, width = mixed.shape
+    shape = (length, samples, width // (3 * head_size), head_size)
+    for i, tensor in enumerate(out):
+        check_tensor(f"out[{i}]", tensor, shape=shape, dtypes=(mixed.dtype,), device=mixed.device)
+
+
 def _sizes(stream: Projected, heads: int, head_size: int, kind: str) -> Sizes:
     width, samples = power_of_two(head_size), stream.mixed.shape[1]
     found = architecture(stream.mixed.device)
@@ -197,14 +215,16 @@ def _streams(lengths: Sequence[int], tensors: Sequence[Any]) -> list[Projected]:
     return [Projected(tensors[4 * i], n, *tensors[4 * i + 1 : 4 * i + 4]) for i, n in enumerate(lengths)]
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    *arguments: Any, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     from soar_mega.kernels.source.qk_norm_rope import qk_norm_forward_kernel
 
     *tensors, cosine, sine, epsilon, sizes = arguments
     mixed, samples, heads = tensors[0], tensors[0].shape[1], sizes[0].heads
     lengths = [size.length for size in sizes]
     shape = (sum(lengths), samples, heads, sizes[0].forward["D"])
-    query, key, value = (torch.empty(shape, dtype=mixed.dtype, device=mixed.device) for _ in range(3))
+    query, key, value = out or (torch.empty(shape, dtype=mixed.dtype, device=mixed.device) for _ in range(3))
     parts = _parts(lengths, cosine, sine, query, key, value)
     for i, size in enumerate(sizes):
         launch(

@@ -23,9 +23,17 @@ class ModelConfig:
     first_last_layers_bf16: bool = False  # with fp8: not in the first and last layers, as many as these
     num_layers_at_start_in_bf16: int = 1
     num_layers_at_end_in_bf16: int = 1
-    recompute_granularity: str = "none"  # none | selective (attention alone) | full (layers)
+    recompute_granularity: str = "none"  # none | selective (recompute_modules) | full (layers)
+    recompute_modules: list[str] = field(  # with selective: core_attn | layernorm | mlp_act | qk_layernorm
+        default_factory=lambda: ["core_attn"]
+    )
     recompute_every: int = 1  # with full: recompute every k-th layer
     fused_kernels: bool = True  # adaLN and QK norm as one kernel each; false: as plain torch calls
+
+    @property
+    def made_again(self) -> frozenset[str]:
+        """Parts of every layer that are computed again in backward."""
+        return frozenset(self.recompute_modules if self.recompute_granularity == "selective" else ())
 
 
 class Forwards(NamedTuple):

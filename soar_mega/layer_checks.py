@@ -9,6 +9,7 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 ATTENTION_BACKENDS = ("sdpa", "auto", "flash", "fused", "unfused")
 FP8_FORMATS = ("e4m3", "hybrid")
 FP8_RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp_act", "qk_layernorm")
 
 # the first GPUs that can: compute capability
 FLASH_CAPABILITY = (8, 0)
@@ -45,11 +46,33 @@ def check_layers(model: ModelConfig) -> None:
             f"model.attention_backend={backend} computes in 16 bits only: set model.dtype=bf16, or "
             "model.attention_backend=sdpa"
         )
+    _check_recomputation(model)
     if model.fp8 is not None:
         _check_fp8(model)
     elif model.first_last_layers_bf16:
         raise ValueError(
             "model.first_last_layers_bf16 is an exception from FP8: set model.fp8, or leave it out"
+        )
+
+
+def _check_recomputation(model: ModelConfig) -> None:
+    modules, known = set(model.recompute_modules), ", ".join(RECOMPUTE_MODULES)
+    if unknown := modules.difference(RECOMPUTE_MODULES):
+        raise ValueError(f"model.recompute_modules: {min(unknown)!r} is unknown: choose from {known}")
+    if model.recompute_granularity == "selective" and not modules:
+        raise ValueError(
+            f"model.recompute_granularity=selective needs model.recompute_modules, of {known}: name some, or set "
+            "model.recompute_granularity=none"
+        )
+    if model.recompute_granularity != "selective" and modules != {"core_attn"}:
+        raise ValueError(
+            f"model.recompute_modules is for model.recompute_granularity=selective, and that is "
+            f"{model.recompute_granularity}: set it to selective, or leave the modules out"
+        )
+    if model.fp8 is not None and (useless := model.made_again & {"layernorm", "mlp_act"}):
+        raise ValueError(
+            f"model.recompute_modules: linears in FP8 keep their own casts of what they read, so nothing is saved by "
+            f"{' and '.join(sorted(useless))}: leave {'them' if len(useless) > 1 else 'it'} out"
         )
 
 

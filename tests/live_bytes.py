@@ -16,7 +16,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.peak = 0
+        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self._alive)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {storage._cdata for storage in _storages((args, kwargs))}
@@ -24,13 +29,9 @@ class LiveBytes(TorchDispatchMode):
         for storage in _storages(result):
             if storage._cdata not in known:
                 known.add(storage._cdata)
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, nbytes: int) -> None:
-        self.now += nbytes
+                self._alive.add(storage)
         self.peak = max(self.peak, self.now)
+        return result
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -142,7 +142,7 @@ class Profile:
         forward, adapters = forward_work(sizes, tokens), recipe.lora.rank > 0
         step = step_work(forward, round(samples * answers), samples * points, adapters)
         model = recipe.model
-        again = recomputed_work(sizes, tokens, model.recompute_granularity, model.recompute_every)
+        again = recomputed_work(sizes, tokens, model)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         known = peaks(recipe, device_name)

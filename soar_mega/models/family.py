@@ -42,7 +42,8 @@ class Family:
         usual_tokens: of a sample, by whose work pipeline stages are cut.
         embedding_work: of the inputs on their way into the layers, in a forward of one sample.
         layer_work: (number, tokens) of one layer, likewise.
-        layer_bytes: (tokens, number, bytes of an element) that autograd keeps of a layer for one point.
+        layer_bytes: (tokens, number, bytes of an element, what is made again) that autograd keeps of a layer for one
+            point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
         encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.
         original: the layout of its authors' single files; None where there are none.
@@ -59,7 +60,7 @@ class Family:
     usual_tokens: Callable[[Any], Tokens]
     embedding_work: Callable[[Any, Tokens], Work]
     layer_work: Callable[[Any, int, Tokens], Work]
-    layer_bytes: Callable[[Any, RankTokens, int, int], float]
+    layer_bytes: Callable[[Any, RankTokens, int, int, frozenset[str]], float]
     embedding_bytes: Callable[[Any, tuple[int, int], int, int], float]
     encoder_facts: Callable[[Path, int | None], "EncoderFacts"]
     original: OriginalLayout | None = None

@@ -18,6 +18,7 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size, start_world
 from soar_mega.engines import make_engine
 from soar_mega.flow import normal
+from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.gather import full_shape, local_shard
 from soar_mega.models.common.names import global_parameter_names
 from soar_mega.models.sd3.sizes import SD3Sizes
@@ -64,6 +65,9 @@ def settings_of_soar(settings):
     """The settings of another stage, where it has them with the values of SOAR above."""
     shared = {field.name: getattr(SOAR, field.name) for field in fields(settings) if field.name != "name"}
     return settings(**shared)
+
+
+PARTS_AGAIN = {"recompute_granularity": "selective", "recompute_modules": list(RECOMPUTE_MODULES)}
 
 
 def make_recipe(

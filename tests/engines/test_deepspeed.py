@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from deepspeed_cases import PATTERNS, behaviour, link, megatron_recipe, zero_recipe
-from engine_cases import SIZES, assert_gradients_agree, train_case
+from engine_cases import PARTS_AGAIN, SIZES, assert_gradients_agree, train_case
 from multirank import run_ranks
 
 from soar_mega.config import CheckpointConfig, DataConfig, ParallelConfig, Recipe
@@ -18,7 +18,7 @@ ITERATIONS = 2
 # the first and the last layer; between the others goes an open sum, with a bias that is another module's
 RECOMPUTED = {"recompute_granularity": "full", "recompute_every": 3}
 LAYOUTS = {  # ZeRO stage, TP, processes, further settings
-    "zero0-tp2-dp2": (0, 2, 4, {}),
+    "zero0-tp2-dp2": (0, 2, 4, {"model": PARTS_AGAIN}),
     "zero1-tp2-dp2-sp": (1, 2, 4, {"sequence_parallel": True}),
     "zero2-tp2-dp2": (2, 2, 4, {}),
     "zero3-tp2-dp2-sp": (3, 2, 4, {"sequence_parallel": True, "model": RECOMPUTED}),
@@ -27,7 +27,7 @@ MORE_LAYOUTS = {
     f"zero{stage}-tp{tp}-dp{n // tp}": (stage, tp, n, {})
     for stage in range(4)
     for tp, n in ((1, 1), (1, 2), (2, 2), (2, 4))
-}
+} | {"zero3-parts-again": (3, 2, 4, {"model": PARTS_AGAIN})}
 OFFLOADED = {"offload_optimizer": True}
 BEHAVIOURS = {
     "zero0": (0, {}),

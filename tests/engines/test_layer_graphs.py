@@ -5,7 +5,16 @@ from functools import partial
 import pytest
 import torch
 from collecting_cases import Collecting, collected_batch, collecting_recipe, learn_once, with_kept_weights
-from engine_cases import EIGHT_LAYERS, SIZES, VPP2, iterate, make_batch, make_recipe, start_engine
+from engine_cases import (
+    EIGHT_LAYERS,
+    PARTS_AGAIN,
+    SIZES,
+    VPP2,
+    iterate,
+    make_batch,
+    make_recipe,
+    start_engine,
+)
 from multirank import run_ranks
 from repeated_work import RepeatedWork
 
@@ -22,13 +31,13 @@ FROZEN = {"frozen": ["context_embedder.*", "time_text_embed.*", "layers.1.*"]}
 LAYOUTS = {
     "one": ((1, 1), 1, {"model": RECOMPUTED, "optimizer": FROZEN}),
     "dp2": ((1, 1), 2, OVERLAP),
-    "tp2": ((2, 1), 2, {}),
+    "tp2": ((2, 1), 2, {"model": PARTS_AGAIN}),
     "tp2-sp-dp2": ((2, 1), 4, {"sequence_parallel": True, **OVERLAP}),
     "pp2-vpp2": ((1, 2), 2, {**VPP2, "model": {"dtype": "bf16"}}),
     "pp4": ((1, 4), 4, {}),
     "cp2": ((1, 1), 2, {"context_parallel_size": 2}),
     "flux": ((1, 2), 2, {**VPP2, "model": RECOMPUTED}),
-    "flux-tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
+    "flux-tp2-sp": ((2, 1), 2, {"sequence_parallel": True, "model": PARTS_AGAIN}),
 }
 # a double and a single layer in one chunk
 FLUX = FluxSizes(

@@ -5,7 +5,14 @@ import functools
 import pytest
 import torch
 from deepspeed_cases import PATTERNS, behaviour
-from engine_cases import VPP2, assert_gradients_agree, assert_training_agrees, make_recipe, train_case
+from engine_cases import (
+    PARTS_AGAIN,
+    VPP2,
+    assert_gradients_agree,
+    assert_training_agrees,
+    make_recipe,
+    train_case,
+)
 from multirank import run_ranks
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -19,7 +26,7 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "cp2-plain-optimizer": ((1, 1), 2, {"context_parallel_size": 2, "use_distributed_optimizer": False}),
     "cp2-dp2-overlap": ((1, 1), 4, {"context_parallel_size": 2, **OVERLAP}),
     "tp2-cp2-sp": ((2, 1), 4, {"context_parallel_size": 2, "sequence_parallel": True}),
-    "pp2-vpp2": ((1, 2), 2, {"model": {"recompute_granularity": "selective"}} | VPP2),
+    "pp2-vpp2": ((1, 2), 2, {"model": PARTS_AGAIN} | VPP2),
     "pp2-vpp2-cp2": (
         (1, 2),
         4,

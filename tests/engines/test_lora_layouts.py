@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from engine_cases import (
+    PARTS_AGAIN,
     SIZES,
     VPP2,
     assert_training_agrees,
@@ -38,7 +39,7 @@ LORA = LoraConfig(
     ],
 )
 LAYOUTS = {  # (TP, PP), processes, further settings
-    "tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
+    "tp2-sp": ((2, 1), 2, {"sequence_parallel": True, "model": PARTS_AGAIN}),
     "pp2": ((1, 2), 2, {}),
     "deepspeed-tp2-sp": ((2, 1), 2, {"sequence_parallel": True, "engine": "deepspeed", "zero_stage": 2}),
     "tp2": ((2, 1), 2, {"model": {"recompute_granularity": "full"}}),

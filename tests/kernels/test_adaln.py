@@ -55,6 +55,17 @@ def test_without_a_branch_matches_float64(backend, shape):
         assert worst(mine, theirs) < 5e-7
 
 
+@torch.no_grad()
+def test_modulated_again_of_the_sum_that_is_kept(backend):
+    (residual, branch), (shift, scale, gate) = case(SHAPES[0], torch.bfloat16)
+    hidden, modulated = adaln(residual, shift, scale, branch, gate)
+    out = torch.full_like(modulated, torch.nan)
+    again, written = adaln(hidden, shift, scale, out=out)
+    assert again is hidden and written is out and torch.equal(out, modulated)
+    with pytest.raises(ValueError, match="out must be bfloat16, not float32"):
+        adaln(hidden, shift, scale, out=out.float())
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_output_that_nobody_reads(backend, which):
     (residual, branch), (shift, scale, gate) = case((5, 1, 64))

@@ -45,6 +45,15 @@ def test_a_frozen_bias_and_a_gradient_that_lies_otherwise(backend):
     assert worst(again, found) < 5e-7
 
 
+@torch.no_grad()
+def test_written_where_the_caller_says(backend):
+    x, bias, _ = case((7, 2, 40), True)
+    out = torch.full_like(x, torch.nan)
+    assert bias_gelu(x, bias, out=out) is out and torch.equal(out, bias_gelu(x, bias))
+    with pytest.raises(ValueError, match=r"out must be of shape \[7, 2, 40\]"):
+        bias_gelu(x, bias, out=out[:4])
+
+
 X, BIAS = torch.zeros(4, 2, 8), torch.zeros(8)
 
 

@@ -63,6 +63,23 @@ def test_equals_flux_in_diffusers(backend):
         assert worst(mine.detach(), theirs.detach().transpose(0, 1)) < 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("shape", "has"), CASES[:2])
+def test_written_where_the_caller_says(backend, shape, has):
+    streams, tables, _ = case(shape, has)
+    wanted = qk_norm_rope(streams, shape[-1], *tables)
+    out = tuple(torch.full_like(x, torch.nan) for x in wanted)
+    assert qk_norm_rope(streams, shape[-1], *tables, out=out)[0] is out[0]
+    assert all(torch.equal(x, y) for x, y in zip(out, wanted, strict=True))
+    with pytest.raises(ValueError, match=r"out\[1\] must be contiguous"):
+        qk_norm_rope(
+            streams,
+            shape[-1],
+            *tables,
+            out=(out[0], out[1].transpose(0, 1).contiguous().transpose(0, 1), out[2]),
+        )
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_gradients_may_lie_otherwise_in_memory(backend, alike):
     """As attention returns them, heads before tokens; or each in another way."""

@@ -12,6 +12,7 @@ from peer import SMALL, make_inputs
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
+from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.memory import Workload, rank_memory
 from soar_mega.models.flux.sizes import FluxSizes
@@ -37,7 +38,7 @@ TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 def kernels_that_only_allocate():
     """The fused kernels keep on a GPU what they keep here, where their launches do nothing."""
     patches = contextlib.ExitStack()
-    for module in ("adaln", "qk_norm_rope"):
+    for module in ("adaln", "bias_gelu", "qk_norm_rope"):
         patches.enter_context(mock.patch(f"soar_mega.kernels.{module}.launches", lambda device: True))
         patches.enter_context(mock.patch(f"soar_mega.kernels.{module}.launch", lambda *args, **options: None))
     return patches
@@ -67,6 +68,10 @@ def settings(**changes):
     return ModelConfig(**{"dtype": "fp32", "init": "random"} | changes)
 
 
+def selective(*modules, **changes):
+    return settings(recompute_granularity="selective", recompute_modules=list(modules), **changes)
+
+
 @pytest.mark.parametrize(
     "processes, parallel, model, sizes",
     [
@@ -74,20 +79,28 @@ def settings(**changes):
         (1, ParallelConfig(), settings(dtype="bf16"), SIZES),
         (1, ParallelConfig(), settings(recompute_granularity="full", recompute_every=2), SIZES),
         (1, ParallelConfig(), settings(recompute_granularity="full"), SIZES),
+        *[(1, ParallelConfig(), selective(name), SIZES) for name in RECOMPUTE_MODULES],
+        (1, ParallelConfig(), selective(*RECOMPUTE_MODULES, dtype="bf16"), SIZES),
+        (2, TP2_SP, selective(*RECOMPUTE_MODULES), SIZES),
         (2, ParallelConfig(tensor_model_parallel_size=2), settings(), SIZES),
         (2, TP2_SP, settings(), SIZES),
         (1, ParallelConfig(), settings(), FLUX),
         (2, TP2_SP, settings(), FLUX),
+        (1, ParallelConfig(), selective(*RECOMPUTE_MODULES), FLUX),
     ],
     ids=[
         "fp32",
         "bf16",
         "every second layer again",
         "every layer again",
+        *RECOMPUTE_MODULES,
+        "all parts again",
+        "all parts again tp2 sp",
         "tp2",
         "tp2 sp",
         "flux",
         "flux tp2 sp",
+        "flux all parts again",
     ],
 )
 def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):

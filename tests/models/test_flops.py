@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig, StageConfig
 from soar_mega.data.batch import Batch
+from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.flops import (
     Tokens,
@@ -76,17 +77,24 @@ def test_work_is_what_torch_counts(seed: int) -> None:
     latent_size, text = (draw.choice([4, 6, 8]), draw.choice([4, 6, 8])), draw.randint(1, 9)
     tokens = Tokens(image_tokens(sizes, latent_size), text)
     forward = forward_work(sizes, tokens)
-    for granularity, every in [("none", 1), ("full", 1), ("full", 2), ("selective", 1)]:
-        model = ModelConfig(dtype="fp32", recompute_granularity=granularity, recompute_every=every)
+    every_result = {"recompute_granularity": "selective", "recompute_modules": list(RECOMPUTE_MODULES)}
+    for settings in (
+        {},
+        {"recompute_granularity": "full"},
+        {"recompute_granularity": "full", "recompute_every": 2},
+        {"recompute_granularity": "selective"},
+        every_result,
+    ):
+        model = ModelConfig(dtype="fp32", **settings)
         mmdit = build_model(sizes, model, ParallelConfig(), meta=True)
         with counting() as counter:
             velocity = mmdit(*inputs_of(sizes, batch, latent_size, text))
         assert counter.get_total_flops() == batch * forward.total
         with counting() as counter:
             velocity.sum().backward()
-        again = recomputed_work(sizes, tokens, granularity, every)
+        again = recomputed_work(sizes, tokens, model)
         assert counter.get_total_flops() == batch * (forward.backward + again).total
-        assert (again.total > 0) == (granularity != "none")
+        assert (again.total > 0) == bool(settings)
 
 
 def test_adapters_have_no_gradients_of_weights_computed() -> None:

@@ -145,7 +145,7 @@ def test_work_is_what_torch_counts(seed):
     assert counter.get_total_flops() == batch * forward.total
     with counting() as counter:
         velocity.sum().backward()
-    again = recomputed_work(sizes, tokens, granularity, every)
+    again = recomputed_work(sizes, tokens, settings)
     assert counter.get_total_flops() == batch * (forward.backward + again).total
 
 

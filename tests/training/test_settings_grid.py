@@ -22,6 +22,8 @@ import te_stand_in
 from emulated_fp8 import emulate
 from repeated_work import RepeatedWork
 
+from soar_mega.layer_checks import RECOMPUTE_MODULES
+
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 3
 
@@ -47,27 +49,34 @@ class Cell(NamedTuple):
             "model__dtype": "fp32" if self.precision == "fp32" else "bf16",
             "model__transformer_impl": "local" if self.layers == "local" else "transformer_engine",
             "model__attention_backend": self.attention,
-            "model__recompute_granularity": self.recomputation,
+            **self.recomputed(),
             "parallel__overlap_grad_reduce": overlaps,
             "parallel__overlap_param_gather": overlaps,
         }
         return found | ({"model__fp8": "hybrid"} if self.layers == "fp8" else {})
+
+    def recomputed(self) -> dict[str, Any]:
+        if self.recomputation != "parts":
+            return {"model__recompute_granularity": self.recomputation}
+        useless = {"layernorm", "mlp_act"} if self.layers == "fp8" else set()
+        modules = [name for name in RECOMPUTE_MODULES if name not in useless]
+        return {"model__recompute_granularity": "selective", "model__recompute_modules": modules}
 
 
 AXES = (
     ("fp32", "bf16", "emulated"),
     ("local", "transformer_engine", "fp8"),
     ("sdpa", "flash"),
-    ("none", "selective", "full"),
+    ("none", "selective", "parts", "full"),
     (False, True),
     (False, True),
 )
 ALL = [cell for cell in (Cell(*values) for values in product(*AXES)) if cell.is_possible]
 FEW = [
     Cell("fp32", "transformer_engine", "sdpa", "full", True, False),
-    Cell("bf16", "fp8", "flash", "selective", True, True),
+    Cell("bf16", "fp8", "flash", "parts", True, True),
     Cell("bf16", "local", "flash", "full", False, True),
-    Cell("emulated", "local", "sdpa", "full", True, True),
+    Cell("emulated", "local", "sdpa", "parts", True, True),
 ]
 
 

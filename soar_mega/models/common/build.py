@@ -110,7 +110,7 @@ def build_model(
         part = sizes.family.transformer()(
             sizes,
             transformer_config(sizes, model, parallel),
-            layer_submodules(provider, model.fused_kernels, granularity == "selective"),
+            layer_submodules(provider, model.fused_kernels, model.made_again),
             stages[stage],
             pre_process=stage == 0,
             post_process=stage == len(stages) - 1,

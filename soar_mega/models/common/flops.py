@@ -7,6 +7,7 @@ micro-batch are not counted: they are no work that was asked for.
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
+from soar_mega.config import ModelConfig
 from soar_mega.models.common.sizes import Sizes
 
 
@@ -78,15 +79,15 @@ def forward_work(sizes: Sizes, tokens: Tokens) -> Work:
     return sum(layers, sizes.family.embedding_work(sizes, tokens) + output_work(sizes, tokens))
 
 
-def recomputed_work(sizes: Sizes, tokens: Tokens, granularity: str, every: int = 1) -> Work:
-    """What the backward of one sample computes once more, by model.recompute_granularity and recompute_every.
+def recomputed_work(sizes: Sizes, tokens: Tokens, model: ModelConfig) -> Work:
+    """What the backward of one sample computes once more.
 
     It is no work of the model: MFU leaves it out. The scores that a fused attention makes again are in neither.
     """
     layers = {number: sizes.family.layer_work(sizes, number, tokens) for number in range(sizes.num_layers)}
-    if granularity == "full":
-        return sum((work for number, work in layers.items() if number % every == 0), Work())
-    if granularity == "selective":
+    if model.recompute_granularity == "full":
+        return sum((work for number, work in layers.items() if number % model.recompute_every == 0), Work())
+    if "core_attn" in model.made_again:
         return Work(attention=sum(work.attention for work in layers.values()))
     return Work()
 

@@ -27,6 +27,8 @@ BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, wh
 ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
 # H per token that a backward holds beside what was kept: gradients around the MLP
 BACKWARD = 5
+# and what is made again beside them, at most: the MLP's activation
+MADE_AGAIN = 4
 # H per token that are alive at once in a forward without gradients: qkv, its parts, the joint ones, two streams
 FORWARD = 13
 
@@ -207,7 +209,7 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
     for chunk, count in enumerate(flight):
         stage = chunk * ranks + rank
         layers = stages[stage]
-        mine = [sizes.family.layer_bytes(sizes, tokens, number, item) for number in layers]
+        mine = [sizes.family.layer_bytes(sizes, tokens, number, item, model.made_again) for number in layers]
         recomputed = [is_recomputed(model, number) for number in layers]
         per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
         if stage == 0:
@@ -222,7 +224,8 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
         kept += count * per_point
         largest = max([largest, *(own for own, again in zip(mine, recomputed) if again)])
     held, kept = tokens.inputs(sizes, item), kept * work.points
-    backward = work.points * (largest + BACKWARD * held)
+    again = MADE_AGAIN * held if "mlp_act" in model.made_again else 0
+    backward = work.points * (largest + BACKWARD * held + again)
     answering = work.rows * FORWARD * held
     if recipe.train.cuda_graphs == "layers":  # each recording keeps its memory
         return round(kept), round(backward + answering)

@@ -1,8 +1,10 @@
-"""Modules whose forward is run again in backward, in place of keeping what it computed."""
+"""What is computed again in backward, in place of being kept: whole modules, or single results."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -24,3 +26,43 @@ def recomputed(module: type) -> type:
             return run(super().forward, *args, **kwargs)
 
     return Recomputed
+
+
+def free_until_backward(
+    result: Tensor | tuple[Tensor, ...], make: Callable[..., Any], *readers: Tensor
+) -> None:
+    """Give back a result's memory, and have it made again when the backward comes to who read it.
+
+    Args:
+        result: one or several tensors, each with memory of its own.
+        make: made it; called with `out`, it writes the same there.
+        readers: made from the result, all that were; what made them may keep it.
+    """
+    readers = tuple(reader for reader in readers if reader.requires_grad)
+    if not readers:
+        return
+    freed = [_Freed(result if isinstance(result, tuple) else (result,), make)]
+
+    def restore(gradient: Tensor) -> None:
+        while freed:
+            freed.pop().restore()  # whose memory is then held by nothing here
+
+    for reader in readers:
+        reader.register_hook(restore)
+
+
+class _Freed:
+    def __init__(self, tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> None:
+        self._tensors = tuple(
+            x.data for x in tensors
+        )  # autograd counts no change of these as one of the result
+        self._sizes = [x.untyped_storage().nbytes() for x in tensors]
+        self._make = make
+        for x in tensors:
+            x.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for x, size in zip(self._tensors, self._sizes, strict=True):
+            x.untyped_storage().resize_(size)
+        self._make(out=self._tensors if len(self._tensors) > 1 else self._tensors[0])

@@ -111,9 +111,12 @@ def get_provider(model: ModelConfig) -> BackendSpecProvider:
 
 
 def layer_submodules(
-    provider: BackendSpecProvider, fused_kernels: bool = True, recompute_attention: bool = False
+    provider: BackendSpecProvider, fused_kernels: bool = True, made_again: frozenset[str] = frozenset()
 ) -> LayerSubmodules:
-    """What layers are made of: the provider's modules, and our kernels or plain torch calls."""
+    """What layers are made of: the provider's modules, and our kernels or plain torch calls.
+
+    made_again: `ModelConfig.made_again`.
+    """
     column, row = provider.column_parallel_linear(), provider.row_parallel_linear()
     if fused_kernels and isinstance(provider, LocalLayers):
         column, row = ColumnLinearBeforeKernel, RowLinearBeforeKernel
@@ -121,13 +124,18 @@ def layer_submodules(
     return LayerSubmodules(
         linear_qkv=column,
         linear_proj=row,
-        core_attention=recomputed(attention) if recompute_attention else attention,
+        core_attention=recomputed(attention) if "core_attn" in made_again else attention,
         mlp=ModuleSpec(
             module=FeedForward,
-            params={"bias_gelu": bias_gelu if fused_kernels else plain_bias_gelu},
+            params={
+                "bias_gelu": bias_gelu if fused_kernels else plain_bias_gelu,
+                "makes_again": "mlp_act" in made_again,
+            },
             submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
         ),
         adaln=adaln if fused_kernels else plain_adaln,
         gated_add=gated_add if fused_kernels else plain_gated_add,
         qk_norm_rope=qk_norm_rope if fused_kernels else plain_qk_norm_rope,
+        makes_norms_again="layernorm" in made_again,
+        makes_qk_again="qk_layernorm" in made_again,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,12 +16,13 @@ from soar_mega.models.common.groups import tensor_parallel_group
 from soar_mega.models.common.linear import add_bias
 from soar_mega.models.common.modulation import Modulation
 from soar_mega.models.common.open_sum import OpenSum, Tokens
+from soar_mega.models.common.recompute import free_until_backward
 from soar_mega.models.common.sequence_shards import attention_config, heads_to_tokens, pad, tokens_to_heads
 
 
 @dataclass
 class LayerSubmodules:
-    """What a backend provides for a layer."""
+    """What a backend provides for a layer, and which of its results are computed again in backward."""
 
     linear_qkv: type
     linear_proj: type
@@ -29,6 +31,8 @@ class LayerSubmodules:
     adaln: Callable[..., tuple[Tensor, Tensor]]  # soar_mega.kernels.adaln, or the same by plain torch calls
     gated_add: Callable[..., Tensor]
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    makes_norms_again: bool
+    makes_qk_again: bool
 
 
 class NormWeight(torch.nn.Module):
@@ -121,9 +125,18 @@ def build_attention(
     )
 
 
-def attend(attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries, keys and values [S, B, local heads, D] -> [S, B, local heads x D]."""
-    return attention(query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+def attend(
+    attention: torch.nn.Module, make: Callable[..., tuple[Tensor, Tensor, Tensor]], makes_again: bool
+) -> Tensor:
+    """Attention of the queries, keys and values [S, B, local heads, D] that `make` makes -> [S, B, local heads x D].
+
+    makes_again: they are not kept for the backward.
+    """
+    query, key, value = make()
+    context = attention(query, key, value, attention_mask=None, attn_mask_type=AttnMaskType.no_mask)
+    if makes_again:
+        free_until_backward((query, key, value), make, context)
+    return context
 
 
 def build_mlp(config: TransformerConfig, submodules: LayerSubmodules) -> MLP:
@@ -159,13 +172,18 @@ class Stream(torch.nn.Module):
         self.dual_attention = AttentionProjections(config, submodules, layer_number) if is_dual else None
         self.mlp = None if is_pre_only else build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
+        self.makes_norms_again = submodules.makes_norms_again
 
-    def norm(self, tokens: Tokens, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer begins with: its tokens [S, B, H], their sum closed, and what is modulated of them."""
-        if isinstance(tokens, Tensor):
-            return self.adaln(tokens, shift, scale)
-        residual, *branch = tokens
-        return self.adaln(residual, shift, scale, *branch)
+    def qkv(
+        self, attention: AttentionProjections, tokens: Tokens, shift: Tensor, scale: Tensor, length: int
+    ) -> tuple[Tensor, Projected]:
+        """A layer's tokens [S, B, H], their sum closed, and the way of what is modulated of them into attention."""
+        residual, *branch = tokens if isinstance(tokens, OpenSum) else (tokens,)
+        hidden, modulated = self.adaln(residual, shift, scale, *branch)
+        projected = attention.qkv(modulated, length)
+        if self.makes_norms_again:
+            free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), projected.mixed)
+        return hidden, projected
 
     def add_mlp(
         self,
@@ -184,6 +202,8 @@ class Stream(torch.nn.Module):
         branch, bias = attended
         hidden, modulated = self.adaln(hidden, shift, scale, branch, gate, bias)
         branch, bias = self.mlp(modulated)
+        if self.makes_norms_again:
+            free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), branch)
         if self.leaves_sum_open:
             return OpenSum(hidden, branch, mlp_gate, bias)
         return self.gated_add(hidden, branch, mlp_gate, bias)

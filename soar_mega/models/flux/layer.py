@@ -3,6 +3,8 @@
 Both take the two streams and return the two, this rank's tokens of each, so that a pipeline may be cut anywhere.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -11,6 +13,7 @@ from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.lengths import Lengths
 from soar_mega.models.common.modulation import Modulation
 from soar_mega.models.common.open_sum import Tokens
+from soar_mega.models.common.recompute import free_until_backward
 from soar_mega.models.common.sequence_shards import sequence_shards
 from soar_mega.models.common.stream import (
     AttentionProjections,
@@ -36,15 +39,15 @@ class RotaryAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.core_attention = build_attention(config, submodules, layer_number)
-        self.qk_norm_rope = submodules.qk_norm_rope
+        self.qk_norm_rope, self.makes_qk_again = submodules.qk_norm_rope, submodules.makes_qk_again
         self.head_size = config.kv_channels
         self.axes = axes
 
     def forward(self, streams: list[Projected], lengths: Lengths, order: tuple[range, ...]) -> Tensor:
         """-> [text + image, B, local heads x D], its tokens in the order of those of the streams together."""
         tables = rotation(self.axes, lengths.text, lengths.grid, order, streams[0].mixed.device)
-        query, key, value = self.qk_norm_rope(streams, self.head_size, *tables)
-        return attend(self.core_attention, query, key, value)
+        make = partial(self.qk_norm_rope, streams, self.head_size, *tables)
+        return attend(self.core_attention, make, self.makes_qk_again)
 
 
 class DoubleLayer(torch.nn.Module):
@@ -70,10 +73,8 @@ class DoubleLayer(torch.nn.Module):
         """Text [S_text, B, H], image [S_image, B, H], conditioning [B, H] -> text, image."""
         text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
         shift, scale, gate, *mlp = self.image.modulation(conditioning)
-        text, modulated = self.text.norm(text, text_shift, text_scale)
-        text_qkv = self.text.attention.qkv(modulated, lengths.text)
-        image, modulated = self.image.norm(image, shift, scale)
-        image_qkv = self.image.attention.qkv(modulated, lengths.image)
+        text, text_qkv = self.text.qkv(self.text.attention, text, text_shift, text_scale, lengths.text)
+        image, image_qkv = self.image.qkv(self.image.attention, image, shift, scale, lengths.image)
         order = range(lengths.text), range(lengths.text, lengths.text + lengths.image)
         context = self.joint_attention([text_qkv, image_qkv], lengths, order)
         text_context, image_context = context.split([lengths.text, lengths.image])
@@ -104,6 +105,7 @@ class SingleLayer(torch.nn.Module):
         self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
         self.mlp = build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
+        self.makes_norms_again = submodules.makes_norms_again
 
     def forward(
         self, text: Tensor, image: Tensor, conditioning: Tensor, lengths: Lengths
@@ -113,9 +115,11 @@ class SingleLayer(torch.nn.Module):
         joined = join(lengths.text, lengths.image, *parts, sequence_shards(self.config))
         shift, scale, gate = self.modulation(conditioning)
         hidden, modulated = self.adaln(torch.cat([text, image]), shift, scale)
-        streams = joined.cut(self.attention.qkv(modulated, lengths.text + lengths.image))
-        context = self.joint_attention(streams, lengths, joined.order)
+        qkv = self.attention.qkv(modulated, lengths.text + lengths.image)
+        context = self.joint_attention(joined.cut(qkv), lengths, joined.order)
         attended, _ = self.attention.project(joined.put_back(context))
         branch, bias = self.mlp(modulated)
+        if self.makes_norms_again:
+            free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), qkv.mixed, branch)
         text, image = self.gated_add(hidden, attended + branch, gate, bias).split(parts)
         return text, image

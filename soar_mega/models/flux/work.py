@@ -41,17 +41,20 @@ def layer_work(sizes: FluxSizes, number: int, tokens: Tokens) -> Work:
     )
 
 
-def layer_bytes(sizes: FluxSizes, tokens: RankTokens, number: int, item: int) -> float:
-    """What autograd keeps of a layer for one point, without recomputation."""
+def layer_bytes(
+    sizes: FluxSizes, tokens: RankTokens, number: int, item: int, made_again: frozenset[str]
+) -> float:
+    """What autograd keeps of a layer for one point, but what is `made_again` (`ModelConfig.made_again`)."""
     whole, cut, attending, copied = (sum(part) for part in vars(tokens).values())
+    norm, activation, qk = (name not in made_again for name in ("layernorm", "mlp_act", "qk_layernorm"))
     # qkv; q, k and v apart, attention's result and its padded copy; the MLP's 4 before and after GELU
-    elements = 3 * cut + 4 * attending + copied + 8 * cut
+    elements = 3 * cut + (1 + 3 * qk) * attending + copied + (4 + 4 * activation) * cut
     if number < sizes.num_double_layers:
         # the layer's input, what is modulated twice, attention's output, hidden states, the MLP's output
-        elements, parts, norms = elements + 6 * whole, 12, 2
+        elements, parts, norms = elements + (4 + 2 * norm) * whole, 12, 2
     else:
         # the joined input, what is modulated, the sum of both branches
-        elements, parts, norms = elements + 3 * whole, 3, 1
+        elements, parts, norms = elements + (2 + norm) * whole, 3, 1
     statistics = 4 * (2 * norms * whole + sizes.num_attention_heads * attending)
     return item * sizes.hidden_size * (elements + parts) + statistics
 

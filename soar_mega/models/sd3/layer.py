@@ -1,5 +1,7 @@
 """One layer: text and image with their own weights, meeting in one attention (SD3, arXiv 2403.03206)."""
 
+from functools import partial
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -32,8 +34,7 @@ class MMDiTLayer(torch.nn.Module):
         self.image = Stream(config, submodules, layer_number, is_dual=is_dual)
         self.text = Stream(config, submodules, layer_number, is_pre_only=is_last)
         self.core_attention = build_attention(config, submodules, layer_number)
-        self.adaln = submodules.adaln
-        self.qk_norm_rope = submodules.qk_norm_rope
+        self.qk_norm_rope, self.makes_qk_again = submodules.qk_norm_rope, submodules.makes_qk_again
         self.head_size = config.kv_channels
         self.is_last = is_last
 
@@ -46,27 +47,25 @@ class MMDiTLayer(torch.nn.Module):
             text_scale, text_shift = self.text.modulation(conditioning)
         else:
             text_shift, text_scale, text_gate, *text_mlp = self.text.modulation(conditioning)
-        image, modulated = self.image.norm(image, shift, scale)
-        image_qkv = self.image.attention.qkv(modulated, lengths.image)
-        text, modulated = self.text.norm(text, text_shift, text_scale)
-        text_qkv = self.text.attention.qkv(modulated, lengths.text)
+        image, image_qkv = self.image.qkv(self.image.attention, image, shift, scale, lengths.image)
+        text, text_qkv = self.text.qkv(self.text.attention, text, text_shift, text_scale, lengths.text)
         # Queries of the last layer's text are computed too: every parameter must get a gradient, if only zeros.
         joint = self._attend(image_qkv, text_qkv)
         image_context, text_context = joint.split([lengths.image, lengths.text])
 
         attended = self.image.attention.project(image_context)
-        if self.image.dual_attention is not None:
+        if (attention := self.image.dual_attention) is not None:
             dual_shift, dual_scale, dual_gate = dual
-            image, modulated = self.adaln(image, dual_shift, dual_scale)
-            context_dual = self._attend(self.image.dual_attention.qkv(modulated, lengths.image))
+            image, dual_qkv = self.image.qkv(attention, image, dual_shift, dual_scale, lengths.image)
+            context_dual = self._attend(dual_qkv)
             branch, bias = attended
             image = self.image.gated_add(image, branch, gate, bias)
-            attended, gate = self.image.dual_attention.project(context_dual), dual_gate
+            attended, gate = attention.project(context_dual), dual_gate
         image = self.image.add_mlp(image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
         if self.is_last:
             return None, image
         return self.text.add_mlp(text, self.text.attention.project(text_context), text_gate, *text_mlp), image
 
     def _attend(self, *streams: Projected) -> Tensor:
-        query, key, value = self.qk_norm_rope(streams, self.head_size)
-        return attend(self.core_attention, query, key, value)
+        make = partial(self.qk_norm_rope, streams, self.head_size)
+        return attend(self.core_attention, make, self.makes_qk_again)

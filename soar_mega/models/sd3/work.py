@@ -43,21 +43,24 @@ def layer_work(sizes: SD3Sizes, number: int, tokens: Tokens) -> Work:
     )
 
 
-def layer_bytes(sizes: SD3Sizes, tokens: RankTokens, number: int, item: int) -> float:
-    """What autograd keeps of a layer for one point, without recomputation."""
+def layer_bytes(
+    sizes: SD3Sizes, tokens: RankTokens, number: int, item: int, made_again: frozenset[str]
+) -> float:
+    """What autograd keeps of a layer for one point, but what is `made_again` (`ModelConfig.made_again`)."""
     hidden = sizes.hidden_size
     is_last, is_dual = number == sizes.num_layers - 1, number in sizes.dual_attention_layers
+    norm, activation, qk = (name not in made_again for name in ("layernorm", "mlp_act", "qk_layernorm"))
     elements = 0.0
     for stream in (0, 1):
         whole, cut = tokens.whole[stream], tokens.cut[stream]
         goes_on = stream == 1 or not is_last  # the last layer's text goes no further than into attention
         attentions = 2 if is_dual and stream == 1 else 1
         # what is modulated; q, k and v; the same of both streams; attention's result, and its padded copy
-        elements += attentions * (whole + 3 * cut + 4 * tokens.attending[stream])
+        elements += attentions * (norm * whole + 3 * cut + (1 + 3 * qk) * tokens.attending[stream])
         elements += attentions * goes_on * tokens.copied[stream]
         elements += whole  # the layer's input
         # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
-        elements += goes_on * (4 * whole + 8 * cut) + (attentions - 1) * whole
+        elements += goes_on * ((3 + norm) * whole + (4 + 4 * activation) * cut) + (attentions - 1) * whole
     modulation = (2 if is_last else 6) + (9 if is_dual else 6)
     statistics = 4 * 2 * (2 * sum(tokens.whole) + (tokens.whole[1] if is_dual else 0))
     lengths = sum(tokens.attending) + (tokens.attending[1] if is_dual else 0)

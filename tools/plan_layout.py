@@ -50,6 +50,8 @@ def name(plan: Plan) -> str:
     if parallel.engine == "deepspeed":
         words.append(f"ZeRO{parallel.zero_stage}")
     model = plan.recipe.model
+    if model.recompute_granularity == "selective":
+        words.append("recompute light")
     if model.recompute_granularity == "full":
         words.append("recompute" + (f"/{model.recompute_every}" if model.recompute_every > 1 else ""))
     return " ".join(words)
@@ -77,6 +79,7 @@ def recipe_lines(plan: Plan) -> str:
         "model": {
             "recompute_granularity": model.recompute_granularity,
             "recompute_every": model.recompute_every,
+            "recompute_modules": f"[{', '.join(model.recompute_modules)}]",
         },
         "parallel": {
             key: value

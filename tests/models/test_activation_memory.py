@@ -15,6 +15,7 @@ from soar_mega.distributed import start_world
 from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.memory import Workload, rank_memory
+from soar_mega.models.common.micro_batches import LIGHT
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.stages import SoarConfig
@@ -40,6 +41,7 @@ def kernels_that_only_allocate():
     patches = contextlib.ExitStack()
     for module in ("adaln", "bias_gelu", "qk_norm_rope"):
         patches.enter_context(mock.patch(f"soar_mega.kernels.{module}.launches", lambda device: True))
+    for module in ("adaln", "bias_gelu", "qk_norm_rope", "sums"):
         patches.enter_context(mock.patch(f"soar_mega.kernels.{module}.launch", lambda *args, **options: None))
     return patches
 
@@ -59,9 +61,30 @@ def kept_bytes(parallel, model, sizes=SIZES):
             return counted.now
 
 
-def predicted_bytes(parallel, model, sizes=SIZES):
+def peak_bytes(model, sizes):
+    """The most of them that live at once in a backward that adds the gradients of weights to their sums."""
+    start_world(ParallelConfig())
+    chunk = build_model(sizes, model, ParallelConfig())
+    for parameter in chunk.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    inputs = make_inputs(sizes, SIZE, batch=POINTS, text=TEXT)
+    with kernels_that_only_allocate():
+        with torch.no_grad():
+            chunk(*inputs)
+        with LiveBytes() as counted:
+            velocity = chunk(*inputs)
+            counted.peak = 0
+            velocity.backward(torch.ones_like(velocity))
+            return counted.peak
+
+
+def predicted_memory(parallel, model, sizes=SIZES):
     work = Workload(SIZE, TEXT, POINTS, rows=0, samples=1, micro_batches=1)
-    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1).activations
+    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1)
+
+
+def predicted_bytes(parallel, model, sizes=SIZES):
+    return predicted_memory(parallel, model, sizes).activations
 
 
 def settings(**changes):
@@ -70,6 +93,9 @@ def settings(**changes):
 
 def selective(*modules, **changes):
     return settings(recompute_granularity="selective", recompute_modules=list(modules), **changes)
+
+
+LIGHTLY = selective(*LIGHT)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +134,19 @@ def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):
         predicted = predicted_bytes(parallel, model, sizes)
         print(f"kept {kept:,}, predicted {predicted:,} ({predicted / kept - 1:+.1%})")
         assert predicted == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "model, sizes",
+    [(settings(), SIZES), (LIGHTLY, SIZES), (settings(recompute_granularity="full"), SIZES), (LIGHTLY, FLUX)],
+    ids=["nothing again", "light", "every layer again", "flux light"],
+)
+def test_a_backward_holds_no_more_than_is_predicted(model, sizes):
+    [peak] = run_ranks(peak_bytes, 1, model, sizes)
+    predicted = predicted_memory(ParallelConfig(), model, sizes)
+    most = predicted.activations + predicted.temporary
+    print(f"at most {peak:,}, predicted {most:,} ({most / peak - 1:+.1%})")
+    assert peak <= most < 1.04 * peak
 
 
 def test_activations_are_divided_by_the_context_parallel_size():

@@ -42,7 +42,7 @@ def test_micro_batches_are_those_that_are_recommended_for_eight_gpus(model, name
     replicas, text = MODELS[model]
     found = recommend(sizes, recipe, replicas, (64, 64), text, usable_memory("h100"))
     work = workload(recipe, replicas, (64, 64), text, is_told=sizes.guidance_embeds)
-    assert found is not None and recipe.model.recompute_granularity == found.recompute_granularity == "none"
+    assert found is not None and recipe.model == found.model
     assert (work.points, work.micro_batches) == (found.points_per_micro_batch, found.micro_batches)
     assert largest_rank(sizes, recipe, work, replicas).total < usable_memory("h100")
 

@@ -36,8 +36,7 @@ class OurArm:
                 pipeline_dir=case.pipeline_dir,
                 init="pretrained" if case.pipeline_dir else "random",
                 dtype=case.dtype,
-                recompute_granularity="full" if case.recompute else "none",
-                **(model or {}),
+                **{"recompute_granularity": "full" if case.recompute else "none"} | (model or {}),
             ),
             stage=case.stage,
             train=TrainConfig(

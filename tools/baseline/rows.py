@@ -10,6 +10,8 @@ from baseline.our_arm import OurArm
 from baseline.published_arm import PublishedArm, procedure_of
 from baseline.worker import Arm
 
+from soar_mega.models.common.micro_batches import LIGHT
+
 REPAIRED = {"rollout_graph": False, "hold_graphs": False, "separate_points": False}
 
 
@@ -96,5 +98,10 @@ def rows_alone(
             settings = settings | {"attention_backend": attention}
         name = f"soar_mega{label}, {count} points{', CUDA graphs' if graphs == 'layers' else ''}"
         rows.append(ours(ours_case, name, [count], graphs, **settings))
+    light = {"recompute_granularity": "selective", "recompute_modules": list(LIGHT)}
     recomputing = replace(case, recompute=True)
-    return [*rows, ours(recomputing, "soar_mega, 28 points, all recomputed", [28])]
+    return [
+        *rows,
+        ours(ours_case, "soar_mega, 28 points, recompute light, CUDA graphs", [28], "layers", **light),
+        ours(recomputing, "soar_mega, 28 points, all recomputed", [28]),
+    ]

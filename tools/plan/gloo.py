@@ -2,6 +2,7 @@
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from soar_mega.models.common.flops import Tokens, image_tokens
+from soar_mega.models.common.micro_batches import recomputations
 from soar_mega.models.family import presets, read_sizes
 from soar_mega.stages import SoarConfig
 
@@ -25,6 +26,7 @@ TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "cont
 VPP = "virtual_pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, object]] = {
     "DP4": {},
+    "DP4 light recomputation": {},
     "DP4 full recomputation": {},
     "TP2 DP2": {TP: 2, "sequence_parallel": True},
     "TP4": {TP: 4, "sequence_parallel": True},
@@ -42,13 +44,9 @@ LAYOUTS: dict[str, dict[str, object]] = {
 
 def recipe_of(layout: str) -> Recipe:
     """Eight samples a step, in micro-batches of four points."""
+    none, light, full = recomputations(ModelConfig(preset="none", init="random", dtype="fp32"))
     return Recipe(
-        model=ModelConfig(
-            preset="none",
-            init="random",
-            dtype="fp32",
-            recompute_granularity="full" if "recomputation" in layout else "none",
-        ),
+        model=light if "light" in layout else full if "full" in layout else none,
         stage=SoarConfig(num_auxiliary_points=3, shift=1.0),
         parallel=ParallelConfig(**LAYOUTS[layout]),  # type: ignore[arg-type]
         train=TrainConfig(

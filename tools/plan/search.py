@@ -11,14 +11,13 @@ from soar_mega.gpus import usable_memory
 from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.layout import check_layout
 from soar_mega.models.common.memory import Memory, largest_rank, workload
-from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of
+from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of, recomputations
 from soar_mega.models.common.sizes import Sizes
 
 TENSOR = (1, 2, 3, 4, 6, 8, 16)
 PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)
 CHUNKS = (1, 2, 3)
 CONTEXT = (1, 2, 3, 4, 6, 8)
-RECOMPUTATION = (("none", 1), ("full", 2), ("full", 1))
 MOST_SIZES = 8  # of micro-batches that are tried for each layout
 
 
@@ -126,8 +125,8 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
     chosen = list(even_sizes(points, 1))
     chosen = [size for size in chosen if size <= 64] or chosen[-1:]
     step = max(1, len(chosen) // MOST_SIZES)
-    for granularity, every in RECOMPUTATION:
-        model = replace(case.recipe.model, recompute_granularity=granularity, recompute_every=every)
+    none, light, full = recomputations(case.recipe.model)
+    for model in (none, light, replace(full, recompute_every=2), full):
         base = replace(case.recipe, model=model, parallel=parallel)
         for size in chosen[::step]:
             answering = asked_at_once(base, case.sizes, samples, size)

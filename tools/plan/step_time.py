@@ -24,6 +24,9 @@ from soar_mega.models.common.sizes import Sizes
 FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 23, 49
 # and for the second attention of a layer, on the image alone
 DUAL_FORWARD_TRAFFIC, DUAL_BACKWARD_TRAFFIC = 11, 20
+# where they are made again: norms, activations, and q, k and v; and of the second attention
+AGAIN_TRAFFIC = {"layernorm": 4, "mlp_act": 8, "qk_layernorm": 6}
+DUAL_AGAIN_TRAFFIC = {"layernorm": 2, "qk_layernorm": 6}
 MODULES = 14  # of a layer that have parameters
 
 
@@ -128,6 +131,8 @@ class StepModel:
         key = (parts, rows, backward)
         if key not in self._known:
             device = self._products(*key) + self._attention(number, rows, backward)
+            if backward and "core_attn" in self.recipe.model.made_again:
+                device += self._attention(number, rows, backward=False)
             device += self._elementwise(*key) + self._collectives(*key)
             graphs = self.recipe.train.cuda_graphs == "layers" and self.recipe.parallel.engine == "megatron"
             host = (self.hardware.layer_host_graphs if graphs else self.hardware.layer_host)[backward]
@@ -173,9 +178,12 @@ class StepModel:
 
     def _elementwise(self, parts: LayerParts, rows: int, backward: bool) -> float:
         shards = self.context * (self.tensor if is_sequence_parallel(self.recipe.parallel) else 1)
-        units = (BACKWARD_TRAFFIC if backward else FORWARD_TRAFFIC) * sum(self.tokens)
+        again = self.recipe.model.made_again if backward else ()
+        each = BACKWARD_TRAFFIC if backward else FORWARD_TRAFFIC
+        units = (each + sum(AGAIN_TRAFFIC.get(name, 0) for name in again)) * sum(self.tokens)
         if parts.image_attentions > 1:
-            units += (DUAL_BACKWARD_TRAFFIC if backward else DUAL_FORWARD_TRAFFIC) * self.tokens.image
+            each = DUAL_BACKWARD_TRAFFIC if backward else DUAL_FORWARD_TRAFFIC
+            units += (each + sum(DUAL_AGAIN_TRAFFIC.get(name, 0) for name in again)) * self.tokens.image
         return rows * units * self.sizes.hidden_size * self.item / shards / self.hardware.copy
 
     def _collectives(self, parts: LayerParts, rows: int, backward: bool) -> float:

@@ -27,7 +27,7 @@ BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, wh
 ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
 # H per token that a backward holds beside what was kept: gradients around the MLP
 BACKWARD = 5
-# and what is made again beside them, at most: the MLP's activation
+# and of what is made again beside them, at most: the MLP's activation
 MADE_AGAIN = 4
 # H per token that are alive at once in a forward without gradients: qkv, its parts, the joint ones, two streams
 FORWARD = 13

@@ -1,14 +1,16 @@
-"""Which micro-batches fit in a GPU's memory: as few and as even ones as possible, recomputing only where it must be."""
+"""Which micro-batches fit in a GPU's memory: as few and as even ones as possible, recomputing no more than must be."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from soar_mega.config import Recipe
+from soar_mega.config import ModelConfig, Recipe
 from soar_mega.config_checks import check_replicas
 from soar_mega.models.common.memory import Memory, largest_rank, workload
 from soar_mega.models.common.sizes import Sizes
 
-FEWEST = 4  # points of a forward for which recomputation is not worth its third more work
+FEWEST = 4  # points of a forward for which more recomputation is not worth its work
+# model.recompute_modules that cost no matrix product, and those of them whose results linears in FP8 do not keep
+LIGHT, LIGHT_IN_FP8 = ("layernorm", "mlp_act", "qk_layernorm"), ("qk_layernorm",)
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class MicroBatches:
 
     points_per_micro_batch: int
     micro_batch_size: int
-    recompute_granularity: str
+    model: ModelConfig
     micro_batches: int
     memory: Memory
 
@@ -25,10 +27,27 @@ class MicroBatches:
         """Lines for a recipe."""
         return (
             f"  train.points_per_micro_batch={self.points_per_micro_batch} "
-            f"train.micro_batch_size={self.micro_batch_size} "
-            f"model.recompute_granularity={self.recompute_granularity}\n"
+            f"train.micro_batch_size={self.micro_batch_size} {self._recomputation}\n"
             f"  {self.micro_batches} training forwards of a step, {self.memory.words()}"
         )
+
+    @property
+    def _recomputation(self) -> str:
+        words = f"model.recompute_granularity={self.model.recompute_granularity}"
+        if self.model.recompute_granularity == "selective":
+            words += f" model.recompute_modules=[{','.join(self.model.recompute_modules)}]"
+        return words
+
+
+def recomputations(model: ModelConfig) -> list[ModelConfig]:
+    """A model with ever more recomputation: nothing, what needs no matrix product, all layers."""
+    light = list(LIGHT if model.fp8 is None else LIGHT_IN_FP8)
+    none = replace(model, recompute_granularity="none", recompute_modules=["core_attn"], recompute_every=1)
+    return [
+        none,
+        replace(none, recompute_granularity="selective", recompute_modules=light),
+        replace(none, recompute_granularity="full"),
+    ]
 
 
 def recommend(
@@ -46,8 +65,9 @@ def recommend(
     """
     check_replicas(recipe.train.global_batch_size, data_size)
     fallback = None
-    for granularity in ("none", "full"):
-        found = _fewest(sizes, recipe, granularity, data_size, latent_size, text_length, room)
+    for model in recomputations(recipe.model):
+        tried = replace(recipe, model=model)
+        found = _fewest(sizes, tried, data_size, latent_size, text_length, room)
         if found is not None and found.points_per_micro_batch >= min(FEWEST, points_of(recipe, data_size)):
             return found
         fallback = fallback or found
@@ -57,7 +77,6 @@ def recommend(
 def _fewest(
     sizes: Sizes,
     recipe: Recipe,
-    granularity: str,
     data_size: int,
     latent_size: tuple[int, int],
     text_length: int,
@@ -67,14 +86,12 @@ def _fewest(
     for size in even_sizes(points_of(recipe, data_size), recipe.parallel.pipeline_model_parallel_size):
         asked = asked_at_once(recipe, sizes, samples, size)
         tried = replace(
-            recipe,
-            model=replace(recipe.model, recompute_granularity=granularity),
-            train=replace(recipe.train, points_per_micro_batch=size, micro_batch_size=asked),
+            recipe, train=replace(recipe.train, points_per_micro_batch=size, micro_batch_size=asked)
         )
         work = workload(tried, data_size, latent_size, text_length, is_told=sizes.guidance_embeds)
         memory = largest_rank(sizes, tried, work, data_size)
         if memory.total <= room:
-            return MicroBatches(size, asked, granularity, work.micro_batches, memory)
+            return MicroBatches(size, asked, recipe.model, work.micro_batches, memory)
     return None
 
 

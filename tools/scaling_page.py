@@ -7,6 +7,7 @@ Measured is one GPU; everything else on the page is a prediction, and the page s
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import matplotlib.pyplot as plt
 from gpu_page import link, table
 from plan.check import check
 from plan.hardware import HARDWARE
-from plan.search import Case, Plan, search
+from plan.search import Case, Plan, plan_of, search
 from plan_layout import name
 
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
+from soar_mega.models.common.micro_batches import recomputations
 from soar_mega.models.family import presets
 from soar_mega.stages import SoarConfig
 
@@ -33,6 +35,7 @@ MODELS = {"sd35_medium": "SD3.5-Medium", "sd35_large": "SD3.5-Large", "flux_dev"
 TEXT = {"sd35_medium": 154, "sd35_large": 154, "flux_dev": 512}  # tokens
 STRONG_BATCH, WEAK_SAMPLES = 2048, 4
 TENSOR = (1, 2, 4, 8)
+ALONE, POINTS = "sd35_medium", (8, 16, 28)  # of a forward, where one GPU is all
 
 
 def case_of(model: str, gpus: int, batch: int) -> Case:
@@ -133,6 +136,31 @@ def validation() -> str:
     return "\n".join([words, "", *table(["layout", "measured s", "predicted s"], rows)])
 
 
+def recomputation() -> str:
+    """Memory and speed of one GPU with ever more of it."""
+    case = case_of(ALONE, 1, 16)
+    none, light, full = recomputations(case.recipe.model)
+    kinds = {
+        "none": none,
+        "norms, activations, q, k and v": light,
+        "every second layer": replace(full, recompute_every=2),
+        "every layer": full,
+    }
+    rows = []
+    for words, model in kinds.items():
+        train = [replace(case.recipe.train, micro_batch_size=4, points_per_micro_batch=n) for n in POINTS]
+        plans = [plan_of(case, replace(case.recipe, model=model, train=settings), 1) for settings in train]
+        rows.append(
+            [
+                words,
+                *(f"{plan.memory.total / 2**30:.0f}" for plan in plans),
+                *(f"{plan.samples_per_second:.2f}" for plan in plans),
+            ]
+        )
+    head = ["computed again", *(f"GiB, {n} points" for n in POINTS), *(f"samples/s, {n}" for n in POINTS)]
+    return "\n".join(table(head, rows))
+
+
 def page(strong: dict[str, Any], weak: dict[str, Any]) -> str:
     """The whole page."""
     sections = []
@@ -151,6 +179,7 @@ def page(strong: dict[str, Any], weak: dict[str, Any]) -> str:
                 validation(),
                 "![Predicted speed](scaling.png)",
                 *sections,
+                f"## {MODELS[ALONE]} on one GPU: what is computed again\n\n{recomputation()}",
                 TAIL,
             ]
         )
@@ -177,6 +206,9 @@ TAIL = """\
 - The column `answers` is what SOAR's rollout costs on top of training on the same points: a forward without gradient of
   two rows (both branches of guidance; one with FLUX, which is told its scale) for each sample, against seven points
   with a backward.
+- Norms, activations, and q, k and v are made again by kernels that wait for memory alone, a whole layer by its matrix
+  products too. `recompute light` in the tables is the former ([cluster.md](cluster.md#which-layout)). The last table
+  also shows what does not fit on a GPU of 80 GB.
 - A replica has at least one sample, so a batch of 2,048 samples does not spread over more than 2,048 replicas: beyond
   that only TP, PP and CP divide a step further.
 - Tensor parallelism pays when nothing else divides: its gathers and scatters are not hidden behind computation in this

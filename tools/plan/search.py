@@ -66,6 +66,15 @@ def search(case: Case) -> tuple[list[Plan], Counter[str]]:
     return sorted(plans, key=lambda plan: plan.time.total), refused
 
 
+def plan_of(case: Case, recipe: Recipe, data_size: int) -> Plan:
+    """What a recipe needs and how fast it should be."""
+    told = case.sizes.guidance_embeds
+    work = workload(recipe, data_size, case.latent_size, case.text_length, is_told=told)
+    model = StepModel(case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens)
+    memory = largest_rank(case.sizes, recipe, work, data_size)
+    return Plan(recipe, data_size, memory, model.step(work))
+
+
 def layouts(case: Case, refused: Counter[str]) -> Iterator[ParallelConfig]:
     """The layouts that the model and the number of GPUs allow."""
     for tensor in TENSOR:
@@ -132,18 +141,8 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
             answering = asked_at_once(base, case.sizes, samples, size)
             train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
             recipe = replace(base, train=train)
-            work = workload(
-                recipe,
-                data_size,
-                case.latent_size,
-                case.text_length,
-                is_told=case.sizes.guidance_embeds,
-            )
-            memory = largest_rank(case.sizes, recipe, work, data_size)
-            if memory.total > case.room:
+            plan = plan_of(case, recipe, data_size)
+            if plan.memory.total > case.room:
                 refused[f"need more than {case.room / 2**30:.0f} GiB"] += 1
-                continue
-            model_of = StepModel(
-                case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens
-            )
-            yield Plan(recipe, data_size, memory, model_of.step(work))
+            else:
+                yield plan

@@ -67,7 +67,7 @@ def _check_recomputation(model: ModelConfig) -> None:
     if model.recompute_granularity != "selective" and modules != {"core_attn"}:
         raise ValueError(
             f"model.recompute_modules is for model.recompute_granularity=selective, and that is "
-            f"{model.recompute_granularity}: set it to selective, or leave the modules out"
+            f"{model.recompute_granularity}: set it to selective, or model.recompute_modules=[core_attn]"
         )
     if model.fp8 is not None and (useless := model.made_again & {"layernorm", "mlp_act"}):
         raise ValueError(

@@ -265,6 +265,9 @@ def test_doctor_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "points_per_micro_batch=16 train.micro_batch_size=8 model.recompute_granularity=none" in (
         capsys.readouterr().out
     )
+    assert main(["doctor", "--model", "sd35_large", "--gpus", "8", "--gpu", "h100"]) == 0
+    light = "model.recompute_granularity=selective model.recompute_modules=[layernorm,mlp_act,qk_layernorm]"
+    assert light in capsys.readouterr().out
     assert main([*words, "a100-40"]) == 0
     assert "does not fit even with recomputation" in capsys.readouterr().out
 

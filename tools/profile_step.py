@@ -243,7 +243,7 @@ def layout(recipe: Recipe) -> Json:
         "samples per answer's forward": train.micro_batch_size,
         "points per forward": train.points_per_micro_batch or train.micro_batch_size,
         "dtype": recipe.model.dtype,
-        "recomputation": recipe.model.recompute_granularity,
+        "recomputation": ", ".join(sorted(recipe.model.made_again)) or recipe.model.recompute_granularity,
         "layers": recipe.model.transformer_impl,
         "FP8": recipe.model.fp8 or "none",
         "CUDA graphs": train.cuda_graphs if torch.cuda.is_available() else "none",

@@ -116,7 +116,7 @@ def test_gradients_are_those_without(sizes, form, monkeypatch):
             ModelConfig(recompute_granularity="selective", recompute_modules=[]),
             "selective needs model.recompute_modules",
         ),
-        (ModelConfig(recompute_modules=["mlp_act"]), "set it to selective, or leave the modules out"),
+        (ModelConfig(recompute_modules=["mlp_act"]), "set it to selective, or model.recompute_modules="),
         (
             selective("mlp_act", "qk_layernorm", fp8="hybrid", transformer_impl="transformer_engine"),
             "nothing is saved by mlp_act: leave it out",

@@ -53,16 +53,15 @@ def free_until_backward(
 
 class _Freed:
     def __init__(self, tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> None:
-        self._tensors = tuple(
-            x.data for x in tensors
-        )  # autograd counts no change of these as one of the result
-        self._sizes = [x.untyped_storage().nbytes() for x in tensors]
+        # to autograd, what is written to these is no change of the result
+        self._tensors = tuple(x.data for x in tensors)
         self._make = make
         for x in tensors:
+            assert x.untyped_storage().nbytes() == x.nbytes, "it shares its memory"
             x.untyped_storage().resize_(0)
 
     @torch.no_grad()
     def restore(self) -> None:
-        for x, size in zip(self._tensors, self._sizes, strict=True):
-            x.untyped_storage().resize_(size)
+        for x in self._tensors:
+            x.untyped_storage().resize_(x.nbytes)
         self._make(out=self._tensors if len(self._tensors) > 1 else self._tensors[0])

@@ -101,8 +101,10 @@ def test_a_failure_ends_the_job_with_its_code(tmp_path: Path) -> None:
 def test_an_end_that_comes_before_the_shell_looks_keeps_its_code(tmp_path: Path) -> None:
     slow = 'kill() { sleep 0.3; builtin kill "$@"; }'
     assert start(tmp_path, "exit 9", before=slow)[0] == 9
-    completes_when_asked = "sleep 0.6; kill -USR1 $PPID; sleep 0.1; touch run/complete.json"
-    assert start(tmp_path, completes_when_asked, before=slow) == (0, "scancel --signal=USR1 7")
+    completes = (
+        "sleep 0.6; kill -USR1 $PPID; until [[ -e asked ]]; do sleep 0.02; done; touch run/complete.json"
+    )
+    assert start(tmp_path, completes, before=slow, ON_SIGNAL="1") == (0, "scancel --signal=USR1 7")
 
 
 def test_an_old_marker_does_not_cover_a_failure(tmp_path: Path) -> None:

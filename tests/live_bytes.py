@@ -1,7 +1,7 @@
 """How much memory tensors take at most, whichever allocator they come from."""
 
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,12 +16,22 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}  # of the storages that are counted
+        self._resize = torch.UntypedStorage.resize_
 
-    @property
-    def now(self) -> int:
-        return sum(storage.nbytes() for storage in self._alive)
+    def __enter__(self) -> Self:
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._count(storage._cdata, size)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {storage._cdata for storage in _storages((args, kwargs))}
@@ -29,9 +39,17 @@ class LiveBytes(TorchDispatchMode):
         for storage in _storages(result):
             if storage._cdata not in known:
                 known.add(storage._cdata)
-                self._alive.add(storage)
-        self.peak = max(self.peak, self.now)
+                self._count(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._forget, storage._cdata)
         return result
+
+    def _count(self, storage: int, size: int) -> None:
+        self.now += size - self._sizes.get(storage, 0)
+        self._sizes[storage] = size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -9,7 +9,8 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 ATTENTION_BACKENDS = ("sdpa", "auto", "flash", "fused", "unfused")
 FP8_FORMATS = ("e4m3", "hybrid")
 FP8_RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp_act", "qk_layernorm")
+LINEAR_INPUTS = ("layernorm", "mlp_act")  # which linears in FP8 keep in a form of their own
+RECOMPUTE_MODULES = ("core_attn", *LINEAR_INPUTS, "qk_layernorm")
 
 # the first GPUs that can: compute capability
 FLASH_CAPABILITY = (8, 0)
@@ -69,7 +70,7 @@ def _check_recomputation(model: ModelConfig) -> None:
             f"model.recompute_modules is for model.recompute_granularity=selective, and that is "
             f"{model.recompute_granularity}: set it to selective, or model.recompute_modules=[core_attn]"
         )
-    if model.fp8 is not None and (useless := model.made_again & {"layernorm", "mlp_act"}):
+    if model.fp8 is not None and (useless := model.made_again.intersection(LINEAR_INPUTS)):
         raise ValueError(
             f"model.recompute_modules: linears in FP8 keep their own casts of what they read, so nothing is saved by "
             f"{' and '.join(sorted(useless))}: leave {'them' if len(useless) > 1 else 'it'} out"

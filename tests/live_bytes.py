@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def _forget(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage)
+        self.now -= self._sizes.pop(storage, 0)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -22,7 +22,7 @@ import te_stand_in
 from emulated_fp8 import emulate
 from repeated_work import RepeatedWork
 
-from soar_mega.layer_checks import RECOMPUTE_MODULES
+from soar_mega.layer_checks import LINEAR_INPUTS, RECOMPUTE_MODULES
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 3
@@ -58,7 +58,7 @@ class Cell(NamedTuple):
     def recomputed(self) -> dict[str, Any]:
         if self.recomputation != "parts":
             return {"model__recompute_granularity": self.recomputation}
-        useless = {"layernorm", "mlp_act"} if self.layers == "fp8" else set()
+        useless = LINEAR_INPUTS if self.layers == "fp8" else ()
         modules = [name for name in RECOMPUTE_MODULES if name not in useless]
         return {"model__recompute_granularity": "selective", "model__recompute_modules": modules}
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 from soar_mega.config import ModelConfig, Recipe
 from soar_mega.config_checks import check_replicas
+from soar_mega.layer_checks import LINEAR_INPUTS
 from soar_mega.models.common.memory import Memory, largest_rank, workload
 from soar_mega.models.common.sizes import Sizes
 
 FEWEST = 4  # points of a forward for which more recomputation is not worth its work
-# model.recompute_modules that cost no matrix product, and those of them whose results linears in FP8 do not keep
-LIGHT, LIGHT_IN_FP8 = ("layernorm", "mlp_act", "qk_layernorm"), ("qk_layernorm",)
+# model.recompute_modules that cost no matrix product: with FP8, and without
+LIGHT_IN_FP8 = ("qk_layernorm",)
+LIGHT = (*LINEAR_INPUTS, *LIGHT_IN_FP8)
 
 
 @dataclass(frozen=True)

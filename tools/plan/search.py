@@ -10,7 +10,7 @@ from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.gpus import usable_memory
 from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.layout import check_layout
-from soar_mega.models.common.memory import Memory, largest_rank, workload
+from soar_mega.models.common.memory import Memory, Workload, largest_rank, workload
 from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of, recomputations
 from soar_mega.models.common.sizes import Sizes
 
@@ -68,11 +68,24 @@ def search(case: Case) -> tuple[list[Plan], Counter[str]]:
 
 def plan_of(case: Case, recipe: Recipe, data_size: int) -> Plan:
     """What a recipe needs and how fast it should be."""
-    told = case.sizes.guidance_embeds
-    work = workload(recipe, data_size, case.latent_size, case.text_length, is_told=told)
+    return Plan(recipe, data_size, memory_of(case, recipe, data_size), time_of(case, recipe, data_size))
+
+
+def memory_of(case: Case, recipe: Recipe, data_size: int) -> Memory:
+    """Of the rank that needs most."""
+    return largest_rank(case.sizes, recipe, work_of(case, recipe, data_size), data_size)
+
+
+def time_of(case: Case, recipe: Recipe, data_size: int) -> StepTime:
+    """Of a step."""
     model = StepModel(case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens)
-    memory = largest_rank(case.sizes, recipe, work, data_size)
-    return Plan(recipe, data_size, memory, model.step(work))
+    return model.step(work_of(case, recipe, data_size))
+
+
+def work_of(case: Case, recipe: Recipe, data_size: int) -> Workload:
+    """The share of a replica."""
+    told = case.sizes.guidance_embeds
+    return workload(recipe, data_size, case.latent_size, case.text_length, is_told=told)
 
 
 def layouts(case: Case, refused: Counter[str]) -> Iterator[ParallelConfig]:
@@ -141,8 +154,8 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
             answering = asked_at_once(base, case.sizes, samples, size)
             train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
             recipe = replace(base, train=train)
-            plan = plan_of(case, recipe, data_size)
-            if plan.memory.total > case.room:
+            memory = memory_of(case, recipe, data_size)
+            if memory.total > case.room:
                 refused[f"need more than {case.room / 2**30:.0f} GiB"] += 1
             else:
-                yield plan
+                yield Plan(recipe, data_size, memory, time_of(case, recipe, data_size))

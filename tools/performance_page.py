@@ -115,6 +115,7 @@ def profiled(said: Json) -> list[str]:
         facts.append(f"MFU {percent(work['mfu'])}")
     if said["gpu_busy"] is not None:
         facts.append(f"GPU busy {percent(said['gpu_busy'])}")
+    facts.append(f"recording it added {percent(said['overhead']['clock'])}")
     sizes = ", ".join(f"{name} {layout[name]}" for name in ("TP", "PP", "VPP", "CP", "DP"))
     first = said["ranks"][0]
     clocks = [clock for clock in ("host", "device") if any(clock in p for p in first["phases"].values())]

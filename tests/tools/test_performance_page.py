@@ -113,13 +113,15 @@ def test_a_profile(tmp_path: Path, on_gpu: bool) -> None:
         "median_seconds": 0.6,
         "work": {"tflops_per_process": 356.1, "mfu": 0.36 if on_gpu else None},
         "gpu_busy": 0.95 if on_gpu else None,
+        "overhead": {"clock": 0.012, "processor": 0.011},
         "ranks": [{"phases": {"learn/forward": phase}, "sums": {"host": 0.6}}],
         "bubble": {"learn": {"micro_batches": 4, "measured": 0.25, "ideal": 0.2}},
     }
     put(tmp_path, "2026-01-02-h100-profile.json", said)
     page = performance_page.page(tmp_path)
     assert "a step takes 600.0 ms, 356.1 TFLOP/s" in page
-    assert ("MFU 36 %, GPU busy 95 %" in page) == on_gpu
+    assert ("MFU 36 %, GPU busy 95 %, " in page) == on_gpu
+    assert "recording it added 1 %." in page
     assert (
         "| learn/forward | 300.0 | 290.0 | 50 % |" if on_gpu else "| learn/forward | 300.0 | 50 % |"
     ) in page

@@ -130,6 +130,9 @@ def test_every_layout(
     said = profile(shards, tmp_path, ranks, train__ema_decay=0.0, **settings)
     check_numbers(said, tmp_path, {"answer/forward", "learn/forward", "learn/backward"} | inner)
     assert len(said["ranks"]) == ranks
+    # a wait and a start for each group of buckets, however many parameters ask in however many forwards
+    gathers = [rank["phases"].get("answer/parameter gather", {"calls": 0})["calls"] for rank in said["ranks"]]
+    assert all(calls < 10 for calls in gathers)
 
 
 def test_made_up_samples_are_what_they_say(tmp_path: Path) -> None:

@@ -51,8 +51,24 @@ def marked(recorder: Recorder, engine: Engine, micro_batches: dict[str, int]) ->
             if hasattr(chunk, "start_param_sync"):  # megatron's
                 mark(chunk, "start_param_sync", "parameter gather")
                 for group in chunk.bucket_groups:
-                    mark(group, "finish_param_sync", "parameter gather")
+                    gathered = _where_it_waits(recorder, group)
+                    stack.enter_context(patch.object(group, "finish_param_sync", gathered))
         yield
+
+
+def _where_it_waits(recorder: Recorder, group: Any) -> Callable[..., Any]:
+    """A group's `finish_param_sync`. Each forward asks for each parameter, and a step waits for each group once.
+
+    A span around each call would take longer than the calls: 6,000 in a step of SD3.5-Medium on one GPU.
+    """
+    finish = group.finish_param_sync
+    marked_finish = recorder.around(finish, "parameter gather")
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        is_gathered = group.param_gather_dispatched and group.param_gather_handle is None
+        return (finish if is_gathered else marked_finish)(*args, **kwargs)
+
+    return called
 
 
 def _forward(recorder: Recorder, forward_step: Callable[..., Any]) -> Callable[..., Any]:

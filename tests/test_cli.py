@@ -287,6 +287,37 @@ def test_doctor_halves_answers_of_guided_models_alone_and_advises_flash_attentio
     assert "b200" not in HOPPER and not layer_checks.has_flash_3(head_size=512)
 
 
+def test_recipes_say_what_doctor_says_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a recipe names GiB of the memory model, it names the command, which says the same."""
+    checked = 0
+    for file in sorted((ROOT / "recipes").glob("*/*.yaml")):
+        comment = re.search(
+            r"(\d+) GiB by the memory model( \(soar-mega (doctor --recipe THIS [^)]*)\))?", file.read_text()
+        )
+        if comment is None:
+            continue
+        assert comment[3], f"{file} names no command"
+        assert main(comment[3].replace("THIS", str(file)).split()) == 0
+        said = re.search(
+            r"as the recipe says: \d+ training forwards of a step, ([\d.]+) GiB", capsys.readouterr().out
+        )
+        assert said and round(float(said[1])) == int(comment[1]), file
+        checked += 1
+    assert checked >= 8
+
+
+def test_doctor_takes_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options are its settings, a setting needs a recipe, and a pipeline folder of its own is its model."""
+    words = ["doctor", "--recipe", "recipes/tiny/soar.yaml", "--gpu", "h100", "--gpus"]
+    assert main([*words, "4", "--tensor", "2", "parallel.context_parallel_size=2", "--points", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "1,361,056 parameters" in said and "TP 2 x PP 1" in said and "as the recipe says" in said
+    assert main([*words, "3", "--tensor", "2"]) == 1
+    assert "--gpus 3 must be a multiple of the layout's TP x PP x CP = 2" in capsys.readouterr().err
+    assert main(["doctor", "--model", "sd35_medium", "train.seed=1"]) == 1
+    assert "train.seed=1 is a setting of a recipe" in capsys.readouterr().err
+
+
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", BASE, "--tensor", "2", "--pipeline", "2"]) == 0
     said = capsys.readouterr().out

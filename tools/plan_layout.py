@@ -35,7 +35,8 @@ def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | No
     )
     side = args.image_size // 8
     sizes = find_sizes(args.model)
-    return Case(sizes, recipe, gpus, HARDWARE[args.gpu], (side, side), args.text_length, args.gpus_per_node)
+    text_length = args.text_length or sizes.family.text_tokens
+    return Case(sizes, recipe, gpus, HARDWARE[args.gpu], (side, side), text_length, args.gpus_per_node)
 
 
 def name(plan: Plan) -> str:
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=HARDWARE, default="h100", help="default: %(default)s")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
-    parser.add_argument("--text-length", type=int, default=154, help="tokens (default: %(default)s)")
+    parser.add_argument("--text-length", type=int, help="tokens (default: 154, of FLUX 512)")
     parser.add_argument(
         "--points", type=int, default=6, help="auxiliary points; 0: SFT (default: %(default)s)"
     )

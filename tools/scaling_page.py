@@ -32,7 +32,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 GPUS = [8 << n for n in range(12)]  # 8 to 16,384
 MODELS = {"sd35_medium": "SD3.5-Medium", "sd35_large": "SD3.5-Large", "flux_dev": "FLUX.1 dev"}
-TEXT = {"sd35_medium": 154, "sd35_large": 154, "flux_dev": 512}  # tokens
 STRONG_BATCH, WEAK_SAMPLES = 2048, 4
 TENSOR = (1, 2, 4, 8)
 ALONE, POINTS = "sd35_medium", (8, 16, 28)  # of a forward, where one GPU is all
@@ -43,7 +42,8 @@ def case_of(model: str, gpus: int, batch: int) -> Case:
     recipe = Recipe(
         model=ModelConfig(preset=model), stage=SoarConfig(), train=TrainConfig(global_batch_size=batch)
     )
-    return Case(presets()[model], recipe, gpus, HARDWARE["h100"], (64, 64), TEXT[model])
+    sizes = presets()[model]
+    return Case(sizes, recipe, gpus, HARDWARE["h100"], (64, 64), sizes.family.text_tokens)
 
 
 def best_by_tensor(case: Case) -> dict[int, Plan]:

@@ -7,15 +7,11 @@ import platform as system
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from soar_mega import layer_checks
+from soar_mega.cli.overrides import take_overrides
 from soar_mega.evaluation.scorers import SCORERS, SET_METRICS
-from soar_mega.gpus import HOPPER, usable_memory
-from soar_mega.gpus import MEMORY as GPU_MEMORY
-
-if TYPE_CHECKING:
-    from soar_mega.config import ParallelConfig
+from soar_mega.gpus import MEMORY
 
 HELP = """\
 Say what this machine can do: versions, devices, and which optional libraries are usable and why not.
@@ -25,6 +21,8 @@ Say what this machine can do: versions, devices, and which optional libraries ar
   soar-mega doctor --model sd35_large                            parameters, and their split over ranks
   soar-mega doctor --model recipes/tiny/base --tensor 2 --pipeline 2 --virtual-pipeline 2
   soar-mega doctor --model sd35_medium --gpu h100 --gpus 8       how many points fit in its memory (SOAR, 512 px)
+  soar-mega doctor --recipe recipes/sd35_large/soar.yaml --model sd35_large --gpu h100 --gpus 8
+                                                                 what a recipe takes as it is, and what is best for it
 
 Exits with 1 when something that every run needs is missing.
 """
@@ -61,53 +59,37 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="a preset (sd35_medium, sd35_large) or a pipeline folder"
-    )
-    parser.add_argument("--tensor", type=int, default=1, help="tensor parallel size (default: %(default)s)")
-    parser.add_argument(
-        "--pipeline", type=int, default=1, help="pipeline parallel size (default: %(default)s)"
+        "--model", metavar="NAME", help="a preset (sd35_medium, sd35_large, flux_dev) or a pipeline folder"
     )
     parser.add_argument(
-        "--virtual-pipeline",
-        type=int,
-        default=1,
-        help="model chunks per pipeline rank (default: %(default)s)",
+        "--recipe", metavar="FILE", help="what this recipe takes, with --model in the place of its own model"
     )
-    parser.add_argument(
-        "--gpu", choices=GPU_MEMORY, help="with --model: what fits in the memory of such a GPU"
-    )
+    take_overrides(parser)
+    parser.add_argument("--gpu", choices=MEMORY, help="what fits in the memory of such a GPU")
     parser.add_argument("--gpus", type=int, default=8, help="of the whole run (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
     parser.add_argument(
-        "--text-length", type=int, default=154, help="tokens: 77 and those of T5 (default: %(default)s)"
+        "--text-length", type=int, help="tokens: of SD3.5 77 and those of T5 (default: 154, of FLUX 512)"
     )
-    parser.add_argument(
-        "--global-batch-size", type=int, default=32, help="samples of a step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--points", type=int, default=6, help="auxiliary points of a sample (default: %(default)s)"
-    )
+    of_recipe = parser.add_argument_group("without --recipe, SOAR")
+    of_recipe.add_argument("--tensor", type=int, help="tensor parallel size (default: 1)")
+    of_recipe.add_argument("--pipeline", type=int, help="pipeline parallel size (default: 1)")
+    of_recipe.add_argument("--virtual-pipeline", type=int, help="model chunks per pipeline rank (default: 1)")
+    of_recipe.add_argument("--global-batch-size", type=int, help="samples of a step (default: 32)")
+    of_recipe.add_argument("--points", type=int, help="auxiliary points of a sample (default: 6)")
     parser.add_argument("--weights", default="", metavar="DIR", help="where the scorers' weights lie")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.model:
+    if arguments.model or arguments.recipe:
         from soar_mega.cli.process import start_process
 
         start_process()
 
-        from soar_mega.config import ParallelConfig
-        from soar_mega.models.common.summary import summarize
+        from soar_mega.cli.fitting import describe
 
-        parallel = ParallelConfig(
-            tensor_model_parallel_size=arguments.tensor,
-            pipeline_model_parallel_size=arguments.pipeline,
-            virtual_pipeline_model_parallel_size=arguments.virtual_pipeline,
-        )
-        print(summarize(arguments.model, parallel))
-        if arguments.gpu:
-            print(f"\n{what_fits(arguments, parallel)}")
+        print(describe(arguments))
         return 0
     healthy = True
     print(f"Python {system.python_version()} on {system.platform()}")
@@ -132,43 +114,6 @@ def run(arguments: argparse.Namespace) -> int:
     if clash:
         print(f"\n{clash}")
     return 0
-
-
-def what_fits(arguments: argparse.Namespace, parallel: "ParallelConfig") -> str:
-    """Sizes of micro-batches for a model on GPUs of a kind, as lines for a recipe."""
-    from soar_mega.config import ModelConfig, Recipe, TrainConfig
-    from soar_mega.models.common.micro_batches import recommend
-    from soar_mega.models.family import find_sizes
-    from soar_mega.stages import SoarConfig
-
-    ranks = arguments.tensor * arguments.pipeline
-    if arguments.gpus % ranks:
-        raise ValueError(f"--gpus {arguments.gpus} must be a multiple of --tensor x --pipeline = {ranks}")
-    recipe = Recipe(
-        model=ModelConfig(preset=arguments.model),
-        stage=SoarConfig(num_auxiliary_points=arguments.points),
-        parallel=parallel,
-        train=TrainConfig(global_batch_size=arguments.global_batch_size),
-    )
-    latent_size = (arguments.image_size // 8, arguments.image_size // 8)
-    sizes = find_sizes(arguments.model)
-    found = recommend(
-        sizes,
-        recipe,
-        arguments.gpus // ranks,
-        latent_size,
-        arguments.text_length,
-        usable_memory(arguments.gpu),
-    )
-    where = f"{arguments.gpus} {arguments.gpu} at {arguments.image_size} px and {arguments.text_length} text tokens"
-    if found is None:
-        return (
-            f"{where}: one point does not fit even with recomputation; raise --tensor, --pipeline or --gpus"
-        )
-    advice = f"{where}, by the memory model:\n{found.words()}"
-    if arguments.gpu in HOPPER and layer_checks.has_flash_3(sizes.attention_head_dim):
-        advice += "\n  model.attention_backend=flash model.dtype=bf16: flash-attn 3, which is installed here"
-    return advice
 
 
 def scorers(weights_dir: str) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Family:
         transformer: -> the class of its models. A call, because megatron takes seconds to import.
         entries: all tensors of a model.
         usual_tokens: of a sample, by whose work pipeline stages are cut.
+        text_tokens: of a prompt, as our recipes have them prepared.
         embedding_work: of the inputs on their way into the layers, in a forward of one sample.
         layer_work: (number, tokens) of one layer, likewise.
         layer_bytes: (tokens, number, bytes of an element, what is made again) that autograd keeps of a layer for one
@@ -58,6 +59,7 @@ class Family:
     transformer: Callable[[], "type[Transformer]"]
     entries: Callable[[Any], list[Entry]]
     usual_tokens: Callable[[Any], Tokens]
+    text_tokens: int
     embedding_work: Callable[[Any, Tokens], Work]
     layer_work: Callable[[Any, int, Tokens], Work]
     layer_bytes: Callable[[Any, RankTokens, int, int, frozenset[str]], float]

@@ -31,6 +31,7 @@ FAMILY = Family(
     entries=entries,
     original=ORIGINAL,
     usual_tokens=work.usual_tokens,
+    text_tokens=77 + 77,
     embedding_work=work.embedding_work,
     layer_work=work.layer_work,
     layer_bytes=work.layer_bytes,

@@ -20,6 +20,7 @@ from soar_mega.distributed import device
 from soar_mega.engines.branches import Branches, branches_of
 from soar_mega.engines.channel import Answers, RolloutChannel
 from soar_mega.engines.plan import PlacedBatch, PointPiece, PointPlan, QueryPiece, filled, query_pieces
+from soar_mega.models.common.answering import answering
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.stages.latent_sources import Sources
 from soar_mega.stages.points import Points, Queries
@@ -75,6 +76,7 @@ class Pipeline:
         """
         return micro_batches * parallel_state.get_data_parallel_world_size()
 
+    @answering()
     @torch.no_grad()  # forward_only alone would still record a graph
     def predict(
         self,

@@ -10,6 +10,7 @@ import torch
 from engine_cases import (
     POOLED,
     SHAPE,
+    SIZES,
     TEXT,
     TEXT_DIM,
     make_recipe,
@@ -23,6 +24,7 @@ from soar_mega.data.batch import Batch
 from soar_mega.distributed import data_rank, data_size
 from soar_mega.flow import Schedule, normal
 from soar_mega.models.common.names import global_parameter_names
+from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.stages import SftConfig
 from soar_mega.stages.points import Further, Points, Queries
 
@@ -154,9 +156,9 @@ def collected_batch() -> Batch:
     )
 
 
-def with_kept_weights(recipe: Recipe):
+def with_kept_weights(recipe: Recipe, sizes: SD3Sizes = SIZES):
     """An engine whose weights, old weights and reference differ."""
-    engine = start_engine(recipe)
+    engine = start_engine(recipe, sizes)
     shapes = global_parameter_names(engine.layout)
     if engine.adapters is not None:
         shapes = {name: p for name, p in shapes.items() if name in engine.adapters.names}

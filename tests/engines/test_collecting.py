@@ -1,7 +1,9 @@
 """Methods that learn from samples of their own at every layout: guided points, further answers, what is observed."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from collecting_cases import (
     LORA,
     REFERENCE_GUIDANCE,
     Collecting,
+    answered,
     collected_batch,
     collecting_case,
     collecting_recipe,
@@ -20,9 +23,12 @@ from collecting_cases import (
 )
 from engine_cases import VPP2, assert_gradients_agree, make_batch, make_recipe, start_engine
 from multirank import run_ranks
+from repeated_work import RepeatedWork
 
 from soar_mega.engines.plan import order_of
 from soar_mega.flow import normal
+from soar_mega.models.common.answering import answering, is_answering
+from soar_mega.models.common.layer_graphs import LayerGraphs
 from soar_mega.stages import make_stage
 
 
@@ -162,3 +168,33 @@ def test_what_is_measured_is_what_learning_sees():
     measured = engine.measure(points, stage.loss, batch, engine.answer(stage.queries, batch))
     engine.learn(points, stage.loss, batch, engine.answer(stage.queries, batch))
     assert torch.equal(measured[order_of(points(batch))], engine.learned[1])
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_measuring_computes_attention_as_learning_does(monkeypatch, recorded):
+    """And not as answers do, which on a GPU take a kernel that training cannot; nor by recordings of answers."""
+    answers, recordings = [], []
+    record = LayerGraphs._record
+
+    def attentions(device):
+        answers.append(is_answering())
+        return nullcontext()
+
+    def recording(*args):
+        recordings.append(is_answering())
+        return record(*args)
+
+    monkeypatch.setattr("soar_mega.models.common.specs.attentions", attentions)
+    monkeypatch.setattr(LayerGraphs, "_record", recording)
+    engine, stage, batch = with_kept_weights(collecting_recipe()), Collecting(), collected_batch()
+    if recorded:
+        engine.record_layers(partial(RepeatedWork, engine))
+    further = answered(engine, stage, batch)
+    with answering():  # in the same shapes
+        engine.measure(stage.points, stage.log_probability, batch)
+    assert answers and all(answers)
+    answers.clear()
+    engine.measure(stage.points, stage.log_probability, batch)
+    assert set(recordings) == ({True, False} if recorded else set())
+    engine.learn(stage.points, stage.loss, batch, None, stage.observes, **further)
+    assert answers and not any(answers)

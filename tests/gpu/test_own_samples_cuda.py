@@ -1,5 +1,7 @@
 """A step on own samples on a GPU: guided points, kept copies in pinned memory, and what is measured is learned."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from collecting_cases import (
@@ -10,7 +12,7 @@ from collecting_cases import (
     learn_once,
     with_kept_weights,
 )
-from engine_cases import assert_gradients_agree
+from engine_cases import SIZES, assert_gradients_agree
 from test_waits_cuda import while_waiting_is_fine
 
 
@@ -40,9 +42,11 @@ def test_graphs_and_the_place_of_copies_change_nothing() -> None:
         torch.testing.assert_close(on_host[name], piece.cpu(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_what_is_measured_is_what_learning_sees(dtype: str) -> None:
-    engine = with_kept_weights(collecting_recipe(model={"dtype": dtype}))
+@pytest.mark.parametrize("dtype, head_size", [("fp32", 4), ("bf16", 4), ("bf16", 64)])
+def test_what_is_measured_is_what_learning_sees(dtype: str, head_size: int) -> None:
+    """Also with heads of a size for which answers take another attention."""
+    sizes = replace(SIZES, attention_head_dim=head_size, caption_projection_dim=4 * head_size)
+    engine = with_kept_weights(collecting_recipe(model={"dtype": dtype}), sizes)
     stage, batch = Collecting(), collected_batch()
     measured = engine.measure(stage.points, stage.loss, batch, **answered(engine, stage, batch))
     learn_once(engine, stage, batch)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 
+from soar_mega.models.common.answering import is_answering
 from soar_mega.models.common.open_sum import Tokens, each, tensors_of
 from soar_mega.models.common.precision import cast_weights, run_layer
 from soar_mega.private_names import capturing, forward_pre_hooks
@@ -105,7 +106,7 @@ class RecordedLayer:
     def forward(self, inputs: Sequence[Tokens | None], learns: bool) -> None:
         """Compute `outputs` of text, image and conditioning; if it `learns`, keep what `backward` needs."""
         self._inputs = [each(_leaf, x) for x in inputs]
-        with torch.set_grad_enabled(learns):  # also where it is recomputed: attention depends on it
+        with torch.set_grad_enabled(learns):  # also where it is recomputed: libraries may compute otherwise
             results = self._run()
         if learns and not self.recomputed:
             self._results = results
@@ -293,7 +294,7 @@ class LayerGraphs:
         """Text (None after the model's last layer), image and conditioning after the chunk's layers."""
         inputs = [text, image, conditioning]
         wanted = [x.requires_grad and torch.is_grad_enabled() for x in inputs]
-        key = (tuple((x.shape, x.dtype) for x in inputs), tuple(wanted), lengths)
+        key = (tuple((x.shape, x.dtype) for x in inputs), tuple(wanted), lengths, is_answering())
         idle = self._idle.setdefault(key, [])
         recording = idle.pop() if idle else self._record(key, inputs, wanted, lengths)
         if any(wanted):

@@ -22,6 +22,7 @@ from soar_mega.kernels.bias_gelu import bias_gelu, plain_bias_gelu
 from soar_mega.kernels.gated_add import gated_add, plain_gated_add
 from soar_mega.kernels.qk_norm_rope import plain_qk_norm_rope, qk_norm_rope
 from soar_mega.layer_checks import check_layers, check_machine
+from soar_mega.models.common.answering import is_answering
 from soar_mega.models.common.feed_forward import FeedForward
 from soar_mega.models.common.flash_attention import FlashAttention
 from soar_mega.models.common.linear import (
@@ -71,7 +72,7 @@ def attentions(device: torch.device) -> AbstractContextManager[None]:
     """
     if device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel(LEARNING if torch.is_grad_enabled() else ANSWERING, set_priority=True)
+    return sdpa_kernel(ANSWERING if is_answering() else LEARNING, set_priority=True)
 
 
 # by model.attention_backend; the others are Transformer Engine's

@@ -98,10 +98,6 @@ class CollectingConfig(StageConfig):
         """Forwards that it takes to draw a sample, both branches of guidance counted; once for all of its updates."""
         return self.sampling_steps * (1 if self.guidance_scale == 1.0 else 2)
 
-    def updates_per_collection(self, global_batch_size: int) -> int:
-        """Optimizer steps that a collection is learned from in."""
-        return self.samples_per_collection // global_batch_size * self.updates_per_sample
-
     def check(self, recipe: Recipe) -> None:
         samples, global_batch_size = self.samples_per_collection, recipe.train.global_batch_size
         if samples % global_batch_size:

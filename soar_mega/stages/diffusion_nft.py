@@ -92,10 +92,10 @@ class DiffusionNft(LearningFromSamples):
         """There is none."""
         raise NotImplementedError
 
-    def blends(self, iteration: int) -> Mapping[str, float]:
+    def blends(self, iteration: int, is_collection_over: bool) -> Mapping[str, float]:
         """After a collection, the old policy's decay."""
         config = self.config
-        if iteration % self._updates:
+        if not is_collection_over:
             return {}
         if config.old_decay == "constant":
             return {"old": config.old_decay_max}

@@ -32,10 +32,8 @@ class FlowGrpo(LearningFromSamples):
     observed = ("ratio", "clipped", "approx_kl")
     config: FlowGrpoConfig
 
-    def __init__(
-        self, config: FlowGrpoConfig, shift: float, is_dynamic: bool = False, updates_per_collection: int = 1
-    ) -> None:
-        super().__init__(config, shift, is_dynamic, updates_per_collection)
+    def __init__(self, config: FlowGrpoConfig, shift: float, is_dynamic: bool = False) -> None:
+        super().__init__(config, shift, is_dynamic)
         self.replayed = config.old_log_probabilities == "replayed"
 
     def plan(self, seed: int, position: Tensor, width: int, height: int) -> SamplingPlan:

@@ -18,7 +18,6 @@ class LearningFromSamples:
 
     Args:
         shift: of the schedule; is_dynamic: it belongs to a number of image tokens, as FLUX's pipelines choose it.
-        updates_per_collection: optimizer steps from a collection to the next one.
 
     Attributes:
         sigmas: [n + 1] float64 of the sampler.
@@ -35,14 +34,12 @@ class LearningFromSamples:
         config: CollectingConfig,
         shift: float,
         is_dynamic: bool = False,
-        updates_per_collection: int = 1,
     ) -> None:
         self.config = config
         self.schedule = Schedule(shift, is_dynamic=is_dynamic)
         self.keeps = config.kept_copies
         self.further: Mapping[str, Further] = {name: Further(name, self._states) for name in self.keeps}
         self.observes = (*self.observed, "kl") if "reference" in self.keeps else self.observed
-        self._updates = updates_per_collection
         steps, is_linear = config.sampling_steps, config.sigma_grid == "linear"
         self.sigmas = (
             self.schedule.linear_sigmas(steps) if is_linear else self.schedule.inference_sigmas(steps)
@@ -59,7 +56,7 @@ class LearningFromSamples:
         """[N] float64 of a collection, not clipped. rewards: [N] float64 each; prompt: [N] int64, equal for a group."""
         return advantages_of_all(rewards, prompt, self.config)
 
-    def blends(self, iteration: int) -> Mapping[str, float]:
+    def blends(self, iteration: int, is_collection_over: bool) -> Mapping[str, float]:
         """Nothing that is kept follows the weights."""
         return {}
 

@@ -161,8 +161,12 @@ class Stage(Protocol):
 
     def loss(self, points: Points, velocity: Tensor) -> Tensor: ...
 
-    def blends(self, iteration: int) -> Mapping[str, float]:
-        """After so many steps: the kept copies that are moved toward the weights, each with its decay."""
+    def blends(self, iteration: int, is_collection_over: bool) -> Mapping[str, float]:
+        """After so many steps: the kept copies that are moved toward the weights, each with its decay.
+
+        Args:
+            is_collection_over: all that was collected has been learned from.
+        """
         ...
 
 

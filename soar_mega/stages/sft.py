@@ -57,7 +57,7 @@ class Sft:
         """Mean squared error of velocity [M, C, H, W] per point -> [M] float32."""
         return squared_error(points, velocity)
 
-    def blends(self, iteration: int) -> Mapping[str, float]:
+    def blends(self, iteration: int, is_collection_over: bool) -> Mapping[str, float]:
         """Nothing is kept."""
         return {}
 

@@ -14,7 +14,7 @@ from soar_mega.models.common.flops import image_tokens
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
-from soar_mega.stages import CollectingConfig, make_stage
+from soar_mega.stages import make_stage
 from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
 from soar_mega.training.collector import Collection, Collector, Watch
@@ -71,15 +71,11 @@ class Steps:
         """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
         size = latent_shape[1:]
         if size not in self._stages:
-            config, is_dynamic, updates = self.recipe.stage.asking(sizes.guidance_embeds), False, 1
+            config, is_dynamic = self.recipe.stage.asking(sizes.guidance_embeds), False
             shift = config.shift
             if shift is None:
                 shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
-            if isinstance(config, CollectingConfig):
-                updates = config.updates_per_collection(self.recipe.train.global_batch_size)
-            self._stages[size] = make_stage(
-                config, shift, is_dynamic=is_dynamic, updates_per_collection=updates
-            )
+            self._stages[size] = make_stage(config, shift, is_dynamic=is_dynamic)
         return self._stages[size]
 
     def _keep_weights(self) -> None:
@@ -125,7 +121,8 @@ class Steps:
         progress.skipped_steps += not result.ok
         if result.ok and recipe.train.ema_decay > 0:
             self._move_average()
-        for name, decay in self.stage.blends(progress.iteration).items():
+        is_collection_over = self.collector is not None and self.collector.is_empty
+        for name, decay in self.stage.blends(progress.iteration, is_collection_over).items():
             self.engine.blend_weights(name, decay)
         return result
 

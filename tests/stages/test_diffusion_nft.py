@@ -119,14 +119,15 @@ def test_levels_are_those_of_the_settings():
 
 def test_old_policy_follows_after_each_collection_by_the_published_decay():
     for name, kind in (("diffusion_nft_geneval", 1), ("diffusion_nft_ocr", 2)):
-        stage = make_stage(PRESETS[name], 3.0, updates_per_collection=2)
+        stage = make_stage(PRESETS[name], 3.0)
         for iteration in range(1, 800):
-            expected = {} if iteration % 2 else {"old": pytest.approx(nft_decay(iteration, kind), abs=1e-15)}
-            assert stage.blends(iteration) == expected
+            assert stage.blends(iteration, is_collection_over=False) == {}
+            expected = {"old": pytest.approx(nft_decay(iteration, kind), abs=1e-15)}
+            assert stage.blends(iteration, is_collection_over=True) == expected
     late = make_stage(PRESETS["flow_factory_nft"], 3.0)  # counts from 0
-    assert [late.blends(i)["old"] for i in (1, 2, 601)] == [0.0, 0.001, 0.5]
+    assert [late.blends(i, True)["old"] for i in (1, 2, 601)] == [0.0, 0.001, 0.5]
     constant = replace(PRESETS["unirl_nft"], old_decay="constant", old_decay_max=0.9)
-    assert make_stage(constant, 3.0).blends(1) == {"old": 0.9}
+    assert make_stage(constant, 3.0).blends(1, True) == {"old": 0.9}
 
 
 def test_what_cannot_be_learned_from_counts_for_nothing():

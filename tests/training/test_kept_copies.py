@@ -26,7 +26,7 @@ class Keeping(Sft):
         points.observed["sigma"] = points.sigma.to(velocity.device)
         return super().loss(points, velocity)
 
-    def blends(self, iteration: int) -> dict[str, float]:
+    def blends(self, iteration: int, is_collection_over: bool) -> dict[str, float]:
         return {"old": 0.25} if iteration % 2 == 0 else {}
 
 

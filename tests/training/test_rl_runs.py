@@ -5,6 +5,7 @@ import os
 import pkgutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,25 @@ def test_what_a_run_cannot_go_on_with_is_named(finished: Finished, folder: Path,
     with rl_steps(rl_recipe(folder, stage, **(settings | {"train__global_batch_size": 16}))) as run:
         assert run.progress.iteration == 4
         taken(run, 1)
+
+
+def test_the_old_policy_moves_when_a_collection_is_over_whatever_the_batch(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection that begins behind iteration 4 and has 8 updates ends at 12; iterations alone would say 8."""
+    recipe, *_ = finished["diffusion_nft"]
+    smaller = replace(recipe, train=replace(recipe.train, global_batch_size=4))
+    RunFolder(recipe.checkpoint.save).set_latest(4)  # between two collections
+    moved: list[int] = []
+    with rl_steps(smaller) as run:
+        monkeypatch.setattr(
+            run.engine, "blend_weights", lambda name, decay: moved.append(run.progress.iteration)
+        )
+        for _ in range(9):
+            run.collect()
+            run.learn()
+            run.update()
+    assert moved == [12]
 
 
 def test_each_pass_keeps_samples_with_their_replica() -> None:

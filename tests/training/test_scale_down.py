@@ -56,7 +56,7 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
         whole.stage.sampling_steps,
         whole.stage.kl_beta,
     )
-    assert small.stage.updates_per_collection(small.train.global_batch_size) == 2
+    assert small.stage.samples_per_collection == 2 * small.train.global_batch_size
     assert len(read_prompts(small.data.prompts)) >= small.stage.prompts_per_collection
     assert small.data.validation_prompts == small.data.prompts
     assert f"stand in for data.prompts={whole.data.prompts}" in caplog.text

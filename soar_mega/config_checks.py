@@ -1,5 +1,7 @@
 """What a recipe may say: the range of each setting, and the settings that must fit each other."""
 
+from collections.abc import Callable
+
 from soar_mega import layer_checks
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.rules import Rule, above, at_least, from_below, one_of, within
@@ -74,6 +76,59 @@ RULES: dict[str, Rule] = {
     "logging.sample_guidance_scale": at_least(0),
 }
 
+# settings that something reads only where another one says so, and what they are about
+READ_WHERE: list[tuple[Callable[[Recipe], object], str, tuple[str, ...]]] = [
+    (
+        lambda recipe: recipe.train.ema_decay,
+        "is about the EMA, which is kept with train.ema_decay above 0 (0.999, for example)",
+        ("train.ema_update_interval", "train.ema_warm_up"),
+    ),
+    (
+        lambda recipe: recipe.train.ema_decay or recipe.stage.kept_copies,
+        "is about the EMA and the copies of weights that a stage compares with, and none is kept",
+        ("train.offload_kept_weights",),
+    ),
+    (
+        lambda recipe: recipe.parallel.engine == "deepspeed",
+        "is DeepSpeed's: set parallel.engine=deepspeed",
+        ("parallel.zero_stage", "parallel.offload_optimizer", "parallel.offload_parameters"),
+    ),
+    (
+        lambda recipe: recipe.parallel.engine == "megatron",
+        "is of the megatron engine: leave it out with parallel.engine=deepspeed",
+        (
+            "parallel.use_distributed_optimizer",
+            "parallel.overlap_grad_reduce",
+            "parallel.overlap_param_gather",
+        ),
+    ),
+    (
+        lambda recipe: recipe.model.recompute_granularity == "full",
+        "is about whole layers: set model.recompute_granularity=full",
+        ("model.recompute_every",),
+    ),
+    (
+        lambda recipe: recipe.model.fp8,
+        "is about FP8: set model.fp8=hybrid or e4m3",
+        ("model.fp8_recipe",),
+    ),
+    (
+        lambda recipe: recipe.model.first_last_layers_bf16,
+        "says how many with model.first_last_layers_bf16=true",
+        ("model.num_layers_at_start_in_bf16", "model.num_layers_at_end_in_bf16"),
+    ),
+    (
+        lambda recipe: recipe.lora.rank,
+        "is about adapters: set lora.rank",
+        ("lora.alpha", "lora.dropout", "lora.load"),
+    ),
+    (
+        lambda recipe: recipe.optimizer.lr_decay_style != "constant",
+        "is about a learning rate that decays: set optimizer.lr_decay_style=cosine or linear",
+        ("optimizer.min_lr", "optimizer.lr_decay_iters", "optimizer.lr_decay_start"),
+    ),
+]
+
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a ValueError that names the setting and what would be right, unless the recipe can be run.
@@ -86,6 +141,7 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value!r}: it must be {words}")
+    _check_what_is_read(recipe)
     for check in (
         _check_model,
         _check_data,
@@ -104,6 +160,15 @@ def check_recipe(recipe: Recipe) -> None:
 def _require(holds: object, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _check_what_is_read(recipe: Recipe) -> None:
+    for is_read, words, names in READ_WHERE:
+        for name in names if not is_read(recipe) else ():
+            group_name, _, key = name.partition(".")
+            group = getattr(recipe, group_name)
+            value, default = getattr(group, key), getattr(type(group)(), key)
+            _require(value == default, f"{name}={value} {words}")
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -159,12 +224,6 @@ def _check_batch(recipe: Recipe) -> None:
         f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
         f"({train.micro_batch_size}) times the number of data-parallel replicas",
     )
-    for key, default in (("ema_update_interval", 1), ("ema_warm_up", False)):
-        value = getattr(train, key)
-        _require(
-            train.ema_decay or value == default,
-            f"train.{key}={value} is about the EMA, which is kept with train.ema_decay above 0 (0.999, for example)",
-        )
 
 
 def _check_stage(recipe: Recipe) -> None:
@@ -229,10 +288,6 @@ def check_pipeline(parallel: ParallelConfig) -> None:
 def _check_deepspeed(recipe: Recipe) -> None:
     parallel = recipe.parallel
     if parallel.engine != "deepspeed":
-        for key in ("offload_optimizer", "offload_parameters"):
-            _require(
-                not getattr(parallel, key), f"parallel.{key} is DeepSpeed's: set parallel.engine=deepspeed"
-            )
         return
     _require(
         parallel.pipeline_model_parallel_size == 1,
@@ -244,11 +299,6 @@ def _check_deepspeed(recipe: Recipe) -> None:
         "parallel.engine=deepspeed has no context parallelism: set parallel.context_parallel_size=1 (and "
         "model.recompute_granularity=full where activations do not fit), or parallel.engine=megatron",
     )
-    for key in ("overlap_grad_reduce", "overlap_param_gather"):
-        _require(
-            not getattr(parallel, key),
-            f"parallel.{key} is of the megatron engine: set it to false with parallel.engine=deepspeed",
-        )
     _require(
         parallel.zero_stage > 0 or recipe.model.dtype == "fp32",
         "parallel.zero_stage=0 would add up the gradients of micro-batches in bf16: set parallel.zero_stage=1, or "
@@ -296,9 +346,6 @@ def _check_lora(recipe: Recipe) -> None:
     _require(
         lora.targets,
         "lora.targets is empty: name linears, or set lora.rank=0 to train the weights themselves",
-    )
-    _require(
-        lora.rank or not lora.load, "lora.load starts from adapters: set lora.rank to the rank that they have"
     )
 
 

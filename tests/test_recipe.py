@@ -219,7 +219,13 @@ def test_wrong_overrides_name_the_key_and_what_is_right(
             ["data.encode=shards"],
         ),
         (["stage.rollout_steps=2", "stage.num_rollout_paths=2"], ["stage.rollout_steps=2", "ODE path alone"]),
-        (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_start=5"], ["lr_decay_start (5)", "warm-up"]),
+        (
+            ["optimizer.lr_decay_style=linear", "optimizer.lr_warmup_iters=10", "optimizer.lr_decay_start=5"],
+            ["lr_decay_start (5)", "warm-up"],
+        ),
+        (["stage.rollout_variant=cps", "stage.eta=5"], ["stage.eta is 5", "at most 1"]),
+        (["stage.timestep_density=mode", "stage.mode_scale=5"], ["stage.mode_scale is 5", "1.75"]),
+        (["stage.rollout_steps=50"], ["stage.rollout_steps is 50", "stage.sampling_steps=40"]),
         (
             ["optimizer.lr_decay_style=cosine", "train.train_iters=10", "optimizer.lr_warmup_iters=11"],
             ["from iteration 11"],
@@ -233,6 +239,41 @@ def test_settings_that_do_not_fit_each_other(
         load_recipe(recipe_file, overrides)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.ema_update_interval=2", "train.ema_decay above 0"),
+        ("train.ema_warm_up=true", "train.ema_decay above 0"),
+        ("train.offload_kept_weights=true", "none is kept"),
+        ("parallel.zero_stage=3", "parallel.engine=deepspeed"),
+        ("parallel.offload_optimizer=true", "parallel.engine=deepspeed"),
+        ("parallel.offload_parameters=true", "parallel.engine=deepspeed"),
+        ("model.recompute_every=2", "model.recompute_granularity=full"),
+        ("model.fp8_recipe=delayed", "model.fp8=hybrid"),
+        ("model.num_layers_at_start_in_bf16=2", "model.first_last_layers_bf16=true"),
+        ("model.num_layers_at_end_in_bf16=2", "model.first_last_layers_bf16=true"),
+        ("lora.alpha=1", "set lora.rank"),
+        ("lora.dropout=0.1", "set lora.rank"),
+        ("lora.load=adapters", "set lora.rank"),
+        ("optimizer.min_lr=1e-6", "optimizer.lr_decay_style=cosine"),
+        ("optimizer.lr_decay_iters=10", "optimizer.lr_decay_style=cosine"),
+        ("optimizer.lr_decay_start=1", "optimizer.lr_decay_style=cosine"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(recipe_file: Path, override: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"{override.split('=')[0]}=.*{words}"):
+        load_recipe(recipe_file, [override])
+
+
+@pytest.mark.parametrize(
+    "override", ["use_distributed_optimizer=false", "overlap_grad_reduce=true", "overlap_param_gather=true"]
+)
+def test_what_is_megatrons_is_refused_with_deepspeed(recipe_file: Path, override: str) -> None:
+    words = f"parallel.{override.split('=')[0]}=.* is of the megatron engine"
+    with pytest.raises(ValueError, match=words):
+        load_recipe(recipe_file, ["parallel.engine=deepspeed", f"parallel.{override}"])
 
 
 @pytest.mark.parametrize(

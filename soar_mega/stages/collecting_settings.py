@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from soar_mega.config import Forwards, Recipe, StageConfig
@@ -72,8 +72,12 @@ class CollectingConfig(StageConfig):
         raise NotImplementedError
 
     def asking(self, is_told: bool) -> Self:
-        told = super().asking(is_told)
-        return replace(told, learning_guidance_scale=None) if is_told else told
+        if is_told and (self.learning_guidance_scale is not None or self.detach_unconditional):
+            raise ValueError(
+                "stage.learning_guidance_scale and stage.detach_unconditional are for models of two branches: a "
+                "guidance-distilled model is told stage.guidance_scale, so leave them out"
+            )
+        return super().asking(is_told)
 
     def forwards(self) -> Forwards:
         """In one update; what it takes to draw samples is `sampling_forwards`."""
@@ -109,6 +113,11 @@ class CollectingConfig(StageConfig):
         if not self.rewards:
             raise ValueError(
                 "stage.rewards is empty: name what judges samples, with its weight, such as {jpeg_compressibility: 1.0}"
+            )
+        if self.detach_unconditional and self.learned_scale == 1.0:
+            raise ValueError(
+                "stage.detach_unconditional=true, but at a guidance scale of 1 learning asks one branch alone: leave "
+                "it out, or set stage.learning_guidance_scale"
             )
 
 
@@ -212,7 +221,7 @@ class DiffusionNftConfig(CollectingConfig):
     solver: str = "dpm++2m"  # euler | heun | dpm++2m
     beta: float = 1.0  # how far the positive and the negative policy are from the old one
     # steps of the sampler whose sigmas are learned at: random (drawn per sample) | first | stratified (one drawn of
-    # each of as many equal parts of the steps whose sigma is at least lowest_sigma)
+    # each of as many equal parts of the steps before the last one whose sigma is at least lowest_sigma)
     levels: str = "random"
     num_levels: int = 9
     lowest_sigma: float = 0.5

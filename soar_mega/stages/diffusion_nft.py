@@ -33,6 +33,16 @@ class DiffusionNft(LearningFromSamples):
     observed = ("positive", "negative", "old_distance")
     config: DiffusionNftConfig
 
+    def __init__(self, config: DiffusionNftConfig, shift: float, is_dynamic: bool = False) -> None:
+        super().__init__(config, shift, is_dynamic)
+        steps = self._last_level()
+        if config.levels == "stratified" and config.num_levels > steps:
+            raise ValueError(
+                f"stage.num_levels={config.num_levels} with stage.levels=stratified: only {steps} steps of the sampler "
+                f"lie before the last one with a sigma of at least stage.lowest_sigma={config.lowest_sigma}; set fewer "
+                "levels, more stage.sampling_steps, or a lower sigma"
+            )
+
     def plan(self, seed: int, position: Tensor, width: int, height: int) -> SamplingPlan:
         """Deterministic samples, of which the end is kept; the stage is one of latents of this size already."""
         stochastic = torch.zeros(len(position), self.config.sampling_steps, dtype=torch.bool)
@@ -110,10 +120,13 @@ class DiffusionNft(LearningFromSamples):
             return torch.arange(count).expand(len(batch), -1)
         if config.levels == "random":
             return subset(batch.seed, "levels", batch.position, size, count)
-        last = int((self.sigmas[:-1] >= config.lowest_sigma).sum()) - 1
-        bounds = torch.linspace(0, last, count + 1, dtype=torch.float64).long()
+        bounds = torch.linspace(0, self._last_level(), count + 1, dtype=torch.float64).long()
         drawn = uniform(batch.seed, "levels", batch.position, count=count)
         return bounds[:-1] + (drawn * bounds.diff()).long()
+
+    def _last_level(self) -> int:
+        """The last step whose sigma is not below the lowest to learn at, where the last part ends."""
+        return int((self.sigmas[:-1] >= self.config.lowest_sigma).sum()) - 1
 
     def _share(self, advantage: Tensor) -> Tensor:
         """r: how much of a sample the positive policy learns, [P] float64."""

@@ -31,6 +31,7 @@ class SftConfig(StageConfig):
         "timesteps": one_of("continuous", "grid"),
         "timestep_density": one_of("logit_normal", "uniform", "mode", "beta"),
         "logit_std": above(0),
+        "mode_scale": within(-1, 1.75),  # beyond 2 / (pi - 2) times would leave [0, 1]
         "loss_weighting": one_of("none", "sigma_sqrt", "cosmap"),
     }
 
@@ -73,6 +74,14 @@ class SftMultiConfig(SftConfig):
         "auxiliary_gamma": within(0, 1),
     }
 
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.rollout_steps > self.sampling_steps:
+            raise ValueError(
+                f"stage.rollout_steps is {self.rollout_steps}: a sampler of stage.sampling_steps={self.sampling_steps} "
+                "has no more"
+            )
+
     def forwards(self) -> Forwards:
         return Forwards(answers=0, points=1 + self.num_auxiliary_points * self.num_rollout_paths)
 
@@ -103,6 +112,9 @@ class SoarConfig(SftMultiConfig):
         return super().forwards()._replace(answers=answers, query_branches=branches)
 
     def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.rollout_variant == "cps" and self.eta > 1:
+            raise ValueError(f"stage.eta is {self.eta}: with stage.rollout_variant=cps it must be at most 1")
         if self.rollout_steps > 1 and self.num_rollout_paths > 1:
             raise ValueError(
                 f"stage.rollout_steps={self.rollout_steps} is for the ODE path alone: set stage.num_rollout_paths=1, "

@@ -117,6 +117,12 @@ def test_levels_are_those_of_the_settings():
         assert column.unique().tolist() == list(range(first, end))
 
 
+def test_parts_of_the_steps_must_be_as_many_as_levels():
+    with pytest.raises(ValueError, match="stage.num_levels=9 with stage.levels=stratified: only 6 steps"):
+        make_stage(DiffusionNftConfig(levels="stratified"), 3.0)
+    assert make_stage(DiffusionNftConfig(levels="stratified", num_levels=6), 3.0)
+
+
 def test_old_policy_follows_after_each_collection_by_the_published_decay():
     for name, kind in (("diffusion_nft_geneval", 1), ("diffusion_nft_ocr", 2)):
         stage = make_stage(PRESETS[name], 3.0)

@@ -118,8 +118,11 @@ def test_gradient_goes_through_both_branches_unless_one_is_detached():
     detached = collect(replace(PRESETS["flow_grpo_ocr"], detach_unconditional=True)).points()
     assert detached.detach_unconditional
     # a model that is told the scale is asked once, while samples are drawn and learned from
-    told = replace(PRESETS["dance_grpo"], learning_guidance_scale=2.0).asking(is_told=True)
+    told = PRESETS["dance_grpo"].asking(is_told=True)
     assert collect(told).points().guidance_scale == 1.0 and told.sampling_forwards() == 16
+    for two_branches in ({"learning_guidance_scale": 2.0}, {"detach_unconditional": True}):
+        with pytest.raises(ValueError, match="is told stage.guidance_scale, so leave them out"):
+            replace(PRESETS["dance_grpo"], **two_branches).asking(is_told=True)
 
 
 @pytest.mark.parametrize("name", ["flow_grpo_ocr", "unirl_grpo", "dance_grpo"])
@@ -275,6 +278,7 @@ def test_guard_measures_from_the_mean_that_a_sample_was_drawn_around():
         ({"ratio": "guard", "old_log_probabilities": "replayed"}, "stage.old_log_probabilities=sampled"),
         ({"rewards": {}}, "stage.rewards is empty"),
         ({"images_per_prompt": 7}, r"must divide 336"),
+        ({"detach_unconditional": True, "learning_guidance_scale": 1.0}, "stage.detach_unconditional=true"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changed, words):

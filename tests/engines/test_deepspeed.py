@@ -149,13 +149,11 @@ def with_parallel(**parallel):
             "no pipeline parallelism: set .*pipeline_model_parallel_size=1",
         ),
         ({"context_parallel_size": 2}, "no context parallelism: set parallel.context_parallel_size=1"),
-        ({"overlap_grad_reduce": True}, "parallel.overlap_grad_reduce is of the megatron engine"),
         (
             {"zero_stage": 0, "offload_optimizer": True},
             "offload_optimizer needs parallel.zero_stage=1, 2 or 3",
         ),
         ({"offload_parameters": True}, "offload_parameters needs parallel.zero_stage=3"),
-        ({"engine": "megatron", "offload_optimizer": True}, "is DeepSpeed's: set parallel.engine=deepspeed"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(parallel, words):

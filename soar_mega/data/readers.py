@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,7 +46,7 @@ class Readers:
             num_workers=count,
             prefetch_factor=READ_AHEAD if count else None,
             multiprocessing_context="fork" if count else None,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=partial(_begin, os.getpid()),
             timeout=POLL_SECONDS if count else 0,
             pin_memory=pin_memory,
         )
@@ -109,10 +111,18 @@ class _Reading(Dataset[Read | str]):
             return traceback.format_exc()
 
 
-def _outlive_signals(number: int) -> None:
-    """The scheduler signals every process of a job; the run decides when its readers end."""
+def _begin(parent: int, number: int) -> None:
+    """The scheduler signals every process of a job; the run decides when its readers end, and they end with it."""
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch looks for its parent too, but would take for it whoever is in its place once it is dead."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
 
 
 @contextlib.contextmanager

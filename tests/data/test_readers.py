@@ -142,10 +142,14 @@ def test_readers_outlive_the_signals_that_a_scheduler_sends_to_every_process(sta
     assert [next(readers).tensors["x"].item() for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow  # a process looks for its parent every five seconds
-def test_readers_end_with_a_parent_that_is_killed():
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, 1])
+def test_readers_end_with_a_parent_that_is_killed(delay):
+    """Also before they have begun."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from test_readers import Readers, echo, stretches\n"
+        "from soar_mega.data import readers as ours; begin = ours._begin\n"
+        f"ours._begin = lambda *numbers: (time.sleep({delay}), begin(*numbers))\n"
         "readers = Readers(echo, stretches(100), 2)\n"
         "print(*[process.pid for process in readers.processes], flush=True)\n"
         "time.sleep(60)"

@@ -42,6 +42,7 @@ def scale_down(recipe: Recipe, processes: int, writes: bool) -> Recipe:
 def _small(recipe: Recipe, folder: Path, replicas: int) -> Recipe:
     train, logging, inputs = recipe.train, recipe.logging, folder / "inputs"
     often, global_batch_size = ITERATIONS // 2, SAMPLES_PER_REPLICA * replicas
+    data = _small_data(recipe.data, inputs, recipe.stage.collects)
     return replace(
         recipe,
         model=replace(recipe.model, preset="", pipeline_dir=str(inputs / "pipeline"), init="random"),
@@ -60,7 +61,7 @@ def _small(recipe: Recipe, folder: Path, replicas: int) -> Recipe:
             lr_decay_start=None,
         ),
         lora=replace(recipe.lora, load=""),  # adapters of the large model
-        data=_small_data(recipe.data, inputs, recipe.stage.collects),
+        data=data,
         checkpoint=replace(
             recipe.checkpoint,
             save=str(folder / "run"),
@@ -73,9 +74,11 @@ def _small(recipe: Recipe, folder: Path, replicas: int) -> Recipe:
         logging=replace(
             logging,
             log_interval=1,
-            eval_interval=min(logging.eval_interval, often),
+            eval_interval=min(logging.eval_interval, often)
+            if data.validation_path or data.validation_prompts
+            else 0,
             eval_samples=SAMPLES_PER_REPLICA,
-            drift_interval=min(logging.drift_interval, often),
+            drift_interval=min(logging.drift_interval, often) if data.validation_path else 0,
             drift_samples=SAMPLES_PER_REPLICA,
             sample_interval=0,  # shards have no encoders
         ),

@@ -43,6 +43,11 @@ def write_inputs(recipe: Recipe, folder: Path, samples: int) -> None:
                 *(2 * samples, REWARD, recipe.data.prompts, recipe.model.pipeline_dir),
                 ", ".join(recipe.stage.rewards),
             )
+            if recipe.data.validation_path:
+                log.info(
+                    "scaled down: nothing stands in for data.validation_path=%s: nothing is measured on its samples",
+                    recipe.data.validation_path,
+                )
         else:
             _write_shards(recipe, narrow, new, samples)
         _write_json(new / "pipeline" / "transformer" / "config.json", narrow.to_diffusers())

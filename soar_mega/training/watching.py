@@ -51,7 +51,7 @@ def watch(
             try:
                 found = evaluation.measure(on_rank_zero(partial(_model, model, run, iteration, there)))
             except (ValueError, OSError, PeerFailure) as error:
-                if run.checkpoint(iteration).is_dir():
+                if on_rank_zero(partial(_is_there, run, iteration)):
                     raise
                 if is_rank_zero():
                     log.warning("iteration %d was removed before it could be evaluated: %s", iteration, error)
@@ -76,6 +76,10 @@ def _evaluated(evaluation: Evaluation, run: RunFolder) -> list[int]:
     facts = map(evaluation.store.read_json, evaluation.store.names("facts/iter_*.json"))
     paths = [Path(each["path"]) for each in facts if each is not None]
     return [int(path.name.partition("_")[2]) for path in paths if path.parent == run.path]
+
+
+def _is_there(run: RunFolder, iteration: int) -> bool:
+    return run.checkpoint(iteration).is_dir()
 
 
 def _model(model: Callable[[Path], Model], run: RunFolder, iteration: int, there: Sequence[int]) -> Model:

@@ -46,7 +46,12 @@ def test_nothing_of_the_user_is_replaced(tmp_path):
 @pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])
 def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, caplog):
     caplog.set_level("INFO")
-    words = [f"checkpoint.save={tmp_path}/run", "data.validation_prompts=there"]
+    words = [
+        f"checkpoint.save={tmp_path}/run",
+        "data.validation_prompts=there",
+        "data.validation_path=heldout",
+    ]
+    words += ["logging.eval_interval=2", "logging.drift_interval=2"]
     whole = load_recipe(RECIPES / f"sd35_medium/{name}.yaml", words)
     small = scale_down(whole, 1, writes=True)
     sizes, facts = model_sizes(small.model), encoder_facts(Path(small.model.pipeline_dir))
@@ -59,6 +64,8 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
     assert small.stage.samples_per_collection == 2 * small.train.global_batch_size
     assert len(read_prompts(small.data.prompts)) >= small.stage.prompts_per_collection
     assert small.data.validation_prompts == small.data.prompts
+    assert small.logging.eval_interval == 2 and small.logging.drift_interval == 0
+    assert "nothing stands in for the samples of data.validation_path=heldout" in caplog.text
     assert f"stand in for data.prompts={whole.data.prompts}" in caplog.text
     assert f"the rewards {', '.join(whole.stage.rewards)}" in caplog.text
     first = {path: path.read_bytes() for path in Path(small.model.pipeline_dir).rglob("*.json")}

@@ -1,5 +1,6 @@
 """Layers as graphs: the bookkeeping of recordings, on a CPU (tests/gpu has the graphs themselves)."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -21,7 +22,8 @@ from repeated_work import RepeatedWork
 from soar_mega.config import LoraConfig, ModelConfig
 from soar_mega.engines.megatron import why_no_graphs
 from soar_mega.models.common.conditions import Conditions
-from soar_mega.models.common.layer_graphs import garbage_waits
+from soar_mega.models.common.layer_graphs import RecordedLayer, garbage_waits
+from soar_mega.models.common.open_sum import tensors_of
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.stages import make_stage
 
@@ -156,3 +158,25 @@ def test_garbage_waits_for_a_recording():
 def test_what_no_graph_can_hold_is_named(settings, reason):
     said = why_no_graphs(ModelConfig(**settings))
     assert said is None if reason is None else reason in said
+
+
+def test_nothing_of_the_warm_ups_is_left_when_recording_begins(monkeypatch):
+    """It would lie beside the graphs' memory, two tensors of each stream and layer, where nothing can use it."""
+    seen: list[weakref.ref] = []
+    forward = RecordedLayer.forward
+
+    def noted(layer, *args, **kwargs):
+        forward(layer, *args, **kwargs)
+        seen.extend(weakref.ref(x) for x in tensors_of(*layer.outputs) if x is not None)
+
+    class Looking(RepeatedWork):
+        def record(self, work):
+            assert seen and all(output() is None for output in seen)
+            monkeypatch.setattr(RecordedLayer, "forward", forward)
+            return super().record(work)
+
+    monkeypatch.setattr(RecordedLayer, "forward", noted)
+    recipe = make_recipe()
+    engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
+    engine.record_layers(partial(Looking, engine))
+    iterate(engine, stage, make_batch(0))

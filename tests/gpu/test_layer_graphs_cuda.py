@@ -104,6 +104,12 @@ def assert_alike(found, expected, in_fp8):
     assert found[1] == pytest.approx(expected[1], rel=later)
 
 
+def forget_graphs():
+    """Those of an engine before, which is garbage in a cycle."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("graphs", ["none", "layers"])
 @pytest.mark.parametrize(
     ("model", "again"),
@@ -112,11 +118,12 @@ def assert_alike(found, expected, in_fp8):
 )
 def test_parts_made_again_change_nothing_and_keep_less(model, again, graphs):
     found = []
+    # many points: what recordings hold is counted in pieces of 2 MiB
+    train = {"global_batch_size": 8, "points_per_micro_batch": 40, "cuda_graphs": graphs}
     for settings in (model, model | again):
-        recipe = make_recipe(train={"global_batch_size": 8, "cuda_graphs": graphs}, model=settings)
+        recipe = make_recipe(train=train, model=settings)
         skip_what_is_not_installed(recipe.model, 64)
-        gc.collect()  # the engine before, with its graphs
-        torch.cuda.empty_cache()
+        forget_graphs()
         before = held_by_graphs()
         found.append((trained(recipe, HEADS_OF_64), held_by_graphs() - before))
     (kept, held), (made_again, held_again) = found
@@ -127,6 +134,7 @@ def test_parts_made_again_change_nothing_and_keep_less(model, again, graphs):
 def test_what_recordings_hold_is_taken_of_the_gpu():
     """Activations lie where the allocator has nothing given out: what it has taken is what a run needs."""
     recipe = make_recipe(train={"global_batch_size": 8, "cuda_graphs": "layers"}, model={"dtype": "bf16"})
+    forget_graphs()
     before = held_by_graphs()
     engine, stage = start_engine(recipe, HEADS_OF_64), make_stage(recipe.stage, shift=1.0)
     batch = make_batch(0)

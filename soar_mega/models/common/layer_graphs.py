@@ -188,6 +188,8 @@ class Recording:
         learns = any(wanted)
         for number in range(len(layers)):
             recorder.warm_up(partial(self._try, number, learns))
+        for layer in layers:  # what the warm-ups have left lies outside the graphs' memory
+            layer.forget(outputs=True, gradients=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the graphs' memory comes out of what is free
         forward = self._forward if learns else self._forward_alone

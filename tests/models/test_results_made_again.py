@@ -5,9 +5,11 @@ import torch
 from live_bytes import LiveBytes
 from peer import make_inputs
 
-from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.layer_checks import RECOMPUTE_MODULES, check_layers
+from soar_mega.models.common import recompute
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.lora import add_adapters
 from soar_mega.models.common.recompute import free_until_backward
 from soar_mega.models.flux.sizes import FluxSizes
 from soar_mega.models.sd3.sizes import SD3Sizes
@@ -107,6 +109,24 @@ def test_gradients_are_those_without(sizes, form, monkeypatch):
     for again, ours in others:
         assert torch.equal(again, velocity) and ours.keys() == wanted.keys()
         assert [name for name in wanted if not torch.equal(ours[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("sizes", [SD3, FLUX], ids=["sd3", "flux"])
+def test_what_no_trained_linear_reads_is_not_made_again(monkeypatch, sizes):
+    """Adapters on joint attention alone: other linears are frozen, and keep nothing that could be given back."""
+    restored = []
+    restore = recompute._Freed.restore
+    monkeypatch.setattr(recompute._Freed, "restore", lambda freed: restored.append(1) or restore(freed))
+    inputs = make_inputs(sizes, (4, 4), batch=2, text=5)
+    for modules, expected in [("mlp_act", 0), ("layernorm", 6)]:
+        model = build_model(sizes, selective(modules, dtype="fp32", fused_kernels=False), ParallelConfig())
+        model.requires_grad_(False)
+        add_adapters([model], LoraConfig(rank=2), 1)
+        for parameter in model.parameters():  # or no gradient comes through a new model's gates
+            torch.nn.init.normal_(parameter, std=0.3)
+        model(*inputs).square().sum().backward()
+        assert len(restored) == expected
+        restored.clear()
 
 
 @pytest.mark.parametrize(

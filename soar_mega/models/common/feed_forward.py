@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from soar_mega.models.common.linear import keeps_input
 from soar_mega.models.common.recompute import free_until_backward
 
 
@@ -27,6 +28,6 @@ class FeedForward(MLP):
         make = partial(self.bias_gelu, *self.linear_fc1(hidden))
         activated = make()
         output, bias = self.linear_fc2(activated)
-        if self.makes_again:
+        if self.makes_again and keeps_input(self.linear_fc2):
             free_until_backward(activated, make, output)
         return output, bias

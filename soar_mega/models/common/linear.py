@@ -27,6 +27,11 @@ from soar_mega.kernels.dispatch import launches
 Output = tuple[Tensor, Tensor | None]
 
 
+def keeps_input(linear: torch.nn.Module) -> bool:
+    """Whether a linear keeps what it reads for its backward: its weight, or an adapter on it, is trained."""
+    return any(parameter.requires_grad for parameter in linear.parameters())
+
+
 class ColumnLinear(ColumnParallelLinear):
     """Output features are cut over TP."""
 

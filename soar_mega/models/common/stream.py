@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.groups import tensor_parallel_group
-from soar_mega.models.common.linear import add_bias
+from soar_mega.models.common.linear import add_bias, keeps_input
 from soar_mega.models.common.modulation import Modulation
 from soar_mega.models.common.open_sum import OpenSum, Tokens
 from soar_mega.models.common.recompute import free_until_backward
@@ -181,7 +181,7 @@ class Stream(torch.nn.Module):
         residual, *branch = tokens if isinstance(tokens, OpenSum) else (tokens,)
         hidden, modulated = self.adaln(residual, shift, scale, *branch)
         projected = attention.qkv(modulated, length)
-        if self.makes_norms_again:
+        if self.makes_norms_again and keeps_input(attention.linear_qkv):
             free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), projected.mixed)
         return hidden, projected
 
@@ -202,7 +202,7 @@ class Stream(torch.nn.Module):
         branch, bias = attended
         hidden, modulated = self.adaln(hidden, shift, scale, branch, gate, bias)
         branch, bias = self.mlp(modulated)
-        if self.makes_norms_again:
+        if self.makes_norms_again and keeps_input(self.mlp.linear_fc1):
             free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), branch)
         if self.leaves_sum_open:
             return OpenSum(hidden, branch, mlp_gate, bias)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soar_mega.kernels.qk_norm_rope import Projected
 from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.linear import keeps_input
 from soar_mega.models.common.modulation import Modulation
 from soar_mega.models.common.open_sum import Tokens
 from soar_mega.models.common.recompute import free_until_backward
@@ -119,7 +120,7 @@ class SingleLayer(torch.nn.Module):
         context = self.joint_attention(joined.cut(qkv), lengths, joined.order)
         attended, _ = self.attention.project(joined.put_back(context))
         branch, bias = self.mlp(modulated)
-        if self.makes_norms_again:
+        if self.makes_norms_again and any(map(keeps_input, (self.attention.linear_qkv, self.mlp.linear_fc1))):
             free_until_backward(modulated, partial(self.adaln, hidden, shift, scale), qkv.mixed, branch)
         text, image = self.gated_add(hidden, attended + branch, gate, bias).split(parts)
         return text, image

@@ -66,7 +66,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         suite.add_argument(
             f"--{name}-model-parallel-size", type=int, default=1, help="of checkpoints (default: %(default)s)"
         )
-    suite.add_argument("--max-sequence-length", type=int, help="T5 tokens of a prompt, as in training")
+    suite.add_argument(
+        "--max-sequence-length",
+        type=int,
+        help="T5 tokens of a prompt, for all models (default: each model's own)",
+    )
     parser.set_defaults(run=run)
 
 

@@ -36,7 +36,7 @@ setup(
         # tools/keep_torch.py and `soar-mega doctor` know that pair, which no requirement can exclude
         "triton>=3.6; platform_system == 'Linux'",
         "megatron-core==0.16.1; python_version < '3.12'",  # the newest one for Python 3.11
-        # 0.19 announces that the asynchronous save will go, on which training/rank_file.py stands
+        # 0.19 announces that the asynchronous save will go, on which soar_mega/checkpoints/rank_file.py stands
         "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "deepspeed==0.19.8",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so

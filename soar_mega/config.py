@@ -225,7 +225,7 @@ class LoggingConfig:
     peak_tflops: float | None = (
         None  # of a GPU, which MFU is a share of; null: as its data sheet says, where known
     )
-    loss_spike_factor: float = 20.0  # a base loss this many deviations above the last 100 is told of; 0: none
+    loss_spike_factor: float = 20.0  # a base loss this many deviations above the last 100 is logged; 0: none
     straggler_factor: float = 1.5  # warn of a rank whose own work takes this times the median; 0: never
     tensorboard: bool = True  # events go to <save>/tensorboard
     eval_interval: int = 0  # validation loss by sigma quartile

@@ -6,8 +6,8 @@
     python tools/compare_baseline.py ... --rows "published procedure" "8 points" --micro-batches 4
 
 The baseline is a reimplementation of the published procedure on diffusers' transformer
-(tools/baseline/published.py) with the same dtype, attention and precomputed embeddings as ours, at the
-micro-batch size that is fastest for it. Each habit of it that costs something is a row of its own.
+(tools/baseline/published.py) with the same dtype and precomputed embeddings as ours and torch's attention, at
+the fastest of --micro-batches. Each habit of it that costs something is a row of its own.
 
 Every arm lives in its own process. On the CPU all live at once and take turns, so that a ratio is always one
 of neighbours in time. On a GPU, which holds one of them only, each is built, measured and ended before the

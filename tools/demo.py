@@ -1,6 +1,6 @@
 """The whole road on the built-in model, in one command: data, three ways of training, evaluation, export, report.
 
-    make demo                            about eight minutes on two cores; runs/demo/report.html
+    make demo                            about six minutes on two cores; runs/demo/report.html
     python tools/demo.py --quick         the same road in a minute or two, for checking the road itself
 
 What the demo trains, encodes and measures, it does by commands that could be typed by hand; their

@@ -42,7 +42,7 @@ def page(results: Path) -> str:
 def shown(results: Path, name: str, section: Callable[[Json], list[str]]) -> list[str]:
     """A section for the newest file of each device and case, or a word that there is none."""
     newest: dict[str, Path] = {}
-    for file in sorted(results.glob("*.json")):  # names begin with the date
+    for file in sorted(results.glob("*.json"), key=lambda file: file.stem):  # names begin with the date
         if re.fullmatch(name, file.stem):
             newest[file.stem[len("2026-01-01-") :]] = file
     lines: list[str] = []

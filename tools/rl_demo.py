@@ -1,6 +1,6 @@
 """SOAR first, then RL, in one command: two starts, two methods, and how they went.
 
-    make rl-demo                            about ten minutes on two cores; runs/rl/report.html
+    make rl-demo                            about eleven minutes on two cores; runs/rl/report.html
     python tools/rl_demo.py --quick         a few steps of everything; the numbers mean nothing
 
 It prepares shards, runs recipes/chains/tiny_rl.yaml with `soar-mega chain`, and judges every model with

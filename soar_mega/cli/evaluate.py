@@ -13,7 +13,8 @@ MARK = b"soar-mega evaluate"  # in what it writes
 HELP = """\
 Draw images with models, score them and compare.
 
-  soar-mega evaluate base=sd35m soar=runs/x/export --suite paper --prompts dataset --weights scorers --out runs/table
+  soar-mega evaluate base=models/stable-diffusion-3.5-medium soar=runs/x/export --suite paper \\
+      --prompts data/prompts --weights models/scorers --max-sequence-length 128 --out runs/table
   soar-mega evaluate base=recipes/tiny/base run=runs/x --suite digits --out runs/x_evaluation
   soar-mega evaluate --watch runs/x --suite digits --out runs/x_evaluation
 
@@ -25,7 +26,7 @@ again and it goes on. report.html there compares all models; report.json, table.
 
 Without --suite, drift alone, of pipelines:
 
-  soar-mega evaluate before=P after=runs/x/export --held-out runs/x/heldout --out metrics.json
+  soar-mega evaluate before=P after=runs/x/export --held-out data/train/held_out --out metrics.json
 
 On --held-out, shards that no run was trained on, drift is the error of the velocity where the pipeline's own sampler
 leads, absolute and relative to the error on the ray, at each guidance scale. SOAR trains on something close to it, so
@@ -65,7 +66,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         suite.add_argument(
             f"--{name}-model-parallel-size", type=int, default=1, help="of checkpoints (default: %(default)s)"
         )
-    suite.add_argument("--max-sequence-length", type=int, help="T5 tokens of a prompt, as in training")
+    suite.add_argument(
+        "--max-sequence-length",
+        type=int,
+        help="T5 tokens of a prompt, for all models (default: each model's own)",
+    )
     parser.set_defaults(run=run)
 
 

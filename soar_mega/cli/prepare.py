@@ -8,10 +8,10 @@ from soar_mega.cli.srun import adopt_srun
 HELP = """\
 Encode captioned images once, into shards that training reads: latents, text embeddings, captions, and an index.
 
-  soar-mega prepare photos/ shards/train --pipeline-dir stable-diffusion-3.5-medium --resolution 512 --dtype bf16
-  soar-mega prepare list.jsonl shards/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
-  soar-mega prepare photos/ list.jsonl 's3://bucket/{000..031}.tar' shards/train --pipeline-dir P --held-out-share .01
-  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ shards/train --pipeline-dir P    also by srun, on many nodes
+  soar-mega prepare photos/ data/train --pipeline-dir models/stable-diffusion-3.5-medium --resolution 512 --dtype bf16
+  soar-mega prepare list.jsonl data/train --pipeline-dir P --images images/        lines of md5, caption_en, bw, bh
+  soar-mega prepare photos/ list.jsonl 's3://bucket/{000..031}.tar' data/train --pipeline-dir P --held-out-share .01
+  torchrun --nproc-per-node 8 -m soar_mega prepare photos/ data/train --pipeline-dir P    also by srun, on many nodes
 
 SOURCE is a folder of images, each with its caption beside it (fox.jpg, fox.txt or fox.caption) or all captions in
 metadata.jsonl or metadata.csv (file_name, text); a list of images (.jsonl, .csv) that are in --images; a tar as
@@ -59,7 +59,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--min-side", type=int, metavar="PIXELS", help="leave out images whose smaller side is smaller"
     )
     parser.add_argument(
-        "--aspect", type=float, metavar="A", help="leave out images longer than A times their width"
+        "--aspect", type=float, metavar="A", help="leave out images longer than A times their other side"
     )
     parser.add_argument("--min-score", type=float, metavar="X", help="leave out images whose score is lower")
     parser.add_argument(

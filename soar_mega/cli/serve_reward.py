@@ -9,7 +9,7 @@ Judge images for other processes: a reward worker that speaks JSON over HTTP.
 
   soar-mega serve-reward digits --port 8000
   soar-mega serve-reward digits my_rewards:sharpness --port 8000
-  soar-mega serve-reward pick_score_rl clip_score --weights /shared/scorers
+  soar-mega serve-reward pick_score_rl clip_score --weights models/scorers
   soar-mega serve-reward digits --host 0.0.0.0 --port 0 --token-file ~/.reward_token --url-file /shared/reward.url
 
 It answers POST /score as UniRL's reward service does, and POST /compute (or /NAME/compute, where several rewards are

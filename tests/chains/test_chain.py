@@ -92,11 +92,16 @@ def test_shipped_chains() -> None:
 
 def test_the_chain_of_a_real_model() -> None:
     chain = load_chain("recipes/chains/sd35_medium.yaml")
-    assert [link.name for link in chain.links] == ["sft", "soar", "evaluate", "flow_grpo", "evaluate_rl"]
-    soar, rl = chain.link("soar"), chain.link("flow_grpo").recipe
-    assert rl is not None and rl.model.pipeline_dir == str(soar.folder / "export_ema")
+    names = ["sft", "soar", "soar_ema", "evaluate", "flow_grpo", "flow_grpo_ema", "evaluate_rl"]
+    assert [link.name for link in chain.links] == names
+    averaged, rl = chain.link("soar_ema").product, chain.link("flow_grpo").recipe
+    assert rl is not None and rl.model.pipeline_dir == str(averaged)
+    assert f"soar_ema={averaged}" in chain.link("evaluate").arguments, (
+        "what RL starts from is what was judged"
+    )
     assert rl.lora.rank > 0 and rl.checkpoint.export_dtype == "fp32"
-    assert chain.link("evaluate_rl").parent == "flow_grpo"
+    assert rl.stage.scorer_weights_dir in chain.link("evaluate").arguments
+    assert chain.link("evaluate_rl").parent == "flow_grpo_ema"
 
 
 def test_a_trainer_of_another_repository_makes_a_pipeline(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ kinds of reinforcement learning (RL). The reward is 1 where a verifier finds in 
 CURVES = (
     "Left: against optimizer updates. Right: against computation, in forwards of one sample (a backward counts two), "
     "drawing included. Both starts cost equally much and are not counted. Faint: the reward of each collection, "
-    "which is what the method trains on. Held-out rewards are for captions that no run has seen; drift is measured on "
-    "held-out pictures, at the guidance that held-out captions are drawn with."
+    "which is what the method trains on. Dotted: the mean of nine of these, four to either side. Held-out rewards are "
+    "for captions that no run has seen; drift is measured on held-out pictures, at the guidance that held-out captions "
+    "are drawn with."
 )
 SCORES = """
 <p>All models, judged once more on captions that no run has seen, with 95 % intervals by bootstrap over the captions.

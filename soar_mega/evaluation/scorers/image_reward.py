@@ -48,7 +48,7 @@ BLOCK_NAMES = {
 
 
 class ImageReward(PerImage):
-    """Normalized to mean 0 and standard deviation 1 on the authors' training set."""
+    """Normalised to mean 0 and standard deviation 1 on the authors' training set."""
 
     name = "image_reward"
     version = "1: ImageReward-v1.0"

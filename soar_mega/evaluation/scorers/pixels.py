@@ -39,7 +39,7 @@ def shortest_edge(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def by_pil(image: Image.Image, size: int, rounded_crop: bool = False) -> Tensor:
-    """Shorter edge to `size` by PIL's bicubic filter on 8 bits, middle square, normalized: [1, 3, size, size].
+    """Shorter edge to `size` by PIL's bicubic filter on 8 bits, middle square, normalised: [1, 3, size, size].
 
     Args:
         rounded_crop: an odd margin is halved to the nearest even number, as torchvision does, not down, as transformers
@@ -53,7 +53,7 @@ def by_pil(image: Image.Image, size: int, rounded_crop: bool = False) -> Tensor:
 
 
 def by_bilinear_tensor(image: Tensor, size: int) -> Tensor:
-    """Shorter edge to `size` by torch's antialiased bilinear filter, middle square, normalized: [1, 3, size, size]."""
+    """Shorter edge to `size` by torch's antialiased bilinear filter, middle square, normalised: [1, 3, size, size]."""
     width, height = shortest_edge(image.shape[2], image.shape[1], size)
     smaller = interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -61,7 +61,7 @@ def by_bilinear_tensor(image: Tensor, size: int) -> Tensor:
 
 
 def by_padded_tensor(image: Tensor, size: int) -> Tensor:
-    """Longer edge to `size` by torch's antialiased bicubic filter, black margins, normalized: [1, 3, size, size]."""
+    """Longer edge to `size` by torch's antialiased bicubic filter, black margins, normalised: [1, 3, size, size]."""
     scale = size / max(image.shape[1:])
     if scale != 1:
         height, width = (round(edge * scale) for edge in image.shape[1:])

@@ -10,7 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def norms(*names: str, width: int) -> dict[str, tuple[int, ...]]:
-    """Weight and bias of normalizations."""
+    """Weight and bias of normalisations."""
     return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
 
 

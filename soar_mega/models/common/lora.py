@@ -70,9 +70,10 @@ class Pair:
 def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
     """The pairs of a model, in the order of its table.
 
+    A linear that is cut into several of ours by its columns takes no adapter.
+
     Args:
         table: the model's tensors.
-            A linear that is cut into several of ours by its columns takes no adapter.
         targets: patterns (fnmatch) over diffusers' names of linears, as *.attn.to_q.
 
     Raises:
@@ -332,8 +333,9 @@ def add_adapters(chunks: Sequence[Transformer], config: LoraConfig, seed: int) -
     Raises:
         ValueError: a target that matches nothing.
     """
-    sizes, megatron = chunks[0].sizes, chunks[0].config
-    heads = sizes.num_attention_heads // megatron.tensor_model_parallel_size
+    sizes, group = chunks[0].sizes, tensor_parallel_group()
+    # by what cuts the weights: that is the running group, also of a model that is built on meta as if for one process
+    heads = sizes.num_attention_heads // (1 if group is None else group.size())
     table = sizes.family.entries(sizes)
     pairs = adapter_pairs(table, config.targets)
     weights = {entry.name: entry for entry in table}

@@ -163,3 +163,26 @@ def assert_counted(recipe):
 def test_parameters_are_counted_where_ranks_are_no_divisor_of_the_head_size():
     """Six heads of four features on three ranks."""
     run_ranks(assert_counted, 3, lora_recipe((3, 1)))
+
+
+def left_out(recipe, *firsts):
+    """The masks of steps whose global batches begin at `firsts` of the training sequence, each sample in two rows."""
+    engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
+    batch = make_batch(0, recipe.train.global_batch_size, invalid=None)
+    rows = torch.arange(len(batch)).repeat_interleave(2)
+    taken = {name: getattr(batch, name)[rows] for name in ("valid", "latents", "text", "pooled")}
+    masks = []
+    for first in firsts:
+        step = replace(batch, position=(batch.position + first)[rows], **taken)
+        engine.learn(stage.points, stage.loss, step, engine.answer(stage.queries, step))
+        masks.append(torch.cat([one.kept.flatten() for one in engine.adapters.members.values()]))
+    return masks
+
+
+def test_replicas_leave_out_the_same_after_a_resume_with_another_global_batch():
+    """A run took one step of four samples, and goes on in steps of six."""
+    recipe = lora_recipe(train={"global_batch_size": 6, "micro_batch_size": 1})
+    [[before, after]] = run_ranks(left_out, 1, recipe, 0, 4)
+    assert not torch.equal(before, after)
+    for [found] in run_ranks(left_out, 2, recipe, 4):
+        assert torch.equal(found, after)

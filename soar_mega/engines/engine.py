@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soar_mega.config import Recipe
 from soar_mega.data.batch import Batch
-from soar_mega.distributed import device
+from soar_mega.distributed import data_rank, data_size, device
 from soar_mega.engines.channel import Answers, make_channel
 from soar_mega.engines.pipeline import (
     Loss,
@@ -148,7 +148,7 @@ class Engine(TrainedModel):
         normaliser = torch.where(plan.total == 0, 1.0, plan.total)  # nothing present: all weights are zero
         self._clear_gradients()
         if self.adapters is not None and self.recipe.lora.dropout > 0:
-            self.adapters.drop(train.seed, int(placed.batch.position[0]) // train.global_batch_size)
+            self.adapters.drop(train.seed, self._first_position(placed.batch))
         found = learn_pass(self._pipeline, placed, plan, loss, normaliser, observes)
         self._let_go(answers, *others.values())
         self.learned = plan.points, None if found is None else found[0]
@@ -198,6 +198,14 @@ class Engine(TrainedModel):
             first=pipeline.is_first,
             last=pipeline.is_last,
         )
+
+    def _first_position(self, batch: Batch) -> int:
+        """Where the global batch begins in the training sequence, from this rank's share of it.
+
+        A number of steps would not do: a run may go on with another global batch, at no multiple of it.
+        """
+        share = self.recipe.train.global_batch_size // data_size()
+        return int(batch.position.min()) - data_rank() * share
 
     def _let_go(self, *handles: Answers | None) -> None:
         """Of a batch, and of what was answered about it."""

@@ -38,7 +38,9 @@ class CollectingConfig(StageConfig):
     std_epsilon: float = 1e-4
     std_epsilon_use: str = "added"  # added | in_root (sqrt(var + epsilon)) | floor (max(std, epsilon))
     advantage_clip: float | None = 5.0  # None: as they are
-    kl_beta: float = 0.0  # weight of the distance from the reference, the weights before; 0: none is kept
+    # weight of the distance from the reference: the weights before, with adapters the model without them; 0: none is
+    # kept or asked
+    kl_beta: float = 0.0
 
     rules: ClassVar[dict[str, Rule]] = StageConfig.rules | {
         "images_per_prompt": at_least(1),

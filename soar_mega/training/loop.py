@@ -1,5 +1,6 @@
 """A whole step of a run: answer, learn, update. Engine, data and progress are here, and nothing is written."""
 
+import logging
 from typing import cast
 
 from soar_mega.checkpoints.adapters import ADAPTERS, describe
@@ -8,6 +9,7 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.convert import scheduler_shift
 from soar_mega.data.loader import Loader
+from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import StepResult, make_engine
 from soar_mega.engines.statistics import StepStatistics
 from soar_mega.models.common.flops import image_tokens
@@ -19,6 +21,8 @@ from soar_mega.stages.collecting import CollectingStage
 from soar_mega.stages.points import Stage
 from soar_mega.training.collector import Collection, Collector, Watch
 from soar_mega.training.learning_rate import learning_rate
+
+logger = logging.getLogger(__name__)
 
 
 def make_loader(recipe: Recipe) -> Loader | Collector:
@@ -59,6 +63,7 @@ class Steps:
             self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.collector = loader if isinstance(loader, Collector) else None
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes, self.collector)
+        self._tell_of_lost_history()
         if isinstance(loader, Collector):
             loader.serve(self.engine, cast(CollectingStage, self.stage))
         elif self.progress.loader is not None:
@@ -84,6 +89,15 @@ class Steps:
             self.engine.keep_weights("ema")
         for name in self.stage.keeps:
             self.engine.keep_weights(name)
+
+    def _tell_of_lost_history(self) -> None:
+        model = self.recipe.model
+        keeps_history = model.fp8 is not None and model.fp8_recipe == "delayed"
+        if keeps_history and self.progress.iteration > 0 and is_rank_zero():
+            logger.warning(
+                "model.fp8_recipe=delayed: the history that its scales come from is in no checkpoint and begins anew, "
+                "so the next steps are not exactly those of a run that did not stop (the other recipes keep none)"
+            )
 
     def collect(self, watch: Watch = lambda drawn: False) -> Collection | None:
         """What comes before a step that has nothing left to learn from: the next collection.

@@ -1,6 +1,7 @@
 """Adapters train the same at every layout, with both engines; the model without them is their reference."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from soar_mega.config import LoraConfig
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.gather import full_tensor
 from soar_mega.models.common.lora import is_adapter
+from soar_mega.models.common.rank_parameters import chunk_parameters
 from soar_mega.stages import make_stage
 
 # every kind of linear: fused q, k, v of which one is left out, row-parallel, modulation, shared ones at both ends
@@ -50,6 +52,7 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "deepspeed-zero3": ((1, 1), 2, {"engine": "deepspeed", "zero_stage": 3}),
 }
 FAST = ("tp2-sp",)
+SIX_HEADS = replace(SIZES, num_attention_heads=6, caption_projection_dim=24)
 
 
 def lora_recipe(*layout, lora=LORA, **settings):
@@ -148,3 +151,38 @@ def drawn(recipe):
     found = {name: full_tensor(engine.parameters[name]).clone() for name in engine.adapters.names}
     assert all(t.abs().max() > 0 if name.endswith("_A") else not t.any() for name, t in found.items())
     return found
+
+
+def assert_counted(recipe):
+    """What a run tells of its memory when it starts is counted beside the model, in the same groups."""
+    engine = start_engine(recipe, SIX_HEADS)
+    [counted] = chunk_parameters(SIX_HEADS, recipe, rank=0)
+    assert counted == [(p.numel(), p.requires_grad) for p in engine.parameters.values()]
+
+
+def test_parameters_are_counted_where_ranks_are_no_divisor_of_the_head_size():
+    """Six heads of four features on three ranks."""
+    run_ranks(assert_counted, 3, lora_recipe((3, 1)))
+
+
+def left_out(recipe, *firsts):
+    """The masks of steps whose global batches begin at `firsts` of the training sequence, each sample in two rows."""
+    engine, stage = start_engine(recipe), make_stage(recipe.stage, shift=1.0)
+    batch = make_batch(0, recipe.train.global_batch_size, invalid=None)
+    rows = torch.arange(len(batch)).repeat_interleave(2)
+    taken = {name: getattr(batch, name)[rows] for name in ("valid", "latents", "text", "pooled")}
+    masks = []
+    for first in firsts:
+        step = replace(batch, position=(batch.position + first)[rows], **taken)
+        engine.learn(stage.points, stage.loss, step, engine.answer(stage.queries, step))
+        masks.append(torch.cat([one.kept.flatten() for one in engine.adapters.members.values()]))
+    return masks
+
+
+def test_replicas_leave_out_the_same_after_a_resume_with_another_global_batch():
+    """A run took one step of four samples, and goes on in steps of six."""
+    recipe = lora_recipe(train={"global_batch_size": 6, "micro_batch_size": 1})
+    [[before, after]] = run_ranks(left_out, 1, recipe, 0, 4)
+    assert not torch.equal(before, after)
+    for [found] in run_ranks(left_out, 2, recipe, 4):
+        assert torch.equal(found, after)

@@ -162,7 +162,7 @@ def test_dropout_leaves_out_features_of_a_step(tmp_path):
     set_factors(model, pairs, config, random_factors(pairs, config.rank))
     inputs = make_inputs(model.sizes)
     without = model(*inputs).detach()
-    adapters.drop(seed=1, step=7)
+    adapters.drop(seed=1, position=7)
     first = [one.kept.clone() for one in adapters.members.values()]
     dropped = model(*inputs)
     assert relative_error(dropped, without) > 1e-3
@@ -175,9 +175,9 @@ def test_dropout_leaves_out_features_of_a_step(tmp_path):
             for pair, mask in zip(one.pairs, kept, strict=True):
                 held[pair.entries(2)[0].name].mul_(mask / 0.75)
         assert relative_error(dropped, model(*inputs)) < 1e-5
-    adapters.drop(seed=1, step=8)
+    adapters.drop(seed=1, position=8)
     second = [one.kept.clone() for one in adapters.members.values()]
-    adapters.drop(seed=1, step=7)
+    adapters.drop(seed=1, position=7)
     assert all(torch.equal(one.kept, was) for one, was in zip(adapters.members.values(), first, strict=True))
     a, b = torch.cat([m.flatten() for m in first]), torch.cat([m.flatten() for m in second])
     assert not torch.equal(a, b)

@@ -6,7 +6,8 @@ column-parallel linear B is cut like the weight's rows, of a row-parallel one A 
 the same on all tensor-parallel ranks. What is communicated is as wide as the rank, not as the model.
 
 Dropout leaves out input features: those of one pair of A and B are drawn once per step, for all tokens and samples of
-it, keyed by (seed, step, pair). PEFT draws them for each token anew, which no layout would repeat at a bearable price.
+it, keyed by (seed, position of the step's first sample, pair). PEFT draws them for each token anew, which no layout
+would repeat at a bearable price.
 """
 
 import math
@@ -70,9 +71,10 @@ class Pair:
 def adapter_pairs(table: Sequence[Entry], targets: Sequence[str]) -> list[Pair]:
     """The pairs of a model, in the order of its table.
 
+    A linear that is cut into several of ours by its columns takes no adapter.
+
     Args:
         table: the model's tensors.
-            A linear that is cut into several of ours by its columns takes no adapter.
         targets: patterns (fnmatch) over diffusers' names of linears, as *.attn.to_q.
 
     Raises:
@@ -301,11 +303,15 @@ class Adapters:
         return merged
 
     @torch.no_grad()
-    def drop(self, seed: int, step: int) -> None:
-        """Draw the input features that training leaves out in this step. Nothing waits for the device."""
+    def drop(self, seed: int, position: int) -> None:
+        """Draw the input features that training leaves out in a step. Nothing waits for the device.
+
+        Args:
+            position: of the global batch's first sample in the training sequence, the same on all ranks.
+        """
         for width, those in self._widths.items():
             numbers = self._numbers[width]
-            drawn = uniform(seed, STREAM, torch.full_like(numbers, step), numbers, width)
+            drawn = uniform(seed, STREAM, torch.full_like(numbers, position), numbers, width)
             for one, mine in zip(those, drawn.split([len(one.pairs) for one in those]), strict=True):
                 kept = (mine >= one.dropout).to(self._switch.dtype)
                 if one.cut == 1:
@@ -332,8 +338,9 @@ def add_adapters(chunks: Sequence[Transformer], config: LoraConfig, seed: int) -
     Raises:
         ValueError: a target that matches nothing.
     """
-    sizes, megatron = chunks[0].sizes, chunks[0].config
-    heads = sizes.num_attention_heads // megatron.tensor_model_parallel_size
+    sizes, group = chunks[0].sizes, tensor_parallel_group()
+    # by what cuts the weights: that is the running group, also of a model that is built on meta as if for one process
+    heads = sizes.num_attention_heads // (1 if group is None else group.size())
     table = sizes.family.entries(sizes)
     pairs = adapter_pairs(table, config.targets)
     weights = {entry.name: entry for entry in table}

@@ -58,18 +58,18 @@ SLOW = ("tp2-sp-dp2", "pp4", "cp2", "flux-tp2-sp")
 LORA = LoraConfig(rank=2, dropout=0.3, targets=["*.attn.*", "*norm1.linear"])
 
 
-def trained(recipe, sizes, graphs: bool):
-    """Three steps, and the weights after them."""
+def trained(recipe, sizes, recorder=None):
+    """Three steps, and the weights after them; `recorder`: makes one for the engine, None: nothing is recorded."""
     engine, stage = start_engine(recipe, sizes), make_stage(recipe.stage, shift=1.0)
-    if graphs:
-        engine.record_layers(partial(RepeatedWork, engine))
+    if recorder is not None:
+        engine.record_layers(partial(recorder, engine))
     found = [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)]
     return found, {name: p.detach().clone() for name, p in engine.parameters.items()}
 
 
 def with_and_without(recipe, sizes) -> None:
-    steps, weights = trained(recipe, sizes, graphs=False)
-    recorded_steps, recorded_weights = trained(recipe, sizes, graphs=True)
+    steps, weights = trained(recipe, sizes)
+    recorded_steps, recorded_weights = trained(recipe, sizes, RepeatedWork)
     assert recorded_steps == steps
     assert recorded_weights.keys() == weights.keys()
     assert all(torch.equal(recorded_weights[name], weight) for name, weight in weights.items())
@@ -104,7 +104,7 @@ def test_recorded_adapters_train_as_others_do():
     """What a step leaves out, and whether there are adapters, is read where it lies at each replay."""
     recipe = make_recipe()
     recipe.lora = LORA
-    steps, weights = trained(recipe, SIZES, graphs=False)
+    steps, weights = trained(recipe, SIZES)
     engine, stage = start_engine(recipe, SIZES), make_stage(recipe.stage, shift=1.0)
     engine.record_layers(partial(RepeatedWork, engine))
     assert [iterate(engine, stage, make_batch(iteration)) for iteration in range(3)] == steps

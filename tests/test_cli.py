@@ -75,6 +75,22 @@ def test_module_is_the_command() -> None:
     assert result.stdout.strip() == f"soar_mega {__version__}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m soar_mega launch slurm recipes/tiny/soar.yaml data.path=recipes data.validation_path=recipes "
+        "--nodes 1 --dry-run",
+        "tools/profile_step.py --help",
+    ],
+)
+def test_commands_and_tools_do_not_repeat_what_megatron_lacks(words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=250
+    )
+    assert result.returncode == 0 and result.stdout, result.stderr
+    assert "Warning" not in result.stderr and "not installed" not in result.stderr
+
+
 def test_documented_examples_parse() -> None:
     """Every example of every --help is one that the parser takes."""
     parser = build_parser()

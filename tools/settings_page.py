@@ -1,6 +1,6 @@
 """docs/settings.md from the dataclasses of the settings: each setting, what it may be, its default, what it does.
 
-python tools/settings_page.py        after a change of soar_mega/config.py or of the settings of a stage
+    python tools/settings_page.py        after a change of soar_mega/config.py or of the settings of a stage
 
 What a setting does is the comment above it or beside it, there or in the class that it is inherited from.
 """
@@ -149,10 +149,9 @@ def written(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
+    ).parse_args()
     PAGE.write_text(page())
     print(f"Written to {PAGE.relative_to(ROOT)}")
 

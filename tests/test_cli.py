@@ -22,14 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from soar_mega import __version__, layer_checks
-from soar_mega.cli import build_parser, doctor, main
+from soar_mega.cli import DESCRIPTION, build_parser, doctor, main
 from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
 from soar_mega.data.info import DatasetInfo
 from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.gpus import HOPPER
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
-from soar_mega.models.family import read_sizes
+from soar_mega.models.family import presets, read_sizes
 from soar_mega.outputs import MARKER
 from soar_mega.stages import load_recipe
 
@@ -89,6 +89,16 @@ def test_commands_and_tools_do_not_repeat_what_megatron_lacks(words: str) -> Non
     )
     assert result.returncode == 0 and result.stdout, result.stderr
     assert "Warning" not in result.stderr and "not installed" not in result.stderr
+
+
+def test_help_is_in_columns_and_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [line for line in DESCRIPTION.splitlines() if line.startswith("  soar-mega")]
+    column = examples[0].index("what this machine")
+    assert all(line[column - 1] == " " != line[column] for line in examples), examples
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    [named] = re.findall(r"a preset \((.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert sorted(named.split(", ")) == sorted(presets())
 
 
 def test_documented_examples_parse() -> None:

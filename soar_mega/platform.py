@@ -8,7 +8,6 @@ necessary.
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -200,12 +199,9 @@ def install() -> None:
     on_cuda = torch.cuda.is_available()
     if not on_cuda:
         _hide_transformer_engine()
-    with warnings.catch_warnings():
-        # "Transformer Engine and Apex are not installed": known and handled here
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
-        for name, replacements in STAND_INS.items():
-            if name in ON_CUDA or not on_cuda:
-                _put(name, replacements())
+    for name, replacements in STAND_INS.items():
+        if name in ON_CUDA or not on_cuda:
+            _put(name, replacements())
 
 
 def _hide_transformer_engine() -> None:

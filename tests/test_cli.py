@@ -22,14 +22,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from soar_mega import __version__, layer_checks
-from soar_mega.cli import build_parser, doctor, main
+from soar_mega.cli import DESCRIPTION, build_parser, doctor, main
 from soar_mega.cli.sample import read_prompts
 from soar_mega.data.batch import Batch
 from soar_mega.data.info import DatasetInfo
 from soar_mega.examples.digits.canvases import write_image_folder
 from soar_mega.gpus import HOPPER
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
-from soar_mega.models.family import read_sizes
+from soar_mega.models.family import presets, read_sizes
 from soar_mega.outputs import MARKER
 from soar_mega.stages import load_recipe
 
@@ -73,6 +73,32 @@ def test_module_is_the_command() -> None:
         [sys.executable, "-m", "soar_mega", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
     assert result.stdout.strip() == f"soar_mega {__version__}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m soar_mega launch slurm recipes/tiny/soar.yaml data.path=recipes data.validation_path=recipes "
+        "--nodes 1 --dry-run",
+        "tools/profile_step.py --help",
+    ],
+)
+def test_commands_and_tools_do_not_repeat_what_megatron_lacks(words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=250
+    )
+    assert result.returncode == 0 and result.stdout, result.stderr
+    assert "Warning" not in result.stderr and "not installed" not in result.stderr
+
+
+def test_help_is_in_columns_and_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [line for line in DESCRIPTION.splitlines() if line.startswith("  soar-mega")]
+    column = examples[0].index("what this machine")
+    assert all(line[column - 1] == " " != line[column] for line in examples), examples
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    [named] = re.findall(r"a preset \((.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert sorted(named.split(", ")) == sorted(presets())
 
 
 def test_documented_examples_parse() -> None:
@@ -212,6 +238,26 @@ def test_train_passes_the_recipe_on_and_the_exit_code_back(
     assert (seen[0].train.seed, seen[0].stage.name, seen[0].model.pipeline_dir) == (7, "sft", BASE)
 
 
+def test_show_prints_the_settings_and_starts_nothing(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    for work in ("soar_mega.cli.process.start_process", "soar_mega.training.run.train"):
+        monkeypatch.setattr(work, lambda *arguments: pytest.fail("the process was started"))
+    command = ["train", str(recipe), "train.seed=7", "--show"]
+    assert main(command) == 0
+    (recipe.parent / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe(recipe.parent / "shown.yaml") == load_recipe(recipe, ["train.seed=7"])
+    assert main([*command, "--scale-down"]) == 0
+    assert "save: run_scaled_down/run\n" in capsys.readouterr().out
+    assert {path.name for path in recipe.parent.iterdir()} == {"recipe.yaml", "shown.yaml"}
+    assert main([*command, "optimizer.lr=fast"]) == 1
+    shown = capsys.readouterr()
+    assert not shown.out and "optimizer.lr: expected a number, found 'fast'" in shown.err
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 0 and not capsys.readouterr().out
+
+
 # -- doctor
 
 
@@ -339,9 +385,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def walk(folder: Path) -> None:
-    write_image_folder(folder / "images", 16, seed=0)
-    assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline-dir", BASE]) == 0
+def training(folder: Path) -> list[str]:
+    """The command."""
     overrides = [
         f"model.pipeline_dir={BASE}",
         f"data.path={folder}/shards",
@@ -353,7 +398,18 @@ def walk(folder: Path) -> None:
         "train.ema_decay=0.5",
         *(f"logging.{name}_interval=0" for name in ("eval", "drift", "sample")),
     ]
-    assert main(["train", str(ROOT / "recipes/tiny/soar.yaml"), *overrides]) == 0
+    return ["train", str(ROOT / "recipes/tiny/soar.yaml"), *overrides]
+
+
+def walk(folder: Path) -> None:
+    write_image_folder(folder / "images", 16, seed=0)
+    assert main(["prepare", str(folder / "images"), str(folder / "shards"), "--pipeline-dir", BASE]) == 0
+    assert main(training(folder)) == 0
+
+
+def test_a_run_keeps_what_show_prints(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*training(road), "--show"]) == 0
+    assert capsys.readouterr().out == (road / "run/run_config.yaml").read_text()
 
 
 def test_everything_takes_the_umask(road: Path) -> None:

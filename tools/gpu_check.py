@@ -5,6 +5,7 @@
 Every part is a process of its own with a time limit, so that one that hangs or takes CUDA down with it spoils no other.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -199,15 +200,25 @@ def hand_over(path: Path, folder: Path, out: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the parts' names (default: all parts)")
+    words = parser.parse_args().words or [""]
+    folder = ROOT / "runs" / "gpu_check"
+    all_parts = parts(folder)
+    for word in words:
+        if not any(word in part.name for part in all_parts):
+            parser.error(
+                f"no part is called {word!r}; there are {', '.join(part.name for part in all_parts)}"
+            )
     if not torch.cuda.is_available():
         print(f"no CUDA device for torch {torch.__version__}: nothing was run on a GPU", file=sys.stderr)
         return NO_GPU
-    folder = ROOT / "runs" / "gpu_check"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     started = time.monotonic()
-    words = sys.argv[1:] or [""]
-    chosen = [part for part in parts(folder) if any(word in part.name for word in words)]
+    chosen = [part for part in all_parts if any(word in part.name for word in words)]
     results = run_side_by_side(chosen, LIMIT)
     path = write(results, time.monotonic() - started, RESULTS)
     if "OUT" in os.environ:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is checked on one GPU, side by side, in about five minutes. It prints a summary last and writes
 # benchmarks/results/<date>-<gpu>-check.json, from which tools/gpu_page.py makes docs/gpu.md. Exit code 0: all passed;
-# 1: something failed; 2: there is no CUDA device, and nothing was run.
+# 1: something failed; 2: nothing was run, as there is no CUDA device or an argument is wrong.
 #
 #   tools/gpu_check.sh                          in .venv, or where there is none with python3
 #   tools/gpu_check.sh kernels models           only parts whose name holds one of these words
@@ -20,6 +20,18 @@
 # Variables: OUT is a folder that receives the JSON and logs.tar.gz; SOAR_MEGA_COMMIT names the commit of a copy
 # whose .git is another's or not there.
 set -euo pipefail
+for word in "$@"; do
+    case $word in
+    -h | --help)
+        sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"
+        exit
+        ;;
+    -*)
+        echo "tools/gpu_check.sh: $word is no option: the arguments are words that parts have in their names" >&2
+        exit 2
+        ;;
+    esac
+done
 cd "$(dirname "$0")/.."
 
 python=${SOAR_PYTHON:-.venv/bin/python}

@@ -3,6 +3,7 @@
 python tools/gpu_page.py        after a new file in benchmarks/results
 """
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -105,6 +106,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     PAGE.write_text(page(RESULTS))
     print(f"Written to {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

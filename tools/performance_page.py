@@ -7,6 +7,7 @@ Of each kind of file the newest for each device and case is shown: *-compare-*.j
 (tools/bench_kernels.py).
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -200,6 +201,13 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     PAGE.write_text(page(RESULTS))
     print(f"Written to {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,11 +27,11 @@ DESCRIPTION = """\
 SOAR post-training of rectified-flow transformers (Stable Diffusion 3.5, FLUX.1) on megatron-core.
 
 The usual road:
-  soar-mega doctor                                    what this machine can do
-  soar-mega prepare images/ shards/ --pipeline-dir P      encode images and captions once
-  soar-mega data inspect shards/                      what they hold
-  soar-mega train recipes/sd35_medium/soar.yaml ...   post-train; exports a diffusers pipeline
-  soar-mega sample runs/x/export --prompt "a fox"     look at it
+  soar-mega doctor                                     what this machine can do
+  soar-mega prepare images/ shards/ --pipeline-dir P   encode images and captions once
+  soar-mega data inspect shards/                       what they hold
+  soar-mega train recipes/sd35_medium/soar.yaml ...    post-train; exports a diffusers pipeline
+  soar-mega sample runs/x/export --prompt "a fox"      look at it
   soar-mega evaluate P runs/x/export --suite paper ... measure before and after
 """
 

@@ -59,7 +59,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="a preset (sd35_medium, sd35_large, flux_dev) or a pipeline folder"
+        "--model",
+        metavar="NAME",
+        help="a preset (sd35_medium, sd35_large, flux_dev, flux_schnell) or a pipeline folder",
     )
     parser.add_argument(
         "--recipe", metavar="FILE", help="what this recipe takes, with --model in the place of its own model"

@@ -27,7 +27,6 @@ def start_logging() -> None:
     faulthandler.enable(file=2)
     # when a rank dies, torch's C++ parts would warn with forty frames of theirs where one message says what happened
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

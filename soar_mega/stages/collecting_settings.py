@@ -17,17 +17,18 @@ class CollectingConfig(StageConfig):
 
     collects: ClassVar[bool] = True
 
-    images_per_prompt: int = 24  # a group
-    prompts_per_collection: int = 48
+    # samples of a prompt: a group, whose mean reward advantages are measured from
+    images_per_prompt: int = 24
+    prompts_per_collection: int = 48  # groups that are drawn before they are learned from
     updates_per_sample: int = 1  # how often a collection is learned from
     collect_micro_batch_size: int = 8  # samples of one forward while they are drawn
-    rewards: dict[str, float] = field(default_factory=dict)  # name -> weight
+    rewards: dict[str, float] = field(default_factory=dict)  # what judges samples: name -> weight
     scorer_weights_dir: str = ""  # of rewards that are published scorers (soar-mega fetch-weights)
-    sampling_steps: int = 10
+    sampling_steps: int = 10  # of the sampler that draws them
     sigma_grid: str = "diffusers"  # diffusers (its scheduler's) | linear (equal steps of unshifted time)
     integer_timesteps: bool = False  # the model is told whole timesteps, cut off, while samples are drawn
     guidance_scale: float = 4.5  # of samples: 1 asks the conditional branch alone
-    learning_guidance_scale: float | None = None  # of the velocity that is learned; None: that of samples
+    learning_guidance_scale: float | None = None  # of the velocity that is learned; null: that of samples
     detach_unconditional: bool = False  # learning changes the conditional branch alone
     same_start: bool = False  # the samples of a prompt start from the same noise
     advantages_of: str = (
@@ -35,9 +36,9 @@ class CollectingConfig(StageConfig):
     )
     std_over: str = "collection"  # collection | prompt: whose standard deviation divides the advantages
     std_unbiased: bool = False  # divided by n - 1, not n
-    std_epsilon: float = 1e-4
+    std_epsilon: float = 1e-4  # keeps that standard deviation from being 0
     std_epsilon_use: str = "added"  # added | in_root (sqrt(var + epsilon)) | floor (max(std, epsilon))
-    advantage_clip: float | None = 5.0  # None: as they are
+    advantage_clip: float | None = 5.0  # largest size of an advantage; null: any
     # weight of the distance from the reference: the weights before, with adapters the model without them; 0: none is
     # kept or asked
     kl_beta: float = 0.0
@@ -130,8 +131,9 @@ class FlowGrpoConfig(CollectingConfig):
     name: str = "flow_grpo"
     kl_beta: float = 0.04
     variant: str = "flow_sde"  # of stochastic steps: flow_sde | cps | dance
-    eta: float = 0.7
-    # all (the last one is not learned from) | all_but_last | of stochastic_range: window | random | sliding
+    eta: float = 0.7  # strength of their noise; cps: at most 1
+    # which steps have noise: all (the last one is not learned from) | all_but_last | of stochastic_range: window |
+    # random | sliding
     stochastic_steps: str = "all"
     num_stochastic_steps: int = 3  # of window, random and sliding
     stochastic_range: list[int] = field(
@@ -140,15 +142,17 @@ class FlowGrpoConfig(CollectingConfig):
     drawn_per: str = "prompt"  # window and random: collection | prompt | sample
     window_interval: int = 25  # sliding: collections until the window moves
     window_stride: int = 1  # and by how many steps; behind the range it starts again
-    num_learned_steps: int | None = None  # so many of the stochastic steps, drawn per sample; None: all
+    num_learned_steps: int | None = None  # so many of the stochastic steps, drawn per sample; null: all
     drop_zero_advantages: bool = True  # samples with an advantage of 0 count for nothing
-    clip_range: float = 1e-4
+    clip_range: float = 1e-4  # how far from 1 the ratio of probabilities counts
     ratio: str = (
         "plain"  # plain | guard (GRPO-Guard: without the bias of the mean, in units of the step's noise)
     )
     divide_by_step: bool = False  # the clipped loss is divided by the length of the step
-    kl: str = "mean"  # distance of means, over 2 std^2 | latents (of means alone) | velocity
-    old_log_probabilities: str = "sampled"  # sampled | replayed (in the forwards of training)
+    # of kl_beta: mean (distance of means, over 2 std^2) | latents (of means alone) | velocity
+    kl: str = "mean"
+    # of a step when it was drawn: sampled (as then) | replayed (in the forwards of training)
+    old_log_probabilities: str = "sampled"
 
     rules: ClassVar[dict[str, Rule]] = CollectingConfig.rules | {
         "variant": one_of("flow_sde", "cps", "dance"),
@@ -220,21 +224,21 @@ class DiffusionNftConfig(CollectingConfig):
     guidance_scale: float = 1.0
     integer_timesteps: bool = True
     kl_beta: float = 1e-4
-    solver: str = "dpm++2m"  # euler | heun | dpm++2m
+    solver: str = "dpm++2m"  # of the sampler: euler | heun | dpm++2m
     beta: float = 1.0  # how far the positive and the negative policy are from the old one
     # steps of the sampler whose sigmas are learned at: random (drawn per sample) | first | stratified (one drawn of
     # each of as many equal parts of the steps before the last one whose sigma is at least lowest_sigma)
     levels: str = "random"
-    num_levels: int = 9
-    lowest_sigma: float = 0.5
+    num_levels: int = 9  # sigmas that each sample is learned at
+    lowest_sigma: float = 0.5  # with levels=stratified: the lowest that is learned at
     weight_floor: float = 1e-5  # of the mean error that a policy's squared error is divided by
-    # Decay of the old policy after a collection, t updates into the run: old <- d old + (1 - d) current with
-    # ramp: d = 0 before old_decay_start, then min(old_decay_rate (t - old_decay_start), old_decay_max)
+    # how the old policy follows after a collection, t updates into the run: old <- d old + (1 - d) current;
+    # ramp: d = 0 before old_decay_start, then min(old_decay_rate (t - old_decay_start), old_decay_max);
     # constant: d = old_decay_max
     old_decay: str = "ramp"
-    old_decay_start: int = 0
-    old_decay_rate: float = 0.001
-    old_decay_max: float = 0.5
+    old_decay_start: int = 0  # update until which d is 0
+    old_decay_rate: float = 0.001  # what d grows by in an update
+    old_decay_max: float = 0.5  # largest d
 
     rules: ClassVar[dict[str, Rule]] = CollectingConfig.rules | {
         "solver": one_of("euler", "heun", "dpm++2m"),

@@ -18,12 +18,14 @@ class SftConfig(StageConfig):
 
     name: str = "sft"
     condition_dropout: float = 0.0  # share of samples trained on the empty prompt
-    timesteps: str = "continuous"  # continuous | grid (the published table)
-    timestep_density: str = "logit_normal"  # logit_normal | uniform | mode | beta (MixFlow's)
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    loss_weighting: str = "none"  # none | sigma_sqrt | cosmap
+    timesteps: str = "continuous"  # noise levels that there are: continuous | grid (the published table's)
+    # of unshifted time: logit_normal | uniform | mode | beta (MixFlow's)
+    timestep_density: str = "logit_normal"
+    logit_mean: float = 0.0  # with logit_normal: mean of the normal number; above 0 is towards noise
+    logit_std: float = 1.0  # with logit_normal: its standard deviation
+    mode_scale: float = 1.29  # with mode: how far from uniform; above 0 favours the middle
+    # of losses: none | sigma_sqrt (1 / sigma^2) | cosmap (2 / (pi (1 - 2 sigma + 2 sigma^2)))
+    loss_weighting: str = "none"
     fused_kernels: bool = True  # states and losses as one kernel each; false: as plain torch calls
 
     rules: ClassVar[dict[str, Rule]] = StageConfig.rules | {
@@ -55,12 +57,14 @@ class SftMultiConfig(SftConfig):
 
     name: str = "sft_multi"
     num_auxiliary_points: int = 6  # N, per rollout path
-    num_rollout_paths: int = 1
-    auxiliary_weight: float = 1.0  # lambda
+    num_rollout_paths: int = 1  # rollouts of a sample: the first is the ODE, further ones are stochastic
+    auxiliary_weight: float = 1.0  # lambda: what an auxiliary point counts, a base point counting 1
     sampling_steps: int = 40  # K: a rollout step is one of a K-step sampler
-    rollout_steps: int = 1  # of a rollout
-    max_rollout_length: float | None = None  # uniform up to this share of the way; None: rollout_steps / K
-    sigma_upper_ratio: float = 1.0  # s' ~ U[s1, s1 + ratio (1 - s1)]
+    rollout_steps: int = 1  # guided steps of a rollout
+    # how long a rollout is: uniform up to this share of the way from noise to data; null: always rollout_steps / K
+    max_rollout_length: float | None = None
+    # where auxiliary points are: s' uniform in [s1, s1 + ratio (1 - s1)], s1 being where the rollout ended
+    sigma_upper_ratio: float = 1.0
     auxiliary_gamma: float = 0.0  # auxiliary states are noisier than the model is told, as gamma of mixflow
 
     rules: ClassVar[dict[str, Rule]] = SftConfig.rules | {
@@ -92,7 +96,7 @@ class SoarConfig(SftMultiConfig):
 
     name: str = "soar"
     rollout_variant: str = "flow_sde"  # of the paths after the first (the ODE): simple | sde | flow_sde | cps
-    eta: float = 0.5  # noise of the stochastic paths
+    eta: float = 0.5  # strength of the stochastic paths' noise; 0: none, but with sde, which does not read it
     fresh_endpoint: bool = False  # re-noise toward a new endpoint per path instead of the sample's own z1
     # of the rollout: one for all samples, or spread over them (`soar_mega.stages.scale`); a guidance-distilled model is
     # told it at all points

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import gpu_check
 import gpu_page
 import origin
+import performance_page
 import pytest
+import settings_page
 from gpu_check import Part
 
 MIXED = """
@@ -118,6 +121,48 @@ def test_without_a_gpu_nothing_is_claimed() -> None:
     assert done.returncode == gpu_check.NO_GPU
     assert "nothing was run on a GPU" in done.stderr and not done.stdout
     assert sorted(gpu_check.RESULTS.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "said"),
+    [
+        ("--help", 0, "Everything that is checked on one GPU, side by side"),
+        ("--kernels", 2, "--kernels is no option"),
+    ],
+)
+def test_the_script_explains_itself_and_starts_nothing(
+    tmp_path: Path, word: str, code: int, said: str
+) -> None:
+    command = [gpu_check.ROOT / "tools/gpu_check.sh", "models", word]
+    python = os.environ | {"SOAR_PYTHON": str(tmp_path / "started")}
+    (tmp_path / "started").write_text("#!/bin/sh\ntouch $0.now\n")
+    (tmp_path / "started").chmod(0o755)
+    done = subprocess.run(command, env=python, capture_output=True, text=True, timeout=20)
+    assert done.returncode == code and said in done.stdout + done.stderr
+    assert "#" not in done.stdout and "set -" not in done.stdout
+    assert not (tmp_path / "started.now").exists()
+
+
+def test_a_word_that_no_part_has_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "models", "kernls"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("the check was started"))
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    assert end.value.code == 2 and "no part is called 'kernls'; there are test_" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [gpu_page, performance_page, settings_page])
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("--now", 2)])
+def test_a_page_is_not_written_where_help_is_asked_for(
+    tool: ModuleType, word: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", word])
+    monkeypatch.setattr(tool, "PAGE", tmp_path / "page.md")
+    with pytest.raises(SystemExit) as end:
+        tool.main()
+    assert end.value.code == code and not list(tmp_path.iterdir())
 
 
 def test_a_copy_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

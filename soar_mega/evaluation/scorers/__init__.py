@@ -36,17 +36,22 @@ class Entry:
         maker: module of this package and class.
         files: that it reads.
         packages: modules that it imports beside those that soar_mega needs.
+        install: how to come by these.
     """
 
     measures: str
     maker: str
     files: tuple[WeightFile, ...]
     packages: tuple[str, ...] = ()
+    install: str = "pip install 'soar_mega[evaluation]'"
 
     def lacks(self, weights_dir: Path | None) -> list[str]:
         """What is not here: packages, and files where a folder is given."""
         packages = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        lines = [f"the package {name} (pip install 'soar_mega[evaluation]')" for name in packages]
+        lines = []
+        if packages:
+            named = " and ".join(f"the package {name}" for name in packages)
+            lines.append(f"{named} ({self.install})")
         if weights_dir:
             lines += [f"{weights_dir / file.path}" for file in missing(self.files, weights_dir)]
         return lines
@@ -63,7 +68,12 @@ SCORERS = {
     "clip_score": Entry("cosine of image and prompt, CLIP ViT-L/14", "clip_score:ClipScore", CLIP_L),
     "ocr": Entry("text that can be read, by RapidOCR", "ocr:RapidReader", (), ("rapidocr", "onnxruntime")),
     "ocr_paddle": Entry(
-        "text that can be read, by PaddleOCR 2", "ocr:PaddleReader", PADDLE_OCR, ("paddleocr", "paddle")
+        "text that can be read, by PaddleOCR 2",
+        "ocr:PaddleReader",
+        PADDLE_OCR,
+        ("paddleocr", "paddle"),
+        # what it needs does not go together with the rest (docs/scorers.md)
+        install="in an environment of its own: pip install paddleocr==2.9.1 paddlepaddle==2.6.2",
     ),
     "gen_eval": Entry("objects, counts, colours, positions", "gen_eval:GenEval", (DETECTOR, *CLIP_L)),
     "gen_eval_rl": Entry("share of what GenEval demands", "gen_eval:GenEvalReward", (DETECTOR, *CLIP_L)),

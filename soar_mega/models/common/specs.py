@@ -1,20 +1,15 @@
 """What layers are made of, over megatron's backends."""
 
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-with warnings.catch_warnings():
-    # "Apex is not installed": its norms are not used here
-    warnings.filterwarnings("ignore", message="Apex is not installed")
-    from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 
 from soar_mega.config import ModelConfig
 from soar_mega.kernels.adaln import adaln, plain_adaln

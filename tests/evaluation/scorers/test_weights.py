@@ -1,5 +1,7 @@
 """The list of files that scorers read, and what the commands say of them."""
 
+import importlib.util
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -74,6 +76,24 @@ def test_fetch_weights_lists_and_looks(
     assert "    MISSING\n" in capsys.readouterr().out
     assert main(["fetch-weights", "--list", "clipscore"]) == 1
     assert "no scorer 'clipscore'; there are clip_score" in capsys.readouterr().err
+
+
+def test_packages_come_from_where_they_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = (Path(__file__).parents[3] / "setup.py").read_text()
+    [extra] = re.findall(r'"evaluation": \[(.*?)\]', setup)
+    in_extra = re.findall(r'"([\w-]+)', extra)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    needy = {name: entry for name, entry in ALL.items() if entry.packages}
+    assert needy.keys() == {"ocr", "ocr_paddle", "fid"}
+    for entry in needy.values():
+        [line] = entry.lacks(None)
+        assert all(f"the package {name}" in line for name in entry.packages)
+        is_there = {name.replace("_", "-") in in_extra for name in entry.packages}
+        assert is_there == {"soar_mega[evaluation]" in line}
+    with pytest.raises(
+        ValueError, match="environment of its own: pip install paddleocr==2.* paddlepaddle==2"
+    ):
+        make_scorer("ocr_paddle", ".")
 
 
 def test_doctor_says_what_each_scorer_lacks(weights_dir: Path, tmp_path: Path) -> None:

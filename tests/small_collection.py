@@ -110,7 +110,7 @@ def collect(config: CollectingConfig, theta: Tensor = THETA, shift: float = 3.0)
 
 def draw(stage: CollectingStage, theta: Tensor, position: Tensor, prompt: Tensor) -> Trajectories:
     """Samples at `position` of prompts."""
-    plan = stage.plan(SEED, position, 32, 24)
+    plan = stage.plan(SEED, position)
     start = FIRST + prompt if plan.same_start else position
     latents = normal(SEED, START_NOISE, start, 0, SHAPE)
     condition, told = 0.3 * (prompt + 1), plan.timesteps / TIMESTEPS

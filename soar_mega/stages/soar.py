@@ -33,9 +33,6 @@ class Soar(SftMulti):
 
     config: SoarConfig
 
-    def __init__(self, config: SoarConfig, shift: float) -> None:
-        super().__init__(config, shift)
-
     def queries(self, batch: Batch) -> Queries | None:
         """The base states: their guided velocity, or its mean over several steps, carries the rollout."""
         if self.config.num_auxiliary_points == 0:

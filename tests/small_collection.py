@@ -72,7 +72,8 @@ class Case:
         states, condition = points.states(), self.condition()[points.sample]
         for name, weights in answers.items():
             queries = self.stage.further[name].queries(self.batch)
-            assert torch.equal(queries.rows, points.state_rows) and torch.equal(queries.sigma, points.sigma)
+            assert torch.equal(queries.rows, points.state_rows)
+            assert torch.equal(queries.timestep, points.timestep)
             cond = model(weights, states, queries.timestep, condition)
             none = torch.zeros_like(condition)
             uncond = model(weights, states, queries.timestep, none) if queries.unconditional else None

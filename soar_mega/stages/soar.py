@@ -43,7 +43,6 @@ class Soar(SftMulti):
         return Queries(
             sample=sample,
             path=torch.zeros_like(sample),
-            sigma=sigma0,
             timestep=self.schedule.timestep(sigma0),
             rows=rows,
             then=tuple(self._further_steps(batch)),

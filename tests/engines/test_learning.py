@@ -17,7 +17,7 @@ from engine_cases import (
 from point_sources import gather_sources
 
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
-from soar_mega.flow import normal
+from soar_mega.flow import SOURCES, normal
 from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 from soar_mega.stages.latent_sources import Sources
 
@@ -35,7 +35,7 @@ def plain_loss(model, stage, batch):
     batch = replace(batch, latents=torch.where(valid, batch.latents, 0.0))
     z0, z1 = batch.latents, normal(batch.seed, "noise", batch.position, 0, batch.latent_shape)
     asked, points = stage.queries(batch), stage.points(batch)
-    sigma = asked.sigma.float()[:, None, None, None]
+    sigma = asked.rows[:, SOURCES.index("z1")].float()[:, None, None, None]
 
     def predict(states, timestep, sample, dropped):
         text = torch.where(dropped[:, None, None], batch.empty_text, batch.text[sample])

@@ -135,7 +135,7 @@ class DeepSpeedEngine(Engine):
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         state = {
-            "model": self._sharded_model(is_loading),
+            "model": self._wanted_model() if is_loading else self._saved_model(),
             "optimizer": {
                 **kept_steps(self.optimizer),
                 "param_state_sharding_type": "fully_reshardable",
@@ -201,10 +201,12 @@ class DeepSpeedEngine(Engine):
         piece = self._pieces[name]
         return piece.flat if kind == "param" else piece.of_owner(self.optimizer.state[piece.owner][kind])
 
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
+    def _wanted_model(self) -> OnDemand:
+        return OnDemand(self._in_checkpoints(self.layout.sharded_state_dict()))
+
+    def _saved_model(self) -> dict[str, Any]:
+        """What is saved of the model."""
         sharded = self._in_checkpoints(self.layout.sharded_state_dict())
-        if is_loading:
-            return OnDemand(sharded)
         held = named_tensors(self.model)
 
         def data(name: str) -> Tensor:

@@ -134,7 +134,7 @@ class MegatronEngine(Engine):
     def _gradient(self, name: str) -> Tensor:
         return self._main.pieces[name].of(self.parameters[name].main_grad)  # type: ignore[attr-defined]
 
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
+    def _wanted_model(self) -> dict[str, Any]:
         return self._in_checkpoints(self.model.sharded_state_dict())
 
     def _sync(self) -> None:

@@ -62,7 +62,8 @@ class TrainedModel(ABC):
         self.weights: dict[str, KeptWeights] = {}
 
     @abstractmethod
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]: ...
+    def _wanted_model(self) -> dict[str, Any]:
+        """What to load of the model."""
 
     @abstractmethod
     def _sync(self) -> None:
@@ -141,7 +142,7 @@ class TrainedModel(ABC):
     def weights_state_dict(self, name: str) -> dict[str, Any]:
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
         if name == "current":
-            return {"model": self._sharded_model(True)}
+            return {"model": self._wanted_model()}
         return {"kept": self._sharded_weights(name)}
 
     @torch.no_grad()

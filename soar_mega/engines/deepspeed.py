@@ -143,7 +143,7 @@ class DeepSpeedEngine(Engine):
         }
         if is_loading:
             state["optimizer"]["param_state"] = self._sharded_optimizer()
-            return state | {"weights": {name: self._sharded_weights(name) for name in self.weights}}
+            return state | {"weights": self._wanted_kept()}
         pieces = []
         for kind in ("param", *MOMENTS):
             parts = {name: self._state(name, kind).view(-1) for name in self._pieces}
@@ -164,9 +164,7 @@ class DeepSpeedEngine(Engine):
                     self._state(key, kind).copy_(self._pieces[key].of(tensor))
         for moments in self.optimizer.state.values():
             moments["step"].fill_(saved_steps(state["optimizer"]))
-        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
-            for key, tensor in tensors.items():
-                self.weights[name].assign(key, tensor.to(device()))
+        self._load_kept(state)
         self.model.weights_changed()
 
     def _sync(self) -> None:

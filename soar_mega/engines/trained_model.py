@@ -172,6 +172,16 @@ class TrainedModel(ABC):
             sharded_copy(self._in_checkpoints(self.layout.sharded_state_dict()), name, without_room)
         )
 
+    def _wanted_kept(self) -> dict[str, OnDemand]:
+        """What to load of all kept copies, by name."""
+        return {name: self._sharded_weights(name) for name in self.weights}
+
+    def _load_kept(self, state: dict[str, Any]) -> None:
+        """Take over the kept copies of a loaded state."""
+        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
+            for key, tensor in tensors.items():
+                self.weights[name].assign(key, tensor.to(device()))
+
     def _in_checkpoints(self, tensors: dict[str, T]) -> dict[str, T]:
         """What a checkpoint holds of a model, by name: all, or the adapters alone."""
         if self.adapters is None:

@@ -131,7 +131,7 @@ class Points:
         return self.sources.combine(self.sources.targets)
 
 
-PER_POINT = [f.name for f in fields(Points) if f.type in ("Tensor", Tensor)]
+PER_POINT = [f.name for f in fields(Points) if f.type is Tensor]
 
 
 class Further(NamedTuple):

@@ -72,7 +72,8 @@ class Case:
         states, condition = points.states(), self.condition()[points.sample]
         for name, weights in answers.items():
             queries = self.stage.further[name].queries(self.batch)
-            assert torch.equal(queries.rows, points.state_rows) and torch.equal(queries.sigma, points.sigma)
+            assert torch.equal(queries.rows, points.state_rows)
+            assert torch.equal(queries.timestep, points.timestep)
             cond = model(weights, states, queries.timestep, condition)
             none = torch.zeros_like(condition)
             uncond = model(weights, states, queries.timestep, none) if queries.unconditional else None
@@ -110,7 +111,7 @@ def collect(config: CollectingConfig, theta: Tensor = THETA, shift: float = 3.0)
 
 def draw(stage: CollectingStage, theta: Tensor, position: Tensor, prompt: Tensor) -> Trajectories:
     """Samples at `position` of prompts."""
-    plan = stage.plan(SEED, position, 32, 24)
+    plan = stage.plan(SEED, position)
     start = FIRST + prompt if plan.same_start else position
     latents = normal(SEED, START_NOISE, start, 0, SHAPE)
     condition, told = 0.3 * (prompt + 1), plan.timesteps / TIMESTEPS

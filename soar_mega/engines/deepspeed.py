@@ -135,7 +135,7 @@ class DeepSpeedEngine(Engine):
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         state = {
-            "model": self._sharded_model(is_loading),
+            "model": self._wanted_model() if is_loading else self._saved_model(),
             "optimizer": {
                 **kept_steps(self.optimizer),
                 "param_state_sharding_type": "fully_reshardable",
@@ -143,7 +143,7 @@ class DeepSpeedEngine(Engine):
         }
         if is_loading:
             state["optimizer"]["param_state"] = self._sharded_optimizer()
-            return state | {"weights": {name: self._sharded_weights(name) for name in self.weights}}
+            return state | {"weights": self._wanted_kept()}
         pieces = []
         for kind in ("param", *MOMENTS):
             parts = {name: self._state(name, kind).view(-1) for name in self._pieces}
@@ -164,9 +164,7 @@ class DeepSpeedEngine(Engine):
                     self._state(key, kind).copy_(self._pieces[key].of(tensor))
         for moments in self.optimizer.state.values():
             moments["step"].fill_(saved_steps(state["optimizer"]))
-        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
-            for key, tensor in tensors.items():
-                self.weights[name].assign(key, tensor.to(device()))
+        self._load_kept(state)
         self.model.weights_changed()
 
     def _sync(self) -> None:
@@ -201,10 +199,12 @@ class DeepSpeedEngine(Engine):
         piece = self._pieces[name]
         return piece.flat if kind == "param" else piece.of_owner(self.optimizer.state[piece.owner][kind])
 
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
+    def _wanted_model(self) -> OnDemand:
+        return OnDemand(self._in_checkpoints(self.layout.sharded_state_dict()))
+
+    def _saved_model(self) -> dict[str, Any]:
+        """What is saved of the model."""
         sharded = self._in_checkpoints(self.layout.sharded_state_dict())
-        if is_loading:
-            return OnDemand(sharded)
         held = named_tensors(self.model)
 
         def data(name: str) -> Tensor:

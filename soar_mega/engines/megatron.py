@@ -92,7 +92,7 @@ class MegatronEngine(Engine):
             return {
                 "model": model,
                 "optimizer": self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata),
-                "weights": {name: self._sharded_weights(name) for name in self.weights},
+                "weights": self._wanted_kept(),
             }
         with started(self.optimizer.chained_optimizers):
             optimizer, pieces = self._saved_optimizer(model, metadata)
@@ -116,14 +116,12 @@ class MegatronEngine(Engine):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         targets = self.model.sharded_state_dict()
-        for key, tensor in state.get("model", {}).items():  # nor where a rank has no adapters
+        for key, tensor in state.get("model", {}).items():  # nothing is loaded where a rank has no adapters
             if isinstance(tensor, Tensor):
                 targets[key].data.copy_(tensor)
         [optimizer] = self.optimizer.chained_optimizers
         optimizer.load_state_dict(for_adam(state["optimizer"], optimizer.optimizer))
-        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
-            for key, tensor in tensors.items():
-                self.weights[name].assign(key, tensor.to(device()))
+        self._load_kept(state)
         self.model.weights_changed()
 
     def _clear_gradients(self) -> None:
@@ -134,7 +132,7 @@ class MegatronEngine(Engine):
     def _gradient(self, name: str) -> Tensor:
         return self._main.pieces[name].of(self.parameters[name].main_grad)  # type: ignore[attr-defined]
 
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]:
+    def _wanted_model(self) -> dict[str, Any]:
         return self._in_checkpoints(self.model.sharded_state_dict())
 
     def _sync(self) -> None:

@@ -6,6 +6,7 @@ A micro-batch is a view of it. Every decision is one about the draws, so the hos
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,11 +125,11 @@ class PointPiece:
     points: Points  # on the CPU, but for what a loss reads
     answers: "Reading | None"  # of its rows
     others: dict[str, "Reading"]  # of its loss, by name; on the last stage
-    states: PointTable | None  # on the first stage
-    timestep: Tensor | None  # [rows] float32: of the points, then of their unconditional branch
-    condition: Tensor | None  # [rows] int64, of PlacedBatch
-    targets: PointTable | None  # on the last stage
-    weight: Tensor | None  # [M] float64
+    states: PointTable | None = None  # on the first stage
+    timestep: Tensor | None = None  # [rows] float32: of the points, then of their unconditional branch
+    condition: Tensor | None = None  # [rows] int64, of PlacedBatch
+    targets: PointTable | None = None  # on the last stage
+    weight: Tensor | None = None  # [M] float64
 
     def with_sources(self, placed: PlacedBatch) -> Points:
         """The points with their sources: the first pipeline rank makes states of them, the last one losses.
@@ -177,14 +178,19 @@ class Reading:
 
 
 def readings(
-    answers: Answers, query: Tensor, wanted: Tensor, size: int, rows: Sequence[Tensor | None]
+    answers: Answers, query: Tensor, wanted: Tensor, size: int, rows: Tensor | None = None
 ) -> list[Reading]:
-    """By micro-batch of `size` points, what they read: of `query` [P], where `wanted` [P]."""
+    """By micro-batch of `size` points, what they read: of `query` [P], where `wanted` [P].
+
+    Args:
+        rows: [P] int64 on the device, for what a loss reads.
+    """
     read = answers.read_by(query.split(size), wanted.split(size))
     last = max((j for j, each in enumerate(read) if each), default=-1)
+    parts = [None] * len(read) if rows is None else rows.split(size)
     return [
-        Reading(answers=answers, wanted=each, rows=row, is_last=j == last)
-        for j, (each, row) in enumerate(zip(read, rows, strict=True))
+        Reading(answers=answers, wanted=each, rows=part, is_last=j == last)
+        for j, (each, part) in enumerate(zip(read, parts, strict=True))
     ]
 
 
@@ -231,78 +237,91 @@ def point_plan(
     """
     batch, whole = placed.batch, fill_up(points, size, group)
     sample, needed = whole.sample, needs_answer(whole)
-    everything = torch.ones_like(needed)
     row = torch.zeros_like(sample) if answers is None else answers.rows_of(whole.query, needed)
     groups, of_point, begins = group_table(sample, whole.path, row, batch.position[sample], batch.seed, size)
-    rows = size * points.branches
     made = {"total": points.count.sum()[None]}
     if first or last:
         made["groups"] = groups
     if first:
-        made["states"] = point_table(whole.state_rows, of_point)
-        point, is_bare = in_branches(torch.arange(len(whole)), size, points.branches)
-        made["timestep"] = whole.timestep[point].float()
-        made["condition"] = placed.condition_rows(sample[point], whole.dropped[point] | is_bare)
+        made |= _for_states(placed, whole, of_point, size)
     if last:
-        made["targets"] = point_table(whole.target_rows, of_point)
-        made["weight"], made["count"], made["masks"] = whole.weight, whole.count, masks
-        made |= {f"extra.{name}": extra for name, extra in whole.extra.items()}
-        made |= {
-            f"rows.{name}": other.rows_of(whole.reads[name], everything) for name, other in others.items()
-        }
+        made |= _for_losses(whole, of_point, masks, others)
     there = dict(zip(made, upload(list(made.values()), device()), strict=True))
-    whole = replace(
-        whole, extra={name: there.get(f"extra.{name}", extra) for name, extra in whole.extra.items()}
-    )
-    count = len(whole) // size
-    nothing: list[None] = [None] * count
-
-    def tables(name: str, rows: Tensor) -> Sequence[PointTable | None]:
-        if name not in there:
-            return nothing
-        return _tables(there["groups"], begins, there[name], rows, batch.seed, size)
-
-    def views(name: str, size: int = size) -> Sequence[Tensor | None]:
-        return there[name].split(size) if name in there else nothing
-
-    columns = (
-        tables("states", whole.state_rows),
-        views("timestep", rows),
-        views("condition", rows),
-        tables("targets", whole.target_rows),
-        views("weight"),
-    )
-    read: Sequence[Reading | None] = nothing
-    if answers is not None:
-        read = readings(answers, whole.query, needed, size, nothing)
-    read_by_loss = {
-        name: readings(other, whole.reads[name], everything, size, views(f"rows.{name}"))
+    extra = {name: there.get(f"extra.{name}", extra) for name, extra in whole.extra.items()}
+    whole = replace(whole, extra=extra)
+    of_rows = None if answers is None else readings(answers, whole.query, needed, size)
+    of_loss = {
+        name: readings(other, whole.reads[name], torch.ones_like(needed), size, there[f"rows.{name}"])
         for name, other in others.items()
         if last
     }
-    pieces = [
-        PointPiece(
-            points=whole.take(slice(j * size, (j + 1) * size)),
-            answers=read[j],
-            others={name: each[j] for name, each in read_by_loss.items()},
-            states=states,
-            timestep=timestep,
-            condition=condition,
-            targets=targets,
-            weight=weight,
-        )
-        for j, (states, timestep, condition, targets, weight) in enumerate(zip(*columns, strict=True))
-    ]
     return PointPlan(
         points=points,
         size=size,
-        rows=rows,
-        pieces=pieces,
+        rows=size * points.branches,
+        pieces=_pieces(whole, _cut(whole, there, begins, batch.seed, size), of_rows, of_loss, size),
         total=there["total"],
         masks=there.get("masks"),
         weight=there["weight"][: len(points)] if last else None,
         count=there["count"][: len(points)] if last else None,
     )
+
+
+def _for_states(placed: PlacedBatch, whole: Points, of_point: Tensor, size: int) -> dict[str, Tensor]:
+    """What the first pipeline rank reads, on the CPU; `of_point` [P] is each point's group."""
+    point, is_bare = in_branches(torch.arange(len(whole)), size, whole.branches)
+    return {
+        "states": point_table(whole.state_rows, of_point),
+        "timestep": whole.timestep[point].float(),
+        "condition": placed.condition_rows(whole.sample[point], whole.dropped[point] | is_bare),
+    }
+
+
+def _for_losses(
+    whole: Points, of_point: Tensor, masks: Tensor, others: Mapping[str, Answers]
+) -> dict[str, Tensor]:
+    """What the last pipeline rank reads, on the CPU; `of_point` [P] is each point's group."""
+    everything = torch.ones(len(whole), dtype=torch.bool)
+    return {
+        "targets": point_table(whole.target_rows, of_point),
+        "weight": whole.weight,
+        "count": whole.count,
+        "masks": masks,
+        **{f"extra.{name}": extra for name, extra in whole.extra.items()},
+        **{f"rows.{name}": other.rows_of(whole.reads[name], everything) for name, other in others.items()},
+    }
+
+
+def _cut(
+    whole: Points, there: Mapping[str, Tensor], begins: list[int], seed: int, size: int
+) -> dict[str, Sequence[Any]]:
+    """What is on the device, by micro-batch of `size` points, under the names of PointPiece."""
+    rows = {"states": whole.state_rows, "targets": whole.target_rows}
+    tables = {
+        name: _tables(there["groups"], begins, there[name], rows[name], seed, size)
+        for name in rows
+        if name in there
+    }
+    sizes = {"timestep": size * whole.branches, "condition": size * whole.branches, "weight": size}
+    return tables | {name: there[name].split(count) for name, count in sizes.items() if name in there}
+
+
+def _pieces(
+    whole: Points,
+    columns: Mapping[str, Sequence[Any]],
+    of_rows: list[Reading] | None,
+    of_loss: Mapping[str, list[Reading]],
+    size: int,
+) -> list[PointPiece]:
+    return [
+        PointPiece(
+            points=whole.take(slice(j * size, (j + 1) * size)),
+            answers=None if of_rows is None else of_rows[j],
+            others={name: each[j] for name, each in of_loss.items()},
+            **{name: column[j] for name, column in columns.items()},
+        )
+        for j in range(len(whole) // size)
+    ]
 
 
 def order_of(points: Points) -> Tensor:

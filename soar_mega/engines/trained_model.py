@@ -62,7 +62,8 @@ class TrainedModel(ABC):
         self.weights: dict[str, KeptWeights] = {}
 
     @abstractmethod
-    def _sharded_model(self, is_loading: bool) -> dict[str, Any]: ...
+    def _wanted_model(self) -> dict[str, Any]:
+        """What to load of the model."""
 
     @abstractmethod
     def _sync(self) -> None:
@@ -141,7 +142,7 @@ class TrainedModel(ABC):
     def weights_state_dict(self, name: str) -> dict[str, Any]:
         """What to load from a checkpoint to start from its weights alone: current, or a kept copy such as ema."""
         if name == "current":
-            return {"model": self._sharded_model(True)}
+            return {"model": self._wanted_model()}
         return {"kept": self._sharded_weights(name)}
 
     @torch.no_grad()
@@ -170,6 +171,16 @@ class TrainedModel(ABC):
         return OnDemand(
             sharded_copy(self._in_checkpoints(self.layout.sharded_state_dict()), name, without_room)
         )
+
+    def _wanted_kept(self) -> dict[str, OnDemand]:
+        """What to load of all kept copies, by name."""
+        return {name: self._sharded_weights(name) for name in self.weights}
+
+    def _load_kept(self, state: dict[str, Any]) -> None:
+        """Take over the kept copies of a loaded state."""
+        for name, tensors in state.get("weights", {}).items():  # empty groups are not loaded
+            for key, tensor in tensors.items():
+                self.weights[name].assign(key, tensor.to(device()))
 
     def _in_checkpoints(self, tensors: dict[str, T]) -> dict[str, T]:
         """What a checkpoint holds of a model, by name: all, or the adapters alone."""

@@ -87,8 +87,8 @@ class CollectingStage(Stage, Protocol):
     collect_weights: str  # which draw the samples: current, or a name of `kept`
     replayed: bool  # old log-probabilities are computed again, in the shape of the training forward
 
-    def plan(self, seed: int, position: Tensor, width: int, height: int) -> SamplingPlan:
-        """For samples at `position` [B] of the training sequence; the latents' size may change the shift."""
+    def plan(self, seed: int, position: Tensor) -> SamplingPlan:
+        """For samples at `position` [B] of the training sequence."""
         ...
 
     def advantages(self, rewards: Mapping[str, Tensor], prompt: Tensor) -> Tensor:

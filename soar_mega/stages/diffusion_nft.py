@@ -43,8 +43,8 @@ class DiffusionNft(LearningFromSamples):
                 "levels, more stage.sampling_steps, or a lower sigma"
             )
 
-    def plan(self, seed: int, position: Tensor, width: int, height: int) -> SamplingPlan:
-        """Deterministic samples, of which the end is kept; the stage is one of latents of this size already."""
+    def plan(self, seed: int, position: Tensor) -> SamplingPlan:
+        """Deterministic samples, of which the end is kept."""
         stochastic = torch.zeros(len(position), self.config.sampling_steps, dtype=torch.bool)
         kept = torch.zeros(len(position), 0, dtype=torch.int64)
         return self._plan(self.config.solver, stochastic, kept, "ode", 0.0)

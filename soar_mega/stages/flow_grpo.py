@@ -36,8 +36,8 @@ class FlowGrpo(LearningFromSamples):
         super().__init__(config, shift, is_dynamic)
         self.replayed = config.old_log_probabilities == "replayed"
 
-    def plan(self, seed: int, position: Tensor, width: int, height: int) -> SamplingPlan:
-        """Samples by the settings; the stage is one of latents of this size already."""
+    def plan(self, seed: int, position: Tensor) -> SamplingPlan:
+        """Samples by the settings."""
         stochastic = stochastic_steps(self.config, seed, position)
         kept = learned_steps(self.config, seed, position)
         return self._plan("euler", stochastic, kept, self.config.variant, self.config.eta)

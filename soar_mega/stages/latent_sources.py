@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soar_mega.flow import SOURCES, normal, weighted_sum
+from soar_mega.flow import SOURCES
 from soar_mega.kernels import STREAMS, PointTable, losses_of, states_of, to_tokens
-from soar_mega.kernels.point_tables import ANSWER, PATH, POSITION, SAMPLE
+from soar_mega.kernels.point_tables import combined
 
 DRAWN = tuple(name in STREAMS for name in SOURCES)  # of the six sources, whether it is drawn
 
@@ -35,8 +35,8 @@ class Sources:
         """The states or targets of a table: [M, C, H, W] of `dtype`, or cut into patches [M, H W / p^2, C p p]."""
         if self.fused:
             return states_of(self._given(), table, dtype, patch_size)
-        combined = weighted_sum(table.points[:, :6], self.materialised(table)).to(dtype)
-        return combined if patch_size is None else to_tokens(combined, patch_size)
+        made = combined(table.read(self._given()), table).to(dtype)
+        return made if patch_size is None else to_tokens(made, patch_size)
 
     def squared_error(self, velocity: Tensor, table: PointTable) -> Tensor:
         """Mean squared error of velocity [M, C, H, W] against the targets of a table: [M] float32."""
@@ -46,21 +46,3 @@ class Sources:
 
     def _given(self) -> tuple[Tensor | None, ...]:
         return self.z0, None, self.v_uncond, self.v_cond, None, None
-
-    def materialised(self, table: PointTable) -> list[Tensor | None]:
-        """The six sources, each [M, C, H, W], or None where no row reads it."""
-        sample, answer = table.column(SAMPLE), table.column(ANSWER)
-        position, path = table.column(POSITION), table.column(PATH)
-        found: list[Tensor | None] = []
-        for name, source in zip(SOURCES, table.read(self._given()), strict=True):
-            if not table.used[len(found)]:
-                found.append(None)
-            elif name in STREAMS:
-                point = 0 if name == "z1" else path
-                found.append(
-                    normal(table.seed, STREAMS[name], position, point, self.z0.shape[1:], self.z0.device)
-                )
-            else:
-                assert source is not None
-                found.append(source[answer if name in ("v_uncond", "v_cond") else sample])
-        return found

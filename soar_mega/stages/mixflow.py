@@ -17,9 +17,6 @@ class MixFlow(Sft):
 
     config: MixFlowConfig
 
-    def __init__(self, config: MixFlowConfig, shift: float) -> None:
-        super().__init__(config, shift)
-
     def _state_sigma(self, batch: Batch, sigma: Tensor) -> Tensor:
         draws = uniform(batch.seed, "slowed", batch.position)[:, 0]
         return slowed(sigma, self.config.gamma, draws)

@@ -32,7 +32,6 @@ class Queries:
 
     sample: Tensor  # [Q] int64, index into the batch
     path: Tensor  # [Q] int64: keys eps and z1_aux
-    sigma: Tensor  # [Q] float64
     timestep: Tensor  # [Q] float64, what the model is told
     rows: Tensor  # [Q, 6] float64; velocities have no coefficients
     then: tuple[RolloutStep, ...] = ()  # whose mean velocity is the answer, where there are any
@@ -114,7 +113,6 @@ class Points:
         return Queries(
             sample=self.sample,
             path=self.path,
-            sigma=self.sigma,
             timestep=self.timestep,
             rows=self.state_rows,
             dropped=self.dropped,
@@ -133,7 +131,7 @@ class Points:
         return self.sources.combine(self.sources.targets)
 
 
-PER_POINT = [f.name for f in fields(Points) if f.type in ("Tensor", Tensor)]
+PER_POINT = [f.name for f in fields(Points) if f.type is Tensor]
 
 
 class Further(NamedTuple):

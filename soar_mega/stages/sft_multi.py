@@ -29,9 +29,6 @@ class SftMulti(Sft):
     kinds = ("base", "aux")
     config: SftMultiConfig
 
-    def __init__(self, config: SftMultiConfig, shift: float) -> None:
-        super().__init__(config, shift)
-
     def points(self, batch: Batch) -> Points:
         """All base points, then the auxiliary points sample by sample."""
         base = super().points(batch)

@@ -33,9 +33,6 @@ class Soar(SftMulti):
 
     config: SoarConfig
 
-    def __init__(self, config: SoarConfig, shift: float) -> None:
-        super().__init__(config, shift)
-
     def queries(self, batch: Batch) -> Queries | None:
         """The base states: their guided velocity, or its mean over several steps, carries the rollout."""
         if self.config.num_auxiliary_points == 0:
@@ -46,7 +43,6 @@ class Soar(SftMulti):
         return Queries(
             sample=sample,
             path=torch.zeros_like(sample),
-            sigma=sigma0,
             timestep=self.schedule.timestep(sigma0),
             rows=rows,
             then=tuple(self._further_steps(batch)),

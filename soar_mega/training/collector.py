@@ -92,7 +92,7 @@ class Collector:
         self._config, self._seed, self.info = config, recipe.train.seed, info
         self.ranks: Ranks = this_rank()
         check_replicas(recipe.train.global_batch_size, self.ranks.data_size)
-        self.prompts, self._texts, self.judge, self._size = prompts, texts, judge, size
+        self.prompts, self._texts, self.judge = prompts, texts, judge
         self._order = PromptOrder(self._seed, len(prompts), config.prompts_per_collection, prompts.path)
         self.place = Place(recipe, prompts)
         self._share = Share(
@@ -233,14 +233,14 @@ class Collector:
         All forwards have one size, as the replicas must make equally many: the last ones draw some again. A pipeline is
         filled: as many of them are drawn side by side as it has ranks.
         """
-        all_places, (width, height) = self._share.places().flatten(), self._size
+        all_places = self._share.places().flatten()
         ranks, forwards = get_pipeline_model_parallel_world_size(), -(-len(all_places) // self.forward_size)
         size = self.forward_size * min(ranks, forwards)
         for places in all_places.split(size):
             phases.leave_step("collect")  # each has the whole time of a phase
             filled = torch.cat([places, places[-1:].expand(size - len(places))])
             position = self.place.position + filled
-            plan = self._stage.plan(self._seed, position, width, height)
+            plan = self._stage.plan(self._seed, position)
             row = filled % len(group)
             start = self.place.position + row if plan.same_start else position
             velocity = self._velocity(group, row, plan.guidance_scale)

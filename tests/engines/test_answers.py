@@ -26,7 +26,6 @@ def queries(batch):
     return Queries(
         sample=SAMPLE,
         path=PATH,
-        sigma=SIGMA,
         timestep=1000 * SIGMA,
         rows=rows,
         dropped=dropped,

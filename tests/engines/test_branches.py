@@ -29,7 +29,6 @@ def queries_of(total, unconditional):
     return Queries(
         sample=torch.arange(total),
         path=torch.zeros(total, dtype=torch.int64),
-        sigma=nothing,
         timestep=nothing,
         rows=torch.zeros(total, 6, dtype=torch.float64),
         dropped=nothing > 0,
@@ -84,7 +83,7 @@ def rollouts(recipe):
     def wide(values):
         return values.float()[:, None, None, None]
 
-    sigmas = [queries.sigma, *(step.timestep / 1000 for step in queries.then), span.sigma1]
+    sigmas = [span.sigma0, *(step.timestep / 1000 for step in queries.then), span.sigma1]
     start = (1 - wide(sigmas[0])) * batch.latents + wide(sigmas[0]) * z1
     z, scale = start, wide(stage._guidance(batch))
     for here, end in zip(sigmas, sigmas[1:], strict=False):

@@ -17,7 +17,8 @@ from engine_cases import (
 from point_sources import gather_sources
 
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
-from soar_mega.flow import normal
+from soar_mega.flow import SOURCES, normal
+from soar_mega.kernels.point_tables import ANSWER
 from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 from soar_mega.stages.latent_sources import Sources
 
@@ -35,7 +36,7 @@ def plain_loss(model, stage, batch):
     batch = replace(batch, latents=torch.where(valid, batch.latents, 0.0))
     z0, z1 = batch.latents, normal(batch.seed, "noise", batch.position, 0, batch.latent_shape)
     asked, points = stage.queries(batch), stage.points(batch)
-    sigma = asked.sigma.float()[:, None, None, None]
+    sigma = asked.rows[:, SOURCES.index("z1")].float()[:, None, None, None]
 
     def predict(states, timestep, sample, dropped):
         text = torch.where(dropped[:, None, None], batch.empty_text, batch.text[sample])
@@ -144,6 +145,18 @@ def test_targets_exist_for_one_micro_batch_at_a_time(monkeypatch):
     assert [size for size, _ in made] == [4] * 4 + [3] * 28  # each micro-batch's targets too
 
 
+def sources_of(points, batch):
+    """The six sources of the points of a micro-batch, each [M, C, H, W]; no velocity where no row reads an answer."""
+    sources, position = points.sources, batch.position[points.sample]
+    answer = sources.states.column(ANSWER)
+    velocities = [None if v is None else v[answer] for v in (sources.v_uncond, sources.v_cond)]
+    z1, eps, z1_aux = (
+        normal(batch.seed, stream, position, path, batch.latent_shape)
+        for stream, path in (("noise", 0), ("rollout", points.path), ("endpoint", points.path))
+    )
+    return sources.z0[points.sample], z1, *velocities, eps, z1_aux
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
     recipe = make_recipe(model={"dtype": dtype})
@@ -152,14 +165,11 @@ def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
 
     def loss(points, velocity):
         assert velocity.dtype == torch.float32
-        sources = points.sources
-        for rows, table, made in (
-            (points.state_rows, sources.states, points.states()),
-            (points.target_rows, sources.targets, points.targets()),
-        ):
+        read = sources_of(points, batch)
+        for rows, made in ((points.state_rows, points.states()), (points.target_rows, points.targets())):
             terms = [
                 row[:, None, None, None] * source.double()
-                for row, source in zip(rows.unbind(-1), sources.materialised(table), strict=True)
+                for row, source in zip(rows.unbind(-1), read, strict=True)
                 if source is not None
             ]
             exact, largest = sum(terms), sum(term.abs() for term in terms).max()

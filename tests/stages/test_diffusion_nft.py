@@ -78,7 +78,7 @@ def test_samples_are_drawn_by_the_old_policy_and_only_their_ends_are_kept():
     stage = make_stage(PRESETS["diffusion_nft_geneval"], 3.0)
     assert stage.collect_weights == "old" and stage.keeps == ("old", "reference")
     assert make_stage(PRESETS["unirl_nft"], 3.0).keeps == ("old",)
-    plan = stage.plan(SEED, torch.arange(4), 32, 24)
+    plan = stage.plan(SEED, torch.arange(4))
     assert plan.solver == "dpm++2m" and not bool(plan.stochastic.any()) and plan.kept.shape == (4, 0)
     whole = (1000 * Schedule(3.0).inference_sigmas(10)[:-1].float()).int().double()
     assert torch.equal(plan.timesteps, whole)  # samples are drawn at whole timesteps
@@ -101,7 +101,7 @@ def test_levels_are_those_of_the_settings():
         case = collect(config)
         case.batch.position = torch.arange(SAMPLES * size, SAMPLES * (size + 1))
         sigmas, points = (
-            case.stage.plan(SEED, case.batch.position, 32, 24).sigmas,
+            case.stage.plan(SEED, case.batch.position).sigmas,
             case.stage.points(case.batch),
         )
         steps = (points.sigma[:, None] == sigmas[:-1]).nonzero()[:, 1]

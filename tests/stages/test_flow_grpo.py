@@ -41,8 +41,8 @@ def with_batch(config: FlowGrpoConfig, global_batch_size: int) -> None:
 def published_loss(case: Case, trainer, theta: torch.Tensor) -> torch.Tensor:
     """The mean over samples and steps of a trainer's loss, at the states that were drawn."""
     advantages = advantages_of(REWARDS.numpy(), case.prompt.tolist(), trainer.std_of)
-    sigmas = case.stage.plan(SEED, case.drawn.position, 32, 24).sigmas.tolist()
-    told = case.stage.plan(SEED, case.drawn.position, 32, 24).timesteps
+    sigmas = case.stage.plan(SEED, case.drawn.position).sigmas.tolist()
+    told = case.stage.plan(SEED, case.drawn.position).timesteps
     drawn, terms = case.drawn, []
     for sample, advantage in enumerate(advantages):
         if trainer.drops and advantage == 0:
@@ -236,7 +236,7 @@ def test_learned_steps_are_drawn_per_sample_of_the_stochastic_ones():
 
 def test_plan_says_how_samples_are_drawn():
     stage = make_stage(PRESETS["dance_grpo"], 3.0)
-    plan = stage.plan(SEED, torch.arange(4), 32, 24)
+    plan = stage.plan(SEED, torch.arange(4))
     assert plan.same_start and plan.variant == "dance" and plan.guidance_scale == 3.5
     assert torch.equal(plan.sigmas, Schedule(3.0).linear_sigmas(16))
     whole = (1000 * plan.sigmas[:-1].float()).int().double()
@@ -244,7 +244,7 @@ def test_plan_says_how_samples_are_drawn():
     assert torch.equal(
         stage.points(collect(PRESETS["dance_grpo"]).batch).timestep.unique(), whole[:-1].unique()
     )
-    flux = make_stage(PRESETS["flow_grpo_ocr"], 3.0, is_dynamic=True).plan(SEED, torch.arange(1), 32, 24)
+    flux = make_stage(PRESETS["flow_grpo_ocr"], 3.0, is_dynamic=True).plan(SEED, torch.arange(1))
     assert torch.equal(flux.sigmas, Schedule(3.0, is_dynamic=True).inference_sigmas(10))
 
 

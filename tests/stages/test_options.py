@@ -38,7 +38,7 @@ def test_points_with_every_option_follow_the_method_step_by_step():
     sample, position = points.sample, batch.position
     z0, z1 = batch.latents[sample], normal(3, "noise", position[sample], 0, batch.latent_shape)
 
-    u0 = stage.queries(batch).sigma  # shift 1: sigma is unshifted time
+    u0 = stage.queries(batch).rows[:, SOURCES.index("z1")]  # sigma, with shift 1 unshifted time
     length = 0.6 * uniform(3, "rollout_length", position)[:, 0]
     floor = Schedule(1.0).sigma_min
     sigma0, sigma1 = u0[sample], (u0 - length).clamp(min=floor).minimum(u0)[sample]

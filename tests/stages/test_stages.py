@@ -9,6 +9,7 @@ from soar_mega.flow import SOURCES, Schedule, normal
 from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
 
 SHAPE = (2, 4, 6)
+Z1 = SOURCES.index("z1")  # a query lies on the ray: its coefficient of the noise is sigma
 
 
 def make_batch(size: int = 8, first: int = 0) -> Batch:
@@ -46,7 +47,7 @@ def test_auxiliary_points_follow_the_method_step_by_step():
     z0, z1 = batch.latents[auxiliary.sample], normal(3, "noise", batch.position[auxiliary.sample], 0, SHAPE)
 
     queries = stage.queries(batch)
-    sigma0 = queries.sigma[auxiliary.sample]
+    sigma0 = queries.rows[auxiliary.sample, Z1]
     floor = Schedule(1.0).sigma_min
     sigma1 = (sigma0 - 1 / 5).clamp(min=floor).minimum(sigma0)  # shift 1: sigma is unshifted time
     v = v_uncond.double() + 3.0 * (v_cond.double() - v_uncond.double())
@@ -111,7 +112,7 @@ def test_samples_without_room_for_a_step_keep_only_their_ode_path():
     )
     stage = make_stage(config, 1.0)
     points = stage.points(batch)
-    starts_low = stage.queries(batch).sigma[points.sample] <= 0.25
+    starts_low = stage.queries(batch).rows[points.sample, Z1] <= 0.25
     stochastic = points.of_kind("aux") & (points.path > 0)
     assert bool(starts_low.any())
     assert torch.equal(points.count == 0, stochastic & starts_low)
@@ -141,7 +142,7 @@ def test_upper_ratio_bounds_the_auxiliary_sigmas():
     stage = make_stage(SoarConfig(sigma_upper_ratio=0.1, sampling_steps=5), 1.0)
     points = stage.points(batch)
     floor = Schedule(1.0).sigma_min
-    sigma0 = stage.queries(batch).sigma[points.sample]
+    sigma0 = stage.queries(batch).rows[points.sample, Z1]
     sigma1 = (sigma0 - 0.2).clamp(min=floor).minimum(sigma0)
     upper = sigma1 + 0.1 * (1 - sigma1)
     assert bool((points.sigma <= upper + 1e-12)[points.of_kind("aux")].all())

@@ -86,11 +86,12 @@ def ours(model: SD3Transformer2DModel, batch: Batch, timesteps: str) -> tuple[to
     error = stage.loss(points, velocity(points.states(), points.timestep, text, pooled))
     loss = (points.weight * error).sum() / points.count.sum()
     auxiliary = points.take(torch.nonzero(points.of_kind("aux"))[:, 0])
+    span = stage._rollout_span(batch)
     draws = Draws(
         noise=z1,
-        sigma0=queries.sigma.float(),
+        sigma0=span.sigma0.float(),
         timestep0=queries.timestep.float(),
-        sigma1=stage._rollout_span(batch)[1].float(),
+        sigma1=span.sigma1.float(),
         sigma_auxiliary=auxiliary.sigma.view(COUNT, POINTS).float(),
         timestep_auxiliary=auxiliary.timestep.view(COUNT, POINTS).float(),
     )

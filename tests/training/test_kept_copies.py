@@ -87,7 +87,7 @@ def test_adapters_need_no_reference(shards, tmp_path, monkeypatch, caplog):
         elements = sum(run.engine.parameters[name].numel() for name in run.engine.adapters.names)
         with caplog.at_level(logging.INFO, logger="soar_mega"):
             log_memory(run.recipe, run.engine.model.sizes, run.loader.info)
-    told = f"kept on the host: {2 * 4 * elements / 2**20:.1f} MiB"
+    told = f"kept on the host {2 * 4 * elements / 2**20:.1f} MiB"
     assert caplog.messages == [each for each in caplog.messages if each.endswith(told)] != []
 
 

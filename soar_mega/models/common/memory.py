@@ -77,10 +77,14 @@ class Memory:
         return sum(self.parts.values())
 
     def words(self) -> str:
-        """The sum and its parts in GiB."""
-        parts = {name: size / 2**30 for name, size in self.parts.items()}
-        shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
-        return f"{self.total / 2**30:.1f} GiB: {shown}"
+        """The sum and its parts, and what is kept on the host."""
+        parts = ", ".join(f"{name} {_amount(size)}" for name, size in self.parts.items() if size)
+        host = f"; kept on the host {_amount(self.on_host)}" if self.on_host else ""
+        return f"{_amount(self.total)}: {parts}{host}"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def workload(

@@ -56,7 +56,6 @@ class AttentionProjections(torch.nn.Module):
         self,
         config: TransformerConfig,
         submodules: LayerSubmodules,
-        layer_number: int,
         has_output: bool = True,
         has_output_bias: bool = True,
     ) -> None:
@@ -162,14 +161,13 @@ class Stream(torch.nn.Module):
         self,
         config: TransformerConfig,
         submodules: LayerSubmodules,
-        layer_number: int,
         is_dual: bool = False,
         is_pre_only: bool = False,
     ) -> None:
         super().__init__()
         self.modulation = Modulation(config, 2 if is_pre_only else 9 if is_dual else 6)
-        self.attention = AttentionProjections(config, submodules, layer_number, has_output=not is_pre_only)
-        self.dual_attention = AttentionProjections(config, submodules, layer_number) if is_dual else None
+        self.attention = AttentionProjections(config, submodules, has_output=not is_pre_only)
+        self.dual_attention = AttentionProjections(config, submodules) if is_dual else None
         self.mlp = None if is_pre_only else build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add
         self.makes_norms_again = submodules.makes_norms_again

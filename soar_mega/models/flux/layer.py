@@ -64,8 +64,8 @@ class DoubleLayer(torch.nn.Module):
         axes: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.image = Stream(config, submodules, layer_number)
-        self.text = Stream(config, submodules, layer_number)
+        self.image = Stream(config, submodules)
+        self.text = Stream(config, submodules)
         self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
 
     def forward(
@@ -102,7 +102,7 @@ class SingleLayer(torch.nn.Module):
         super().__init__()
         self.config = config
         self.modulation = Modulation(config, 3)
-        self.attention = AttentionProjections(config, submodules, layer_number, has_output_bias=False)
+        self.attention = AttentionProjections(config, submodules, has_output_bias=False)
         self.joint_attention = RotaryAttention(config, submodules, layer_number, axes)
         self.mlp = build_mlp(config, submodules)
         self.adaln, self.gated_add = submodules.adaln, submodules.gated_add

@@ -31,7 +31,7 @@ def rotation(
     places = [torch.zeros_like(row), row, column]
     waves = [_angles(width, place) for width, place in zip(axes, places, strict=True)]
     angles = torch.nn.functional.pad(torch.cat(waves, dim=1), (0, 0, text, 0))
-    angles = torch.cat([angles[places.start : places.stop] for places in order])
+    angles = torch.cat([angles[part.start : part.stop] for part in order])
     return angles.cos().float(), angles.sin().float()
 
 

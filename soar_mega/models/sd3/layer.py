@@ -31,8 +31,8 @@ class MMDiTLayer(torch.nn.Module):
         is_last: bool,
     ) -> None:
         super().__init__()
-        self.image = Stream(config, submodules, layer_number, is_dual=is_dual)
-        self.text = Stream(config, submodules, layer_number, is_pre_only=is_last)
+        self.image = Stream(config, submodules, is_dual=is_dual)
+        self.text = Stream(config, submodules, is_pre_only=is_last)
         self.core_attention = build_attention(config, submodules, layer_number)
         self.qk_norm_rope, self.makes_qk_again = submodules.qk_norm_rope, submodules.makes_qk_again
         self.head_size = config.kv_channels

@@ -358,10 +358,44 @@ def test_doctor_takes_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -
     assert main([*words, "4", "--tensor", "2", "parallel.context_parallel_size=2", "--points", "3"]) == 0
     said = capsys.readouterr().out
     assert "1,361,056 parameters" in said and "TP 2 x PP 1" in said and "as the recipe says" in said
+    assert main([*words, "8", "--tensor", "1", "--image-size", "4096"]) == 0
+    assert "which DOES NOT FIT" in capsys.readouterr().out
     assert main([*words, "3", "--tensor", "2"]) == 1
     assert "--gpus 3 must be a multiple of the layout's TP x PP x CP = 2" in capsys.readouterr().err
     assert main(["doctor", "--model", "sd35_medium", "train.seed=1"]) == 1
     assert "train.seed=1 is a setting of a recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "h100"], "Name --model or --recipe"),
+        (["--model", "sd35_medium", "--gpus", "0"], "--gpus must be at least 1"),
+        (["--model", "sd35_medium", "--points", "-2"], "--points must be at least 1"),
+        (["--model", "sd35_medium", "--image-size", "504"], "multiples of 16 pixels"),
+        (["--model", "sd35_medium", "--gpus", "64"], "must be a multiple of the 64 data-parallel replicas"),
+    ],
+)
+def test_doctor_names_what_cannot_be_asked(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = [] if "--gpu" in words else ["--gpu", "H100"]  # in any case of letters
+    assert main(["doctor", *words, *gpu]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_doctor_takes_a_preset_where_the_folder_is_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "doctor",
+        "--recipe",
+        str(ROOT / "recipes/sd35_medium/soar.yaml"),
+        "--gpu",
+        "h100",
+        "model.fp8=hybrid",
+    ]
+    assert main([*words, "model.transformer_impl=transformer_engine"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("sd35_medium: ") and "FP8 keeps in its own form are not counted" in said
 
 
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--recipe", metavar="FILE", help="what this recipe takes, with --model in the place of its own model"
     )
     take_overrides(parser)
-    parser.add_argument("--gpu", choices=MEMORY, help="what fits in the memory of such a GPU")
+    parser.add_argument("--gpu", type=str.lower, choices=MEMORY, help="what fits in the memory of such a GPU")
     parser.add_argument("--gpus", type=int, default=8, help="of the whole run (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
     parser.add_argument(
@@ -93,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(describe(arguments))
         return 0
+    if arguments.gpu:
+        raise ValueError(f"--gpu {arguments.gpu}: what is to fit in it? Name --model or --recipe")
     healthy = True
     print(f"Python {system.python_version()} on {system.platform()}")
     print("\nrequired")

@@ -1,10 +1,13 @@
 """What a model weighs on the ranks of a layout, and what of a step fits in the memory of a GPU."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from soar_mega import layer_checks
+from soar_mega.cli.numbers import check_at_least_one
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
+from soar_mega.config_checks import check_replicas
 from soar_mega.gpus import HOPPER, usable_memory
 from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import recommend
@@ -28,12 +31,24 @@ def describe(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: no such model, a recipe that is wrong, or a layout that is not possible.
     """
+    numbers = [
+        name
+        for name in ("gpus", "image_size", "text_length", *SETTINGS)
+        if getattr(arguments, name) is not None
+    ]
+    check_at_least_one(arguments, *numbers)
     recipe = asked_recipe(arguments)
-    model = arguments.model or recipe.model.pipeline_dir or recipe.model.preset
+    model = arguments.model or model_of(recipe.model)
     said = [summarize(model, recipe.parallel)]
     if arguments.gpu:
         said.append(what_fits(arguments, model, recipe))
     return "\n\n".join(said)
+
+
+def model_of(model: ModelConfig) -> str:
+    """The folder of a recipe's model; its preset where that folder is on another machine."""
+    is_here = model.pipeline_dir and Path(model.pipeline_dir).is_dir()
+    return model.pipeline_dir if is_here or not model.preset else model.preset
 
 
 def asked_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -72,6 +87,12 @@ def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
     )
     if arguments.gpus % ranks:
         raise ValueError(f"--gpus {arguments.gpus} must be a multiple of the layout's TP x PP x CP = {ranks}")
+    check_replicas(recipe.train.global_batch_size, arguments.gpus // ranks)
+    multiple = 8 * sizes.patch_size
+    if arguments.image_size % multiple:
+        raise ValueError(
+            f"--image-size {arguments.image_size}: the model takes multiples of {multiple} pixels"
+        )
     text_length = arguments.text_length or sizes.family.text_tokens
     data_size, latent_size = arguments.gpus // ranks, (arguments.image_size // 8, arguments.image_size // 8)
     room = usable_memory(arguments.gpu)
@@ -82,9 +103,12 @@ def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
     if arguments.recipe:
         work = workload(recipe, data_size, latent_size, text_length, is_told=sizes.guidance_embeds)
         memory = largest_rank(sizes, recipe, work, data_size)
+        fits = "" if memory.total <= room else ", which DOES NOT FIT"
         lines.append(
-            f"as the recipe says: {work.micro_batches} training forwards of a step, {memory.words()}"
+            f"as the recipe says: {work.micro_batches} training forwards of a step, {memory.words()}{fits}"
         )
+    if recipe.model.fp8:
+        lines.append("(the weights that FP8 keeps in its own form are not counted)")
     found = recommend(sizes, recipe, data_size, latent_size, text_length, room)
     if found is None:
         lines.append("one point does not fit even with recomputation: use more TP or PP, or more GPUs")

@@ -31,12 +31,8 @@ def describe(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: no such model, a recipe that is wrong, or a layout that is not possible.
     """
-    numbers = [
-        name
-        for name in ("gpus", "image_size", "text_length", *SETTINGS)
-        if getattr(arguments, name) is not None
-    ]
-    check_at_least_one(arguments, *numbers)
+    numbers = ("gpus", "image_size", "text_length", *SETTINGS)
+    check_at_least_one(arguments, *(name for name in numbers if getattr(arguments, name) is not None))
     recipe = asked_recipe(arguments)
     model = arguments.model or model_of(recipe.model)
     said = [summarize(model, recipe.parallel)]

@@ -81,8 +81,8 @@ FEW = [
 
 
 @pytest.fixture(scope="module")
-def plain_losses() -> dict[str, list[float]]:
-    """Of each precision, once they are known."""
+def plain_losses() -> dict[tuple[str, str], list[float]]:
+    """Of each precision and attention, once they are known."""
     return {}
 
 
@@ -99,14 +99,18 @@ def losses(cell: Cell, shards: Path, folder: Path) -> list[float]:
     return found
 
 
-def check(cells: list[Cell], plain: dict[str, list[float]], shards: Path, folder: Path) -> None:
+def check(cells: list[Cell], plain: dict[tuple[str, str], list[float]], shards: Path, folder: Path) -> None:
     for number, cell in enumerate(cells):
-        if cell.precision not in plain:
-            plain[cell.precision] = losses(Cell(cell.precision), shards, folder / f"plain {cell.precision}")
-        found = losses(cell, shards, folder / str(number))
-        # another attention rounds elsewhere; everything else computes the same numbers
-        tolerance = 1e-6 if cell.attention == "sdpa" else 5e-3
-        assert found == pytest.approx(plain[cell.precision], rel=tolerance), cell
+        for attention in ("sdpa", cell.attention):
+            kind = (cell.precision, attention)
+            if kind not in plain:
+                plain[kind] = losses(
+                    Cell(cell.precision, attention=attention), shards, folder / " ".join(kind)
+                )
+        ours = plain[cell.precision, cell.attention]
+        assert losses(cell, shards, folder / str(number)) == pytest.approx(ours, rel=1e-6), cell
+        # another attention rounds elsewhere, and a step makes more of it
+        assert ours[0] == pytest.approx(plain[cell.precision, "sdpa"][0], rel=5e-3), cell
 
 
 @pytest.fixture
@@ -116,13 +120,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_few_settings(
-    stand_ins: None, plain_losses: dict[str, list[float]], shards: Path, tmp_path: Path
+    stand_ins: None, plain_losses: dict[tuple[str, str], list[float]], shards: Path, tmp_path: Path
 ) -> None:
     check(FEW, plain_losses, shards, tmp_path)
     recorded = json.loads(GOLDEN.read_text()).get(torch.__version__.split("+")[0])
     if recorded is not None:
-        assert plain_losses["fp32"] == pytest.approx(recorded["losses"][:STEPS], rel=1e-3)
-    assert plain_losses["emulated"] != pytest.approx(plain_losses["bf16"], rel=1e-4)  # something was rounded
+        assert plain_losses["fp32", "sdpa"] == pytest.approx(recorded["losses"][:STEPS], rel=1e-3)
+    assert plain_losses["emulated", "sdpa"] != pytest.approx(
+        plain_losses["bf16", "sdpa"], rel=1e-4
+    )  # something was rounded
 
 
 @pytest.mark.slow
@@ -131,7 +137,7 @@ def test_all_settings(
     precision: str,
     layers: str,
     stand_ins: None,
-    plain_losses: dict[str, list[float]],
+    plain_losses: dict[tuple[str, str], list[float]],
     shards: Path,
     tmp_path: Path,
 ) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import positive, result_file
 from origin import device_slug, origin
 
 from soar_mega import platform
@@ -129,15 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=4, help="of 64 channels each")
+    parser.add_argument("--layers", type=positive, default=6)
+    parser.add_argument("--heads", type=positive, default=4, help="of 64 channels each")
     parser.add_argument("--saves", type=int, default=6, help="per mode; the first is not counted")
-    parser.add_argument("--steps", type=int, default=8, help="between two saves")
+    parser.add_argument("--steps", type=positive, default=8, help="between two saves")
     parser.add_argument(
         "--folder", help="where checkpoints are written and removed again (a temporary folder)"
     )
     parser.add_argument("--out", help="JSON file (benchmarks/results/<date>-<device>-checkpoint.json)")
     arguments = parser.parse_args()
+    if arguments.saves < 2:
+        parser.error("--saves must be 2 or more: the first is not counted")
 
     platform.install()
     recipe = Recipe(
@@ -148,6 +151,7 @@ def main() -> None:
         parallel=ParallelConfig(),
     )
     start_world(recipe.parallel)
+    path = result_file(arguments.out, f"{device_slug()}-checkpoint") if is_rank_zero() else None
     recipe.train.global_batch_size = BATCH * data_size()
     engine = make_engine(recipe, sizes(arguments.layers, arguments.heads))
     engine.keep_weights("ema")
@@ -159,8 +163,8 @@ def main() -> None:
         name: measure(engine, stage, folder, name == "async", arguments.saves, arguments.steps)
         for name in ("sync", "async")
     }
-    if is_rank_zero():
-        report(modes, arguments.out)
+    if path is not None:
+        report(modes, path)
         for name in modes:
             shutil.rmtree(folder / name)
         if not arguments.folder:
@@ -168,7 +172,7 @@ def main() -> None:
     stop_world()
 
 
-def report(modes: dict[str, Json], out: str | None) -> None:
+def report(modes: dict[str, Json], path: Path) -> None:
     """Prints what was measured, and writes it."""
     for name, found in modes.items():
         print(
@@ -177,11 +181,8 @@ def report(modes: dict[str, Json], out: str | None) -> None:
         )
     ratio = modes["async"]["median_blocked_seconds"] / modes["sync"]["median_blocked_seconds"]
     print(f"asynchronous / synchronous: {ratio:.3f}")
-    source = origin("bench_checkpoint")
-    path = Path(out or f"benchmarks/results/{source['date']}-{device_slug()}-checkpoint.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        **source,
+        **origin("bench_checkpoint"),
         "processes": data_size(),
         "load_average": os.getloadavg()[0],  # what else the machine does makes both modes slower
         "ratio": ratio,

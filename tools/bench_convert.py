@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import result_file
 from origin import origin
 
 from soar_mega.convert.checks import diffusers_shapes
@@ -44,13 +45,14 @@ def main() -> None:
     parser.add_argument("--model", default="sd35_medium")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    path = result_file(arguments.out, "cpu-convert")
     folder = arguments.folder / "bench_convert"
     folder.mkdir(parents=True)
     try:
         measured = measure(folder, arguments.model)
     finally:
         shutil.rmtree(folder)
-    arguments.out.write_text(
+    path.write_text(
         json.dumps({**origin("bench_convert"), "model": arguments.model, **measured}, indent=1) + "\n"
     )
 

@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from origin import origin
+from arguments import positive, result_file
+from origin import device_slug, origin
 from safetensors.torch import load, save_file
 
 from soar_mega.config import DataConfig
@@ -273,9 +274,9 @@ def main() -> None:
     )
     parser.add_argument("part", choices=[*PARTS, "open", "fed"], help="open, fed: one process of these")
     parser.add_argument("words", nargs="*", help="of open and fed")
-    parser.add_argument("--samples", type=int, default=10_000_000)
+    parser.add_argument("--samples", type=positive, default=10_000_000)
     parser.add_argument("--step-seconds", type=float, default=1.0)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--folder", help="where the made-up set is for a moment (default: the system's)")
     parser.add_argument("--smoke", action="store_true", help="a set that takes no time")
     parser.add_argument("--out", help="JSON file (benchmarks/results/<date>-<device>-data-<part>.json)")
@@ -288,12 +289,10 @@ def main() -> None:
         found = fed(Path(shards), way, int(workers), int(batch), int(steps), float(seconds))
         print(json.dumps(found))
         return
+    path = result_file(arguments.out, f"{device_slug()}-data-{arguments.part}")
     found = PARTS[arguments.part](arguments)
-    source = origin("bench_data")
-    name = source["device"].lower().replace(" ", "-")
-    path = Path(arguments.out or f"benchmarks/results/{source['date']}-{name}-data-{arguments.part}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**source, "load_average": os.getloadavg()[0], **found}, indent=1) + "\n")
+    content = {**origin("bench_data"), "load_average": os.getloadavg()[0], **found}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
 
 

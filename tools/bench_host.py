@@ -23,10 +23,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
+from arguments import positive, result_file
 from kernel_traffic import modules_that_launch
 from origin import origin
 from torch import Tensor
@@ -141,11 +141,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=positive, default=24)
     parser.add_argument("--dual", type=int, default=13, help="layers with the second attention (default: 13)")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=positive, default=40)
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/<date>-cpu-host.json)")
     args = parser.parse_args()
+    path = result_file(args.out, "cpu-host")
     torch.set_num_threads(1)
     found = summary(measure(tiny(args.layers, args.dual), args.rounds))
     print(f"{args.layers} layers, {args.dual} of them dual, hidden size 16")
@@ -156,11 +157,9 @@ def main() -> None:
             f"{form:10} {row['forward_ms']:11.1f} {row['forward_ratio']:6.2f} "
             f"{row['both_ms']:17.1f} {row['both_ratio']:6.2f}"
         )
-    source = origin("bench_host") | {"device": "cpu"}
-    path = Path(args.out or f"benchmarks/results/{source['date']}-cpu-host.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        **source,
+        **origin("bench_host"),
+        "device": "cpu",
         "layers": args.layers,
         "dual_layers": args.dual,
         "rounds": args.rounds,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import result_file
 from kernel_cases import Case, all_cases
 from kernel_traffic import Counter, Traffic
 from origin import device_slug, origin
@@ -52,17 +53,15 @@ def main() -> None:
     args = parse_arguments()
     gpu = torch.cuda.is_available()
     cases = {name: make for name, make in all_cases().items() if args.only in name}
+    path = result_file(args.out, f"{device_slug()}-kernels")
     copy = copy_bandwidth() if gpu else H100_COPY
     rows: list[Row] = []
     for name, make in cases.items():
         rows += measured(name, make, args.forms) if gpu else predicted(name, make, copy)
     device = torch.cuda.get_device_name() if gpu else "none: predicted for an H100"
     print_table(rows, copy, device)
-    source = origin("bench_kernels")
-    path = Path(args.out or f"benchmarks/results/{source['date']}-{device_slug()}-kernels.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        **source,
+        **origin("bench_kernels"),
         "device": device,
         "copy_bandwidth": copy,
         "rows": [asdict(row) for row in rows],
@@ -85,7 +84,10 @@ def parse_arguments() -> argparse.Namespace:
         help="to measure on a GPU (default: all; torch.compile takes some seconds per case)",
     )
     parser.add_argument("--out", help="where to write the JSON (default: benchmarks/results/<date>-...)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not any(args.only in name for name in all_cases()):
+        parser.error(f"--only {args.only!r} is in none of these names: {', '.join(all_cases())}")
+    return args
 
 
 def predicted(name: str, make: Callable[[torch.device], Case], copy: float) -> list[Row]:

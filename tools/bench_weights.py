@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import positive, result_file
 from bench_checkpoint import sizes
 from origin import device_slug, origin
 
@@ -105,9 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=6, help="of 64 channels each")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--layers", type=positive, default=12)
+    parser.add_argument("--heads", type=positive, default=6, help="of 64 channels each")
+    parser.add_argument("--repetitions", type=positive, default=15)
     parser.add_argument("--smoke", action="store_true", help="a model that takes no time, twice")
     parser.add_argument("--out", help="JSON file (benchmarks/results/<date>-<device>-weights.json)")
     arguments = parser.parse_args()
@@ -116,16 +117,17 @@ def main() -> None:
 
     platform.install()
     start_world(ParallelConfig())
+    path = result_file(arguments.out, f"{device_slug()}-weights") if is_rank_zero() else None
     found = {
         dtype: measure(dtype, arguments.layers, arguments.heads, arguments.repetitions)
         for dtype in ("fp32", "bf16")
     }
-    if is_rank_zero():
-        report(found, arguments.out)
+    if path is not None:
+        report(found, path)
     stop_world()
 
 
-def report(found: dict[str, Json], out: str | None) -> None:
+def report(found: dict[str, Json], path: Path) -> None:
     """Prints what was measured, and writes it."""
     for dtype, one in found.items():
         old, new = (1e3 * one["median_seconds"][name] for name in WAYS)
@@ -133,11 +135,8 @@ def report(found: dict[str, Json], out: str | None) -> None:
             f"{dtype}  {one['parameters'] / 1e6:.1f} M parameters  one by one {old:.1f} ms, by parts {new:.1f} ms  "
             f"(medians of {len(one['seconds']['parts'])})  ratio {one['ratio']:.2f}"
         )
-    source = origin("bench_weights")
-    path = Path(out or f"benchmarks/results/{source['date']}-{device_slug()}-weights.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        **source,
+        **origin("bench_weights"),
         "processes": data_size(),
         "load_average": os.getloadavg()[0],  # what else the machine does makes both ways slower
         "types": found,

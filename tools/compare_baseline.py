@@ -19,11 +19,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from baseline.case import Case, make_case
+from arguments import positive, result_file
+from baseline.case import Case, make_case, models
 from baseline.measuring import Result, fastest, measure_alone, measure_in_turns
 from baseline.rows import Row, rows_alone, rows_in_turns
 from kernel_traffic import both_forms
@@ -45,6 +45,7 @@ def main() -> int:
         timesteps="grid",
         shift=args.shift,
     )
+    path = result_file(args.out, f"{device_slug()}-compare-{args.model}")
     case = make_case(
         args.model,
         stage=stage,
@@ -57,6 +58,8 @@ def main() -> int:
         every = rows_alone(case, sizes, args.points_per_forward, args.layers, args.attention_backends)
         results = measure_alone(case, named(every, args.rows), args.repeats, args.row_seconds)
     else:
+        # names are the same at any size: a wrong one is told before sizes are tried
+        named(rows_in_turns(case, sizes, lambda row: row.at(min(row.arms))), args.rows)
         results = measure_in_turns(case, named(rows_in_turns(case, sizes, fastest), args.rows), args.repeats)
     print_table(case, results)
     content = report(case, results)
@@ -65,8 +68,6 @@ def main() -> int:
     )
     print(traffic_table(traffic))
     content["traffic"] = {form: asdict(counted) for form, counted in traffic.items()}
-    path = Path(args.out or f"benchmarks/results/{content['date']}-{device_slug()}-compare-{case.name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten to {path}")
     return 0
@@ -76,15 +77,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", default="tiny", help="tiny | wide | sd35_medium | sd35_large (default: tiny)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="samples per step (default: 32)")
+    parser.add_argument("--model", default="tiny", choices=models(), help="what is trained (default: tiny)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="samples per step (default: 32)")
     parser.add_argument(
         "--points", type=int, default=6, help="N, auxiliary points per sample (default: 6, as published)"
     )
     parser.add_argument(
-        "--sampling-steps", type=int, default=40, help="K of the rollout (default: 40, as published)"
+        "--sampling-steps", type=positive, default=40, help="K of the rollout (default: 40, as published)"
     )
     parser.add_argument(
         "--shift", type=float, default=3.0, help="shift of the schedule (default: 3, as SD3.5)"
@@ -96,18 +95,18 @@ def parse_arguments() -> argparse.Namespace:
         help="activation recomputation; on a GPU in the published rows alone",
     )
     parser.add_argument(
-        "--repeats", type=int, default=7, help="rounds in which every arm makes one step (default: 7)"
+        "--repeats", type=positive, default=7, help="rounds in which every arm makes one step (default: 7)"
     )
     parser.add_argument(
         "--micro-batches",
-        type=int,
+        type=positive,
         nargs="+",
         help="sizes to try, in samples; ours takes all points of them in one forward (default: powers of two)",
     )
     parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these (default: all)")
     on_gpu = parser.add_argument_group("on a GPU")
     on_gpu.add_argument(
-        "--points-per-forward", type=int, nargs="+", default=[8, 16], help="rows of ours (default: 8 16)"
+        "--points-per-forward", type=positive, nargs="+", default=[8, 16], help="rows of ours (default: 8 16)"
     )
     on_gpu.add_argument(
         "--layers", nargs="+", choices=LAYERS, default=LAYERS, help="rows of ours (default: all)"
@@ -133,12 +132,15 @@ def named(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
     """Those whose name contains one of `names`.
 
     Raises:
-        ValueError: none does.
+        ValueError: one of them is in no row's name.
     """
-    chosen = [row for row in rows if names is None or any(name in row.name for name in names)]
-    if not chosen:
-        raise ValueError(f"--rows names no row of: {', '.join(row.name.strip() for row in rows)}")
-    return chosen
+    if names is None:
+        return list(rows)
+    unknown = [name for name in names if not any(name in row.name for row in rows)]
+    if unknown:
+        every = ", ".join(row.name.strip() for row in rows)
+        raise ValueError(f"--rows names no row of: {every} (unknown: {', '.join(unknown)})")
+    return [row for row in rows if any(name in row.name for name in names)]
 
 
 def print_table(case: Case, results: list[Result]) -> None:
@@ -189,4 +191,7 @@ def report(case: Case, results: list[Result]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"compare_baseline.py: {error}")

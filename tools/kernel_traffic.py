@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from arguments import positive
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -198,10 +199,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=4, help="samples (default: 4)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="samples (default: 4)")
     parser.add_argument("--points", type=int, default=6, help="N, auxiliary points per sample (default: 6)")
-    parser.add_argument("--side", type=int, default=512, help="pixels (default: 512)")
-    parser.add_argument("--points-per-micro-batch", type=int, help="default: all points of the batch")
+    parser.add_argument("--side", type=positive, default=512, help="pixels (default: 512)")
+    parser.add_argument("--points-per-micro-batch", type=positive, help="default: all points of the batch")
     args = parser.parse_args()
     stage = SoarConfig(num_auxiliary_points=args.points, shift=3.0)
     latent_shape = (16, args.side // 8, args.side // 8)

@@ -18,12 +18,23 @@ def origin(tool: str) -> dict[str, str]:
     """The tool, the command that was given, the day, the commit, torch's version and the device."""
     return {
         "tool": tool,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*launcher(), *sys.argv]),
         "date": str(date.today()),
         "commit": commit(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def launcher() -> list[str]:
+    """What starts the processes that measure; with torchrun there are as many on each node as on this one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return ["python"]
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    nodes = processes // on_this_node
+    of_nodes = ["--nnodes", str(nodes)] if nodes > 1 else []
+    return ["torchrun", *of_nodes, "--nproc-per-node", str(on_this_node)]
 
 
 def device_slug() -> str:

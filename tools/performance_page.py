@@ -117,21 +117,27 @@ def profiled(said: Json) -> list[str]:
     if said["gpu_busy"] is not None:
         facts.append(f"GPU busy {percent(said['gpu_busy'])}")
     facts.append(f"recording it added {percent(said['overhead']['clock'])}")
+    if said.get("collection") is not None:  # of stages that draw their samples
+        facts.append(collected(said["collection"]))
     sizes = ", ".join(f"{name} {layout[name]}" for name in ("TP", "PP", "VPP", "CP", "DP"))
     first = said["ranks"][0]
     clocks = [clock for clock in ("host", "device") if any(clock in p for p in first["phases"].values())]
+    whole = first["sums"][
+        clocks[-1]
+    ]  # of a recorded step; the host is ahead of the GPU, and waits where it needs it
     rows = [
         [
             name,
             *(f"{1e3 * phase[clock]:.1f}" for clock in clocks),
-            percent(phase["host"] / first["sums"]["host"]),
+            percent(phase[clocks[-1]] / whole),
         ]
         for name, phase in first["phases"].items()
     ]
     lines = [
-        f"**{said['recipe']} on {said['device']}** ({sizes}): {', '.join(facts)}.",
+        f"**{said['recipe']} on {said['device']}** ({sizes}): {', '.join(facts)}. The phases are those of the recorded "
+        f"steps, and add up to {1e3 * whole:.1f} ms.",
         "",
-        *table(["rank 0, per step", *(f"{clock} ms" for clock in clocks), "of the step"], rows),
+        *table(["rank 0, per recorded step", *(f"{clock} ms" for clock in clocks), "of it"], rows),
     ]
     if layout["PP"] > 1:
         for phase, one in said["bubble"].items():
@@ -143,6 +149,14 @@ def profiled(said: Json) -> list[str]:
     if said.get("kernels") is not None:
         lines += ["", *step_kernels(said["kernels"])]
     return lines
+
+
+def collected(collection: Json) -> str:
+    """What drawing samples takes beside the steps."""
+    return (
+        f"the samples of {collection['steps_between']} steps are collected in "
+        f"{1e3 * collection['seconds']:.1f} ms before them"
+    )
 
 
 def step_kernels(ran: Json) -> list[str]:

@@ -6,7 +6,8 @@
         model.init=random stage.shift=3 --made-up 64x64
 
 Takes steps as a run does, every second one recorded, so that what recording costs is known; then one step under
-torch.profiler, and a checkpoint, which is removed again. Writes into --out:
+torch.profiler, and a checkpoint, which is removed again. Where a stage draws its samples, a collection is no part of
+the step that it comes before, and is timed by itself. Writes into --out:
 
     profile.json   all numbers           trace.json     for ui.perfetto.dev or chrome://tracing
     profile.html   the same on one page  timeline.png, memory.png
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import latent_size, positive, result_folder
 from device_weights import drawn_on_device
 from megatron.core import parallel_state
 from origin import origin
@@ -67,11 +69,25 @@ class Profile:
         self.held_by_graphs = 0
         self.first_spans: list[int] = []  # of each recorded step
         self.micro_batches: dict[str, int] = {}
+        self.collections: list[Json] = []  # phases of each
         self.seconds: dict[str, list[float]] = {"recorded": [], "not recorded": []}
         self.process_seconds: dict[str, list[float]] = {"recorded": [], "not recorded": []}
 
+    def collect(self) -> None:
+        """What comes before a step that has nothing left to learn from; no part of it."""
+        collector = self.steps.collector
+        if collector is None or not collector.is_empty:
+            return
+        recorder = Recorder()
+        recorder.start(lambda: 0)
+        with recorder.following(phases):
+            self.steps.collect()
+        recorder.stop()
+        self.collections.append(by_phase(recorder.spans, 1))
+
     def step(self) -> tuple[float, float]:
         """One step; its seconds, and those of processor time."""
+        self.collect()
         started, process_started = time.perf_counter(), time.process_time()
         phases.begin_step(self.steps.progress.iteration + 1, "agreement")
         self.steps.learn()
@@ -83,6 +99,7 @@ class Profile:
 
     def recorded_step(self) -> tuple[float, float]:
         """One step that is recorded."""
+        self.collect()  # in no recorded phase
         self.first_spans.append(len(self.recorder.spans))
         with marked(self.recorder, self.steps.engine, self.micro_batches):
             return self.step()
@@ -107,7 +124,9 @@ class Profile:
         phases.leave_step("checkpoint")
         saver = Saver(self.run, self.recipe.checkpoint, self.steps.sizes, saved.append)
         self.steps.progress.loader = self.steps.loader.state_dict()
-        saver.save(self.steps.engine, self.steps.progress)
+        collector = self.steps.collector
+        pieces = [] if collector is None else collector.pieces()
+        saver.save(self.steps.engine, self.steps.progress, pieces)
         saver.finish()
         saver.close()
         return {"blocked_seconds": saved[0].blocked_seconds, "seconds": saved[0].seconds}
@@ -130,6 +149,20 @@ class Profile:
                 "samples": self.recorder.notes[last:],
             },
             "spans": self.recorder.spans[last:],
+        }
+
+    def collection(self) -> Json | None:
+        """What collecting takes on this rank, where the stage does; the first one warms up, if there are others."""
+        collector = self.steps.collector
+        if collector is None:
+            return None
+        counted = self.collections[1:] or self.collections
+        seconds = [sum(phase["host"] for phase in by_name.values()) for by_name in counted]
+        return {
+            "steps_between": collector.place.learned_from // self.recipe.train.global_batch_size,
+            "count": len(counted),
+            "seconds": statistics.median(seconds),
+            "phases": counted[-1],
         }
 
     def work(self) -> Json:
@@ -169,12 +202,14 @@ def place() -> dict[str, int]:
 
 def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tuple[Json, Json] | None:
     """All numbers and the trace, on rank 0. Collective over the world."""
-    profile = Profile(recipe, run, made_up(arguments))
+    made_up = None if arguments.made_up is None else (*arguments.made_up, arguments.text_length)
+    profile = Profile(recipe, run, made_up)
     try:
         profile.take(arguments.warmup, arguments.steps)
         operators: Json = {}
         kernels: Json | None = None
         median = statistics.median(profile.seconds["not recorded"])
+        profile.collect()
         if is_rank_zero():
             operators, kernels = profiled(profile.step, median)
         else:
@@ -189,6 +224,7 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
     pipeline = sorted((r for r in ranks if is_first_pipeline(r)), key=lambda r: r["place"]["pipeline"])
     on_gpu = torch.cuda.is_available()
     chunks = chunks_per_rank(recipe.parallel)
+    from_the_step_on(ranks, spans)
     said = {
         **origin("profile_step"),
         "recipe": arguments.recipe,
@@ -205,10 +241,11 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, run: RunFolder) -> tu
             for phase, count in profile.micro_batches.items()
         },
         "timeline_clock": "the GPU's clock" if on_gpu else "the clock",
-        "timeline": [timeline_row(r["rank"], spans[r["rank"]], on_gpu) for r in pipeline],
+        "timeline": timeline([(r["rank"], spans[r["rank"]]) for r in pipeline], on_gpu),
         "operators": operators,
         "kernels": kernels,
         "gpu_busy": None if kernels is None else kernels["busy_seconds"] / median,
+        "collection": profile.collection(),
         "checkpoint": saved,
     }
     return said, chrome_trace(spans)
@@ -223,9 +260,21 @@ def is_first_pipeline(rank: Json) -> bool:
     return not any(rank["place"][axis] for axis in ("tensor", "context", "data"))
 
 
-def timeline_row(rank: int, spans: list[Span], on_gpu: bool) -> Json:
+def from_the_step_on(ranks: list[Json], spans: dict[int, list[Span]]) -> None:
+    """Counts the times of memory from the first beginning of the step on any rank."""
+    began = min(span.start for mine in spans.values() for span in mine)
+    for rank in ranks:
+        rank["memory"]["samples"] = [(when - began, count) for when, count in rank["memory"]["samples"]]
+
+
+def timeline(pipeline: list[tuple[int, list[Span]]], on_gpu: bool) -> list[Json]:
+    """What each rank of a pipeline did, in seconds since the step began on the first of them."""
     start, end = ("device_start", "device_end") if on_gpu else ("start", "end")
-    return {"rank": rank, "spans": [(s.name, getattr(s, start), getattr(s, end)) for s in spans]}
+    began = min(getattr(span, start) for _, spans in pipeline for span in spans)
+    return [
+        {"rank": rank, "spans": [(s.name, getattr(s, start) - began, getattr(s, end) - began) for s in spans]}
+        for rank, spans in pipeline
+    ]
 
 
 def layout(recipe: Recipe) -> Json:
@@ -248,14 +297,6 @@ def layout(recipe: Recipe) -> Json:
         "FP8": recipe.model.fp8 or "none",
         "CUDA graphs": train.cuda_graphs if torch.cuda.is_available() else "none",
     }
-
-
-def made_up(arguments: argparse.Namespace) -> tuple[int, int, int] | None:
-    """Latent height and width, and tokens of a prompt."""
-    if arguments.made_up is None:
-        return None
-    height, _, width = arguments.made_up.partition("x")
-    return int(height), int(width), arguments.text_length
 
 
 def write(said: Json, trace: Json, out: Path) -> None:
@@ -281,6 +322,8 @@ def summary(said: Json) -> str:
     for name, phase in said["ranks"][0]["phases"].items():
         clocks = [f"{clock} {page.milliseconds(phase[clock])}" for clock in phase if clock != "calls"]
         lines.append(f"  {name:28} {'  '.join(clocks)}")
+    if said["collection"] is not None:
+        lines.append(f"collecting samples: {page.collected(said['collection'])}")
     if said["checkpoint"] is not None:
         lines.append(
             f"checkpoint: training stands still {page.milliseconds(said['checkpoint']['blocked_seconds'])}, written "
@@ -293,6 +336,23 @@ def summary(said: Json) -> str:
     return "\n".join(lines)
 
 
+def recipe_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Recipe:
+    """What is profiled; ends the process where it cannot be."""
+    overrides = [*arguments.overrides, "checkpoint.load=", f"checkpoint.save={arguments.out}/run"]
+    if arguments.made_up is not None:
+        with contextlib.suppress(ValueError, OSError):  # what is wrong is said below
+            stage = load_recipe(arguments.recipe, overrides).stage
+            if stage.collects:
+                parser.error(
+                    f"--made-up: {stage.name} draws its samples, there are none to make up: leave it out"
+                )
+        overrides.append("data.path=made-up")
+    try:
+        return load_recipe(arguments.recipe, overrides)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -300,23 +360,25 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/profile"))
-    parser.add_argument("--steps", type=int, default=5, help="recorded steps (5), and as many that are not")
+    parser.add_argument(
+        "--steps", type=positive, default=5, help="recorded steps (5), and as many that are not"
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (3)")
-    parser.add_argument("--made-up", metavar="HxW", help="noise of this latent size in place of data.path")
-    parser.add_argument("--text-length", type=int, default=154, help="tokens of its prompts (154)")
+    parser.add_argument(
+        "--made-up", metavar="HxW", type=latent_size, help="noise of this latent size in place of data.path"
+    )
+    parser.add_argument("--text-length", type=positive, default=154, help="tokens of its prompts (154)")
     parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false")
     arguments = parser.parse_intermixed_args()
-    overrides = [*arguments.overrides, "checkpoint.load=", f"checkpoint.save={arguments.out}/run"]
-    if arguments.made_up is not None:
-        overrides.append("data.path=made-up")
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = recipe_of(arguments, parser)
     start_process()
     with world(recipe):
-        on_rank_zero(lambda: arguments.out.mkdir(parents=True, exist_ok=True))
+        on_rank_zero(lambda: result_folder(arguments.out))
         folder = Path(on_rank_zero(lambda: tempfile.mkdtemp(prefix="run-", dir=arguments.out)))
         with contextlib.ExitStack() as stack:
             if is_rank_zero():
                 stack.callback(shutil.rmtree, folder)
+            recipe.checkpoint.save = str(folder)  # also where embeddings of prompts are kept
             found = measure(recipe, arguments, RunFolder(folder))
             if found is not None:
                 said, trace = found

@@ -114,11 +114,14 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default=MODELS[0])
     parser.add_argument("--only", default="", help="operations whose name contains this")
     args = parser.parse_args()
+    chosen = [sweep for sweep in sweeps(args.model) if args.only in sweep.operation]
+    if not chosen:
+        known = dict.fromkeys(sweep.operation for sweep in sweeps(args.model))
+        parser.error(f"--only {args.only!r} is in none of these names: {', '.join(known)}")
     if not torch.cuda.is_available():
         parser.error("launches are timed on a GPU, and torch finds none")
-    for sweep in sweeps(args.model):
-        if args.only in sweep.operation:
-            print(words(sweep, times(sweep, calls_of(sweep), device_seconds)), flush=True)
+    for sweep in chosen:
+        print(words(sweep, times(sweep, calls_of(sweep), device_seconds)), flush=True)
 
 
 if __name__ == "__main__":

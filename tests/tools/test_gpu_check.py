@@ -169,3 +169,26 @@ def test_a_copy_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the .git beside it is of another commit."""
     monkeypatch.setenv("SOAR_MEGA_COMMIT", "abc1234")
     assert origin.commit() == "abc1234"
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({}, "python tools/x.py --steps 2"),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "python tools/x.py --steps 2"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2 tools/x.py --steps 2"),
+        (
+            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes 2 --nproc-per-node 8 tools/x.py --steps 2",
+        ),
+    ],
+)
+def test_a_command_starts_as_many_processes_as_measured(
+    variables: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["tools/x.py", "--steps", "2"])
+    assert origin.origin("x")["command"] == command

@@ -109,7 +109,7 @@ def test_host_and_kernels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_profile(tmp_path: Path, on_gpu: bool) -> None:
     """Its form is what tools/profile_step.py writes (test_profile_step.py)."""
-    phase = {"host": 0.3, "process": 0.2, "calls": 4} | ({"device": 0.29} if on_gpu else {})
+    phase = {"host": 0.3, "process": 0.2, "calls": 4} | ({"device": 0.28} if on_gpu else {})
     said = {
         "recipe": "a.yaml",
         "layout": {"TP": 1, "PP": 2, "VPP": 1, "CP": 1, "DP": 1},
@@ -117,15 +117,23 @@ def test_a_profile(tmp_path: Path, on_gpu: bool) -> None:
         "work": {"tflops_per_process": 356.1, "mfu": 0.36 if on_gpu else None},
         "gpu_busy": 0.95 if on_gpu else None,
         "overhead": {"clock": 0.012, "processor": 0.011},
-        "ranks": [{"phases": {"learn/forward": phase}, "sums": {"host": 0.6}}],
+        "ranks": [{"phases": {"learn/forward": phase}, "sums": {"host": 0.6, "device": 0.7}}],
         "bubble": {"learn": {"micro_batches": 4, "measured": 0.25, "ideal": 0.2}},
     }
     put(tmp_path, "2026-01-02-h100-profile.json", said)
     page = performance_page.page(tmp_path)
     assert "a step takes 600.0 ms, 356.1 TFLOP/s" in page
     assert ("MFU 36 %, GPU busy 95 %, " in page) == on_gpu
-    assert "recording it added 1 %." in page
+    summed = 700.0 if on_gpu else 600.0
     assert (
-        "| learn/forward | 300.0 | 290.0 | 50 % |" if on_gpu else "| learn/forward | 300.0 | 50 % |"
+        f"recording it added 1 %. The phases are those of the recorded steps, and add up to {summed} ms."
+        in page
+    )
+    assert (
+        "| learn/forward | 300.0 | 280.0 | 40 % |" if on_gpu else "| learn/forward | 300.0 | 50 % |"
     ) in page
+    said["collection"] = {"steps_between": 4, "seconds": 1.5}
+    put(tmp_path, "2026-01-02-h100-profile.json", said)
+    words = "added 1 %, the samples of 4 steps are collected in 1500.0 ms before them."
+    assert words in performance_page.page(tmp_path)
     assert "stands still for 25 % of the pass; the ideal bubble of 4 micro-batches is 20 %" in page

@@ -1,5 +1,6 @@
 """A profile has all phases of all ranks; its page has the numbers of its JSON."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import profile_step
 import pytest
 import torch
 from multirank import run_ranks
+from rl_cases import rl_words
 from step_profile import kernels, memory, page
 from step_profile.made_up import MadeUp
 from step_profile.operators import on_device, on_host
@@ -66,6 +68,10 @@ def check_numbers(said: dict[str, Any], out: Path, inner: set[str]) -> None:
     for picture in ("timeline", "memory"):
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert html.count("data:image/png;base64,") == 2
+    # times begin with the step, though it was not the first
+    assert min(start for row in said["timeline"] for _, start, _ in row["spans"]) == 0
+    before = said["seconds"]["recorded"][0] + said["seconds"]["not recorded"][0]
+    assert all(0 <= rank["memory"]["samples"][0][0] < before for rank in said["ranks"])
     assert said["checkpoint"]["seconds"] >= said["checkpoint"]["blocked_seconds"] > 0
     assert said["work"]["step"]["total"] > 0 and said["work"]["mfu"] is None
 
@@ -133,6 +139,71 @@ def test_every_layout(
     # a wait and a start for each group of buckets, however many parameters ask in however many forwards
     gathers = [rank["phases"].get("answer/parameter gather", {"calls": 0})["calls"] for rank in said["ranks"]]
     assert all(calls < 10 for calls in gathers)
+
+
+@pytest.mark.parametrize("stage", ["flow_grpo", pytest.param("diffusion_nft", marks=pytest.mark.slow)])
+def test_a_collection_is_no_part_of_a_step(stage: str, tmp_path: Path) -> None:
+    """Four steps learn from one collection, and a recorded step may or may not come after one."""
+    levels = ["stage.num_levels=2"] if stage == "diffusion_nft" else []
+    words = [word for word in rl_words(tmp_path, data__prompt_cache="") if "validation" not in word]
+    recipe = str(ROOT / "recipes" / "tiny" / f"{stage}.yaml")
+    out = tmp_path / "out"
+    run_ranks(profiled, 1, [recipe, *words, *levels, "--out", str(out), "--steps", "2", "--warmup", "0"])
+    said = json.loads((out / "profile.json").read_text())
+    check_numbers(said, out, {"learn/forward", "learn/backward"})
+    collection = said["collection"]
+    assert said["ranks"][0]["phases"].keys().isdisjoint(collection["phases"])
+    assert {"collect", "rewards"} <= collection["phases"].keys()
+    # 5 steps, 4 of one collection: the first one is not counted
+    assert collection["steps_between"] == 4 and collection["count"] == 1 and collection["seconds"] > 0
+    assert collection["seconds"] == pytest.approx(sum(p["host"] for p in collection["phases"].values()))
+    assert page.collected(collection) in (out / "profile.html").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        *("profile.json", "profile.html", "trace.json", "timeline.png", "memory.png")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--made-up", "8"], "--made-up: '8' must be a height and a width, as in 64x64"),
+        (["--made-up", "0x8"], "--made-up: '0' must be a whole number above zero"),
+        (["--made-up", "8x8", "--text-length", "0"], "--text-length: '0' must be a whole number above zero"),
+        (["--steps", "0"], "--steps: '0' must be a whole number above zero"),
+        (["train.nosuch=1"], "train.nosuch"),
+        (["--made-up", "8x8"], "--made-up: flow_grpo draws its samples"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["profile_step.py", "recipes/tiny/flow_grpo.yaml", *words, "--out", str(tmp_path / "out")],
+    )
+    with pytest.raises(SystemExit, match="2"):
+        profile_step.main()
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_place_for_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_step, "measure", lambda *arguments: pytest.fail("something is measured"))
+    monkeypatch.setattr(profile_step, "start_process", lambda: None)
+    monkeypatch.setattr(profile_step, "world", lambda recipe: contextlib.nullcontext())
+    monkeypatch.setattr(profile_step, "on_rank_zero", lambda action: action())
+    (tmp_path / "out").write_text("")
+    recipe = str(ROOT / "recipes/tiny/soar.yaml")
+    monkeypatch.setattr(
+        sys, "argv", ["profile_step.py", recipe, "--made-up", "8x8", "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit, match=r"^--out: .*out cannot be written: File exists$"):
+        profile_step.main()
 
 
 def test_made_up_samples_are_what_they_say(tmp_path: Path) -> None:

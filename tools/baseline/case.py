@@ -1,5 +1,6 @@
 """What the arms of a comparison have in common: the model, the method's numbers and the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.config import StageConfig
+from soar_mega.models.common.sizes import Sizes
 
 LEARNING_RATE = 2e-5
 TINY_PIPELINE = Path(__file__).parents[2] / "recipes" / "tiny" / "base"
@@ -87,11 +89,21 @@ def make_samples(case: Case, device: torch.device) -> Samples:
     )
 
 
-def make_case(model: str, **settings: Any) -> Case:
-    """ValueError for a model that is not tiny, wide or an SD3 preset's name: the baseline is SD3's alone."""
+def models() -> list[str]:
+    """Names of the models that both sides can train."""
+    return ["tiny", "wide", *_presets()]
+
+
+def _presets() -> Mapping[str, Sizes]:
+    """Of SD3, which is all that the baseline knows."""
     from soar_mega.models.family import families
 
-    presets = families()["SD3Transformer2DModel"].presets
+    return families()["SD3Transformer2DModel"].presets
+
+
+def make_case(model: str, **settings: Any) -> Case:
+    """The comparison of that model; ValueError where it is none of `models`."""
+    presets = _presets()
     if model == "tiny":
         return Case(name=model, pipeline_dir=str(TINY_PIPELINE), **settings)
     if model == "wide":
@@ -100,4 +112,4 @@ def make_case(model: str, **settings: Any) -> Case:
         # 512 px with a VAE of factor 8, and the 77 + 77 text tokens of the published training.
         config = presets[model].to_diffusers() | {"sample_size": 64}
         return Case(name=model, config=config, text_length=154, **settings)
-    raise ValueError(f"--model {model!r} is unknown; choose tiny, wide, {', '.join(presets)}")
+    raise ValueError(f"--model {model!r} is unknown; choose {', '.join(models())}")

@@ -48,12 +48,18 @@ def overview(said: Json) -> str:
     rows = [
         ["layout", escape(", ".join(f"{name} {value}" for name, value in layout.items()))],
         ["step (median, not recorded)", milliseconds(said["median_seconds"])],
+        [
+            "step (mean of the recorded, whose phases are below)",
+            milliseconds(said["ranks"][0]["step_seconds"]),
+        ],
         ["recording adds", overhead(said)],
         ["work of a step", f"{work['step']['total'] / 1e12:.4g} TFLOP"],
         ["computed again beside it", f"{work['recomputed'] / 1e12:.4g} TFLOP"],
         ["TFLOP/s per process", f"{work['tflops_per_process']:.4g}"],
         ["MFU", "peak unknown" if work["mfu"] is None else f"{work['mfu']:.1%}"],
     ]
+    if said["collection"] is not None:
+        rows.append(["collecting samples, before the steps", escape(collected(said["collection"]))])
     busy = said["gpu_busy"]
     if busy is not None:
         rows.append(["GPU busy (kernels of a profiled step over the median step)", f"{busy:.1%}"])
@@ -61,6 +67,17 @@ def overview(said: Json) -> str:
         if kind != "total":
             rows.append([f"of the work: {kind}", f"{count / max(work['step']['total'], 1):.1%}"])
     return table(["", ""], rows)
+
+
+def collected(collection: Json) -> str:
+    """What drawing samples takes, and in what phases."""
+    phases = ", ".join(
+        f"{name} {milliseconds(phase['host'])}" for name, phase in collection["phases"].items()
+    )
+    return (
+        f"{milliseconds(collection['seconds'])} for every {collection['steps_between']} steps (median of "
+        f"{collection['count']}; the last one: {phases})"
+    )
 
 
 def overhead(said: Json) -> str:

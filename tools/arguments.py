@@ -1,0 +1,62 @@
+"""What the measuring tools are asked, checked before anything is measured: numbers that count, and places to write."""
+
+import argparse
+import tempfile
+from datetime import date
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """A type of argparse: 1, 2, and so on."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above zero")
+    return number
+
+
+def latent_size(text: str) -> tuple[int, int]:
+    """A type of argparse: height and width, as in 64x64."""
+    height, cross, width = text.partition("x")
+    if not cross:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a height and a width, as in 64x64")
+    return positive(height), positive(width)
+
+
+def result_file(given: str | Path | None, name: str) -> Path:
+    """Where a measurement is written: as given, or in benchmarks/results with the date before the name.
+
+    Raises:
+        SystemExit: nothing can be written there.
+    """
+    path = Path(given or f"benchmarks/results/{date.today()}-{name}.json")
+    was_there = path.exists()
+    result_folder(path.parent)
+    try:
+        path.open("ab").close()  # an earlier result stays until there is another
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return path
+
+
+def result_folder(path: Path) -> Path:
+    """The folder, which is made where there is none.
+
+    Raises:
+        SystemExit: nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return path
+
+
+def cannot_write(path: Path, error: OSError) -> SystemExit:
+    return SystemExit(f"--out: {path} cannot be written: {error.strerror}")

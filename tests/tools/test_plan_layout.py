@@ -211,9 +211,13 @@ def test_a_number_that_cannot_be_is_refused_with_what_would_be_right(words, want
 
 
 def test_order_of_layouts_is_compared_by_rank():
-    assert (
-        spearman([1.0, 2.0, 5.0], [3.0, 4.0, 4.5]) == 1 and spearman([1.0, 2.0, 5.0], [5.0, 2.0, 1.0]) == -1
-    )
+    assert spearman([1.0, 2.0, 5.0], [3.0, 4.0, 4.5]) == pytest.approx(1) and spearman(
+        [1.0, 2.0, 5.0], [5.0, 2.0, 1.0]
+    ) == pytest.approx(-1)
+
+
+def test_layouts_that_are_equally_fast_share_a_rank():
+    assert spearman([1.0, 2.0, 3.0], [1.0, 1.0, 2.0]) == pytest.approx(3**0.5 / 2)
 
 
 def test_layouts_of_gloo_processes_have_a_time_and_collectives_cost_where_there_are_many():

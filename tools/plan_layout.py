@@ -11,6 +11,7 @@ what is said of several is a prediction.
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 
 from plan.hardware import HARDWARE
 from plan.search import Case, Plan, search
@@ -18,9 +19,37 @@ from plan.search import Case, Plan, search
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
 from soar_mega.models.family import find_sizes
+from soar_mega.rules import Rule, at_least, from_below
 from soar_mega.stages import SoarConfig
 
 SHOWN = 10
+SAMPLES = 4  # of a step for each GPU, where nothing else is asked for
+NOT_MODELLED = (
+    "not in the model: FP8, flash-attn 3, Transformer Engine, LoRA, offloading, reading data, stragglers"
+)
+PATCH = 16  # pixels of a token's side: eight of the VAE, of which two make a token
+Number = int | float
+
+
+def number(kind: type[int] | type[float], rule: Rule) -> Callable[[str], Number]:
+    """Reads a number of the command line that may be what the rule says."""
+    holds, words = rule
+
+    def read(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be {noun}, {words}")
+        return value
+
+    return read
+
+
+POSITIVE = number(int, at_least(1))
+SIDE: Rule = (lambda value: value >= PATCH and value % PATCH == 0), f"a multiple of {PATCH}"
 
 
 def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | None = None) -> Case:
@@ -30,7 +59,7 @@ def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | No
         model=ModelConfig(preset=args.model),
         stage=SoarConfig(num_auxiliary_points=args.points),
         train=TrainConfig(
-            global_batch_size=batch or args.global_batch_size or 4 * gpus, ema_decay=args.ema_decay
+            global_batch_size=batch or args.global_batch_size or SAMPLES * gpus, ema_decay=args.ema_decay
         ),
     )
     side = args.image_size // 8
@@ -73,9 +102,25 @@ def table(plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
+ALWAYS_SAID = (
+    "engine",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "overlap_rollout",
+)
+WORDS = {True: "true", False: "false", None: "null"}
+
+
 def recipe_lines(plan: Plan) -> str:
-    """The groups of a recipe that hold the layout."""
+    """The groups of a recipe that hold the layout, with all that another layout in the recipe would leave behind."""
     parallel, train, model = plan.recipe.parallel, plan.recipe.train, plan.recipe.model
+    only_of_zero = "zero_stage" if parallel.engine == "deepspeed" else None
     groups: dict[str, dict[str, object]] = {
         "model": {
             "recompute_granularity": model.recompute_granularity,
@@ -85,20 +130,19 @@ def recipe_lines(plan: Plan) -> str:
         "parallel": {
             key: value
             for key, value in vars(parallel).items()
-            if value != getattr(type(parallel)(), key) or key.startswith(("tensor", "pipeline"))
+            if value != getattr(type(parallel)(), key) or key in ALWAYS_SAID or key == only_of_zero
         },
         "train": {
             key: getattr(train, key)
             for key in ("global_batch_size", "micro_batch_size", "points_per_micro_batch")
         },
     }
-    words = {True: "true", False: "false"}
     return "\n".join(
         line
         for group, settings in groups.items()
         for line in [
             f"{group}:",
-            *(f"  {k}: {words[v] if isinstance(v, bool) else v}" for k, v in settings.items()),
+            *(f"  {k}: {WORDS[v] if v is None or isinstance(v, bool) else v}" for k, v in settings.items()),
         ]
     )
 
@@ -111,7 +155,7 @@ def report(case: Case, plans: list[Plan], refused: Counter[str]) -> str:
         f"{case.tokens.image} image and {case.tokens.text} text tokens"
     )
     best = best_of_each_layout(plans)[:SHOWN]
-    lines = [head, "", table(best) if best else "nothing fits"]
+    lines = [head, NOT_MODELLED, "", table(best) if best else "nothing fits"]
     lines += ["", f"{len(plans):,} settings fit; of the rest"]
     lines += [f"  {count:,}: {reason}" for reason, count in refused.most_common()]
     if best:
@@ -134,16 +178,27 @@ def main() -> None:
     parser.add_argument(
         "--model", default="sd35_medium", help="a preset or a pipeline folder (default: %(default)s)"
     )
-    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--gpus", type=POSITIVE, default=8, help="default: %(default)s")
     parser.add_argument("--gpu", choices=HARDWARE, default="h100", help="default: %(default)s")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
-    parser.add_argument("--text-length", type=int, help="tokens (default: 154, of FLUX 512)")
     parser.add_argument(
-        "--points", type=int, default=6, help="auxiliary points; 0: SFT (default: %(default)s)"
+        "--gpus-per-node", type=POSITIVE, default=8, help="that share the fast link (default: %(default)s)"
     )
-    parser.add_argument("--global-batch-size", type=int, help="samples of a step (default: 4 for each GPU)")
-    parser.add_argument("--ema-decay", type=float, default=0.0)
+    parser.add_argument(
+        "--image-size", type=number(int, SIDE), default=512, help="pixels (default: %(default)s)"
+    )
+    parser.add_argument("--text-length", type=POSITIVE, help="tokens (default: 154, of FLUX 512)")
+    parser.add_argument(
+        "--points",
+        type=number(int, at_least(0)),
+        default=6,
+        help="auxiliary points; 0: SFT (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--global-batch-size", type=POSITIVE, help=f"samples of a step (default: {SAMPLES} for each GPU)"
+    )
+    parser.add_argument(
+        "--ema-decay", type=number(float, from_below(0, 1)), default=0.0, help="0: no EMA (default)"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the measured rows on one H100")
     parser.add_argument(
         "--validate", metavar="FILE", nargs="?", const="", help="compare with four gloo processes"

@@ -2,7 +2,7 @@
 
     python tools/scaling_page.py
 
-Measured is one GPU; everything else on the page is a prediction, and the page says so.
+Measured are one GPU and four processes on a CPU; all else on the page is a prediction, and the page says so.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from gpu_page import link, table
 from plan.check import check
 from plan.hardware import HARDWARE
 from plan.search import Case, Plan, plan_of, search
+from plan.validate import predicted, process_of, spearman
 from plan_layout import name
 
 from soar_mega.cli.process import start_process
@@ -124,12 +125,15 @@ def validation() -> str:
     """How the order of layouts compares with a measured one."""
     file = max(RESULTS.glob("*-cpu-plan-layouts.json"))  # names begin with the date
     content = json.loads(file.read_text())
-    rows = [[row["layout"], f"{row['measured']:.2f}", f"{row['predicted']:.2f}"] for row in content["rows"]]
+    process = process_of(content["constants"])
+    names, measured = zip(*((row["layout"], row["measured"]) for row in content["rows"]))
+    now = [predicted(name, process) for name in names]  # by the model as it is, not as it was then
+    rows = [[name, f"{was:.2f}", f"{told:.2f}"] for name, was, told in zip(names, measured, now)]
     words = (
         f"The order of {len(rows)} layouts of four gloo processes on a CPU, measured and predicted from what such "
         "processes do by themselves in the same run (products, attention, additions, gathers), has a rank "
-        f"correlation (Spearman) of {content['spearman']:.2f}: {link(file.name)}, `{content['command']}`. The "
-        f"processes shared {content['cores']} cores (load before: {content['load_average_before']:.1f}), where a "
+        f"correlation (Spearman) of {spearman(list(measured), now):.2f}: {link(file.name)}, `{content['command']}`. "
+        f"The processes shared {content['cores']} cores (load before: {content['load_average_before']:.1f}), where a "
         "process that waits in a pipeline's bubble lends its core to another; a GPU does not, and the model does not "
         "count it."
     )
@@ -190,13 +194,15 @@ def page(strong: dict[str, Any], weak: dict[str, Any]) -> str:
 HEAD = """\
 # Scaling, as a model predicts it
 
-**Every number on this page but those of the first table is a prediction. Nothing here was ever run on more than one
-GPU.** The page is written by `python tools/scaling_page.py`; the model is the one of `tools/plan_layout.py`, whose
-constants stand in [tools/plan/hardware.py](../tools/plan/hardware.py), each with its source or with the words "not
-measured": those of NVLink and the network are among the latter.
+**Every number on this page is a prediction, but for the measured columns of the first two tables: one GPU's, and those
+of four processes on a CPU. Nothing here was ever run on more than one GPU.** The page is written by
+`python tools/scaling_page.py`; the model is the one of `tools/plan_layout.py`, whose constants stand in
+[tools/plan/hardware.py](../tools/plan/hardware.py), each with its source or with the words "not measured": those of
+NVLink and the network are among the latter.
 
 The case is SOAR with six auxiliary points at 512 px (1,024 image tokens, and 154 of text, 512 with FLUX) in bf16, with
-CUDA graphs, on H100s with 80 GB, eight in a node, with one 400 Gbit/s card for each. All weights are trained.
+CUDA graphs, on H100s with 80 GB, eight in a node, with one 400 Gbit/s card for each. All weights are trained. The best
+layout is the best of the megatron engine; `tools/plan_layout.py` tries DeepSpeed's ZeRO as well, which may be faster.
 
 ## How well the model fits what was measured"""
 

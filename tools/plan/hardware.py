@@ -62,7 +62,8 @@ H100 = Hardware(
     layer_host=(1.9e-3, 7.1e-3),
     layer_host_graphs=(30e-6, 60e-6),
 )
-# Not measured: an H100's numbers times the ratio of the data sheets' (bf16 peak, memory bandwidth, NVLink).
+# Not measured: an H100's numbers times the ratio of the data sheets' (bf16 peak, memory bandwidth, NVLink, network
+# cards). The sheets do not say how many multiprocessors a GB300 has: those of B200 stand here.
 HARDWARE: dict[str, Hardware] = {
     "h100": H100,
     "h200": replace(H100, memory="h200", copy=H100.copy * 4.8 / 3.35),
@@ -74,6 +75,16 @@ HARDWARE: dict[str, Hardware] = {
         attention=(H100.attention[0] * 2250 / 989, H100.attention[1] * 2250 / 989),
         copy=H100.copy * 8.0 / 3.35,
         link=H100.link * 2,
+    ),
+    "gb300": replace(
+        H100,
+        memory="gb300",
+        gemm=H100.gemm * 2500 / 989,
+        units=148,
+        attention=(H100.attention[0] * 2500 / 989, H100.attention[1] * 2500 / 989),
+        copy=H100.copy * 8.0 / 3.35,
+        link=H100.link * 2,
+        network=H100.network * 2,
     ),
     "a100-80": replace(
         H100,
@@ -87,3 +98,4 @@ HARDWARE: dict[str, Hardware] = {
         network=H100.network / 2,
     ),
 }
+HARDWARE["a100-40"] = replace(HARDWARE["a100-80"], memory="a100-40", copy=H100.copy * 1.555 / 3.35)

@@ -10,7 +10,7 @@ from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.gpus import usable_memory
 from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.layout import check_layout
-from soar_mega.models.common.memory import Memory, Workload, largest_rank, workload
+from soar_mega.models.common.memory import Memory, Workload, largest_rank, resting, workload
 from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of, recomputations
 from soar_mega.models.common.sizes import Sizes
 
@@ -18,7 +18,7 @@ TENSOR = (1, 2, 3, 4, 6, 8, 16)
 PIPELINE = (1, 2, 3, 4, 6, 8, 12, 16)
 CHUNKS = (1, 2, 3)
 CONTEXT = (1, 2, 3, 4, 6, 8)
-MOST_SIZES = 8  # of micro-batches that are tried for each layout
+MOST_POINTS = 64  # of a forward, unless all even micro-batches are larger
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def memory_of(case: Case, recipe: Recipe, data_size: int) -> Memory:
 
 def time_of(case: Case, recipe: Recipe, data_size: int) -> StepTime:
     """Of a step."""
-    model = StepModel(case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens)
-    return model.step(work_of(case, recipe, data_size))
+    return _step_model(case, recipe, data_size).step(work_of(case, recipe, data_size))
+
+
+def _step_model(case: Case, recipe: Recipe, data_size: int) -> StepModel:
+    return StepModel(case.sizes, recipe, case.hardware, data_size, case.gpus_per_node, case.tokens)
 
 
 def work_of(case: Case, recipe: Recipe, data_size: int) -> Workload:
@@ -144,18 +147,26 @@ def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> I
     data_size = case.gpus // (ranks * parallel.context_parallel_size)
     samples = case.recipe.train.global_batch_size // data_size
     points = points_of(case.recipe, data_size)
-    chosen = list(even_sizes(points, 1))
-    chosen = [size for size in chosen if size <= 64] or chosen[-1:]
-    step = max(1, len(chosen) // MOST_SIZES)
+    possible = list(even_sizes(points, 1))
+    chosen = [size for size in possible if size <= MOST_POINTS] or possible[-1:]
+    fitting = set[int]()  # sizes that fit with less recomputation, which is faster
+    # neither the sizes of micro-batches nor recomputation changes what a rank holds between them
+    rests = resting(case.sizes, replace(case.recipe, parallel=parallel), data_size)
     none, light, full = recomputations(case.recipe.model)
     for model in (none, light, replace(full, recompute_every=2), full):
         base = replace(case.recipe, model=model, parallel=parallel)
-        for size in chosen[::step]:
+        times = _step_model(case, base, data_size)  # of all sizes: it knows layers that it has seen
+        for size in chosen:
+            if size in fitting:
+                refused["fit with less recomputation too"] += 1
+                continue
             answering = asked_at_once(base, case.sizes, samples, size)
             train = replace(base.train, points_per_micro_batch=size, micro_batch_size=answering)
             recipe = replace(base, train=train)
-            memory = memory_of(case, recipe, data_size)
+            work = work_of(case, recipe, data_size)
+            memory = largest_rank(case.sizes, recipe, work, data_size, rests)
             if memory.total > case.room:
                 refused[f"need more than {case.room / 2**30:.0f} GiB"] += 1
             else:
-                yield Plan(recipe, data_size, memory, time_of(case, recipe, data_size))
+                fitting.add(size)
+                yield Plan(recipe, data_size, memory, times.step(work))

@@ -8,13 +8,14 @@ what of the reduction of gradients and the gathering of weights is not hidden, a
 
 import math
 from dataclasses import astuple, dataclass
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from plan.hardware import Hardware
 from soar_mega.config import Recipe
 from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import is_sequence_parallel
-from soar_mega.models.common.memory import ITEM, Workload, is_recomputed
+from soar_mega.models.common.memory import ITEM, Workload, has_graphs, is_recomputed
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_layers
 from soar_mega.models.common.rank_parameters import trained_elements
 from soar_mega.models.common.sizes import Sizes
@@ -57,6 +58,7 @@ class LayerParts(NamedTuple):
     modulation: int
 
 
+@cache
 def layer_parts(sizes: Sizes, number: int) -> LayerParts:
     """Read off a layer's work on one token of each stream: an attention's linears are 4 hidden^2, an MLP's 8."""
     work, square = sizes.family.layer_work(sizes, number, Tokens(1, 1)), 2 * sizes.hidden_size**2
@@ -87,6 +89,7 @@ class StepModel:
         self.context = parallel.context_parallel_size
         self.ranks = parallel.pipeline_model_parallel_size
         self.chunks = chunks_per_rank(parallel)
+        self.gpus = self.tensor * self.context * self.ranks * data_size
         self.item = ITEM[recipe.model.dtype]
         self._known: dict[tuple[LayerParts, int, bool], float] = {}
         stages = stage_layers(sizes, parallel)
@@ -134,10 +137,15 @@ class StepModel:
             if backward and "core_attn" in self.recipe.model.made_again:
                 device += self._attention(number, rows, backward=False)
             device += self._elementwise(*key) + self._collectives(*key)
-            graphs = self.recipe.train.cuda_graphs == "layers" and self.recipe.parallel.engine == "megatron"
-            host = (self.hardware.layer_host_graphs if graphs else self.hardware.layer_host)[backward]
+            hosts = self.hardware.layer_host_graphs if has_graphs(self.recipe) else self.hardware.layer_host
+            host = hosts[backward]
             self._known[key] = max(device, host)
         return self._known[key]
+
+    @cached_property
+    def elements(self) -> int:
+        """Of the trained parameters, on the rank that has most."""
+        return max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
 
     def _products(self, parts: LayerParts, rows: int, backward: bool) -> float:
         hidden, tensor = self.sizes.hidden_size, self.tensor
@@ -204,18 +212,26 @@ class StepModel:
         """A gather or scatter of `size` bytes in all over some ranks, which lie within `span` neighbours."""
         if ranks == 1:
             return 0.0
-        inside = span <= self.gpus_per_node
+        inside = self._is_inside(span)
         speed = self.hardware.link if inside else self.hardware.network
         latency = self.hardware.link_latency if inside else self.hardware.network_latency
         return _gather(size, ranks, latency, speed)
 
+    def _is_inside(self, span: int) -> bool:
+        """Whether all groups of `span` neighbours lie in a node each: the slowest one counts."""
+        return self.gpus <= self.gpus_per_node or self.gpus_per_node % span == 0
+
     def _message(self, rows: int) -> float:
-        """One message between pipeline stages; between nodes where a replica's ranks are not all in one."""
+        """One message between pipeline stages; between nodes unless one node is all.
+
+        PP is the outermost: stages of a replica lie TP x CP x DP ranks apart. In several nodes some neighbours are
+        always in two of them, and a pipeline goes on when its slowest message has come.
+        """
         if self.ranks == 1:
             return 0.0
         shards = self.context * (self.tensor if is_sequence_parallel(self.recipe.parallel) else 1)
         size = rows * (sum(self.tokens) / shards + 1) * self.sizes.hidden_size * self.item
-        inside = self.tensor * self.context * self.data_size < self.gpus_per_node  # PP is the outermost
+        inside = self.gpus <= self.gpus_per_node
         speed = self.hardware.link if inside else self.hardware.network
         latency = self.hardware.link_latency if inside else self.hardware.network_latency
         return self.chunks * (latency + size / speed)
@@ -225,36 +241,36 @@ class StepModel:
         replicas = self.data_size * self.context
         if replicas == 1:
             return 0.0
-        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
-        scatter, gather = (self._over_replicas(size * elements, replicas) for size in (4, self.item))
+        scatter, gather = (self._over_replicas(size * self.elements, replicas) for size in (4, self.item))
         if parallel.engine == "deepspeed":
             # DeepSpeed reduces at each backward from stage 2 on, and at stage 3 gathers for each forward and backward
             often = work.micro_batches if parallel.zero_stage > 1 else 1
-            gathers = 2 * often + 1 if parallel.zero_stage == 3 else 1
+            if parallel.zero_stage < 3:
+                # its overlap_comm is on for stage 3 alone, and the engine leaves it so: nothing is hidden
+                return often * scatter + gather
             # at stage 3 each module with parameters asks for its own, and waits for the answer's way
-            latency = self._over_replicas(0, replicas) if parallel.zero_stage == 3 else 0.0
-            waiting = 2 * often * MODULES * self.sizes.num_layers * latency
+            waiting = 2 * often * MODULES * self.sizes.num_layers * self._over_replicas(0, replicas)
             busy = work.micro_batches * (forward + backward)
-            exposed = max(0.0, often * scatter + gathers * gather - busy)
-            return waiting + exposed + gather * (parallel.zero_stage < 3)
+            return waiting + max(0.0, often * scatter + (2 * often + 1) * gather - busy)
         hidden = backward if parallel.overlap_grad_reduce else 0.0  # behind the last micro-batch
         ahead = forward if parallel.overlap_param_gather else 0.0
         return max(0.0, scatter - hidden) + max(0.0, gather - ahead)
 
     def _over_replicas(self, size: float, replicas: int) -> float:
         """A reduce-scatter or all-gather: the replicas of a node share its network cards."""
-        local = max(1, min(replicas, self.gpus_per_node // self.tensor))
-        if replicas <= local:
-            return self._collective(size, replicas, 1)
+        span = replicas * self.tensor
+        if self._is_inside(span):
+            return self._collective(size, replicas, span)
+        # of all nodes, the one where fewest of a group are
+        local = max(1, math.gcd(span, self.gpus_per_node) // self.tensor)
         speed = min(self.hardware.link, local * self.hardware.network)
         return _gather(size, replicas, self.hardware.network_latency, speed)
 
     def _optimizer(self) -> float:
         parallel = self.recipe.parallel
-        elements = max(trained_elements(self.sizes, self.recipe, rank) for rank in range(self.ranks))
         is_divided = parallel.engine == "deepspeed" or parallel.use_distributed_optimizer
         share = self.data_size * self.context if is_divided else 1
-        return elements / share * self.hardware.optimizer / self.hardware.copy
+        return self.elements / share * self.hardware.optimizer / self.hardware.copy
 
 
 def _gather(size: float, ranks: int, latency: float, speed: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,10 +80,9 @@ def predicted(layout: str, hardware: Hardware) -> float:
 
 
 def spearman(left: list[float], right: list[float]) -> float:
-    """The correlation of the ranks of two lists without ties."""
-    ranks = [{value: place for place, value in enumerate(sorted(values))} for values in (left, right)]
-    squares = sum((ranks[0][a] - ranks[1][b]) ** 2 for a, b in zip(left, right, strict=True))
-    return 1 - 6 * squares / (len(left) * (len(left) ** 2 - 1))
+    """The correlation of the ranks of two lists; equal values share the mean of their places."""
+    ranks = [[sum((a < b) + (a == b) / 2 for a in values) for b in values] for values in (left, right)]
+    return statistics.correlation(*ranks)
 
 
 def run(module: str, *arguments: str) -> dict[str, Any]:

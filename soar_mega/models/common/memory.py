@@ -7,7 +7,7 @@ the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.models.common.layout import is_sequence_parallel
@@ -118,23 +118,42 @@ def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, ra
     Raises:
         ValueError: a layout that is not possible.
     """
+    return _working(sizes, recipe, work, rank, _resting(sizes, recipe, data_size, rank))
+
+
+def resting(sizes: Sizes, recipe: Recipe, data_size: int) -> list[Memory]:
+    """What each pipeline rank holds whatever it works on; `largest_rank` takes it, to be asked of many workloads.
+
+    Raises:
+        ValueError: a layout that is not possible.
+    """
+    ranks = range(recipe.parallel.pipeline_model_parallel_size)
+    return [_resting(sizes, recipe, data_size, rank) for rank in ranks]
+
+
+def _resting(sizes: Sizes, recipe: Recipe, data_size: int, rank: int) -> Memory:
     model, parallel = recipe.model, recipe.parallel
     chunks = chunk_parameters(sizes, recipe, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
     weights += ITEM[model.dtype] * (buffer_elements(sizes) if rank == 0 else 0)
     kept = kept_copies(recipe) * _copy_bytes(chunks, parallel, data_size)
     on_host = recipe.train.offload_kept_weights
-    activations, temporary = _activations(sizes, recipe, work, rank)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         kept=0 if on_host else kept,
-        activations=activations,
-        batch=_batch(sizes, recipe, work, rank),
-        temporary=temporary + zero_temporary,
+        activations=0,
+        batch=0,
+        temporary=zero_temporary,
         on_host=kept if on_host else 0,
     )
+
+
+def _working(sizes: Sizes, recipe: Recipe, work: Workload, rank: int, rests: Memory) -> Memory:
+    activations, temporary = _activations(sizes, recipe, work, rank)
+    batch = _batch(sizes, recipe, work, rank)
+    return replace(rests, activations=activations, batch=batch, temporary=rests.temporary + temporary)
 
 
 def kept_copies(recipe: Recipe) -> int:
@@ -151,10 +170,18 @@ def _copy_bytes(chunks: list[list[Elements]], parallel: ParallelConfig, data_siz
     return 4 * sum(map(trained, chunks)) // shares
 
 
-def largest_rank(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int) -> Memory:
-    """The memory of the pipeline rank that needs most."""
-    ranks = range(recipe.parallel.pipeline_model_parallel_size)
-    return max((rank_memory(sizes, recipe, work, data_size, rank) for rank in ranks), key=lambda m: m.total)
+def largest_rank(
+    sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rests: Sequence[Memory] | None = None
+) -> Memory:
+    """The memory of the pipeline rank that needs most.
+
+    Args:
+        rests: `resting` of this recipe, where it is known.
+    """
+    known = rests or resting(sizes, recipe, data_size)
+    return max(
+        (_working(sizes, recipe, work, rank, held) for rank, held in enumerate(known)), key=lambda m: m.total
+    )
 
 
 def _state(
@@ -231,9 +258,14 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
     again = MADE_AGAIN * held if "mlp_act" in model.made_again else 0
     backward = work.points * (largest + BACKWARD * held + again)
     answering = work.rows * FORWARD * held
-    if recipe.train.cuda_graphs == "layers":  # each recording keeps its memory
+    if has_graphs(recipe):  # each recording keeps its memory
         return round(kept), round(backward + answering)
     return round(kept), round(max(backward, answering - kept))  # nothing is kept while answers are made
+
+
+def has_graphs(recipe: Recipe) -> bool:
+    """Whether layers run as CUDA graphs: under DeepSpeed they do without."""
+    return recipe.train.cuda_graphs == "layers" and recipe.parallel.engine == "megatron"
 
 
 def in_flight(ranks: int, chunks: int, rank: int, micro_batches: int) -> list[int]:

@@ -91,8 +91,7 @@ class Steps:
             self.engine.keep_weights(name)
 
     def _tell_of_lost_history(self) -> None:
-        model = self.recipe.model
-        keeps_history = model.fp8 is not None and model.fp8_recipe == "delayed"
+        keeps_history = self.recipe.model.fp8_recipe == "delayed"
         if keeps_history and self.progress.iteration > 0 and is_rank_zero():
             logger.warning(
                 "model.fp8_recipe=delayed: the history that its scales come from is in no checkpoint and begins anew, "

@@ -39,6 +39,5 @@ def test_a_run_that_goes_on_says_that_its_scales_begin_anew(
         assert warned(checkpoint=7, **DELAYED) == 0  # from where nothing was learned yet
         assert warned(**DELAYED) == 1
         assert warned(**DELAYED | {"model__fp8_recipe": "tensorwise"}) == 0
-        assert warned(**LAYERS, model__fp8_recipe="delayed") == 0  # bf16
     finally:
         stop_world()

@@ -65,7 +65,7 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
     assert len(read_prompts(small.data.prompts)) >= small.stage.prompts_per_collection
     assert small.data.validation_prompts == small.data.prompts
     assert small.logging.eval_interval == 2 and small.logging.drift_interval == 0
-    assert "nothing stands in for the samples of data.validation_path=heldout" in caplog.text
+    assert "nothing stands in for data.validation_path=heldout" in caplog.text
     assert f"stand in for data.prompts={whole.data.prompts}" in caplog.text
     assert f"the rewards {', '.join(whole.stage.rewards)}" in caplog.text
     first = {path: path.read_bytes() for path in Path(small.model.pipeline_dir).rglob("*.json")}

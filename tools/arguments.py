@@ -1,20 +1,33 @@
-"""What the measuring tools are asked, checked before anything is measured: numbers that count, and places to write."""
+"""What tools are asked, checked before they begin: numbers that may be, and places to write."""
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
+
+from soar_mega.rules import Rule, at_least
 
 
-def positive(text: str) -> int:
-    """A type of argparse: 1, 2, and so on."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above zero")
-    return number
+def number(kind: type[int] | type[float], rule: Rule) -> Callable[[str], Any]:
+    """A type of argparse: a number that may be what the rule says."""
+    holds, words = rule
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be {noun}, {words}")
+        return value
+
+    return read
+
+
+positive = number(int, at_least(1))
 
 
 def latent_size(text: str) -> tuple[int, int]:

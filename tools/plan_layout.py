@@ -11,8 +11,8 @@ what is said of several is a prediction.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
 
+from arguments import number, positive
 from plan.hardware import HARDWARE
 from plan.search import Case, Plan, search
 
@@ -28,27 +28,6 @@ NOT_MODELLED = (
     "not in the model: FP8, flash-attn 3, Transformer Engine, LoRA, offloading, reading data, stragglers"
 )
 PATCH = 16  # pixels of a token's side: eight of the VAE, of which two make a token
-Number = int | float
-
-
-def number(kind: type[int] | type[float], rule: Rule) -> Callable[[str], Number]:
-    """Reads a number of the command line that may be what the rule says."""
-    holds, words = rule
-
-    def read(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be {noun}, {words}")
-        return value
-
-    return read
-
-
-POSITIVE = number(int, at_least(1))
 SIDE: Rule = (lambda value: value >= PATCH and value % PATCH == 0), f"a multiple of {PATCH}"
 
 
@@ -178,15 +157,15 @@ def main() -> None:
     parser.add_argument(
         "--model", default="sd35_medium", help="a preset or a pipeline folder (default: %(default)s)"
     )
-    parser.add_argument("--gpus", type=POSITIVE, default=8, help="default: %(default)s")
+    parser.add_argument("--gpus", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--gpu", choices=HARDWARE, default="h100", help="default: %(default)s")
     parser.add_argument(
-        "--gpus-per-node", type=POSITIVE, default=8, help="that share the fast link (default: %(default)s)"
+        "--gpus-per-node", type=positive, default=8, help="that share the fast link (default: %(default)s)"
     )
     parser.add_argument(
         "--image-size", type=number(int, SIDE), default=512, help="pixels (default: %(default)s)"
     )
-    parser.add_argument("--text-length", type=POSITIVE, help="tokens (default: 154, of FLUX 512)")
+    parser.add_argument("--text-length", type=positive, help="tokens (default: 154, of FLUX 512)")
     parser.add_argument(
         "--points",
         type=number(int, at_least(0)),
@@ -194,7 +173,7 @@ def main() -> None:
         help="auxiliary points; 0: SFT (default: %(default)s)",
     )
     parser.add_argument(
-        "--global-batch-size", type=POSITIVE, help=f"samples of a step (default: {SAMPLES} for each GPU)"
+        "--global-batch-size", type=positive, help=f"samples of a step (default: {SAMPLES} for each GPU)"
     )
     parser.add_argument(
         "--ema-decay", type=number(float, from_below(0, 1)), default=0.0, help="0: no EMA (default)"

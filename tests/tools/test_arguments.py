@@ -73,13 +73,25 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "main, words, message",
     [
-        (bench_host.main, ["--rounds", "0"], "--rounds: '0' must be a whole number above zero"),
+        (bench_host.main, ["--rounds", "0"], "--rounds: '0': it must be a whole number, at least 1"),
         (bench_kernels.main, ["--only", "nosuch"], "--only 'nosuch' is in none of these names: "),
         (tune_kernels.main, ["--only", "nosuch"], "--only 'nosuch' is in none of these names: adaln, "),
         (bench_checkpoint.main, ["--saves", "1"], "--saves must be 2 or more"),
-        (bench_weights.main, ["--repetitions", "x"], "--repetitions: 'x' must be a whole number above zero"),
-        (bench_data.main, ["index", "--repetitions", "0"], "--repetitions: '0' must be a whole number above"),
-        (compare_baseline.main, ["--batch-size", "0"], "--batch-size: '0' must be a whole number above zero"),
+        (
+            bench_weights.main,
+            ["--repetitions", "x"],
+            "--repetitions: 'x': it must be a whole number, at least 1",
+        ),
+        (
+            bench_data.main,
+            ["index", "--repetitions", "0"],
+            "--repetitions: '0': it must be a whole number, at least 1",
+        ),
+        (
+            compare_baseline.main,
+            ["--batch-size", "0"],
+            "--batch-size: '0': it must be a whole number, at least 1",
+        ),
         (compare_baseline.main, ["--model", "huge"], "--model: invalid choice: 'huge'"),
     ],
 )

@@ -167,9 +167,12 @@ def test_a_collection_is_no_part_of_a_step(stage: str, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--made-up", "8"], "--made-up: '8' must be a height and a width, as in 64x64"),
-        (["--made-up", "0x8"], "--made-up: '0' must be a whole number above zero"),
-        (["--made-up", "8x8", "--text-length", "0"], "--text-length: '0' must be a whole number above zero"),
-        (["--steps", "0"], "--steps: '0' must be a whole number above zero"),
+        (["--made-up", "0x8"], "--made-up: '0': it must be a whole number, at least 1"),
+        (
+            ["--made-up", "8x8", "--text-length", "0"],
+            "--text-length: '0': it must be a whole number, at least 1",
+        ),
+        (["--steps", "0"], "--steps: '0': it must be a whole number, at least 1"),
         (["train.nosuch=1"], "train.nosuch"),
         (["--made-up", "8x8"], "--made-up: flow_grpo draws its samples"),
     ],

@@ -80,7 +80,7 @@ def test_module_is_the_command() -> None:
     [
         "-m soar_mega launch slurm recipes/tiny/soar.yaml data.path=recipes data.validation_path=recipes "
         "--nodes 1 --dry-run",
-        "tools/profile_step.py --help",
+        pytest.param("tools/profile_step.py --help", marks=pytest.mark.slow),
     ],
 )
 def test_commands_and_tools_do_not_repeat_what_megatron_lacks(words: str) -> None:

@@ -141,7 +141,8 @@ def test_every_layout(
     assert all(calls < 10 for calls in gathers)
 
 
-@pytest.mark.parametrize("stage", ["flow_grpo", pytest.param("diffusion_nft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["flow_grpo", "diffusion_nft"])
 def test_a_collection_is_no_part_of_a_step(stage: str, tmp_path: Path) -> None:
     """Four steps learn from one collection, and a recorded step may or may not come after one."""
     levels = ["stage.num_levels=2"] if stage == "diffusion_nft" else []

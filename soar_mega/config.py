@@ -116,6 +116,13 @@ class ParallelConfig:
     offload_optimizer: bool = False  # with engine=deepspeed: optimizer states and step on the CPU
     offload_parameters: bool = False  # with engine=deepspeed and zero_stage=3: parameters rest on the CPU
 
+    @property
+    def replica_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
 
 @dataclass(kw_only=True)
 class TrainConfig:

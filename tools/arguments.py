@@ -10,6 +10,13 @@ from typing import Any
 from soar_mega.rules import Rule, at_least
 
 
+def no_arguments(description: str | None) -> None:
+    """Of a tool that takes none: --help says what it does, and everything else is refused."""
+    argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+
+
 def number(kind: type[int] | type[float], rule: Rule) -> Callable[[str], Any]:
     """A type of argparse: a number that may be what the rule says."""
     holds, words = rule

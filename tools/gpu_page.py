@@ -3,12 +3,13 @@
 python tools/gpu_page.py        after a new file in benchmarks/results
 """
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from arguments import no_arguments
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,9 +108,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    no_arguments(__doc__)
     PAGE.write_text(page(RESULTS))
     print(f"Written to {PAGE.relative_to(ROOT)}")
 

@@ -7,13 +7,13 @@ Of each kind of file the newest for each device and case is shown: *-compare-*.j
 (tools/bench_kernels.py).
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arguments import no_arguments
 from gpu_page import RESULTS, ROOT, link, table
 from step_profile.kernels import short
 
@@ -122,9 +122,8 @@ def profiled(said: Json) -> list[str]:
     sizes = ", ".join(f"{name} {layout[name]}" for name in ("TP", "PP", "VPP", "CP", "DP"))
     first = said["ranks"][0]
     clocks = [clock for clock in ("host", "device") if any(clock in p for p in first["phases"].values())]
-    whole = first["sums"][
-        clocks[-1]
-    ]  # of a recorded step; the host is ahead of the GPU, and waits where it needs it
+    # of a recorded step, on the GPU's clock where there is one: the host runs ahead of it
+    whole = first["sums"][clocks[-1]]
     rows = [
         [
             name,
@@ -216,9 +215,7 @@ def percent(share: float | None) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    no_arguments(__doc__)
     PAGE.write_text(page(RESULTS))
     print(f"Written to {PAGE.relative_to(ROOT)}")
 

@@ -5,7 +5,6 @@
 What a setting does is the comment above it or beside it, there or in the class that it is inherited from.
 """
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from arguments import no_arguments
 from gpu_page import table
 
 from soar_mega.config import Recipe, StageConfig
@@ -149,9 +149,7 @@ def written(value: Any) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    no_arguments(__doc__)
     PAGE.write_text(page())
     print(f"Written to {PAGE.relative_to(ROOT)}")
 

@@ -76,11 +76,7 @@ def asked_recipe(arguments: argparse.Namespace) -> Recipe:
 def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
     """What a recipe takes on GPUs of a kind as it is, and the sizes of micro-batches that are best there."""
     parallel, sizes = recipe.parallel, find_sizes(model)
-    ranks = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    ranks = parallel.replica_size
     if arguments.gpus % ranks:
         raise ValueError(f"--gpus {arguments.gpus} must be a multiple of the layout's TP x PP x CP = {ranks}")
     check_replicas(recipe.train.global_batch_size, arguments.gpus // ranks)

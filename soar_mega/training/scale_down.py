@@ -30,7 +30,7 @@ def scale_down(recipe: Recipe, processes: int, writes: bool) -> Recipe:
     parallel = recipe.parallel
     layout = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     check_layout(processes, *layout, parallel.context_parallel_size)
-    replicas = processes // (layout[0] * layout[1] * parallel.context_parallel_size)
+    replicas = processes // parallel.replica_size
     folder = Path(f"{Path(recipe.checkpoint.save)}_scaled_down")
     if writes:
         write_inputs(recipe, folder / "inputs", SAMPLES_PER_REPLICA * replicas)

@@ -1,6 +1,7 @@
 """What a machine can do: every constant of the planner's model, and where it comes from."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,38 +65,32 @@ H100 = Hardware(
 )
 # Not measured: an H100's numbers times the ratio of the data sheets' (bf16 peak, memory bandwidth, NVLink, network
 # cards). The sheets do not say how many multiprocessors a GB300 has: those of B200 stand here.
+H100_TFLOPS, H100_TERABYTES = 989, 3.35
+
+
+def by_data_sheet(memory: str, tflops: float, terabytes: float, **others: Any) -> Hardware:
+    """A GPU of which the sheet says dense bf16 TFLOP/s and TB/s of its memory; `others` are as they will be."""
+    return replace(
+        H100,
+        memory=memory,
+        gemm=H100.gemm * tflops / H100_TFLOPS,
+        attention=(H100.attention[0] * tflops / H100_TFLOPS, H100.attention[1] * tflops / H100_TFLOPS),
+        copy=H100.copy * terabytes / H100_TERABYTES,
+        **others,
+    )
+
+
+A100: dict[str, Any] = {
+    "tile": (128, 128),
+    "units": 108,
+    "link": H100.link * 300 / 450,
+    "network": H100.network / 2,
+}
 HARDWARE: dict[str, Hardware] = {
     "h100": H100,
-    "h200": replace(H100, memory="h200", copy=H100.copy * 4.8 / 3.35),
-    "b200": replace(
-        H100,
-        memory="b200",
-        gemm=H100.gemm * 2250 / 989,
-        units=148,
-        attention=(H100.attention[0] * 2250 / 989, H100.attention[1] * 2250 / 989),
-        copy=H100.copy * 8.0 / 3.35,
-        link=H100.link * 2,
-    ),
-    "gb300": replace(
-        H100,
-        memory="gb300",
-        gemm=H100.gemm * 2500 / 989,
-        units=148,
-        attention=(H100.attention[0] * 2500 / 989, H100.attention[1] * 2500 / 989),
-        copy=H100.copy * 8.0 / 3.35,
-        link=H100.link * 2,
-        network=H100.network * 2,
-    ),
-    "a100-80": replace(
-        H100,
-        memory="a100-80",
-        gemm=H100.gemm * 312 / 989,
-        tile=(128, 128),
-        units=108,
-        attention=(H100.attention[0] * 312 / 989, H100.attention[1] * 312 / 989),
-        copy=H100.copy * 2.0 / 3.35,
-        link=H100.link * 300 / 450,
-        network=H100.network / 2,
-    ),
+    "h200": by_data_sheet("h200", 989, 4.8),
+    "b200": by_data_sheet("b200", 2250, 8.0, units=148, link=H100.link * 2),
+    "gb300": by_data_sheet("gb300", 2500, 8.0, units=148, link=H100.link * 2, network=H100.network * 2),
+    "a100-80": by_data_sheet("a100-80", 312, 2.0, **A100),
+    "a100-40": by_data_sheet("a100-40", 312, 1.555, **A100),
 }
-HARDWARE["a100-40"] = replace(HARDWARE["a100-80"], memory="a100-40", copy=H100.copy * 1.555 / 3.35)

@@ -143,8 +143,7 @@ def _impossible(case: Case, parallel: ParallelConfig) -> str | None:
 
 
 def _of_layout(case: Case, parallel: ParallelConfig, refused: Counter[str]) -> Iterator[Plan]:
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    data_size = case.gpus // (ranks * parallel.context_parallel_size)
+    data_size = case.gpus // parallel.replica_size
     samples = case.recipe.train.global_batch_size // data_size
     points = points_of(case.recipe, data_size)
     possible = list(even_sizes(points, 1))

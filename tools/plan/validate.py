@@ -73,8 +73,7 @@ def predicted(layout: str, hardware: Hardware) -> float:
     """Seconds of a step by the model."""
     recipe = recipe_of(layout)
     parallel = recipe.parallel
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    data_size = PROCESSES // (ranks * parallel.context_parallel_size)
+    data_size = PROCESSES // parallel.replica_size
     model = StepModel(SIZES, recipe, hardware, data_size, PROCESSES, TOKENS)
     return model.step(workload(recipe, data_size, SHAPE[1:], TEXT)).total
 

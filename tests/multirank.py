@@ -1,7 +1,7 @@
 """Run a test function on several gloo processes with a hard timeout.
 
-The processes are forked from a server that has imported torch, megatron and DeepSpeed once, so that a case takes a
-fraction of a second to start and inherits nothing from the test runner (no process group, no threads).
+The processes are forked from a server that has imported all they need once, so that a case takes a fraction of a second
+to start and inherits nothing from the test runner (no process group, no threads).
 """
 
 import contextlib
@@ -21,9 +21,7 @@ import torch
 import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch", "megatron.core", "megatron.core.optimizer", "deepspeed", "soar_mega.platform"]
-)
+SERVER.set_forkserver_preload(["megatron.core.optimizer", "deepspeed", "pytest", "soar_mega.training.run"])
 
 
 class RankFailure(AssertionError):

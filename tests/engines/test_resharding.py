@@ -64,17 +64,17 @@ def folder(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow  # test_train.py has a run that goes on at another layout
 @pytest.mark.parametrize(
     "processes, saved, loaded",
     [
         (4, {"layout": (2, 1), "sequence_parallel": True}, {"layout": (1, 2), **VPP2}),
-        pytest.param(2, {"layout": (1, 2), **VPP2}, {"layout": (1, 1)}, marks=pytest.mark.slow),
-        pytest.param(2, {"context_parallel_size": 2}, {"layout": (2, 1)}, marks=pytest.mark.slow),
-        pytest.param(
+        (2, {"layout": (1, 2), **VPP2}, {"layout": (1, 1)}),
+        (2, {"context_parallel_size": 2}, {"layout": (2, 1)}),
+        (
             4,
             {"layout": (1, 2), "use_distributed_optimizer": False, **VPP2},
             {"layout": (2, 1), "use_distributed_optimizer": False},
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["tp2dp2-to-pp2-vpp2", "pp2-vpp2-to-dp2", "cp2-to-tp2", "plain-optimizer-pp2-vpp2-dp2-to-tp2"],

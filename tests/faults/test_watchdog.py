@@ -159,6 +159,7 @@ def test_a_rank_that_hangs(shards: Path, tmp_path: Path) -> None:
     assert "in spin" in end.stacks["rank_00001.txt"] and "distributed_c10d" in end.stacks["rank_00000.txt"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_the_export(shards: Path, tmp_path: Path) -> None:
     end = end_of(shards, tmp_path, 2, 1, spin, "export", iterations=2)
     assert end.codes == [1, 1] and end.seconds < 45

@@ -30,7 +30,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     **{f"zero{n}": (2, {"parallel__engine": "deepspeed", "parallel__zero_stage": n}) for n in (1, 2, 3)},
 }
-FAST = "tp2"  # test_rl_runs.py draws with replicas and learns with a pipeline
 ITERATIONS = 5  # over the end of a collection of 4 updates
 
 
@@ -49,9 +48,8 @@ def recipes(folder: Path, **layout: Any) -> list[Any]:
     return [rl_recipe(folder, stage, **layout) for stage in STAGES]
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow]) for name in LAYOUTS]
-)
+@pytest.mark.slow  # test_collecting.py has a step at some layouts; test_rl_runs.py draws at one and learns at another
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_reinforcement_learning_does_not_depend_on_the_layout(layout: str, folder: Path) -> None:
     processes, settings = LAYOUTS[layout]
     expected = single_process(folder)

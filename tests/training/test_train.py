@@ -365,6 +365,7 @@ def measured(shards: Path, folder: Path, **settings: Any) -> Recipe:
         logging__eval_samples=12,
         logging__drift_interval=5,
         logging__drift_samples=12,
+        logging__drift_spans="[[0.9, 0.65]]",
         logging__drift_steps=2,
         **settings,
     )

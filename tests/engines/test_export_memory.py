@@ -103,7 +103,10 @@ def test_no_rank_holds_more_than_the_largest_tensor_and_a_shard(case, tmp_path, 
 
 @pytest.mark.parametrize(
     "recipe",
-    [make_recipe((1, 2)), make_recipe(engine="deepspeed", zero_stage=2)],
+    [
+        make_recipe((1, 2)),
+        pytest.param(make_recipe(engine="deepspeed", zero_stage=2), marks=pytest.mark.slow),
+    ],
     ids=["average", "zero2-everything"],
 )
 def test_a_checkpoint_is_loaded_a_few_tensors_at_a_time(recipe, tmp_path):

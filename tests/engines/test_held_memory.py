@@ -20,11 +20,7 @@ LARGEST = 4 * 9 * WIDE.hidden_size**2  # bytes of a dual layer's modulation
 NOISE = 2**16  # bytes of activations that are not gone
 # those of a line have the same groups, and follow each other in the same processes
 LAYOUTS = {
-    "tp2 dp2": [
-        make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9}),
-    ],
-}
-MORE = {  # make test-slow
+    "tp2 dp2": [make_recipe((2, 1), model=BF16, train={"ema_decay": 0.9})],
     "tp2 dp2, zero 1": [make_recipe((2, 1), model=BF16, engine="deepspeed", zero_stage=1)],
     "pp2 tp2": [make_recipe((2, 2), sequence_parallel=True)],
     "dp4": [
@@ -68,10 +64,10 @@ def compared(recipes):
     return found
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_gradients_and_optimizer_are_what_engines_allocate(layout):
-    recipes = (LAYOUTS | MORE)[layout]
-    assert_predicted(recipes, run_ranks(compared, 4, recipes), LARGEST)
+    assert_predicted(LAYOUTS[layout], run_ranks(compared, 4, LAYOUTS[layout]), LARGEST)
 
 
 def test_adapters_alone_are_trained():

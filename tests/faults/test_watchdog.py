@@ -200,6 +200,7 @@ def warnings_of_a_run_with_a_slow_clock(folder: Path) -> tuple[list[str], list[s
     return while_it_spoke, messages
 
 
+@pytest.mark.slow
 def test_silence_is_measured_on_one_clock(tmp_path: Path) -> None:
     (while_it_spoke, messages), others = run_ranks(warnings_of_a_run_with_a_slow_clock, 2, tmp_path)
     assert while_it_spoke == [] and others == ([], [])

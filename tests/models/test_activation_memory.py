@@ -108,8 +108,10 @@ LIGHTLY = selective(*LIGHT)
         *[(1, ParallelConfig(), selective(name), SIZES) for name in RECOMPUTE_MODULES],
         (1, ParallelConfig(), selective(*RECOMPUTE_MODULES, dtype="bf16"), SIZES),
         (2, TP2_SP, selective(*RECOMPUTE_MODULES), SIZES),
-        (2, ParallelConfig(tensor_model_parallel_size=2), settings(), SIZES),
-        (2, TP2_SP, settings(), SIZES),
+        pytest.param(
+            2, ParallelConfig(tensor_model_parallel_size=2), settings(), SIZES, marks=pytest.mark.slow
+        ),
+        pytest.param(2, TP2_SP, settings(), SIZES, marks=pytest.mark.slow),
         (1, ParallelConfig(), settings(), FLUX),
         (2, TP2_SP, settings(), FLUX),
         (1, ParallelConfig(), selective(*RECOMPUTE_MODULES), FLUX),

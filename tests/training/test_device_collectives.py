@@ -22,13 +22,12 @@ def run(recipe: Recipe) -> set[str]:
     return seen.groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        pytest.param(
-            {"engine": "deepspeed", "zero_stage": 3, "tensor_model_parallel_size": 2}, marks=pytest.mark.slow
-        ),
+        {"engine": "deepspeed", "zero_stage": 3, "tensor_model_parallel_size": 2},
     ],
     ids=["megatron", "deepspeed"],
 )

@@ -38,23 +38,19 @@ def started(recipe: Recipe, out: Path) -> None:
         write_transformer(engine.model, out / place / "transformer", engine.exported(exact=True), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "names"),
     [
         pytest.param({"parallel__tensor_model_parallel_size": 2}, ("export", "export_ema"), id="tp2"),
-        pytest.param({}, ("export", "export_ema"), id="dp2", marks=pytest.mark.slow),
-        pytest.param(
-            {"parallel__use_distributed_optimizer": "false"}, ("export",), id="plain", marks=pytest.mark.slow
-        ),
+        pytest.param({}, ("export", "export_ema"), id="dp2"),
+        pytest.param({"parallel__use_distributed_optimizer": "false"}, ("export",), id="plain"),
         pytest.param(
             {"parallel__engine": "deepspeed", "parallel__zero_stage": 3},
             ("export", "export_ema"),
             id="zero3",
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
-            {"lora__rank": 2, "lora__alpha": 64}, ("export", "export_ema"), id="lora", marks=pytest.mark.slow
-        ),
+        pytest.param({"lora__rank": 2, "lora__alpha": 64}, ("export", "export_ema"), id="lora"),
     ],
 )
 def test_float32_from_the_main_weights(

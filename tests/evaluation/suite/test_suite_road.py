@@ -57,6 +57,7 @@ def test_the_report_holds_what_the_images_got(road: Path, capsys: pytest.Capture
     assert "<svg" in page and "http" not in page and page.count("data:image/png;base64,") == 4 + 3 + 3
 
 
+@pytest.mark.slow
 def test_two_processes_and_another_batch_size_make_the_same_bytes(road: Path, tmp_path: Path) -> None:
     words = (f"base={BASE}", "--batch-size", "3")
     run_ranks(_evaluate, 2, str(road / "suite.yaml"), str(tmp_path), words)

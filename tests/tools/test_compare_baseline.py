@@ -96,7 +96,7 @@ def test_arms_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     stage = SoarConfig(num_auxiliary_points=1, timesteps="grid", shift=3.0)
     case = make_case("tiny", stage=stage, batch_size=4)
     every = rows_alone(case, [2, 4], [4], ["local", "transformer_engine"], ["sdpa", "flash"])
-    assert len({row.name for row in every}) == len(every) == 6 + 8 + 1
+    assert len({row.name for row in every}) == len(every) == 6 + 8 + 2
     rows = named(every, ["all three repaired", "soar_mega, 4 points", "Transformer Engine, 4 points"])
     assert [row.name.strip() for row in rows[:2]] == ["all three repaired", "soar_mega, 4 points"]
     rows = [rows[-2], rows[0]]  # the failing one first

@@ -7,7 +7,6 @@ from typing import Any
 from soar_mega import layer_checks
 from soar_mega.cli.numbers import check_at_least_one
 from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
-from soar_mega.config_checks import check_replicas
 from soar_mega.gpus import HOPPER, usable_memory
 from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import recommend
@@ -79,7 +78,6 @@ def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
     ranks = parallel.replica_size
     if arguments.gpus % ranks:
         raise ValueError(f"--gpus {arguments.gpus} must be a multiple of the layout's TP x PP x CP = {ranks}")
-    check_replicas(recipe.train.global_batch_size, arguments.gpus // ranks)
     multiple = 8 * sizes.patch_size
     if arguments.image_size % multiple:
         raise ValueError(

@@ -46,7 +46,7 @@ def read_image(source: Path | BinaryIO) -> Image.Image:
     try:
         with Image.open(source) as file:
             _refuse_several_pictures(file)
-            image = ImageOps.exif_transpose(file)
+            image = _in_8_bits(ImageOps.exif_transpose(file))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -65,6 +65,16 @@ def image_size(source: Path | BinaryIO) -> tuple[int, int]:
             return (height, width) if file.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
     except Exception as error:  # as above
         raise _unreadable(error) from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits, which Pillow's `convert` would cut off at 255: white. In colour it reads 8 itself."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.array(image).clip(0, 2**16 - 1).astype(np.uint16)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey)
 
 
 def _refuse_several_pictures(file: Image.Image) -> None:

@@ -75,6 +75,18 @@ def test_transparent_parts_become_white_and_grey_becomes_rgb(tmp_path):
     assert np.all(np.array(read_image(tmp_path / "grey.png")) == 100)
 
 
+def test_grey_of_16_bits_keeps_its_shades(tmp_path):
+    values = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)
+    for name, settings, shades in (
+        ("plain.png", {}, [0, 78, 156, 255]),
+        ("see_through.png", {"transparency": 20000}, [0, 255, 156, 255]),
+    ):
+        Image.fromarray(values).save(tmp_path / name, **settings)
+        with Image.open(tmp_path / name) as file:
+            assert file.mode == "I;16"
+        assert np.array(read_image(tmp_path / name))[0].tolist() == [[shade] * 3 for shade in shades]
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -509,8 +509,8 @@ def test_diffusers_to_checkpoint_and_back_is_bitwise(
 
 def test_prompts_are_read_without_a_byte_order_mark_and_as_utf_8_alone(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("a red 3\n\n caf\u00e9 \n", encoding="utf-8-sig")
-    assert read_prompts(str(file)) == ["a red 3", "caf\u00e9"]
+    file.write_text("a red 3\n\n caf\u00e9\u2028noir \n", encoding="utf-8-sig")
+    assert read_prompts(str(file)) == ["a red 3", "caf\u00e9\u2028noir"]
     file.write_text("caf\u00e9", encoding="latin-1")
     with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8"):
         read_prompts(str(file))

@@ -183,7 +183,7 @@ def read_prompts(path: str | None) -> list[str]:
     from soar_mega.data.text_files import decode
 
     try:
-        lines = decode(Path(path).read_bytes()).splitlines()
+        lines = decode(Path(path).read_bytes()).split("\n")
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     return [line.strip() for line in lines if line.strip()]

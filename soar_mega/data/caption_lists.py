@@ -1,6 +1,7 @@
 """Lists of images and captions: JSONL and CSV, as Hugging Face, diffusers and SOAR's authors write them."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -70,7 +71,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         text = decode(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    # as lines of a file: splitlines would end a caption at separators that Unicode has beside these
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     while True:
         try:
             row = next(reader)
@@ -78,6 +80,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             return
         except csv.Error as error:
             yield reader.reader.line_num, ValueError(f"is not valid CSV: {error}")
+            continue
+        if any(row.get(None, ())):  # what is behind the last column
+            columns = len(reader.fieldnames or ())
+            why = f"has more than {columns} columns: a text with commas stands in double quotes"
+            yield reader.line_num, ValueError(why)
         else:
             yield reader.line_num, row
 

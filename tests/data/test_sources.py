@@ -235,15 +235,19 @@ def test_metadata_as_csv(tmp_path):
         'x.png,"an x, seen ""twice""\nin two lines",6.5',
         "d/y.png,a y,none",
         "gone.png,a,1",
+        "x.png,a\u2028b\x0cc\x85d,2",
+        "x.png,an x, seen twice,3",
     ]
     (tmp_path / "metadata.csv").write_text("\n".join([*lines, 'x.png,"never closed']))
     items, rejects = list_items(tmp_path)
     assert [(item.name, item.captions[0].text, item.score) for item in items] == [
         ("x.png", 'an x, seen "twice"\nin two lines', 6.5),
         ("d/y.png", "a y", None),
+        ("x.png", "a\u2028b\x0cc\x85d", 2.0),
     ]
-    assert [reject.name for reject in rejects] == ["metadata.csv:5", "metadata.csv:6"]
-    assert "gone.png is missing" in rejects[0].reason and "not valid CSV" in rejects[1].reason
+    assert [reject.name for reject in rejects] == [f"metadata.csv:{line}" for line in (5, 7, 8)]
+    assert "gone.png is missing" in rejects[0].reason and "not valid CSV" in rejects[2].reason
+    assert "more than 3 columns: a text with commas stands in double quotes" in rejects[1].reason
 
 
 def test_a_list_names_nothing_outside_its_folder(tmp_path):

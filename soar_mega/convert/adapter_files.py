@@ -42,6 +42,8 @@ PLAIN: dict[str, Any] = {
     "alpha_pattern": {},
     "modules_to_save": None,
 }
+# beginnings of PEFT's init_lora_weights that take something out of the weights which the adapters are on
+CHANGE_WEIGHTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ def open_lora(path: str | Path) -> LoraFile:
     ranks = {shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise ValueError(f"{file} has adapters of ranks {sorted(ranks)}: here all have the same rank")
-    settings = _settings(file, metadata)
+    settings = _settings(file, metadata, is_peft=all(key.startswith(PEFT_PREFIX) for key in stored))
     for name, plain in PLAIN.items():
         if settings.get(name, plain) not in (plain, None):
             raise ValueError(f"{file}: its adapters have {name}={settings[name]!r}, which is not known here")
+    if (kind := str(settings.get("init_lora_weights")).lower()).startswith(CHANGE_WEIGHTS):
+        raise ValueError(
+            f"{file}: its adapters have init_lora_weights={kind!r}, so they are on changed weights and not on those of "
+            "a pipeline: let PEFT save them with path_initial_model_for_weight_conversion"
+        )
     [rank] = ranks
     said = settings.get("r", rank)
     if said != rank:
@@ -119,10 +126,13 @@ def _file(path: Path) -> Path:
     )
 
 
-def _settings(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """PEFT's configuration, from beside the file or from within; empty where there is none."""
-    if file.name == PEFT_FILE and (file.parent / PEFT_CONFIG).is_file():
-        return read_object(file.parent / PEFT_CONFIG)
+def _settings(file: Path, metadata: dict[str, str], is_peft: bool) -> dict[str, Any]:
+    """PEFT's configuration, from beside the file in PEFT's format or from within one in diffusers'.
+
+    Of the latter it is empty where there is none: diffusers then takes alpha to be the rank. PEFT takes nothing.
+    """
+    if is_peft:
+        return read_object(file.parent / PEFT_CONFIG, "the alpha of the adapters beside it is there")
     if METADATA not in metadata:
         return {}
     try:

@@ -1,5 +1,7 @@
 """Adapters against diffusers' transformer with adapters made by hand, and against PEFT where it is installed."""
 
+import json
+
 import flux_peer
 import peer
 import pytest
@@ -7,9 +9,11 @@ import te_stand_in
 import torch
 from lora_peer import adapt_peer, peer_gradients, random_factors
 from peer import SMALL, gradient_errors, make_inputs, random_case, relative_error, run_peer, save_peer
+from safetensors.torch import save_file
 
 from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig
 from soar_mega.convert import load_diffusers, load_weights
+from soar_mega.convert.adapter_files import open_lora
 from soar_mega.models.common.build import build_model
 from soar_mega.models.common.lora import Adapters, adapter_pairs, add_adapters
 from soar_mega.models.family import read_sizes
@@ -150,6 +154,21 @@ def test_merged_weights_are_the_adapted_model(tmp_path):
             weight.copy_(tensors(name))
     inputs = make_inputs(model.sizes)
     assert relative_error(model(*inputs), plain(*inputs)) < 1e-5
+
+
+def test_adapters_of_unknown_scale_or_on_changed_weights_are_refused(tmp_path):
+    file, config = tmp_path / "step-9.safetensors", tmp_path / "adapter_config.json"
+    shapes = {"A": (2, 3), "B": (4, 2)}
+    save_file({f"base_model.model.x.lora_{which}.weight": torch.ones(shapes[which]) for which in "AB"}, file)
+    with pytest.raises(ValueError, match=r"adapter_config.json cannot be read .*alpha of the adapters"):
+        open_lora(file)
+    for kind in ("pissa_niter_16", "olora", "corda", "loftq", "lora_ga"):
+        config.write_text(json.dumps({"r": 2, "lora_alpha": 4, "init_lora_weights": kind}))
+        with pytest.raises(ValueError, match=rf"init_lora_weights='{kind}', so they are on changed weights"):
+            open_lora(file)
+    for kind in (True, "gaussian", "eva", None):
+        config.write_text(json.dumps({"r": 2, "lora_alpha": 4, "init_lora_weights": kind}))
+        assert open_lora(file).alpha == 4.0
 
 
 def test_dropout_leaves_out_features_of_a_step(tmp_path):

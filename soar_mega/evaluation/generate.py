@@ -21,6 +21,7 @@ from soar_mega.flow import Schedule, normal, sample, solver_steps
 from soar_mega.flow.schedule import TIMESTEPS
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.transformer import Transformer
+from soar_mega.models.family import read_sizes
 from soar_mega.outputs import check_file, write_file
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # which keep a mark
@@ -142,11 +143,13 @@ class Generator:
 def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:
     """The schedule of a pipeline's scheduler for so many image tokens, or of the shift that is given in its place."""
 
+    is_even = read_sizes(pipeline_dir).family.samples_evenly
+
     def schedule(tokens: int) -> Schedule:
         if shift is not None:
-            return Schedule(shift)
+            return Schedule(shift, is_even=is_even)
         found, is_dynamic = scheduler_shift(pipeline_dir, tokens)
-        return Schedule(found, is_dynamic=is_dynamic)
+        return Schedule(found, is_even=is_even or is_dynamic)
 
     schedule(1)  # says now what cannot be
     return schedule

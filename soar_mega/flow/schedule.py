@@ -23,7 +23,7 @@ class Schedule:
     shift: float
     num_train_timesteps: int = TIMESTEPS
     grid: bool = False
-    is_dynamic: bool = False  # the shift belongs to a number of image tokens, as FLUX's pipelines choose it
+    is_even: bool = False  # samplers take steps of equal unshifted time, as FLUX's pipelines do
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
@@ -86,14 +86,14 @@ class Schedule:
         """Sigmas of an n-step sampler, [n + 1] float64, from 1 down to 0.
 
         Those of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(n): equal steps from
-        sigma 1 to sigma_min, both already shifted, then shifted once more, then 0. Pipelines with a dynamic shift
-        take equal steps of unshifted time from 1 to 1/n, shifted once.
+        sigma 1 to sigma_min, both already shifted, then shifted once more, then 0. Where `is_even` those of pipelines
+        that give their scheduler equal steps of unshifted time, from 1 to 1/n, which are shifted once.
 
         Raises:
             ValueError: n below 1.
         """
         check_sampling_steps(n)
-        last = 1 / n if self.is_dynamic else self.sigma_min
+        last = 1 / n if self.is_even else self.sigma_min
         steps = self._shifted(torch.linspace(1, last, n, dtype=torch.float64))
         return torch.cat([steps, steps.new_zeros(1)])
 

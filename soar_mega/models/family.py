@@ -47,6 +47,7 @@ class Family:
             point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
         encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.
+        samples_evenly: its pipeline's sampler takes steps of equal unshifted time (`Schedule.is_even`).
         original: the layout of its authors' single files; None where there are none.
     """
 
@@ -65,6 +66,7 @@ class Family:
     layer_bytes: Callable[[Any, RankTokens, int, int, frozenset[str]], float]
     embedding_bytes: Callable[[Any, tuple[int, int], int, int], float]
     encoder_facts: Callable[[Path, int | None], "EncoderFacts"]
+    samples_evenly: bool = False
     original: OriginalLayout | None = None
 
 

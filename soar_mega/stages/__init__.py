@@ -18,11 +18,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(path, overrides, SETTINGS)
 
 
-def make_stage(config: StageConfig, shift: float, *, is_dynamic: bool = False) -> "Stage":
+def make_stage(config: StageConfig, shift: float, *, is_even: bool = False) -> "Stage":
     """The stage a recipe names; `shift` is used where the recipe leaves its own open.
 
     Args:
-        is_dynamic: the shift belongs to a number of image tokens, as FLUX's pipelines choose it.
+        is_even: samplers take steps as FLUX's pipelines do (`Schedule`).
 
     Raises:
         ValueError: there is no stage of that name.
@@ -47,7 +47,8 @@ def make_stage(config: StageConfig, shift: float, *, is_dynamic: bool = False) -
     wanted = SETTINGS[config.name]
     assert type(config) is wanted, f"{config.name} has other settings than {type(config).__name__}"
     make, shift = stages[config.name], shift if config.shift is None else config.shift
-    return make(config, shift, is_dynamic) if config.collects else make(config, shift)
+    stage: Stage = make(config, shift, is_even)
+    return stage
 
 
 __all__ = [

@@ -33,8 +33,8 @@ class DiffusionNft(LearningFromSamples):
     observed = ("positive", "negative", "old_distance")
     config: DiffusionNftConfig
 
-    def __init__(self, config: DiffusionNftConfig, shift: float, is_dynamic: bool = False) -> None:
-        super().__init__(config, shift, is_dynamic)
+    def __init__(self, config: DiffusionNftConfig, shift: float, is_even: bool = False) -> None:
+        super().__init__(config, shift, is_even)
         steps = self._last_level()
         if config.levels == "stratified" and config.num_levels > steps:
             raise ValueError(

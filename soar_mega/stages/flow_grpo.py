@@ -32,8 +32,8 @@ class FlowGrpo(LearningFromSamples):
     observed = ("ratio", "clipped", "approx_kl")
     config: FlowGrpoConfig
 
-    def __init__(self, config: FlowGrpoConfig, shift: float, is_dynamic: bool = False) -> None:
-        super().__init__(config, shift, is_dynamic)
+    def __init__(self, config: FlowGrpoConfig, shift: float, is_even: bool = False) -> None:
+        super().__init__(config, shift, is_even)
         self.replayed = config.old_log_probabilities == "replayed"
 
     def plan(self, seed: int, position: Tensor) -> SamplingPlan:

@@ -17,7 +17,7 @@ class LearningFromSamples:
     """The common part of such a stage.
 
     Args:
-        shift: of the schedule; is_dynamic: it belongs to a number of image tokens, as FLUX's pipelines choose it.
+        shift, is_even: of the schedule.
 
     Attributes:
         sigmas: [n + 1] float64 of the sampler.
@@ -33,10 +33,10 @@ class LearningFromSamples:
         self,
         config: CollectingConfig,
         shift: float,
-        is_dynamic: bool = False,
+        is_even: bool = False,
     ) -> None:
         self.config = config
-        self.schedule = Schedule(shift, is_dynamic=is_dynamic)
+        self.schedule = Schedule(shift, is_even=is_even)
         self.keeps = config.kept_copies
         self.further: Mapping[str, Further] = {name: Further(name, self._states) for name in self.keeps}
         self.observes = (*self.observed, "kl") if "reference" in self.keeps else self.observed

@@ -23,9 +23,9 @@ class Sft:
     keeps: tuple[str, ...] = ()
     observes: tuple[str, ...] = ()
 
-    def __init__(self, config: SftConfig, shift: float) -> None:
+    def __init__(self, config: SftConfig, shift: float, is_even: bool = False) -> None:
         self.config = config
-        self.schedule = Schedule(shift, grid=config.timesteps == "grid")
+        self.schedule = Schedule(shift, grid=config.timesteps == "grid", is_even=is_even)
 
     def queries(self, batch: Batch) -> Queries | None:
         """Nothing has to be asked."""

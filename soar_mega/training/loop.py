@@ -76,11 +76,13 @@ class Steps:
         """For latents [C, H, W]: pipelines may choose the shift by how many tokens an image has."""
         size = latent_shape[1:]
         if size not in self._stages:
-            config, is_dynamic = self.recipe.stage.asking(sizes.guidance_embeds), False
-            shift = config.shift
+            config = self.recipe.stage.asking(sizes.guidance_embeds)
+            shift, is_even = config.shift, sizes.family.samples_evenly
             if shift is None:
-                shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, image_tokens(sizes, size))
-            self._stages[size] = make_stage(config, shift, is_dynamic=is_dynamic)
+                tokens = image_tokens(sizes, size)
+                shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, tokens)
+                is_even |= is_dynamic
+            self._stages[size] = make_stage(config, shift, is_even=is_even)
         return self._stages[size]
 
     def _keep_weights(self) -> None:

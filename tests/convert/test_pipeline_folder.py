@@ -183,7 +183,7 @@ def test_a_dynamic_shift_is_that_of_diffusers(tmp_path):
         mu = calculate_shift(tokens, *settings.values())
         scheduler.set_timesteps(sigmas=[1 - i / 7 for i in range(7)], mu=mu)
         assert is_dynamic
-        found = Schedule(shift, is_dynamic=True).inference_sigmas(7)
+        found = Schedule(shift, is_even=True).inference_sigmas(7)
         assert torch.allclose(found, scheduler.sigmas.double(), atol=1e-6)
     config = tmp_path / "scheduler/scheduler_config.json"
     content = json.loads(config.read_text())

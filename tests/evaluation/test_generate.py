@@ -88,6 +88,19 @@ def test_images_are_those_of_diffusers(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_flux_takes_its_pipeline_s_steps_at_a_constant_shift_too(tmp_path: Path, steps: int) -> None:
+    """schnell's is 1, and all four of its steps are of one length."""
+    shutil.copytree(BASE.with_name("flux_base") / "transformer", tmp_path / "transformer")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    for shift in (None, 3.0):
+        scheduler.set_shift(shift or 1.0)
+        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])  # as FluxPipeline does
+        found = schedule_of(tmp_path, shift)(16).inference_sigmas(steps)
+        torch.testing.assert_close(found, scheduler.sigmas.double(), atol=1e-6, rtol=0)
+
+
 def test_an_image_depends_on_its_place_and_seed_alone(generator: Generator, prompts: EncodedPrompts) -> None:
     def draw(seed: int, batch_size: int) -> torch.Tensor:
         return generator.images(prompts, steps=2, guidance_scale=1.0, seed=seed, batch_size=batch_size)

@@ -37,4 +37,5 @@ FAMILY = Family(
     layer_bytes=work.layer_bytes,
     embedding_bytes=work.embedding_bytes,
     encoder_facts=encoder_facts,
+    samples_evenly=True,
 )

@@ -1,6 +1,7 @@
 """How far the images of a set are from real ones: FID, KID, precision and recall, kept like scores."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -36,7 +37,11 @@ def distance(store: Store, cell: Cell, weights_dir: str, device: torch.device) -
     if known is None:
         # the same real images for every model and every point
         features = store.path / "distances" / f"real-{digest(seen)}"
-        measured = distance_to_held_out(cell.images.folder, real, Path(weights_dir), str(device), features)
+        # of this set's prompts: those that were in its file before have left their images in the folder
+        with TemporaryDirectory() as folder:
+            for task in cell.prompt_set.tasks:
+                Path(folder, f"{task.name}.png").symlink_to(cell.images.path(task.name).resolve())
+            measured = distance_to_held_out(Path(folder), real, Path(weights_dir), str(device), features)
         known = {"distances": measured}
         store.write_json(name, known)
     found: dict[str, float] = known["distances"]

@@ -230,6 +230,10 @@ def test_distances_to_real_images_are_measured_once_for_each_set(
     for _ in range(2):
         assert evaluate(suite, tmp_path / "out", *words) == 0
     assert seen == [4, 4] and len(kept) == 1  # at both scales, with one set of features of the real images
+    lines = tmp_path / "digits" / "test_metadata.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-1]))
+    assert evaluate(suite, tmp_path / "out", *words) == 0
+    assert seen[2:] == [3, 3] and len(list((tmp_path / "out" / "images").glob("*/digits/*.png"))) == 8
     row, _ = json.loads((tmp_path / "out" / "report.json").read_text())["distances"]
     assert (row["model"], row["set"], row["fid"]) == ("base", "digits", 12.5)
     assert "<td>12.5</td>" in (tmp_path / "out" / "report.html").read_text()

@@ -25,8 +25,9 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
     Args:
         label: what the names of samples begin with.
     """
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, dict[str, Picture]] = {}
     texts: dict[str, dict[str, bytes]] = {}
+    further: list[tuple[str, str]] = []  # as KEY.mask.png
     passed_over = 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -36,19 +37,30 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
                 if not member.isreg() or member.issparse():
                     continue
                 if suffix in IMAGE_SUFFIXES:
-                    pictures[key] = Picture(path, member.offset_data, member.size)
+                    pictures.setdefault(key, {})[suffix] = Picture(path, member.offset_data, member.size)
                 elif suffix in CAPTION_SUFFIXES and member.size <= LARGEST_TEXT:
                     file = tar.extractfile(member)
                     assert file is not None
                     texts.setdefault(key, {})[suffix] = file.read()
                 else:
                     passed_over += 1
+                    if suffix.endswith(IMAGE_SUFFIXES) and key != member.name:
+                        further.append((key, member.name))
     except (tarfile.TarError, OSError, ValueError) as error:
         yield Reject(name=label, reason=f"cannot be read as an uncompressed tar: {error}", kind="damaged tar")
     if passed_over:
         log.info("%s: %d members are neither images nor captions and are passed over", path, passed_over)
-    for key, picture in pictures.items():
+    for key, member_name in further:
+        if key not in pictures:
+            reason = "is a picture with a dot in its name, where that of a sample ends: name it without"
+            yield Reject(name=f"{label}/{member_name}", reason=reason, kind="dot in a name")
+    for key, found in pictures.items():
         name = f"{label}/{key}"
+        if len(found) > 1:
+            reason = f"has the pictures {' and '.join(found)}: leave one of them"
+            yield Reject(name=name, reason=reason, kind="several pictures")
+            continue
+        [picture] = found.values()
         try:
             captions, score = _captions(texts.get(key, {}), score_key)
         except ValueError as error:

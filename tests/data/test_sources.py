@@ -294,6 +294,12 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
         add_to_tar(tar, "5.json", b"[1]")
         add_to_tar(tar, "6.png", picture)
         add_to_tar(tar, "6.pyd", pickle.dumps(Trap()))
+        add_to_tar(tar, "b/1.mask.png", picture)
+        add_to_tar(tar, "._b.png", b"of macOS")
+        add_to_tar(tar, "7.v2.png", picture)
+        add_to_tar(tar, "7.v2.txt", b"seven")
+        for name in ("8.png", "8.jpg", "8.txt"):
+            add_to_tar(tar, name, picture)
     before = sorted(tmp_path.rglob("*"))
     items, rejects = list_items(tmp_path / "0.tar")
     assert [(item.name, item.captions[0].text, item.score) for item in items] == [
@@ -305,7 +311,9 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
         assert file.read() == picture
     reasons = {reject.name: reject.reason for reject in rejects}
     assert "caption without an image" in reasons["0.tar/3"] and "no caption" in reasons["0.tar/4"]
-    assert "not a JSON object" in reasons["0.tar/5"] and len(reasons) == 4
+    assert "not a JSON object" in reasons["0.tar/5"] and len(reasons) == 6
+    assert "dot in its name" in reasons["0.tar/7.v2.png"]
+    assert reasons["0.tar/8"] == "has the pictures .png and .jpg: leave one of them"
     assert sorted(tmp_path.rglob("*")) == before
 
 

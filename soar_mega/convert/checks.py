@@ -17,7 +17,7 @@ def diffusers_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 def check_shapes(
     wanted: Mapping[str, tuple[int, ...]], reader: Reader, told_by: str, prefix: str = ""
 ) -> None:
-    """ValueError where tensors are missing, unknown or of another shape.
+    """ValueError where tensors are missing, unknown, or of another shape or a type of number that is no model's.
 
     Args:
         told_by: what implies the shapes, for the message.
@@ -36,6 +36,8 @@ def check_shapes(
             )
     if problems:
         raise ValueError(f"the weights in {reader.path} do not fit {told_by}:\n  {listed(problems)}")
+    for name in wanted:
+        reader.dtype(held[name])
 
 
 def listed(lines: list[str]) -> str:

@@ -56,8 +56,7 @@ class Reader:
         files: by key, where a tensor is.
 
     Raises:
-        ValueError: no weights, a file that is missing or damaged, or a type of number that is no model's; the message
-            names the file, and the key.
+        ValueError: no weights, or a file that is missing or damaged; the message names it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,8 +78,11 @@ class Reader:
         return self._places[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """The type of a tensor's numbers."""
-        return TYPES[self._places[key].type_name]
+        """The type of a tensor's numbers. ValueError: it is none of weights, as in other parts of a pipeline's file."""
+        place = self._places[key]
+        if place.type_name not in TYPES:
+            raise ValueError(f"{place.file}: {key} holds {place.type_name}; weights are fp32, bf16 or fp16")
+        return TYPES[place.type_name]
 
     def read(self, key: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """A tensor, or its rows (dim 0) or columns (dim 1) start..stop."""
@@ -135,9 +137,6 @@ def _places(file: Path) -> dict[str, _Place]:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    for key, entry in header.items():
-        if entry["dtype"] not in TYPES:
-            raise ValueError(f"{file}: {key} holds {entry['dtype']}; weights are fp32, bf16 or fp16")
     return {
         key: _Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for key, entry in header.items()

@@ -55,6 +55,7 @@ def adapters(name: str, prefix: str) -> Callable[[Path], str]:
         factors = {"A": torch.ones(2, 32), "B": torch.ones(32, 2)}
         stored = {f"{prefix}{m}.lora_{k}.weight": t.clone() for m in modules for k, t in factors.items()}
         save_file(stored, folder / name)
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
         return f"{prefix}{modules[0]}.lora_A.weight"
 
     return write

@@ -45,6 +45,10 @@ def test_sd3_files_are_what_diffusers_reads(tmp_path, changes, dtype, prefix):
     file = tmp_path / "any name.safetensors"
     with open_weights(tmp_path / "transformer") as weights:
         to_original_file(weights, file, prefix=prefix)
+    if prefix:  # a file of a whole pipeline, with types in its other parts that no transformer has
+        others = {"text_encoders.t5xxl.scaled_fp8": torch.zeros(2, 2, dtype=torch.float8_e4m3fn)}
+        others["text_encoders.clip_l.position_ids"] = torch.zeros(1, 2, dtype=torch.int64)
+        save_file(load_file(file) | others, file)
     theirs = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(load_file(file))
     assert equal(theirs, model.state_dict())
     with open_weights(file, tmp_path) as weights:

@@ -7,7 +7,7 @@ program did not write, and OSError where it cannot be written.
 from pathlib import Path
 
 from soar_mega.convert.original_file import OriginalWriter
-from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
+from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts, refuse_other_transformer
 from soar_mega.convert.safetensors_writer import MARK
 from soar_mega.convert.save import AS_STORED, WeightFiles, start_folder
 from soar_mega.convert.weights import Weights
@@ -31,6 +31,7 @@ def to_pipeline_folder(
     """Write a diffusers pipeline folder, whose other parts are copied from `pipeline_dir`; facts: of the weights."""
     source = Path(pipeline_dir)
     refuse_overlap(out, {"the pipeline": source})
+    refuse_other_transformer(source, weights.sizes.family.class_name)
     with OutputFolder(out).writing() as new:
         copy_parts(source, pipeline_parts(source), new)
         if facts is not None:

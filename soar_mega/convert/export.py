@@ -8,7 +8,7 @@ from torch import Tensor
 
 from soar_mega.convert.checks import diffusers_shapes
 from soar_mega.convert.original_file import OriginalWriter
-from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts
+from soar_mega.convert.pipeline_folder import copy_parts, pipeline_parts, refuse_other_transformer
 from soar_mega.convert.safetensors_writer import MARK
 from soar_mega.convert.save import AS_STORED, WeightFiles, on_rank_zero, write_transformer, write_weights
 from soar_mega.models.common.chunks import ModelChunks
@@ -42,6 +42,7 @@ def save_folder(
         transformer = new
         if pipeline_dir:
             source, transformer = Path(pipeline_dir), new / "transformer"
+            on_rank_zero(lambda: refuse_other_transformer(source, model.sizes.family.class_name), folder)
             on_rank_zero(lambda: copy_parts(source, pipeline_parts(source), new), folder)
         write_transformer(model, transformer, tensors, files)
         on_rank_zero(lambda: _write_notes(new, notes or {}), folder)

@@ -101,6 +101,16 @@ def pipeline_parts(folder: str | Path) -> dict[str, int]:
     return {name: _readable_size(file) for name, file in files.items()}
 
 
+def refuse_other_transformer(folder: str | Path, class_name: str) -> None:
+    """ValueError where a pipeline draws with another class of transformer: with this one it could not be loaded."""
+    index = Path(folder) / INDEX
+    kind = read_object(index).get("transformer")
+    if isinstance(kind, list) and kind and kind[-1] != class_name:
+        raise ValueError(
+            f"{index} is of a pipeline with a {kind[-1]}, and these are weights of a {class_name}"
+        )
+
+
 def copy_parts(source: Path, names: Iterable[str], target: Path) -> None:
     """Copies files of a pipeline; links are followed, and permissions are those of new files."""
     for name in names:

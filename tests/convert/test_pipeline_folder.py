@@ -17,7 +17,9 @@ from soar_mega.convert import (
     save_folder,
     scheduler_shift,
 )
+from soar_mega.convert.change_form import to_pipeline_folder
 from soar_mega.convert.weight_files import INDEX, SINGLE
+from soar_mega.convert.weights import open_weights
 from soar_mega.flow import Schedule
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.family import read_sizes
@@ -112,6 +114,18 @@ def test_only_what_the_index_names_is_copied(tmp_path):
     there = {path.name for path in (tmp_path / "export").iterdir()}
     named = {name for name, kind in index.items() if isinstance(kind, list) and None not in kind}
     assert there == named | {"model_index.json", MARKER}
+
+
+def test_weights_of_another_architecture_are_not_put_into_a_pipeline(tmp_path):
+    out, other = tmp_path / "out", BASE.with_name("flux_base")
+    with pytest.raises(ValueError, match="with a FluxTransformer2DModel, and .* of a SD3Transformer2DModel"):
+        save_folder(load_diffusers(BASE), out, pipeline_dir=other)
+    with (
+        open_weights(BASE) as weights,
+        pytest.raises(ValueError, match="with a FluxTransformer2DModel, and .* of a SD3Transformer2DModel"),
+    ):
+        to_pipeline_folder(weights, other, out)
+    assert not out.exists()
 
 
 def test_permissions_are_the_umasks(tmp_path):

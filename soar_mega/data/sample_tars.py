@@ -27,6 +27,7 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
     """
     pictures: dict[str, dict[str, Picture]] = {}
     texts: dict[str, dict[str, bytes]] = {}
+    links: list[str] = []  # also those that tar makes of a file that is in it by two names
     further: list[tuple[str, str]] = []  # as KEY.mask.png
     passed_over = 0
     try:
@@ -35,6 +36,8 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
                 tar.members = []  # type: ignore[attr-defined]  # the library would keep all
                 key, suffix = _key(member.name)
                 if not member.isreg() or member.issparse():
+                    if suffix in IMAGE_SUFFIXES:
+                        links.append(member.name)
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     pictures.setdefault(key, {})[suffix] = Picture(path, member.offset_data, member.size)
@@ -50,6 +53,9 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
         yield Reject(name=label, reason=f"cannot be read as an uncompressed tar: {error}", kind="damaged tar")
     if passed_over:
         log.info("%s: %d members are neither images nor captions and are passed over", path, passed_over)
+    for member_name in links:
+        reason = "is a link or no plain file: pack the picture itself (tar --hard-dereference)"
+        yield Reject(name=f"{label}/{member_name}", reason=reason, kind="link in a tar")
     for key, member_name in further:
         if key not in pictures:
             reason = "is a picture with a dot in its name, where that of a sample ends: name it without"

@@ -289,6 +289,8 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
         add_to_tar(tar, "../../out.txt", b"stays inside")
         add_to_tar(tar, "3.png", b"", type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret.png"))
         add_to_tar(tar, "3.txt", b"behind a link")
+        add_to_tar(tar, "9.png", b"", type=tarfile.LNKTYPE, linkname="b/1.png")  # and so is its caption
+        add_to_tar(tar, "9.txt", b"", type=tarfile.LNKTYPE, linkname="b/1.txt")
         add_to_tar(tar, "4.png", picture)
         add_to_tar(tar, "5.png", picture)
         add_to_tar(tar, "5.json", b"[1]")
@@ -311,7 +313,8 @@ def test_tars_of_webdataset_are_read_in_place(tmp_path, monkeypatch):
         assert file.read() == picture
     reasons = {reject.name: reject.reason for reject in rejects}
     assert "caption without an image" in reasons["0.tar/3"] and "no caption" in reasons["0.tar/4"]
-    assert "not a JSON object" in reasons["0.tar/5"] and len(reasons) == 6
+    assert "not a JSON object" in reasons["0.tar/5"] and len(reasons) == 8
+    assert all("is a link" in reasons[name] for name in ("0.tar/3.png", "0.tar/9.png"))
     assert "dot in its name" in reasons["0.tar/7.v2.png"]
     assert reasons["0.tar/8"] == "has the pictures .png and .jpg: leave one of them"
     assert sorted(tmp_path.rglob("*")) == before

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from soar_mega.data.encoder_facts import TextPart, encoder_facts
-from soar_mega.data.shards import SampleError, ShardSet
+from soar_mega.data.shards import SampleError, ShardSet, spread
 from soar_mega.data.text_encoder import count_tokens, load_tokenizer
 from soar_mega.data.vae import Decoder
 
@@ -45,12 +44,6 @@ class LatentStatistics:
         std = math.sqrt(max(0.0, self.squares / self.finite - mean**2)) if mean is not None else None
         not_finite = 1 - self.finite / self.values if self.values else 0.0
         return {"mean": mean, "std": std, "not_finite": not_finite, "unreadable": self.failures}
-
-
-def spread(members: Sequence[int] | NDArray[Any], count: int) -> list[int]:
-    """At most `count` of these samples, evenly spread over all of them."""
-    take = min(count, len(members))
-    return [int(members[i * len(members) // take]) for i in range(take)]
 
 
 def inspect(shards: ShardSet, samples: int, pipeline_dir: str = "") -> dict[str, Any]:

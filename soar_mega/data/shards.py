@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, TarInfo
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,11 +212,11 @@ class ShardSet:
         )
 
     def one_bucket_groups(self, count: int, size: int) -> list[list[int]]:
-        """The first `count` samples as lists of at most `size` indices, each list of one bucket (for `batch`)."""
-        first = range(min(count, len(self)))
+        """`count` samples, spread over all, as lists of at most `size` indices, each of one bucket (for `batch`)."""
+        chosen = spread(range(len(self)), count)
         groups = []
         for bucket in sorted(self.info.buckets):
-            members = [i for i in first if self.bucket_of(i) == bucket]
+            members = [i for i in chosen if self.bucket_of(i) == bucket]
             groups += [members[i : i + size] for i in range(0, len(members), size)]
         return groups
 
@@ -276,6 +277,12 @@ class ShardSet:
         self.open()
         assert self._index is not None
         return self._index
+
+
+def spread(members: Sequence[int] | NDArray[Any], count: int) -> list[int]:
+    """At most `count` of these, evenly spread over all of them: sources lie in the order of their names or kinds."""
+    take = min(count, len(members))
+    return [int(members[i * len(members) // take]) for i in range(take)]
 
 
 class SampleError(Exception):

@@ -13,6 +13,7 @@ from soar_mega.data.info import bucket_name
 from soar_mega.data.prompt_cache import PromptCache, cache_name
 from soar_mega.data.prompt_files import PromptSet, read_prompts
 from soar_mega.data.ranks import agree, this_rank
+from soar_mega.data.shards import spread
 from soar_mega.distributed import device
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.models.common.build import DTYPES
@@ -38,7 +39,7 @@ def make_collector(recipe: Recipe) -> Collector:
         size = facts.image_size(data.resolution)
         facts.latent_shape(*size)
         prompts = read_prompts(data.prompts)
-        held_out = _held_out(recipe)
+        held_out = held_out_prompts(recipe)
         judge = _judge(recipe, [prompts] if held_out is None else [prompts, held_out])
     except (ValueError, OSError) as error:
         failure = str(error)
@@ -54,17 +55,18 @@ def make_collector(recipe: Recipe) -> Collector:
     return Collector(recipe, info, prompts, texts(prompts), judge, size, validation)
 
 
-def _held_out(recipe: Recipe) -> PromptSet | None:
+def held_out_prompts(recipe: Recipe) -> PromptSet | None:
     """The held-out prompts that are measured."""
     if not (recipe.data.validation_prompts and recipe.logging.eval_interval):
         return None
     found = read_prompts(recipe.data.validation_prompts, "test")
-    count = recipe.logging.eval_samples
+    # of all of its kinds: the files of GenEval have one after the other
+    chosen = spread(range(len(found)), recipe.logging.eval_samples)
     return replace(
         found,
-        prompts=found.prompts[:count],
-        metadata=found.metadata[:count],
-        places=found.places[:count],
+        prompts=[found.prompts[i] for i in chosen],
+        metadata=[found.metadata[i] for i in chosen],
+        places=[found.places[i] for i in chosen],
     )
 
 

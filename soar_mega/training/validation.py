@@ -64,7 +64,7 @@ class HeldOut:
         return values
 
     def _my_batches(self, samples: int) -> Iterator[Batch]:
-        """This data-parallel rank's share of the first `samples` held-out samples, in as many batches as the others'.
+        """This data-parallel rank's share of `samples` held-out samples, in as many batches as the others'.
 
         Forwards may be collective over the replicas. A rank that is left without a group of its own in the last round
         repeats the last group, with no valid sample.

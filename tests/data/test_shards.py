@@ -110,7 +110,7 @@ def test_groups_hold_one_bucket_each(tmp_path):
         make_shards(tmp_path / "s", [make_sample(i, size) for i, size in enumerate(sizes)])
     )
     assert shard_set.one_bucket_groups(5, 2) == [[1, 4], [0, 2], [3]]
-    assert shard_set.one_bucket_groups(2, 2) == [[1], [0]]
+    assert shard_set.one_bucket_groups(2, 2) == [[0, 2]]  # spread over all
     assert shard_set.batch([1, 4], seed=0).latent_shape == (4, 10, 6)
     with pytest.raises(ValueError, match="samples 0 and 1 are not of one bucket"):
         shard_set.batch([0, 1], seed=0)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from multirank import run_ranks
+from rl_cases import rl_recipe
 from tiny_runs import make_shards, tiny_recipe
 
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.shards import open_shards
 from soar_mega.distributed import start_world
+from soar_mega.training.collector_inputs import held_out_prompts
 from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.validation import HeldOut
 
@@ -84,3 +86,13 @@ def test_measurements_are_those_of_one_process(
         for setting, found in zip(settings, rank, strict=True):
             for here, there in zip(found, expected, strict=True):
                 assert here == pytest.approx(there, rel=1e-5), setting
+
+
+def test_prompts_are_taken_from_all_of_their_file(tmp_path: Path) -> None:
+    """Those of GenEval have one kind after the other."""
+    file = tmp_path / "test_metadata.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "tag": {i}}}\n' for i in range(10)))
+    settings = {"data__validation_prompts": file, "logging__eval_interval": 5, "logging__eval_samples": 3}
+    found = held_out_prompts(rl_recipe(tmp_path, "flow_grpo", **settings))
+    assert found is not None and found.prompts == ["p0", "p3", "p6"]
+    assert [each["tag"] for each in found.metadata] == [0, 3, 6] and found.places == [[1], [4], [7]]

@@ -47,16 +47,17 @@ def read_prompts(path: str | Path, split: str = "train", repeats: bool = False) 
 
     Args:
         path: a .txt or .jsonl file, or a folder with <split>_metadata.jsonl (which goes first) or <split>.txt.
-        repeats: a prompt that comes again is meant, and not told of.
+        repeats: a prompt that comes again is meant, and told of only where something else is beside it.
 
     Raises:
         ValueError: there is no such file, a line is no prompt, or all are empty; names file and line.
     """
     file = _file(Path(path), split)
     places: dict[str, list[int]] = {}
-    metadata: list[dict[str, Any]] = []
+    metadata: dict[str, dict[str, Any]] = {}
     empty: list[int] = []
     repeated: list[int] = []
+    otherwise: list[int] = []
     for number, line in _lines(file):
         if not line:
             empty.append(number)
@@ -66,20 +67,23 @@ def read_prompts(path: str | Path, split: str = "train", repeats: bool = False) 
         if not prompt:
             empty.append(number)
         elif prompt in places:
-            repeated.append(number)
+            (repeated if beside == metadata[prompt] else otherwise).append(number)
             places[prompt].append(number)
         else:
             places[prompt] = [number]
-            metadata.append(beside)
+            metadata[prompt] = beside
     if not places:
         raise ValueError(f"{file} holds no prompt: write one a line")
     for what, numbers in (
         ("without a prompt, left out", empty),
         ("with a prompt again, kept once", [] if repeats else repeated),
+        ("with a prompt again and something else beside it, judged by what is beside the first", otherwise),
     ):
         if numbers and is_rank_zero():
             log.warning("%s: %d lines %s (%s)", file, len(numbers), what, _named(file, numbers))
-    return PromptSet(path=file, prompts=list(places), metadata=metadata, places=list(places.values()))
+    return PromptSet(
+        path=file, prompts=list(places), metadata=list(metadata.values()), places=list(places.values())
+    )
 
 
 def _file(path: Path, split: str) -> Path:

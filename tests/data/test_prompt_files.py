@@ -34,9 +34,15 @@ def test_folders_and_files_of_the_outside_trainers(tmp_path: Path, caplog: pytes
     rows = [
         {"prompt": "two 3s", "tag": "counting", "include": [{"class": "3", "count": 2}]},
         {"prompt": "an 8"},
+        {"prompt": "two 3s", "tag": "colors"},
+        {"prompt": "an 8"},
     ]
     (tmp_path / "test_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_prompts(tmp_path, "test")
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        found = read_prompts(tmp_path, "test", repeats=True)
+    [warning] = caplog.messages
+    assert "1 lines with a prompt again and something else beside it" in warning and "jsonl:3" in warning
     assert found.prompts == ["two 3s", "an 8"] and found.path.name == "test_metadata.jsonl"
     assert found.metadata == [{"tag": "counting", "include": [{"class": "3", "count": 2}]}, {}]
 

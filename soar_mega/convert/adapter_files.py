@@ -26,7 +26,7 @@ from soar_mega.convert.save import on_rank_zero
 from soar_mega.models.common.gather import full_tensor, local_shard
 from soar_mega.models.common.lora import Adapters, Pair, add_adapters, alpha
 from soar_mega.models.common.transformer import Transformer
-from soar_mega.user_files import read_object
+from soar_mega.user_files import number, read_object
 
 PEFT_FILE, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 DIFFUSERS_FILE, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
@@ -95,7 +95,7 @@ def open_lora(path: str | Path) -> LoraFile:
             f"{file} holds {found}: expected are A and B of a transformer's linears under PEFT's names, as "
             f"{DIFFUSERS_PREFIX}transformer_blocks.0.attn.to_q.lora_A.weight"
         )
-    ranks = {shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
+    ranks = {shape[0] if shape else 0 for key, shape in shapes.items() if key.endswith(".lora_A.weight")}
     if len(ranks) != 1:
         raise ValueError(f"{file} has adapters of ranks {sorted(ranks)}: here all have the same rank")
     settings = _settings(file, metadata, is_peft=all(key.startswith(PEFT_PREFIX) for key in stored))
@@ -111,7 +111,7 @@ def open_lora(path: str | Path) -> LoraFile:
     said = settings.get("r", rank)
     if said != rank:
         raise ValueError(f"{file}: its configuration says rank {said}, its tensors have rank {rank}")
-    return LoraFile(file, rank, float(settings.get("lora_alpha", rank)), keys, shapes)
+    return LoraFile(file, rank, number({"lora_alpha": rank, **settings}, "lora_alpha", file), keys, shapes)
 
 
 def _file(path: Path) -> Path:

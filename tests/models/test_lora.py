@@ -169,6 +169,13 @@ def test_adapters_of_unknown_scale_or_on_changed_weights_are_refused(tmp_path):
     for kind in (True, "gaussian", "eva", None):
         config.write_text(json.dumps({"r": 2, "lora_alpha": 4, "init_lora_weights": kind}))
         assert open_lora(file).alpha == 4.0
+    for alpha in (None, "4", [4], float("nan")):
+        config.write_text(json.dumps({"r": 2, "lora_alpha": alpha}))
+        with pytest.raises(ValueError, match="lora_alpha is .*, a number is expected"):
+            open_lora(file)
+    save_file({f"base_model.model.x.lora_{which}.weight": torch.ones(()) for which in "AB"}, file)
+    with pytest.raises(ValueError, match="says rank 2, its tensors have rank 0"):
+        open_lora(file)
 
 
 def test_dropout_leaves_out_features_of_a_step(tmp_path):

@@ -516,6 +516,21 @@ def test_prompts_are_read_without_a_byte_order_mark_and_as_utf_8_alone(tmp_path:
         read_prompts(str(file))
 
 
+@pytest.mark.parametrize(
+    ("model", "scale", "message"),
+    [
+        (BASE, "1", "give a --guidance-scale above 1"),
+        (str(ROOT / "recipes/tiny/flux_base"), "3", "is told a guidance scale"),
+    ],
+)
+def test_a_negative_prompt_that_nothing_reads_is_refused(
+    model: str, scale: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a", "--negative-prompt", "b", "--guidance-scale", scale]
+    assert main(["sample", model, *words, "--out", str(tmp_path / "x.png")]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
 def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red 3\n\n a green 7 \n")

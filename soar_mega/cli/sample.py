@@ -89,6 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one per line")
     check_at_least_one(arguments, "count", "steps", "scale", "batch_size")
     check_guidance_scales([arguments.guidance_scale])
+    if arguments.negative_prompt and arguments.guidance_scale == 1:
+        raise ValueError(
+            "--negative-prompt is what guidance leads away from: give a --guidance-scale above 1"
+        )
 
     from soar_mega.cli.process import start_process
 
@@ -171,7 +175,13 @@ def _layout(arguments: argparse.Namespace) -> tuple[int, int]:
 def _encoded(arguments: argparse.Namespace, folder: str | Path, prompts: list[str]) -> "EncodedPrompts":
     from soar_mega.data.prompts import encode_prompts
     from soar_mega.models.common.build import DTYPES
+    from soar_mega.models.family import read_sizes
 
+    if arguments.negative_prompt and read_sizes(folder).guidance_embeds:
+        raise ValueError(
+            f"--negative-prompt: the transformer of {folder} is told a guidance scale and has no branch to lead away "
+            "from: leave it out"
+        )
     dtype, length = DTYPES[arguments.dtype], arguments.max_sequence_length
     return encode_prompts(folder, prompts, dtype, length, arguments.negative_prompt)
 

@@ -6,13 +6,15 @@
 #   failed                 -> requeue while this job has failed at most RETRIES times, else exit with the error
 #   5 starts in a row without a new checkpoint -> exit with an error, for it would go on like this for ever
 # USR1 comes from SLURM before the time limit (--signal=B:USR1@SECONDS) and before a preemption. It is passed on to all
-# ranks, again and again until they end, because a rank that is still starting does not hear it.
+# ranks, again and again until they end, because a rank that is still starting does not hear it. What runs before and
+# after the command is short, and goes on to its end.
 #
 # With `beside`, the file with another job's number, the command serves that job: when it is gone, this one is complete.
 
 # the number of an array's last job means the whole array: an element is named by its index
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
+trap '' USR1
 srun_options=()
 code=0 asked='' beside=''
 
@@ -46,7 +48,8 @@ until_complete() {
     while kill -0 "$step" 2> /dev/null; do wait "$step"; done
     wait "$step"
     code=$?
-    trap - USR1 TERM
+    trap '' USR1
+    trap - TERM
     [[ -n $asked ]] && kill "$asked" 2> /dev/null
     [[ -n $watch ]] && kill "$watch" 2> /dev/null
 
@@ -82,8 +85,9 @@ ask_to_stop() {
     say "asked to stop: the ranks save"
     (
         trap - USR1 TERM
-        for ((waited = 0; waited < $1 - 15; waited += 5)); do
-            scancel --signal=USR1 "$job" 2> /dev/null
+        # by the clock: a busy SLURM may take long over each of these
+        for ((last = SECONDS + $1 - 15; SECONDS < last; )); do
+            timeout 5 scancel --signal=USR1 "$job" 2> /dev/null
             sleep 5
         done
         # what is on the disk is good, and a job that meets its time limit is not requeued
@@ -106,9 +110,9 @@ end_with_job() {
     scancel --signal=TERM "$job"
 }
 
-count_starts() { # BEFORE AFTER: the latest checkpoints of this start
+count_starts() { # BEFORE AFTER: the latest checkpoints of this start; what serves another job has none
     local count=$folder/starts_without_checkpoint
-    if [[ $1 != "$2" ]]; then
+    if [[ $1 != "$2" || -n $beside ]]; then
         rm -f "$count"
         return
     fi
@@ -122,16 +126,28 @@ all_nodes_answer() {
 
 # After a node failure SLURM may have started the job again elsewhere while this script lives on.
 is_current() {
-    [[ $(scontrol show job "$job") == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+    [[ $(job_facts) == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 requeue() {
-    # a job that is being cancelled must not come back
-    if [[ $(scontrol show job "$job") == *"JobState=RUNNING "* ]]; then
+    local tries
+    for tries in {1..20}; do
+        # a job that is being cancelled must not come back
+        [[ $(job_facts) == *"JobState=RUNNING "* ]] || give_up "$1, and not requeued: the job was cancelled"
         say "$1: requeued"
         scontrol requeue "$job" && sleep 120 # SLURM ends this script
-    fi
-    give_up "$1, and not requeued: the job was cancelled"
+        sleep 5
+    done
+    give_up "$1, and SLURM does not requeue it"
+}
+
+# SLURM's controller may not answer for a while, as when it is started again.
+job_facts() {
+    local tries
+    for tries in {1..20}; do
+        scontrol show job "$job" && return
+        sleep 5
+    done
 }
 
 give_up() {

@@ -65,7 +65,7 @@ def serve(
     token_file: str = "",
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM, SIGINT, or SIGUSR1, by which a job's time limit is told.
 
     Args:
         url_file: where clients look for the server (`file:PATH#NAME`): it is there while the server is.
@@ -79,7 +79,7 @@ def serve(
     def end(number: int, frame: FrameType | None) -> None:
         threading.Thread(target=server.shutdown).start()  # it waits for the loop that this has interrupted
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, end)
     announced = url_file_content(server.url, token_file)
     try:

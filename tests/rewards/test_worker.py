@@ -605,12 +605,14 @@ def test_a_reward_that_the_worker_has_not_is_named_at_the_start(served: Served, 
 # -- the last test: it ends the process
 
 
-def test_sigterm_lets_it_finish_what_it_has_begun(served: Served) -> None:
+def test_a_signal_lets_it_finish_what_it_has_begun(served: Served) -> None:
+    """The one by which a job's time limit is told, again and again, as well as SIGTERM."""
     answers: list[tuple[int, dict[str, Any]]] = []
     asked = question([to_base64(pictures(1)[0])], name="slow")
     asking = threading.Thread(target=lambda: answers.append(served.ask("/score", asked)))
     asking.start()
     time.sleep(0.2)
+    served.process.send_signal(signal.SIGUSR1)
     served.process.send_signal(signal.SIGTERM)
     asking.join(timeout=30)
     assert answers[0][0] == 200 and answers[0][1]["results"] == [{"slow": {"slow": 1.0}}]

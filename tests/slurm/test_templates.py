@@ -42,6 +42,7 @@ def start(
     job: str = "7",
     more: Mapping[str, str] = MappingProxyType({}),
     before: str = "",
+    seconds: int = 60,
     **environment: str,
 ) -> tuple[int, str]:
     """One start of a job whose run folder is tmp_path/run; its exit code and what it asked SLURM for."""
@@ -51,10 +52,8 @@ def start(
         (fakes / name).write_text(f"#!/bin/bash\n{body}\n")
         (fakes / name).chmod(0o755)
     (tmp_path / "calls").write_text("")
-    script = (
-        f"source {TEMPLATES}/until_complete.sh\n{before}\nuntil_complete run/complete.json 60 {retries} x"
-    )
-    script += "; echo after"
+    command = f"until_complete run/complete.json {seconds} {retries} x; echo after"
+    script = f"source {TEMPLATES}/until_complete.sh\n{before}\n{command}"
     values = {
         "PATH": f"{fakes}:{os.environ['PATH']}",
         "SRUN": srun,
@@ -163,6 +162,39 @@ def test_what_serves_a_job_ends_with_it(tmp_path: Path) -> None:
     told = start(tmp_path, until_asked, more=fakes, before="beside=run/job_id")
     assert told == (0, "scancel --signal=TERM 7") and (tmp_path / "run" / "complete.json").exists()
     assert len((tmp_path / "asks").read_text().split()) == 4
+
+
+def test_what_serves_a_job_is_requeued_as_often_as_that_takes(tmp_path: Path) -> None:
+    """It makes no checkpoint by which it could be seen to get on."""
+    for number in range(6):
+        count = {"SLURM_RESTART_COUNT": str(number), "RESTARTS": str(number)} if number else {}
+        fakes = {"sleep": "exec /bin/sleep 0.1", "squeue": "echo 9"}
+        before = "mkdir -p run; echo 9 > run/job_id; beside=run/job_id"
+        assert start(tmp_path, "true", more=fakes, before=before, **count)[1] == "requeue 7"
+
+
+def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(tmp_path: Path) -> None:
+    """The first question fails, and the first requeue."""
+    fails = "[[ $1 != hostnames ]] && { echo x >> calls_made; (( $(wc -l < calls_made) % 3 == 1 )) && exit 1; }; "
+    fakes = {"sleep": "exec /bin/sleep 0.1", "scontrol": fails + FAKES["scontrol"]}
+    assert start(tmp_path, "true", more=fakes)[1] == "requeue 7"
+    assert len((tmp_path / "calls_made").read_text().split()) == 6 and reason(tmp_path) == ""
+    refuses = "[[ $1 == requeue ]] && exit 1; "
+    fakes = {"sleep": "true", "scontrol": refuses + FAKES["scontrol"]}
+    code, told = start(tmp_path, "true", more=fakes)
+    assert code == 1 and told.endswith("SLURM does not requeue it")
+
+
+def test_a_slow_scancel_does_not_take_the_time_for_the_requeue(tmp_path: Path) -> None:
+    hang = {"scancel": "exec /bin/sleep 60", "timeout": 'shift; exec /usr/bin/timeout 0.2 "$@"'}
+    ranks = "kill -USR1 $PPID; until [[ -s calls ]]; do /bin/sleep 0.1; done"
+    fakes = hang | {"sleep": "exec /bin/sleep 0.5"}
+    assert start(tmp_path, ranks, more=fakes, seconds=16)[1].splitlines()[0] == "requeue 7"
+
+
+def test_the_signal_of_the_time_limit_leaves_alone_what_runs_before_and_after(tmp_path: Path) -> None:
+    signals = 'kill -USR1 $$; echo() { [[ $1 != after ]] || kill -USR1 $$; builtin echo "$@"; }'
+    assert start(tmp_path, "touch run/complete.json", before=signals) == (0, "after")
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,8 @@ class Peer:
                     )
                 if time.monotonic() > until:
                     raise TimeoutError
+            if response.length:  # of what it said would come
+                raise ConnectionError(f"its answer broke off {response.length} bytes before the end")
             return response.status, bytes(answer)
         finally:
             self._connection = None

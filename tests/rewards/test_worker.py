@@ -372,10 +372,10 @@ def test_a_worker_that_cannot_be_started_says_why(
 class Script:
     """A server in a thread that gives one answer after another, the last one for ever.
 
-    An answer is a status with what to send, or the seconds until it hangs up without a word.
+    An answer is a status with what to send, the bytes themselves, or the seconds until it hangs up without a word.
     """
 
-    def __init__(self, *answers: tuple[int, Any] | float) -> None:
+    def __init__(self, *answers: tuple[int, Any] | bytes | float) -> None:
         self.answers = list(answers)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -397,6 +397,9 @@ class Script:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, float):
             time.sleep(answer)
+            return
+        if isinstance(answer, bytes):
+            peer.sendall(answer)
             return
         status, content = answer
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -550,11 +553,13 @@ def test_a_worker_that_is_waited_for_keeps_no_process(answer: tuple[int, Any] | 
 
 
 def test_a_worker_that_comes_back_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    script = Script((503, b""), UP, (503, b""), (500, b""), 0.0, (200, {"rewards": [2.0]}))
+    killed_amid_its_answer = b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"rewards":'
+    away = [(503, b""), (500, b""), 0.0, killed_amid_its_answer]
+    script = Script((503, b""), UP, *away, (200, {"rewards": [2.0]}))
     scorer = WorkerScorer(f"{script.url}/compute", Patience(request=5, in_all=5, pause=0.01))
     assert scorer.score(pictures(1), ["a"], [{}])["compute"].tolist() == [2.0]
     script.close()
-    assert caplog.text.count("it is asked again in") == 4
+    assert caplog.text.count("it is asked again in") == 5
 
 
 def test_a_worker_is_found_where_its_file_says(tmp_path: Path) -> None:

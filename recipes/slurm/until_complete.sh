@@ -35,6 +35,7 @@ until_complete() {
     MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
     SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK
+    unset SLURM_EXPORT_ENV # where jobs begin without an environment (--export=NONE), the ranks need this script's
     trap 'ask_to_stop "$seconds"' USR1 TERM
     local watch=''
     if [[ -n $beside ]]; then

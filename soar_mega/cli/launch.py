@@ -4,8 +4,12 @@ import argparse
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from soar_mega.cli.overrides import take_overrides
+
+if TYPE_CHECKING:
+    from soar_mega.config import Recipe
 
 HELP = """\
 Submit a training run to SLURM. It is requeued until it is complete: at its time limit, when it is preempted, when a
@@ -66,17 +70,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = [field.name for field in dataclasses.fields(slurm.Resources)]
     wanted = slurm.Resources(**{name: getattr(arguments, name) for name in names})
+
+    def check(recipe: "Recipe") -> None:
+        check_fit(recipe, wanted.processes)
+        check_model(recipe)
+        check_data(recipe)
+
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     save = Path(recipe.checkpoint.save)
     sweep, recipes = [], []
-    for index, words in enumerate(read_sweep(arguments.sweep)):
-        words = [*words, f"checkpoint.save={save / str(index)}"]
-        recipes.append(load_recipe(arguments.recipe, [*arguments.overrides, *words]))
-        sweep.append((words, save / str(index) / "complete.json"))
-    for each in recipes or [recipe]:
-        check_fit(each, wanted.processes)
-        check_model(each)
-        check_data(each)
+    for where, words in read_sweep(arguments.sweep):
+        folder = save / str(len(sweep))
+        words = [*words, f"checkpoint.save={folder}"]
+        try:
+            recipes.append(load_recipe(arguments.recipe, [*arguments.overrides, *words]))
+            check(recipes[-1])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        sweep.append((words, folder / "complete.json"))
+    if not sweep:
+        check(recipe)
     job = slurm.Job(
         name=save.name,
         arguments=["train", arguments.recipe, *arguments.overrides],
@@ -95,12 +108,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_sweep(path: str | None) -> list[list[str]]:
-    """The overrides of each run, one line each; blank lines and # comments do not count."""
+def read_sweep(path: str | None) -> list[tuple[str, list[str]]]:
+    """Where the overrides of each run stand, and what they are, one line each; blank lines and # comments do not count.
+
+    ValueError: there are none, or a quote is left open.
+    """
     if path is None:
         return []
-    lines = [shlex.split(line, comments=True) for line in Path(path).read_text().splitlines()]
-    runs = [words for words in lines if words]
+    runs = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: {error}") from error
+        if words:
+            runs.append((f"{path}: line {number}", words))
     if not runs:
         raise ValueError(f"{path}: no runs; write the overrides of one run per line, as in optimizer.lr=1e-5")
     return runs

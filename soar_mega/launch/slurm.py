@@ -45,6 +45,8 @@ class Resources:
         cpus = 1 if self.cpus_per_task is None else self.cpus_per_task
         if min(self.nodes, self.processes_per_node, cpus) < 1:
             raise ValueError("nodes, processes per node and CPUs per task must be at least 1")
+        if min(self.gpus_per_node or 0, self.retries) < 0:
+            raise ValueError("GPUs per node and retries must be at least 0")
         seconds = time_seconds(self.time)
         if not 30 <= self.signal_seconds < seconds:
             raise ValueError(

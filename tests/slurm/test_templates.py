@@ -87,6 +87,11 @@ def test_unfinished_is_requeued(tmp_path: Path) -> None:
     assert reason(tmp_path) == ""
 
 
+def test_ranks_find_the_jobs_environment_where_jobs_begin_with_none(tmp_path: Path) -> None:
+    """SLURM hands the --export=NONE of a job on to its steps, by this variable."""
+    assert start(tmp_path, "[[ ! -v SLURM_EXPORT_ENV ]] || exit 9", SLURM_EXPORT_ENV="NONE")[1] == "requeue 7"
+
+
 def test_an_array_element_is_requeued_alone(tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     assert start(tmp_path, "true", **array)[1] == "requeue 7_3"
@@ -175,7 +180,9 @@ def test_what_serves_a_job_is_requeued_as_often_as_that_takes(tmp_path: Path) ->
 
 def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(tmp_path: Path) -> None:
     """The first question fails, and the first requeue."""
-    fails = "[[ $1 != hostnames ]] && { echo x >> calls_made; (( $(wc -l < calls_made) % 3 == 1 )) && exit 1; }; "
+    fails = (
+        "[[ $1 != hostnames ]] && { echo x >> calls_made; (( $(wc -l < calls_made) % 3 == 1 )) && exit 1; }; "
+    )
     fakes = {"sleep": "exec /bin/sleep 0.1", "scontrol": fails + FAKES["scontrol"]}
     assert start(tmp_path, "true", more=fakes)[1] == "requeue 7"
     assert len((tmp_path / "calls_made").read_text().split()) == 6 and reason(tmp_path) == ""
@@ -301,6 +308,8 @@ def test_time_limits(text: str, seconds: int) -> None:
         ({"time": "00:05:00", "signal_seconds": 300}, "less than the time limit of 300 s"),
         ({"nodes": 0}, "at least 1"),
         ({"cpus_per_task": 0}, "at least 1"),
+        ({"gpus_per_node": -1}, "at least 0"),
+        ({"retries": -1}, "at least 0"),
         ({"cpus_per_task": "2"}, "expected int"),
         ({"image": "x.sif"}, "go together"),
         ({"template": "container"}, "go together"),
@@ -360,7 +369,11 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
     assert case in text
     sweep.write_text("optimizer.rl=1e-5\n")
     assert main([*LAUNCH, *words]) == 1
-    assert "did you mean optimizer.lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{sweep}: line 1: " in said and "did you mean optimizer.lr" in said
+    sweep.write_text("train.seed=1\ntrain.seed='2\n")
+    assert main([*LAUNCH, *words]) == 1
+    assert f"{sweep}: line 2: No closing quotation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -397,7 +410,7 @@ def test_each_run_of_a_sweep_is_checked(tmp_path: Path, capsys: pytest.CaptureFi
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("data.path=tests\ndata.path=nowhere\n")
     assert main([*LAUNCH, "--nodes", "1", "--dry-run", "--sweep", str(sweep)]) == 1
-    assert "data.path: nowhere is not there" in capsys.readouterr().err
+    assert f"{sweep}: line 2: data.path: nowhere is not there" in capsys.readouterr().err
 
 
 def test_a_part_that_the_export_would_miss_is_named(

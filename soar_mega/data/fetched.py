@@ -22,6 +22,7 @@ from soar_mega.data.captions import WEIGHTS_KEY
 from soar_mega.data.picture_kinds import IMAGE_SUFFIXES
 
 PIPE = "pipe:"
+SHELL = ("bash", "-o", "pipefail", "-c")  # in `aws ... | zstd -d` the first may fail
 PARQUET_FOLDERS = (".", "data")  # of a data set of Hugging Face's
 
 
@@ -80,7 +81,7 @@ def _parquet_files(folder: Path) -> list[str]:
 
 def _run(source: str, file: BinaryIO) -> None:
     command = source.removeprefix(PIPE)
-    done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    done = subprocess.run([*SHELL, command], stdout=file, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         words = done.stderr.decode(errors="replace").strip()[-300:]
         raise ValueError(f"{source} ended with code {done.returncode}: {words}")

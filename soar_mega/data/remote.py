@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
-from soar_mega.data.fetched import PIPE, is_remote
+from soar_mega.data.fetched import PIPE, SHELL, is_remote
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import DATASET_FILE
 from soar_mega.user_files import read_object
@@ -32,7 +32,7 @@ class RemoteFolder(Protocol):
     reads_parts: bool  # whether a part of a file costs less than the file
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes of a file from `start` to `end`; fewer where it is shorter."""
+        """The bytes of a file from `start` to `end`, or to its own end."""
 
     def copy(self, name: str, file: BinaryIO) -> None:
         """Writes all of a file into `file`, from its beginning on; OSError where the disk is full."""
@@ -71,6 +71,7 @@ class UrlFolder:
             # anew each time: fsspec keeps one connection for each process, and none survives a fork
             files, path = url_to_fs(f"{self._url}/{name}")
             content: bytes = files.cat_file(path, start, end)
+            _check_length(content, start, end)
             return content
 
         return _patiently(f"{self._url}/{name}", read)
@@ -110,6 +111,7 @@ class CommandFolder:
                 if end is None or len(content) < end - start:
                     self._check(process)
                 process.kill()
+                _check_length(content, start, end)
                 return content
 
         return _patiently(self._of(name), read)
@@ -128,13 +130,17 @@ class CommandFolder:
         return self._command.replace(FILE, shlex.quote(name))
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            ["bash", "-c", self._of(name)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-        )
+        return subprocess.Popen([*SHELL, self._of(name)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
     def _check(self, process: subprocess.Popen[bytes]) -> None:
         if code := process.wait():
             raise OSError(f"it ended with code {code}")
+
+
+def _check_length(content: bytes, start: int, end: int | None) -> None:
+    """OSError for an answer that broke off, or of a server that sends all of a file whatever part it is asked for."""
+    if end is not None and len(content) != end - start:
+        raise OSError(f"{len(content)} bytes came where {end - start} were asked for")
 
 
 def _patiently(what: str, act: Callable[[], T]) -> T:

@@ -42,12 +42,16 @@ class ShardBytes:
         if shard not in self._files:
             if self._cache is not None and not self._cache.find(self.path(shard).name):
                 return None
+            try:
+                opened = FileIO(self.path(shard))
+            except OSError as error:
+                # another process may just have made room in the cache
+                if self._cache is not None and isinstance(error, FileNotFoundError):
+                    return None
+                raise ValueError(f"cannot open shard {self.path(shard)}: {error.strerror}") from error
             if len(self._files) == OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            try:
-                self._files[shard] = FileIO(self.path(shard))
-            except OSError as error:
-                raise ValueError(f"cannot open shard {self.path(shard)}: {error.strerror}") from error
+            self._files[shard] = opened
         self._files.move_to_end(shard)
         return self._files[shard].fileno()
 

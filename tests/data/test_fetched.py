@@ -75,6 +75,7 @@ def test_sources_of_all_kinds_are_one_set(tmp_path, monkeypatch):
     ("source", "words"),
     [
         ("pipe:echo half a tar; exit 3", "ended with code 3"),
+        ("pipe:(echo half a tar; exit 3) | cat", "ended with code 3"),
         ("s9://bucket/0.tar", "s9://bucket/0.tar cannot be read"),
         ("file:///nowhere/0.tar", "cannot be read"),
         ("nowhere", "there is no source nowhere"),

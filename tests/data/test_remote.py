@@ -21,6 +21,7 @@ from soar_mega.config import DataConfig
 from soar_mega.data import remote
 from soar_mega.data.info import DataError
 from soar_mega.data.loader import Loader
+from soar_mega.data.shard_cache import ShardCache
 from soar_mega.data.shards import open_shards
 
 FORK = multiprocessing.get_context("fork")
@@ -226,6 +227,28 @@ def test_a_network_that_fails_for_a_moment_is_tried_again(shards, cache, tmp_pat
     assert "it ended with code 7" in caplog.text
     with pytest.raises(ValueError, match=r"shard-000000\.tar cannot be read: .*code 9"):
         reads_of(f"pipe:case {{}} in *.tar) exit 9;; esac; cat {shards}/{{}}", cache)
+
+
+def test_a_copy_that_gives_way_as_it_is_opened_is_read_from_elsewhere(shards, cache, monkeypatch):
+    found = open_shards(f"file://{shards}", cache_dir=str(cache), cache_gb=1.0)
+    monkeypatch.setattr(ShardCache, "find", lambda self, name: self.path / name)
+    assert found.stored("text", 3)["text"].mean().item() == 3
+
+
+def test_half_of_an_answer_is_not_taken_for_a_damaged_sample(shards, monkeypatch):
+    """A pipe whose first command fails, a connection that breaks off, a server that sends all whatever is asked for."""
+    monkeypatch.setattr(remote, "PAUSES", ())
+    half = remote.remote_folder(f"pipe:(head -c 20 {shards}/{{}}; exit 3) | cat")
+    for end in (None, 30):
+        with pytest.raises(ValueError, match="code 3"):
+            half.read("dataset.json", 0, end)
+    files = fsspec.filesystem("file")
+    whole = type(files).cat_file
+    for start, end in ((0, 5), (0, None)):
+        answer = partial(whole, files, start=start, end=end)
+        monkeypatch.setattr(type(files), "cat_file", lambda _, path, *__, answer=answer: answer(path))
+        with pytest.raises(ValueError, match=r"\d+ bytes came where 20 were asked for"):
+            remote.remote_folder(f"file://{shards}").read("dataset.json", 10, 30)
 
 
 def test_what_cannot_be_read_from_elsewhere_is_named(shards, cache, tmp_path, monkeypatch):

@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     save = Path(recipe.checkpoint.save)
-    sweep, recipes = [], []
+    sweep: list[tuple[list[str], Path]] = []
+    recipes = []
     for where, words in read_sweep(arguments.sweep):
         folder = save / str(len(sweep))
         words = [*words, f"checkpoint.save={folder}"]

@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
 from soar_mega.launch import run_worker, slurm
@@ -115,12 +117,30 @@ def _run_command(link: Link, processes: int) -> int:
         except OSError as error:
             raise ValueError(f"link {link.name}: {words[0]} cannot be run: {error}") from error
         assert process.stdout is not None
-        with process:
+        with process, _told_to_end(process):
             for line in process.stdout:
                 log.write(line)
                 log.flush()
                 logger.info("%s", line.rstrip("\n"))
     return process.returncode
+
+
+@contextlib.contextmanager
+def _told_to_end(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """When this process is told to end, so is the one that it runs, which may save first."""
+
+    def told(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _latest(link: Link) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -237,6 +238,16 @@ def test_a_failed_link_stops_the_rest_and_says_why(tmp_path: Path) -> None:
     told = dict(status(chain, lambda link: None))
     assert told["one"] == "complete" and "two says no" in told["two"]
     assert told["three"] == "not started, because two failed"
+
+
+def test_a_chain_that_is_told_to_end_tells_what_it_runs_and_waits_for_it(tmp_path: Path) -> None:
+    saves = 'trap "sleep 0.3; touch $0/saved; exit 75" TERM; touch $0/runs; while true; do sleep 0.1; done'
+    link = {"name": "one", "command": ["bash", "-c", saves, str(tmp_path)], "product": "x"}
+    process = subprocess.Popen([sys.executable, "-m", "soar_mega", "chain", str(write(tmp_path, [link]))])
+    while not (tmp_path / "runs").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 130 and (tmp_path / "saved").exists()
 
 
 def test_rerunning_skips_what_is_complete_and_verified(tmp_path: Path) -> None:

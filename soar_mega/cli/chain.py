@@ -5,7 +5,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from soar_mega.launch.chain import Link
+    from soar_mega.launch.chain import Chain, Link
 
 HELP = """\
 Run stages that follow each other, each starting from what the one before made: sft, soar, evaluate, flow_grpo.
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from soar_mega.launch.chain import load_chain
 
     chain = load_chain(arguments.chain)
+    _check_words(chain)
     start_process()
 
     from soar_mega.launch import links, run_chain, slurm
@@ -90,6 +91,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     run_chain.run_local(chain, arguments.processes)
     return 0
+
+
+def _check_words(chain: "Chain") -> None:
+    """ValueError where a link has a word that its verb does not know: its turn may come after days."""
+    from soar_mega.cli import build_parser
+
+    for link in chain.links:
+        commands = [] if link.kind == "command" else [link.arguments]
+        if link.worker is not None:
+            commands.append(link.worker.arguments(on_network=False))
+        for words in commands:
+            try:
+                build_parser().parse_args(words)
+            except SystemExit:  # it has said why
+                raise ValueError(
+                    f"{chain.file}: {link.name}: it would run soar-mega {shlex.join(words)}"
+                ) from None
 
 
 def _queued(link: "Link") -> str | None:

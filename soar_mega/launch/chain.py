@@ -122,7 +122,7 @@ class _Builder:
         types = {"name": str, "from": str, kind: str if kind == "train" else list, "slurm": dict}
         _check(settings, types | {key: _TYPES.get(key, str) for key in _KEYS[kind]}, where)
         name = settings.get("name", "")
-        if not re.fullmatch(r"[\w.-]+", name) or name in {link.name for link in self.links}:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in {link.name for link in self.links}:
             raise ValueError(
                 f"{where}: name: a word of its own is needed (it names the folder), found {name!r}"
             )
@@ -278,6 +278,8 @@ class _Builder:
         if not settings.get("product"):
             raise ValueError(f"{where}: product: name what the command writes last, in {{folder}}: "
                              "an exit code alone proves nothing")  # fmt: skip
+        if not settings["command"]:
+            raise ValueError(f"{where}: command: name the program, and what it is to be told")
         words = {"{pipeline_dir}": self._pipeline, "{folder}": str(folder), "{base}": self._base,
                  "{run}": str(self._run.folder) if self._run else ""}  # fmt: skip
         pattern = re.compile("|".join(re.escape(word) for word in words))

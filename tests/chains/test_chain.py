@@ -166,6 +166,8 @@ def test_a_chain_may_branch(tmp_path: Path) -> None:
         ([{"name": "a"}], "link 1: needs exactly one of train, evaluate"),
         ([{"name": "a b", "export": []}], "names the folder"),
         ([note("a"), note("a")], "a word of its own"),
+        ([note("..")], "names the folder"),
+        ([note("a") | {"command": []}], "a: command: name the program"),
         ([train("a", "train.train_itres=3")], "a: command line: unknown key 'train.train_itres'"),
         ([train("a", start="ema")], "start: one of export, export_ema, checkpoint"),
         ([train("a", start="checkpoint")], "needs a train link before"),
@@ -191,6 +193,24 @@ def test_a_chain_may_branch(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, links: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_chain(write(tmp_path, links))
+
+
+@pytest.mark.parametrize(
+    ("link", "said"),
+    [
+        ({"name": "x", "handoff": ["--run-in", ".", "--to", "nosuch"]}, "invalid choice: 'nosuch'"),
+        ({"name": "x", "evaluate": ["--suite", "tiny", "--dtpye", "bf16"]}, "arguments: --dtpye bf16"),
+        ({"name": "x", "export": ["--emma"]}, "arguments: --emma"),
+        (rl("x", "digits", "--prot", "3"), "arguments: --prot 3"),
+    ],
+)
+def test_a_word_that_the_verb_of_a_later_link_does_not_know_is_found_first(
+    tmp_path: Path, link: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, [note("one"), train("two"), link])
+    assert main(["chain", str(path), "--dry-run"]) == 1
+    told = capsys.readouterr()
+    assert said in told.err and f"{path}: x: it would run soar-mega " in told.err and not told.out
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import os
 import re
 
-FIRST_PORT, PORTS = 20_000, 20_000  # by the job's number
+FIRST_PORT, PORTS = (
+    20_000,
+    12_000,
+)  # by the job's number, below those that Linux gives to connections (from 32768 on)
 
 
 def adopt_srun() -> None:
@@ -13,10 +16,11 @@ def adopt_srun() -> None:
     """
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
-    first_node = re.match(r"([^,\[]+)(?:\[(\w+))?", os.environ["SLURM_STEP_NODELIST"])
-    assert first_node is not None
+    first_nodes = re.match(r"(?:[^,\[]|\[[^]]*\])+", os.environ["SLURM_STEP_NODELIST"])
+    assert first_nodes is not None
+    first_node = re.sub(r"\[(\w+)[^]]*\]", r"\1", first_nodes[0])
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_ADDR", first_node[1] + (first_node[2] or ""))
+    os.environ.setdefault("MASTER_ADDR", first_node)
     os.environ.setdefault("MASTER_PORT", str(FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from multirank import SERVER
 from PIL import Image
 
-from soar_mega.cli.srun import adopt_srun
+from soar_mega.cli.srun import FIRST_PORT, PORTS, adopt_srun
 from soar_mega.data.prepare import prepare
 from soar_mega.data.prepare_options import Options
 from soar_mega.data.processes import Processes
@@ -169,3 +169,11 @@ def test_srun_says_what_torchrun_would(monkeypatch):
         "MASTER_ADDR": "gpu-07",
         "MASTER_PORT": "20001",
     }
+    ways = {"n7": "n7", "a1,b2": "a1", "r[1-2]n[03,05-06]-ib,x[1-3]": "r1n03-ib", "g[4,9]s,h": "g4s"}
+    for nodes, first in ways.items():
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("MASTER_ADDR")
+        monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+        adopt_srun()
+        assert os.environ["MASTER_ADDR"] == first
+    assert FIRST_PORT + PORTS <= 32768, "Linux gives the ports above to connections"

@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="sd35_medium")
+    parser.add_argument("--model", choices=presets(), default="sd35_medium")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     path = result_file(arguments.out, "cpu-convert")

@@ -193,7 +193,10 @@ def main() -> None:
 
         validate(args.validate)
     else:
-        case = make_case(args)
+        try:
+            case = make_case(args)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
         print(report(case, *search(case)))
 
 

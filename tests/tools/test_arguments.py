@@ -92,6 +92,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
             ["--batch-size", "0"],
             "--batch-size: '0': it must be a whole number, at least 1",
         ),
+        (bench_convert.main, ["folder", "--model", "huge"], "--model: invalid choice: 'huge'"),
         (compare_baseline.main, ["--model", "huge"], "--model: invalid choice: 'huge'"),
     ],
 )

@@ -190,24 +190,25 @@ def test_it_knows_the_gpus_that_doctor_knows_and_says_what_it_leaves_out(planned
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("--gpus 0", "a whole number, at least 1"),
-        ("--gpus -4", "a whole number, at least 1"),
-        ("--gpus-per-node 0", "a whole number, at least 1"),
-        ("--global-batch-size 0", "a whole number, at least 1"),
-        ("--points -1", "a whole number, at least 0"),
-        ("--image-size 0", "a whole number, a multiple of 16"),
-        ("--image-size 504", "a whole number, a multiple of 16"),
-        ("--text-length -1", "a whole number, at least 1"),
-        ("--ema-decay 2", "a number, at least 0 and below 1"),
-        ("--ema-decay much", "a number, at least 0 and below 1"),
+        ("--model nowhere", "nowhere is neither a pipeline folder nor a preset"),
+        ("--gpus 0", "it must be a whole number, at least 1"),
+        ("--gpus -4", "it must be a whole number, at least 1"),
+        ("--gpus-per-node 0", "it must be a whole number, at least 1"),
+        ("--global-batch-size 0", "it must be a whole number, at least 1"),
+        ("--points -1", "it must be a whole number, at least 0"),
+        ("--image-size 0", "it must be a whole number, a multiple of 16"),
+        ("--image-size 504", "it must be a whole number, a multiple of 16"),
+        ("--text-length -1", "it must be a whole number, at least 1"),
+        ("--ema-decay 2", "it must be a number, at least 0 and below 1"),
+        ("--ema-decay much", "it must be a number, at least 0 and below 1"),
     ],
 )
-def test_a_number_that_cannot_be_is_refused_with_what_would_be_right(words, wanted, monkeypatch, capsys):
+def test_a_word_that_cannot_be_is_refused_with_what_would_be_right(words, wanted, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan_layout.py", *words.split()])
     with pytest.raises(SystemExit) as ended:
         plan_layout.main()
     assert ended.value.code == 2
-    assert f"it must be {wanted}" in capsys.readouterr().err
+    assert wanted in capsys.readouterr().err
 
 
 def test_order_of_layouts_is_compared_by_rank():

@@ -3,10 +3,8 @@
 import os
 import re
 
-FIRST_PORT, PORTS = (
-    20_000,
-    12_000,
-)  # by the job's number, below those that Linux gives to connections (from 32768 on)
+# by the job's number, below those that Linux gives to connections (from 32768 on)
+FIRST_PORT, PORTS = 20_000, 12_000
 
 
 def adopt_srun() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @contextlib.contextmanager
@@ -40,6 +41,18 @@ def saved_steps(state: dict[str, Any]) -> int:
     counts = [group.get("step", 0) for group in adam["param_groups"]]
     counts.append(adam.get("state", {}).get("common_step", 0))
     return max(map(int, counts))
+
+
+def agree_on_steps(state: dict[str, Any]) -> None:
+    """Writes into all parameter groups of what is to be saved how many steps any rank has counted. Collective.
+
+    Rank 0 alone keeps them, and Transformer Engine's Adam counts none of a group without parameters: all groups of a
+    pipeline rank with nothing to train.
+    """
+    steps = torch.tensor(saved_steps(state))
+    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+    for group in state.get("optimizer", state)["param_groups"]:
+        group["step"] = int(steps)
 
 
 def for_adam(state: dict[str, Any], adam: torch.optim.Optimizer) -> dict[str, Any]:

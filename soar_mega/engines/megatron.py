@@ -20,9 +20,9 @@ from torch.nn import Parameter
 
 from soar_mega.config import ModelConfig, Recipe
 from soar_mega.distributed import device, is_rank_zero
-from soar_mega.engines.adam_steps import for_adam, kept_steps, started
+from soar_mega.engines.adam_steps import agree_on_steps, for_adam, kept_steps, started
 from soar_mega.engines.engine import Engine, StepResult
-from soar_mega.engines.megatron_weights import gather_parameters, main_weights
+from soar_mega.engines.megatron_weights import gather_parameters, in_lists, main_weights, numbered
 from soar_mega.engines.parameter_groups import learning_rate_overrides
 from soar_mega.engines.pipeline import Pipeline
 from soar_mega.engines.saved_pieces import SavedPiece
@@ -89,13 +89,11 @@ class MegatronEngine(Engine):
         }
         model = self._in_checkpoints(self.model.sharded_state_dict(metadata=metadata))
         if is_loading:
-            return {
-                "model": model,
-                "optimizer": self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata),
-                "weights": self._wanted_kept(),
-            }
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+            return {"model": model, "optimizer": numbered(optimizer), "weights": self._wanted_kept()}
         with started(self.optimizer.chained_optimizers):
             optimizer, pieces = self._saved_optimizer(model, metadata)
+        agree_on_steps(optimizer)
         return {"model": model, "optimizer": optimizer, "pieces": pieces + self._saved_weights()}
 
     def _saved_optimizer(
@@ -103,7 +101,7 @@ class MegatronEngine(Engine):
     ) -> tuple[dict[str, Any], list[SavedPiece]]:
         """What megatron saves of its optimizer, without having a rank gather the parts of others."""
         if not self._main.divided:
-            return self.optimizer.sharded_state_dict(model, metadata=metadata), []
+            return numbered(self.optimizer.sharded_state_dict(model, metadata=metadata)), []
         [distributed] = self.optimizer.chained_optimizers
         states = {name: distributed_state(distributed, self.parameters[name]) for name in self._main.pieces}
         pieces = []
@@ -120,7 +118,8 @@ class MegatronEngine(Engine):
             if isinstance(tensor, Tensor):
                 targets[key].data.copy_(tensor)
         [optimizer] = self.optimizer.chained_optimizers
-        optimizer.load_state_dict(for_adam(state["optimizer"], optimizer.optimizer))
+        loaded = in_lists(state["optimizer"], len(optimizer.param_groups))
+        optimizer.load_state_dict(for_adam(loaded, optimizer.optimizer))
         self._load_kept(state)
         self.model.weights_changed()
 

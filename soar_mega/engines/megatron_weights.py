@@ -11,6 +11,8 @@ from torch.nn import Parameter
 from soar_mega.engines.kept_weights import MainWeights, Piece
 from soar_mega.private_names import MainCopy, distributed_main_copies, float16_main_copies
 
+BY_GROUP = "fp32_from_fp16_params"  # the main copies in a state of the plain optimizer: a list of lists
+
 
 def main_weights(
     parameters: dict[str, Parameter], optimizer: Any, chunks: list[DistributedDataParallel]
@@ -47,3 +49,22 @@ def _pieces(optimizer: Any) -> Iterator[tuple[Parameter, Piece]]:
     else:
         copies = (MainCopy(p, p, 0) for p in optimizer.get_parameters())
     yield from ((copy.parameter, Piece(copy.main, copy.start)) for copy in copies)
+
+
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """A state of megatron's optimizer with dicts where the plain one has lists of its main copies.
+
+    A pipeline rank may train no parameter of a group. dist_checkpointing merges what ranks hold, and lists only where
+    they are equally long.
+    """
+    if BY_GROUP not in state:
+        return state
+    return state | {BY_GROUP: {n: dict(enumerate(group)) for n, group in enumerate(state[BY_GROUP])}}
+
+
+def in_lists(state: dict[str, Any], groups: int) -> dict[str, Any]:
+    """The opposite of `numbered`, for an optimizer with so many parameter groups."""
+    if BY_GROUP not in state:
+        return state
+    copies = [state[BY_GROUP].get(n, {}) for n in range(groups)]
+    return state | {BY_GROUP: [[group[i] for i in range(len(group))] for group in copies]}

@@ -13,7 +13,8 @@ class TransformerEngineAdam(platform.FusedAdam):
     """Keeps what Transformer Engine's FusedAdam keeps; the library itself needs a GPU.
 
     Written after transformer_engine/pytorch/optimizers/fused_adam.py: each group needs `bias_correction`, and counts
-    its steps from the first one on, with a tensor where capturable is set. state_dict hands out copies.
+    its steps from the first one on if it has parameters, with a tensor where capturable is set. state_dict hands out
+    copies.
     """
 
     capturable = False
@@ -28,8 +29,10 @@ class TransformerEngineAdam(platform.FusedAdam):
             assert group["bias_correction"] is True
             group["step"] = int(group.get("step", 0))
         super().step()
-        if self.capturable:
-            for group in self.param_groups:
+        for group in self.param_groups:
+            if not group["params"]:
+                del group["step"]
+            elif self.capturable:
                 group["step"] = torch.tensor([group["step"]], dtype=torch.int)
 
     def state_dict(self):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from adams import adam
 from engine_cases import VPP2, iterate, make_batch, make_recipe, start_engine
 from multirank import run_ranks
 
@@ -48,6 +49,11 @@ def load_and_go_on(recipe, folder):
     return run(engine, recipe, range(2, 4)), ema(engine)
 
 
+def with_transformer_engine(function, recipe, folder):
+    with adam("transformer_engine"):
+        return function(recipe, folder)
+
+
 def load_weights_alone(recipe, folder, name):
     engine = start_engine(recipe)
     engine.load_weights(read_tensors(Path(folder), engine.weights_state_dict(name)))
@@ -87,6 +93,21 @@ def test_training_goes_on_at_another_layout(folder, processes, saved, loaded):
     for _, ema in after:
         for name, tensor in ema.items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_distributed_optimizer": False, "model": {"dtype": "bf16"}}],
+    ids=["distributed", "plain-bf16"],
+)
+def test_pipeline_ranks_may_train_nothing_of_a_group(folder, settings):
+    """The first rank trains nothing, the second one two groups; what is no tensor is of the first rank."""
+    frozen = ["pos_embed*", "time_text*", "context_embedder*", "layers.0.*", "layers.1.*"]
+    optimizer = {"frozen": frozen, "lr_multipliers": {"layers.3.*": 0.1}}
+    recipe = make_recipe((1, 2), optimizer=optimizer, **settings)
+    [before, _] = run_ranks(with_transformer_engine, 2, save_and_go_on, recipe, folder)
+    [after, _] = run_ranks(with_transformer_engine, 2, load_and_go_on, recipe, folder)
+    assert after[0] == before[0]
 
 
 def test_weights_alone_can_be_loaded(folder):

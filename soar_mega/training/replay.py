@@ -50,6 +50,11 @@ def replay(recipe: Recipe, step: int) -> Replay | None:
         nothing = RunFolder(run.path / "replay")  # a folder that is never made: not the run's to resume
         steps = Steps(recipe, nothing, make_loader(recipe))
         try:
+            if step <= steps.progress.iteration:
+                raise ValueError(
+                    f"--replay-step {step}: this run began with step {steps.progress.iteration + 1}, behind "
+                    f"checkpoint.load={recipe.checkpoint.load}, whose run has the steps before"
+                )
             computed = _computed(steps, step)
             return computed if is_rank_zero() else None
         finally:

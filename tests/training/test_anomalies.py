@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
-from multirank import run_ranks
+from multirank import RankFailure, run_ranks
 from tiny_runs import make_shards, tiny_recipe
 
 from soar_mega.config import Recipe
@@ -112,6 +112,14 @@ def test_a_replay_is_bitwise_the_step(spoilt_run: Recipe, step: int, start: int)
     total = math.sqrt(sum(norm * norm for norm in replayed.gradient_norms.values()))
     assert total == pytest.approx(replayed.grad_norm, rel=1e-5)
     assert {"layers.0", "layers.3"} <= set(replayed.gradient_norms)
+
+
+def test_a_replay_of_what_another_run_did(spoilt_run: Recipe, tmp_path: Path) -> None:
+    load = Path(spoilt_run.checkpoint.save, "iter_0000004")
+    settings = {"train__train_iters": 6, "checkpoint__load": load}
+    recipe = tiny_recipe(Path(spoilt_run.data.path), tmp_path / "run", **settings)
+    with pytest.raises(RankFailure, match="replay-step 4: this run began with step 5, behind .*iter_0000004"):
+        run_ranks(replay_here, 1, recipe, 4)
 
 
 @pytest.mark.slow

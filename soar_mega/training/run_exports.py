@@ -79,7 +79,7 @@ def finish(recipe: Recipe, engine: Engine, iteration: int, consumed_samples: int
     except (OSError, ValueError) as error:
         on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples, exported=False))
         raise (OSError if is_rank_zero() else PeerFailure)(_advice(recipe, error)) from error
-    on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples))
+    on_rank_zero(lambda: run.mark_complete(iteration, consumed_samples, recipe.checkpoint.export))
 
 
 def _export(recipe: Recipe, engine: Engine, iteration: int) -> None:

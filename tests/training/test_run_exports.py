@@ -207,6 +207,14 @@ def test_a_run_whose_export_fails_is_complete(shards: Path, tmp_path: Path) -> N
     refused_conversions(run, tmp_path)
 
 
+def test_an_export_can_be_asked_for_when_the_run_is_over(shards: Path, tmp_path: Path) -> None:
+    for asked in ("false", "true"):
+        settings = recipe(shards, tmp_path / "run", checkpoint__export=asked)
+        assert run_ranks(tiny_runs.run, 1, settings) == [0]
+        assert (tmp_path / "run/export").exists() == (asked == "true")
+    assert RunFolder(tmp_path / "run").complete() == {"iteration": 1, "consumed_samples": 16}
+
+
 def refused_conversions(run: RunFolder, folder: Path) -> None:
     """What once deleted runs and folders beside them."""
     (folder / "models").mkdir()

@@ -23,7 +23,7 @@ from soar_mega.checkpoints.run_folder import DESCRIPTION, RunFolder
 from soar_mega.checkpoints.strict import held_names, listed
 from soar_mega.config import CheckpointConfig
 from soar_mega.engines.kept_weights import sharded_main_copies
-from soar_mega.engines.on_demand import OnDemand
+from soar_mega.engines.on_demand import OnDemand, in_float32
 from soar_mega.faults.agreement import on_rank_zero
 from soar_mega.user_files import read_object, whole
 
@@ -81,7 +81,8 @@ def resume(
         raise ValueError(f"checkpoint.load_ema: {folder} holds no EMA weights; set checkpoint.load_ema=false")
     state = engine.weights_state_dict(name)
     if name == "current":  # after what the model computes with, what the optimizer has of it
-        state["main"] = OnDemand(sharded_main_copies(state, held_names(folder)))
+        main = OnDemand(sharded_main_copies(state, held_names(folder)))
+        state = {"model": in_float32(state["model"]), "main": main}
     with torch.no_grad():
         engine.load_weights(read_tensors(folder, state))
     logger.info("started from the %s weights of %s", name, folder)

@@ -35,10 +35,10 @@ class Weights:
         self.ema.copy_(state["ema"])
 
     def weights_state_dict(self, name: str) -> dict[str, Any]:
-        return {"weights": self._sharded(name, torch.empty_like(self.current))}
+        return {"model": {"weights": self._sharded(name, torch.empty_like(self.current))}}
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        self.current.copy_(state["weights"])
+        self.current.copy_(dict(state["model"].items())["weights"])
 
     def _sharded(self, name: str, data: torch.Tensor) -> ShardedTensor:
         """Each rank has its own part of the whole."""

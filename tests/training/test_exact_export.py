@@ -8,15 +8,16 @@ import tiny_runs
 import torch
 from multirank import run_ranks
 from safetensors.torch import load_file
-from tiny_runs import tiny_recipe
+from tiny_runs import ROOT, tiny_recipe
 from torch import Tensor
 
-from soar_mega.checkpoints.exchange import checkpoint_to_folder
+from soar_mega.checkpoints.exchange import checkpoint_to_folder, weights_to_checkpoint
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import CheckpointConfig, Recipe
 from soar_mega.convert import WeightFiles
 from soar_mega.convert.save import write_transformer
+from soar_mega.convert.weights import open_weights
 from soar_mega.distributed import start_world
 from soar_mega.engines import make_engine
 from soar_mega.models.family import model_sizes
@@ -36,6 +37,21 @@ def started(recipe: Recipe, out: Path) -> None:
             config = CheckpointConfig(save=recipe.checkpoint.save, load=load, finetune=True)
             resume(RunFolder(config.save), config, engine, sizes.to_diffusers())
         write_transformer(engine.model, out / place / "transformer", engine.exported(exact=True), exact)
+
+
+def as_a_checkpoint(pipeline: Path, run: Path) -> None:
+    with open_weights(pipeline) as opened:
+        weights_to_checkpoint(opened, pipeline, run)
+
+
+def test_a_float32_checkpoint_without_an_optimizer_is_not_rounded(tmp_path: Path) -> None:
+    base, run, out = ROOT / "recipes/tiny/base", tmp_path / "run", tmp_path / "out"
+    run_ranks(as_a_checkpoint, 1, base, run)
+    (run / "export").symlink_to(base)
+    settings = {"model__dtype": "bf16", "model__pipeline_dir": run / "export"}
+    run_ranks(started, 1, tiny_recipe(tmp_path, tmp_path / "second", **settings), out)
+    expected, found = weights(out / "export"), weights(out / "checkpoint")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ class Trainer(Steps):
         super().__init__(recipe, run, loader)
         log_memory(recipe, self.engine.model.sizes, loader.info)
         self.run = run
-        self.saved = self.progress.iteration  # of the newest checkpoint
+        self.saved = on_rank_zero(run.latest) or 0  # of the run's own newest checkpoint
         self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
         self.skipped_in_a_row = 0
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None

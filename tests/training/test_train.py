@@ -265,6 +265,16 @@ def test_two_runs_cannot_share_a_folder(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run_config.yaml").exists()
 
 
+def test_a_run_that_goes_on_from_another_and_stops_at_once_is_saved(
+    shards: Path, reference: Path, tmp_path: Path
+) -> None:
+    load = reference / "iter_0000010"
+    settings = {"train__train_iters": 11, "checkpoint__load": load}
+    soon = tiny_recipe(shards, tmp_path, train__exit_duration_in_mins=1e-9, **settings)
+    assert run_ranks(tiny_runs.run, 1, soon) == [75]
+    assert RunFolder(tmp_path).iterations() == [10] and RunFolder(tmp_path).latest() == 10
+
+
 def test_frozen_parameters_stay_and_the_average_can_be_a_start(shards: Path, tmp_path: Path) -> None:
     first = tiny_recipe(
         shards,

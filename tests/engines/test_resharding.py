@@ -97,8 +97,11 @@ def test_training_goes_on_at_another_layout(folder, processes, saved, loaded):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_distributed_optimizer": False, "model": {"dtype": "bf16"}}],
-    ids=["distributed", "plain-bf16"],
+    [
+        {"use_distributed_optimizer": False, "model": {"dtype": "bf16"}},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=["plain-bf16", "distributed"],
 )
 def test_pipeline_ranks_may_train_nothing_of_a_group(folder, settings):
     """The first rank trains nothing, the second one two groups; what is no tensor is of the first rank."""

@@ -86,7 +86,7 @@ class Rewards:
         """Look at what `score` gave for a whole collection, and warn of a reward that tells no sample from another.
 
         Raises:
-            ValueError: a reward could not judge a single sample.
+            ValueError: a reward could not judge a single sample, or all of them together none.
         """
         for name in self.names:
             values = collection[name][collection[name].isfinite()]
@@ -104,6 +104,12 @@ class Rewards:
                     values[0],
                     self._constant[name],
                 )
+        if not bool(collection[TOTAL].isfinite().any()):  # each judged others
+            why = "; ".join(f"{name}: {words}" for name, words in self._last_words.items())
+            raise ValueError(
+                f"none of the {len(collection[TOTAL])} samples of a collection could be judged by all rewards "
+                f"({why}): there is nothing to learn from"
+            )
 
     def close(self) -> None:
         """Ends what another thread is asking a worker, which raises OSError there: or a process would end after it."""

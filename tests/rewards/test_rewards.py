@@ -279,6 +279,16 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
     assert "reward mean_red is" in caplog.text and "nothing to learn from it (so far in 1 coll" in caplog.text
 
 
+def test_rewards_that_judge_no_sample_in_common_end_the_run() -> None:
+    """Each judges some of them: no sample has a total, and a report over none could not be written."""
+    rewards = make_rewards({HERE + "not_finite": 1.0, HERE + "two#weight": 1.0})
+    values = rewards.score(pictures(3), ["1", "nan", "2"], [{"weight": w} for w in (math.nan, 1, math.inf)])
+    with pytest.raises(
+        ValueError, match="none of the 3 samples .* by all rewards .*not_finite: its value is nan"
+    ):
+        rewards.examine(values)
+
+
 def test_a_reward_that_depends_on_the_batch_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     for name in ("mean_red", "among_others"):
         rewards = make_rewards({HERE + name: 1.0})

@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from sweeping.canvases import prepare
 from sweeping.choice import Choice, choice, put_into
 from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
 from sweeping.page import curves_figure, write_markdown, write_page
-from sweeping.plan import Measure, read_sweep
+from sweeping.plan import Canvases, Measure, read_sweep
 from sweeping.results import contrasts_of, prompts_errors, results
 from sweeping.runs import chains, job_script, runs_of
+from tiny_runs import make_shards
 
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
 
 ROOT = Path(__file__).parents[2]
+CANVASES = {"canvases": {"prompts": "canvases", "scorers": ["digits"]}}
 SMALL = {
     "seeds": [1, 2],
     "budget": {"steps": 20},
@@ -120,6 +123,35 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"sft-2 is a run with other settings than the arm sft"):
         next(each for each in runs_of(changed) if each.name == "sft-2").is_done()
     assert run.marker.is_file()
+
+
+def test_data_and_prompts_of_another_plan_do_not_mix(tmp_path: Path) -> None:
+    """What was judged by other prompts or by a suite that was changed is judged again; shards are not replaced."""
+    out, suite = tmp_path / "out", tmp_path / "suite.yaml"
+    changes = {"base": "recipes/tiny/base", "evaluate": ["--suite", str(suite)]}
+    for name, count in (("train", 6), ("heldout", 4)):
+        make_shards(out / "shards" / name, count, seed=1)
+
+    def is_judged(prompts: int, steps: int = 20) -> bool:
+        """Whether the base is, as it would be now; from then on it is."""
+        suite.write_text(yaml.safe_dump({"steps": steps, "sets": CANVASES}))
+        canvases = {"train": 6, "held_out": 4, "prompts_per_category": prompts}
+        sweep = sweep_of(tmp_path, canvases=canvases, **changes)
+        prepare(out, sweep.base, sweep.canvases, 1)
+        left = chains(sweep, [])
+        for [command] in left:
+            receipt, text = command.receipt
+            receipt.parent.mkdir(parents=True, exist_ok=True)
+            receipt.write_text(text)
+        return not left
+
+    assert not is_judged(2) and is_judged(2)
+    assert not is_judged(3) and is_judged(3)
+    assert not is_judged(3, steps=10)
+    for key, name in (("train", "train"), ("held_out", "heldout")):
+        canvases = Canvases(**{"train": 6, "held_out": 4, "prompts_per_category": 2} | {key: 8})
+        with pytest.raises(ValueError, match=rf"{name} holds \d canvases, and canvases.{key} is 8"):
+            prepare(out, "recipes/tiny/base", canvases, 1)
 
 
 def test_chance_is_what_arms_and_seeds_leave() -> None:

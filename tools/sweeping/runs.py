@@ -3,7 +3,9 @@
 Nothing is ever removed. A run folder with another recipe than its arm's is refused: runs of two plans do not mix.
 """
 
+import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from sweeping.plan import BASE, Arm, Sweep
 from walk.commands import Command, logged, soar_mega
 
 from soar_mega.checkpoints.run_folder import MARKER, RECIPE, RunFolder
+from soar_mega.evaluation.suite.prompt_sets import read_prompt_set
+from soar_mega.evaluation.suite.store import digest
+from soar_mega.evaluation.suite.suite_settings import load_suite
 from soar_mega.launch import slurm
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
@@ -127,13 +132,29 @@ def chains(sweep: Sweep, runs: list[Run]) -> list[list[Command]]:
 
 
 def evaluation(sweep: Sweep, name: str, models: list[str], has_average: bool = False) -> Command:
-    """Evaluates models in a folder of their own, which goes on where it was."""
+    """Evaluates models in a folder of their own, which goes on where it was.
+
+    Raises:
+        ValueError: the suite that it asks for, or one of its files of prompts, cannot be read.
+    """
     folder = evaluation_folder(sweep, name)
     words = [*models, *sweep.evaluate, *(["--ema"] if has_average else [])]
     if sweep.canvases is not None:
         words += ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
     command = logged(sweep.folder, f"evaluate-{name}", soar_mega("evaluate", *words, "--out", str(folder)))
-    return replace(command, receipt=(folder / RECEIPT, "\n".join([*words, ""])))
+    return replace(command, receipt=(folder / RECEIPT, "\n".join([*words, f"# {_asked(words)}", ""])))
+
+
+def _asked(words: Sequence[str]) -> str:
+    """A hash of the suite that an evaluation asks for, and of all that its files of prompts say."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--suite")
+    parser.add_argument("--prompts")
+    known, _ = parser.parse_known_args(words)
+    if known.suite is None:
+        return "no suite"
+    suite = load_suite(known.suite, known.prompts)
+    return digest({"suite": repr(suite), "prompts": [read_prompt_set(each).hash for each in suite.sets]})
 
 
 def evaluation_folder(sweep: Sweep, name: str) -> Path:

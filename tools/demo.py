@@ -190,12 +190,11 @@ class Demo:
         runs = {}
         for arm in ARMS:
             recipe = load_recipe(self.run_of(arm) / "run_config.yaml", [])
-            forwards = recipe.stage.forwards()
             runs[arm] = {
                 "iterations": recipe.train.train_iters,
                 "batch_size": recipe.train.global_batch_size,
-                "points": forwards.points,
-                "forwards": forward_units(forwards),
+                "points": recipe.stage.forwards().points,
+                "forwards": forward_units(recipe.stage),
                 "tensor_parallel": recipe.parallel.tensor_model_parallel_size,
                 "pipeline_parallel": recipe.parallel.pipeline_model_parallel_size,
                 "losses": loss_curves(self.run_of(arm)),

@@ -90,14 +90,13 @@ class RlDemo:
         """What the page tells of an RL run."""
         assert link.recipe is not None and isinstance(link.recipe.stage, CollectingConfig)
         stage, train = link.recipe.stage, link.recipe.train
-        drawing = stage.sampling_forwards() / stage.updates_per_sample
         return {
             "folder": str(link.folder),
             "stage": stage.name,
             "start": link.parent,
             "iterations": train.train_iters,
             "samples_per_iteration": train.global_batch_size,
-            "forwards_per_sample": forward_units(stage.forwards()) + drawing,
+            "forwards_per_sample": forward_units(stage),
             "curves": curves(link.folder, CURVES),
         }
 

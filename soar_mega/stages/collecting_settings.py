@@ -102,7 +102,8 @@ class CollectingConfig(StageConfig):
         return ("reference",) if self.kl_beta > 0 else ()
 
     def sampling_forwards(self) -> int:
-        """Forwards that it takes to draw a sample, both branches of guidance counted; once for all of its updates."""
+        """Forwards that it takes to draw a sample, and to replay its steps, both branches of guidance counted; once for
+        all of its updates."""
         return self.sampling_steps * (1 if self.guidance_scale == 1.0 else 2)
 
     def check(self, recipe: Recipe) -> None:
@@ -179,6 +180,10 @@ class FlowGrpoConfig(CollectingConfig):
     @property
     def trained_points(self) -> int:
         return self.candidates if self.num_learned_steps is None else self.num_learned_steps
+
+    def sampling_forwards(self) -> int:
+        replays = self.forwards().points if self.old_log_probabilities == "replayed" else 0
+        return super().sampling_forwards() + replays
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)

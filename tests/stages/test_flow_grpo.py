@@ -120,6 +120,9 @@ def test_gradient_goes_through_both_branches_unless_one_is_detached():
     # a model that is told the scale is asked once, while samples are drawn and learned from
     told = PRESETS["dance_grpo"].asking(is_told=True)
     assert collect(told).points().guidance_scale == 1.0 and told.sampling_forwards() == 16
+    # ten steps of one branch, and the replays of three
+    assert PRESETS["unirl_grpo"].sampling_forwards() == 10 + 3
+    assert replace(PRESETS["unirl_grpo"], guidance_scale=2.0).sampling_forwards() == 2 * (10 + 3)
     for two_branches in ({"learning_guidance_scale": 2.0}, {"detach_unconditional": True}):
         with pytest.raises(ValueError, match="is told stage.guidance_scale, so leave them out"):
             replace(PRESETS["dance_grpo"], **two_branches).asking(is_told=True)

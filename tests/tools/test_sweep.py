@@ -16,7 +16,7 @@ from sweeping.choice import Choice, choice, put_into
 from sweeping.contrasts import Chance, Errors, contrast, holm, pooled
 from sweeping.outcomes import Evaluated
 from sweeping.page import curves_figure, write_markdown, write_page
-from sweeping.plan import Canvases, Measure, read_sweep
+from sweeping.plan import Canvases, Measure, read_sweep, units_of
 from sweeping.results import contrasts_of, prompts_errors, results
 from sweeping.runs import chains, job_script, runs_of
 from tiny_runs import make_shards
@@ -66,6 +66,19 @@ def test_the_study_and_its_screening_are_sweeps() -> None:
     large = {arm.name: arm for arm in read_sweep("recipes/sd35_medium/study.yaml").arms}
     assert large["soar"].units == 23 and large["soar_mixed"].units == 22.5 and large["control"].units == 21
     assert large["sft_long"].iterations == round(5000 * 23 / 3)
+
+
+def test_the_drawing_of_samples_is_a_part_of_the_work() -> None:
+    words = [
+        "stage.sampling_steps=6",
+        "stage.updates_per_sample=2",
+        "stage.guidance_scale=3",
+        "stage.kl_beta=0",
+    ]
+    drawn = [*words, "stage.stochastic_steps=all", "stage.num_learned_steps=null"]
+    assert units_of(load_recipe("recipes/tiny/flow_grpo.yaml", drawn)) == 3 * 2 * 5 + 2 * 6 / 2
+    replayed = [*drawn, "stage.old_log_probabilities=replayed"]
+    assert units_of(load_recipe("recipes/tiny/flow_grpo.yaml", replayed)) == 3 * 2 * 5 + 2 * (6 + 5) / 2
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Arm:
     Attributes:
         references: the arms that it is compared with, and BASE.
         iterations: optimizer steps.
-        units: forwards of a sample in a step; a backward is two.
+        units: forwards of a sample in a step; a backward is two, and a drawn sample's part of drawing it is counted.
     """
 
     name: str
@@ -202,10 +202,10 @@ def _arm(name: str, said: Any, shared: Mapping[str, Any], where: str) -> Arm:
 
 
 def units_of(recipe: Recipe) -> float:
-    """Forwards of a sample in a step of a recipe, a backward counting as two."""
+    """Forwards of a sample in a step of a recipe, a backward counting as two, and its part of drawing it."""
     # a preset says enough where the pipeline is not here
     model = replace(recipe.model, pipeline_dir="") if recipe.model.preset else recipe.model
-    return forward_units(recipe.stage.asking(model_sizes(model).guidance_embeds).forwards())
+    return forward_units(recipe.stage.asking(model_sizes(model).guidance_embeds))
 
 
 def _iterations(budget: Any, units: float, where: str) -> int:

@@ -25,6 +25,7 @@ class Training:
     """One run, as far as it matters for the weights.
 
     Attributes:
+        iterations, samples: its own, without those of the run that it goes on from (checkpoint.load).
         flops: forwards and backwards that the method asks for, at the size that most samples have; None where the
             recipe or the data set is not there any more.
     """
@@ -44,17 +45,28 @@ def history(weights: str | Path) -> list[dict[str, Any]]:
     found: list[Training] = []
     folder: Path | None = Path(weights)
     while folder is not None:
-        run = next((above for above in (folder, *folder.parents[:2]) if (above / LINEAGE).is_file()), None)
+        run = _run_of(folder)
         if run is None or any(known.run == str(run) for known in found):
             break
-        found.append(_training(run, folder))
-        parent = read_lineage(run / LINEAGE)["parent"]
-        folder = None if parent is None else Path(parent["path"])
+        lineage = read_lineage(run / LINEAGE)
+        parent = None if lineage["parent"] is None else Path(lineage["parent"]["path"])
+        goes_on = lineage["starts"][0].get("iteration", 0) > 0
+        found.append(_training(run, folder, parent if goes_on else None))
+        folder = parent
     return [asdict(each) for each in found]
 
 
-def _training(run: Path, weights: Path) -> Training:
+def _run_of(weights: Path) -> Path | None:
+    """The folder of the run that wrote weights; None where there is none."""
+    return next((above for above in (weights, *weights.parents[:2]) if (above / LINEAGE).is_file()), None)
+
+
+def _training(run: Path, weights: Path, goes_on_from: Path | None) -> Training:
+    """goes_on_from: the checkpoint whose iterations the run counts on from."""
     iterations, samples = _progress(run, weights)
+    if goes_on_from is not None and (before := _run_of(goes_on_from)) is not None:
+        done = _progress(before, goes_on_from)
+        iterations, samples = iterations - done[0], samples - done[1]
     stage, flops = "", None
     try:
         recipe = load_recipe(run / RECIPE)

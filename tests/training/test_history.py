@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from soar_mega.checkpoints.checkpoint import FORMAT
 from soar_mega.models.common.flops import Tokens, forward_work, step_work
 from soar_mega.models.family import read_sizes
 from soar_mega.recipe import recipe_to_yaml
@@ -48,6 +49,28 @@ def test_the_line_of_a_run_and_the_work_of_rl(tmp_path: Path, monkeypatch: pytes
     learned = step_work(forward, stage.forwards().answers, stage.forwards().points).total
     drawn = stage.sampling_forwards() / stage.updates_per_sample * forward.total
     assert (rl["iterations"], rl["samples"], rl["flops"]) == (10, 80, 80 * (learned + drawn))
+
+
+def test_a_run_that_goes_on_from_another_one_counts_its_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints count all steps of the line; those before are in the row of the other run alone."""
+    monkeypatch.chdir(ROOT)
+    _run(tmp_path / "first", "flow_grpo.yaml", 40, None)
+    export = _run(tmp_path / "second", "flow_grpo.yaml", 80, tmp_path / "first" / "iter_0000004")
+    whole = history(export)[0]
+    lineage = tmp_path / "second" / "lineage.json"
+    said = json.loads(lineage.read_text())
+    said["starts"][0]["iteration"] = 4
+    lineage.write_text(json.dumps(said))
+    checkpoint = tmp_path / "first" / "iter_0000004"
+    checkpoint.mkdir()
+    described = {"iteration": 4, "consumed_samples": 16, "skipped_steps": 0, "model": {}, "kept_weights": []}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(described | {"loader": None, "format": FORMAT}))
+    second, first = history(export)
+    assert (second["iterations"], second["samples"]) == (10 - 4, 80 - 16)
+    assert second["flops"] == pytest.approx(whole["flops"] * (80 - 16) / 80)
+    assert (first["iterations"], first["samples"]) == (4, 16)
 
 
 def test_weights_that_no_run_made_have_no_history(tmp_path: Path) -> None:

@@ -13,9 +13,14 @@ from soar_mega.rules import Rule, above, at_least, one_of, within
 
 @dataclass(kw_only=True)
 class CollectingConfig(StageConfig):
-    """How samples are drawn and judged (defaults: flow_grpo's)."""
+    """How samples are drawn and judged (defaults: flow_grpo's).
+
+    Attributes:
+        drawn_with: settings that must not change while samples are learned from that were drawn with them.
+    """
 
     collects: ClassVar[bool] = True
+    drawn_with: ClassVar[tuple[str, ...]] = ()
 
     # samples of a prompt: a group, whose mean reward advantages are measured from
     images_per_prompt: int = 24
@@ -128,6 +133,17 @@ class CollectingConfig(StageConfig):
 @dataclass(kw_only=True)
 class FlowGrpoConfig(CollectingConfig):
     """Which steps are stochastic, and the loss on them (defaults: flow_grpo's for SD3.5 and OCR)."""
+
+    drawn_with: ClassVar[tuple[str, ...]] = (  # all that the probability of a step depends on
+        "shift",
+        "sampling_steps",
+        "sigma_grid",
+        "integer_timesteps",
+        "guidance_scale",
+        "learning_guidance_scale",
+        "variant",
+        "eta",
+    )
 
     name: str = "flow_grpo"
     kl_beta: float = 0.04

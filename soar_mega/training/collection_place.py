@@ -45,6 +45,10 @@ class Place:
             "stage.updates_per_sample": config.updates_per_sample,
             "train.global_batch_size": recipe.train.global_batch_size,
         }
+        self._drawn_with = {
+            "data.resolution": recipe.data.resolution,
+            "data.max_sequence_length": recipe.data.max_sequence_length,
+        } | {f"stage.{key}": getattr(config, key) for key in config.drawn_with}
 
     @property
     def collection(self) -> int:
@@ -83,7 +87,7 @@ class Place:
         return {
             "consumed_samples": self.consumed_samples,
             "not_judged": self.not_judged,
-            "settings": self._settings,
+            "settings": self._settings | self._drawn_with,
             "prompts": self._prompts.hash(),
         }
 
@@ -92,7 +96,8 @@ class Place:
         self.consumed_samples, self.not_judged = int(state["consumed_samples"]), int(state["not_judged"])
 
     def check(self, state: Mapping[str, Any], between: bool) -> None:
-        """ValueError where the run cannot go on from a `state`: other prompts, another seed, or other sizes.
+        """ValueError where the run cannot go on from a `state`: other prompts, another seed, other sizes, or within a
+        collection other settings than its samples were drawn with.
 
         between: it is one between two collections.
         """
@@ -103,13 +108,13 @@ class Place:
                 f"{self._prompts.path} holds other prompts than the run was started with: give the same data.prompts, "
                 f"or {RESTART}"
             )
-        now = self._settings
-        differing = [key for key, value in now.items() if state["settings"][key] != value]
+        saved, now = state["settings"], self._settings | ({} if between else self._drawn_with)
+        differing = [key for key, value in now.items() if saved.get(key) != value]
         if differing == ["train.global_batch_size"] and between:
             return
         if differing:
-            told = ", ".join(f"{key}={state['settings'][key]}, not {now[key]}" for key in differing)
+            told = ", ".join(f"{key}={saved.get(key)}, not {now[key]}" for key in differing)
             raise ValueError(
-                f"the run was started with {told}: keep it to resume (train.global_batch_size may change "
-                "between two collections)"
+                f"the run was last started with {told}: keep it to resume (train.global_batch_size and what samples "
+                "are drawn with may change between two collections)"
             )

@@ -268,6 +268,12 @@ def test_what_a_run_cannot_go_on_with_is_named(finished: Finished, folder: Path,
         ({"stage__images_per_prompt": 6}, "started with stage.images_per_prompt=4, not 6"),
         ({"train__global_batch_size": 16}, "started with train.global_batch_size=8, not 16"),
         ({"train__seed": 1}, "started with train.seed=42, not 1"),
+        ({"stage__eta": 0.3}, r"started with stage.eta=0.7, not 0.3: .*may change between two collections"),
+        (
+            {"stage__sampling_steps": 4, "stage__sigma_grid": "linear"},
+            "sampling_steps=3, not 4, stage.sigma_grid",
+        ),
+        ({"data__resolution": 32}, "started with data.resolution=None, not 32"),
     ]:
         with (
             pytest.raises(ValueError, match=said),
@@ -275,7 +281,9 @@ def test_what_a_run_cannot_go_on_with_is_named(finished: Finished, folder: Path,
         ):
             pass
     RunFolder(save).set_latest(4)  # between two collections
-    with rl_steps(rl_recipe(folder, stage, **(settings | {"train__global_batch_size": 16}))) as run:
+    with rl_steps(
+        rl_recipe(folder, stage, **(settings | {"train__global_batch_size": 16, "stage__eta": 0.3}))
+    ) as run:
         assert run.progress.iteration == 4
         taken(run, 1)
 

@@ -116,6 +116,11 @@ class Collector:
         return self._held is None
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether something was collected of which nothing has been learned from."""
+        return not self.is_empty and self.place.consumed_samples == self.place.position
+
+    @property
     def _speaks(self) -> bool:
         """Whether this rank is the one of its replica that tells others what all of them hold."""
         return self.ranks.leader and self.ranks.first_stage

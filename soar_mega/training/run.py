@@ -133,7 +133,9 @@ class Trainer(Steps):
         self.saver = Saver(run, recipe.checkpoint, self.sizes, self.note)
         self.skipped_in_a_row = 0
         on_disk = run.path if distributed.is_rank_zero() and recipe.logging.tensorboard else None
-        self.events = Events(on_disk, self.progress.iteration)
+        # a start that stopped behind the drawing has told of the collection at the step that follows
+        was_told = self.collector is not None and self.collector.is_untouched
+        self.events = Events(on_disk, self.progress.iteration + was_told)
         schedule, info = self.stage.schedule, self.loader.info
         self.measurements = Measurements(
             recipe, run.path, self.engine, schedule, info, prompts, self.events, self.collector

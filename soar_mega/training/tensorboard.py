@@ -18,7 +18,8 @@ class Events:
 
     Args:
         folder: the run folder, or None.
-        iteration: finished steps; events beyond them, of a run that was killed after its last checkpoint, are hidden.
+        iteration: of the last events that stay; those beyond it, of a run that was killed after its last checkpoint,
+            are hidden.
     """
 
     def __init__(self, folder: Path | None, iteration: int) -> None:

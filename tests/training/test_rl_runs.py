@@ -25,10 +25,12 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.cli import main
 from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
-from soar_mega.distributed import stop_world
+from soar_mega.distributed import start_world, stop_world
+from soar_mega.faults.signals import StopRequest
 from soar_mega.training.collection_report import best_median_worst
 from soar_mega.training.experience import Share, order_of_pass
 from soar_mega.training.loop import Steps
+from soar_mega.training.run import Trainer
 
 ITERATIONS = 6  # of collections that are learned from in 4
 Finished = dict[str, tuple[Recipe, list[float], list[dict[str, Any]]]]
@@ -254,6 +256,28 @@ def test_a_run_that_is_stopped_while_it_draws_draws_the_same_again(folder: Path)
     with rl_steps(rl_recipe(folder, "flow_grpo")) as run:
         fresh = run.collect()
     assert torch.equal(again.rewards["total"], fresh.rewards["total"])
+
+
+def test_a_run_that_is_stopped_behind_the_drawing_keeps_its_curves(folder: Path, tmp_path: Path) -> None:
+    """The collection is told of once, by the start that drew it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curve = []
+    recipe = rl_recipe(folder, "flow_grpo", checkpoint__save=tmp_path, logging__tensorboard="true")
+    start_world(recipe.parallel)
+    for drawn in (True, False):
+        run = Trainer(recipe, RunFolder(tmp_path))
+        assert run.collector is not None and run.collector.is_empty == drawn
+        with StopRequest(None) as stop:
+            run.draw(stop)
+        if drawn:
+            run.saved = -1  # as behind the first step: a run has no checkpoint of iteration 0
+            run.save(wait=True)
+        run.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        curve.append([(event.step, event.value) for event in events.Scalars("reward/total")])
+    assert curve[0] == curve[1] and [step for step, _ in curve[0]] == [1]
 
 
 def test_what_a_run_cannot_go_on_with_is_named(finished: Finished, folder: Path, tmp_path: Path) -> None:

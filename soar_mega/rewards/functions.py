@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from soar_mega.evaluation.scorer import Scorer
-from soar_mega.rewards.judging import BrokenScorer
+from soar_mega.rewards.judging import BrokenScorer, numbers
 
 
 def scorer_of(path: str, entry: str = "") -> Scorer:
@@ -61,7 +61,7 @@ class FunctionScorer:
             raise BrokenScorer(
                 f"{self._path} gives the values {sorted(given)}: choose one as {self._path}#NAME"
             )
-        return {self.name: given[entry]}
+        return {self.name: numbers(self.name, given[entry], len(images))}
 
 
 def _find(path: str) -> Callable[..., Any]:

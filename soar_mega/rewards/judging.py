@@ -43,9 +43,11 @@ def judge(
             log.debug("%s could not judge a sample", scorer.name, exc_info=True)
             return torch.full((1,), torch.nan, dtype=torch.float64), {0: _words(error)}
         return _judge_one_by_one(scorer, images, prompts, metadata)
+    if not isinstance(given, Mapping):
+        raise BrokenScorer(f"reward {scorer.name} gave {repr(given)[:SHOWN]}, and no values by name")
     if scorer.name not in given:
         raise BrokenScorer(f"reward {scorer.name} gave {sorted(given)}, and no value by its own name")
-    values = _numbers(scorer.name, given[scorer.name], len(images))
+    values = numbers(scorer.name, given[scorer.name], len(images))
     finite = values.isfinite()
     broken = {i: f"its value is {values[i]}" for i in torch.nonzero(~finite).flatten().tolist()}
     return torch.where(finite, values, torch.nan), broken
@@ -63,11 +65,11 @@ def _judge_one_by_one(
     return values, broken
 
 
-def _numbers(name: str, given: Any, count: int) -> Tensor:
-    """[count] float64 of a tensor, an array or a list."""
+def numbers(name: str, given: Any, count: int) -> Tensor:
+    """[count] float64 of a tensor, an array or a list. BrokenScorer where it is none, or not of `count` numbers."""
     try:
         values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise BrokenScorer(
             f"reward {name} gave {repr(given)[:SHOWN]}: one number for each image is expected"
         ) from error

@@ -19,7 +19,7 @@ from soar_mega.evaluation.scorers.tiny import write_tiny_weights
 from soar_mega.examples.digits.benchmark import CATEGORIES, OCR, benchmark_prompts, real_canvases, score
 from soar_mega.examples.digits.canvases import KINDS, draw_caption
 from soar_mega.examples.digits.scorer import DigitsScorer, asked_by_metadata, asked_by_prompt
-from soar_mega.rewards import Rewards, make_rewards
+from soar_mega.rewards import Rewards, make_rewards, make_scorer
 
 NOTHING: dict[str, Any] = {}
 
@@ -50,6 +50,10 @@ def words(images: Tensor, *_: object) -> list[str]:
     return ["good"] * len(images)
 
 
+def endless(images: Tensor, *_: object) -> list[int]:
+    return [10**400] * len(images)
+
+
 def as_flow_grpo(images: Tensor, *_: object) -> tuple[Tensor, dict[str, Any]]:
     return images.new_zeros(len(images)), {}
 
@@ -74,6 +78,13 @@ class Green:
 
     def score(self, images: Tensor, *_: object) -> dict[str, Tensor]:
         return {"green": images[:, 1].mean(dim=(1, 2)).double()}
+
+
+class NoValues:
+    name, version, weights_hash = "no_values", "1", ""
+
+    def score(self, images: Tensor, *_: object) -> None:
+        return None
 
 
 class NoScorer:
@@ -115,6 +126,14 @@ def test_the_total_is_the_weighted_sum() -> None:
         + torch.tensor([1, 2, 3.5])
     )
     torch.testing.assert_close(values["total"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("key", ["mean_red", "two#length", "two#weight"])  # a tensor, an array and a list
+def test_a_function_of_the_users_own_is_a_scorer(key: str) -> None:
+    """As a suite of an evaluation needs it, which takes what `score` gives as it is."""
+    scorer = make_scorer(HERE + key)
+    values = scorer.score(pictures(2), ["a", "bbb"], [{"weight": 1}, {"weight": 2.5}])[scorer.name]
+    assert isinstance(values, Tensor) and values.dtype == torch.float64 and values.shape == (2,)
 
 
 def test_a_class_of_the_users_own_is_a_reward() -> None:
@@ -261,6 +280,8 @@ def test_an_image_or_a_value_that_is_not_finite_is_not_learned_from(caplog: pyte
         ("column", "values of shape [3, 1] for 3 images"),
         ("words", "gave ['good', 'good', 'good']: one number for each image"),
         ("as_flow_grpo", "gave (tensor("),
+        ("endless", "gave [1000"),
+        ("NoValues", "gave None, and no values by name"),
         ("two", "gives the values ['length', 'weight']: choose one as"),
         ("two#height", "gives the values ['length', 'weight']: choose one as"),
     ],

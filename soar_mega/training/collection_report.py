@@ -67,8 +67,9 @@ def statistics(found: Collection) -> dict[str, float]:
         judged = found.rewards[name][found.rewards[name].isfinite()]
         values |= {f"reward/{name}": judged.mean().item(), f"reward/{name}/std": _deviation(judged)}
     total = found.rewards[TOTAL]
-    groups = [total[found.prompt == prompt] for prompt in found.prompt.unique()]
-    deviations = [_deviation(group[group.isfinite()]) for group in groups]
+    is_judged = total.isfinite()
+    groups = [total[is_judged & (found.prompt == prompt)] for prompt in found.prompt[is_judged].unique()]
+    deviations = [_deviation(group) for group in groups]
     return values | {
         "reward/std-within-groups": sum(deviations) / len(deviations),
         "reward/groups-without-variance": sum(each == 0 for each in deviations) / len(deviations),

@@ -27,7 +27,8 @@ from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import start_world, stop_world
 from soar_mega.faults.signals import StopRequest
-from soar_mega.training.collection_report import best_median_worst
+from soar_mega.training.collection_report import best_median_worst, statistics
+from soar_mega.training.collector import Collection
 from soar_mega.training.experience import Share, order_of_pass
 from soar_mega.training.loop import Steps
 from soar_mega.training.run import Trainer
@@ -353,6 +354,21 @@ def test_the_pictures_of_a_collection() -> None:
     advantages = torch.tensor([0.5, torch.nan, -2.0, 3.0, 0.0, 1.0, -1.0, 0.2])
     assert best_median_worst(advantages).tolist() == [3, 5, 0, 7, 6, 2]
     assert best_median_worst(torch.tensor([torch.nan, 1.0])).tolist() == [1, 1, 1]
+
+
+def test_groups_of_which_nothing_was_judged_are_not_told_of_as_equal() -> None:
+    """Two groups of two samples, by hand, and one that could not be judged."""
+    total = torch.tensor([1.0, 4.0, torch.nan, 3.0, 4.0, torch.nan], dtype=torch.float64)
+    found = Collection(
+        number=0,
+        prompt=torch.tensor([7, 8, 9]).repeat(2),
+        rewards={"red": total, "total": total},
+        advantages=total,
+        seconds=2.0,
+    )
+    told = statistics(found)
+    assert (told["reward/std-within-groups"], told["reward/groups-without-variance"]) == (0.5, 0.5)
+    assert (told["reward/total"], told["reward/samples-not-judged"]) == (3.0, 2)
 
 
 DEATHS = {  # what is killed in the middle of: on one of two ranks, all of which go

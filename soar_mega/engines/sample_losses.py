@@ -46,7 +46,7 @@ def sample_losses(
     Args:
         points: all points of this rank's batch.
         losses: [P] float64 of each point on the last pipeline stage, None elsewhere.
-        indices: of this rank's samples in the data set; read on the last stage's first rank.
+        indices: of the samples of this rank's rows in the data set; read on the last stage's first rank.
         worst: how many; None: all.
     """
     mine: list[SampleLoss] = []
@@ -56,23 +56,26 @@ def sample_losses(
 
 
 def _of_this_rank(points: Points, losses: Tensor, batch: Batch, indices: list[int]) -> list[SampleLoss]:
-    found: list[list[PointLoss]] = [[] for _ in indices]
+    """A sample may have several rows of the batch: the states of its steps."""
+    positions = batch.position.tolist()
+    first = {position: row for row, position in reversed(list(enumerate(positions)))}
+    found: dict[int, list[PointLoss]] = {position: [] for position in positions}
     columns = (points.sample, points.kind, points.sigma, losses.cpu(), points.count > 0)
     for sample, kind, sigma, loss, present in zip(*(c.tolist() for c in columns), strict=True):
         if present:
-            found[sample].append(PointLoss(kind=points.kinds[kind], sigma=sigma, loss=loss))
-    positions = batch.position.tolist()
+            found[positions[sample]].append(PointLoss(kind=points.kinds[kind], sigma=sigma, loss=loss))
     return [
         SampleLoss(
-            position=positions[i],
-            index=index,
-            name=batch.names[i],
-            points=found[i],
+            position=position,
+            index=indices[first[position]],
+            name=batch.names[first[position]],
+            points=of_sample,
             compared=points.kinds[0],
         )
-        for i, index in enumerate(indices)
+        for position, of_sample in found.items()
     ]
 
 
 def _sorted(samples: list[SampleLoss]) -> list[SampleLoss]:
-    return sorted(samples, key=lambda sample: (-sample.worst, sample.position))
+    """Those without a point come last: losses may be negative."""
+    return sorted(samples, key=lambda sample: (not sample.points, -sample.worst, sample.position))

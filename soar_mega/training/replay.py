@@ -110,5 +110,5 @@ def as_text(replayed: Replay) -> str:
     for sample in replayed.samples:
         lines.append(f"  {sample.position:9d} {sample.index:9d}  {sample.name}")
         told = (f"{p.kind} sigma {p.sigma:.4f}: {p.loss:.5E}" for p in sample.points)
-        lines.append(f"      {' | '.join(told) or 'could not be read'}")
+        lines.append(f"      {' | '.join(told) or 'not learned from'}")
     return "\n".join(lines)

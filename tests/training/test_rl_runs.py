@@ -27,6 +27,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.info import DataError
 from soar_mega.distributed import start_world, stop_world
 from soar_mega.faults.signals import StopRequest
+from soar_mega.training.anomalies import worst_samples
 from soar_mega.training.collection_report import best_median_worst, statistics
 from soar_mega.training.collector import Collection
 from soar_mega.training.experience import Share, order_of_pass
@@ -203,6 +204,11 @@ def test_samples_that_cannot_be_judged_count_for_nothing(
         statistics = run.learn()
         assert statistics["loss"] == statistics["loss"]  # a number
         assert torch.equal(run.batch.valid, ~red[run.batch.position])
+        # each sample once, with its steps; those that count for nothing behind all others
+        samples = worst_samples(run, None)
+        assert sorted(sample.position for sample in samples) == list(range(32))
+        assert [len(sample.points) for sample in samples] == [run.recipe.stage.trained_points] * 28 + [0] * 4
+        assert all("red" in sample.name for sample in samples[28:])
         assert "could not be judged, left out of learning: 4 of 'a red 3'" in caplog.text
         assert run.loader.state_dict()["not_judged"] == 4
         recipe.data.max_failed_share = 0.124

@@ -86,11 +86,11 @@ class Rewards:
         """Look at what `score` gave for a whole collection, and warn of a reward that tells no sample from another.
 
         Raises:
-            ValueError: a reward could not judge a single sample, or all of them together none.
+            ValueError: a reward that counts could not judge a single sample, or all of them together none.
         """
         for name in self.names:
             values = collection[name][collection[name].isfinite()]
-            if not len(values):
+            if not len(values) and self.weights[name]:
                 raise ValueError(
                     f"reward {name} could not judge one of the {len(collection[name])} samples of a collection"
                     f"{f': {self._last_words[name]}' if name in self._last_words else ''}"

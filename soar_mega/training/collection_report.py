@@ -65,7 +65,8 @@ def statistics(found: Collection) -> dict[str, float]:
     values: dict[str, float] = {}
     for name in (TOTAL, *(name for name in found.rewards if name != TOTAL)):
         judged = found.rewards[name][found.rewards[name].isfinite()]
-        values |= {f"reward/{name}": judged.mean().item(), f"reward/{name}/std": _deviation(judged)}
+        if len(judged):  # one that is only looked at may have none
+            values |= {f"reward/{name}": judged.mean().item(), f"reward/{name}/std": _deviation(judged)}
     total = found.rewards[TOTAL]
     is_judged = total.isfinite()
     groups = [total[is_judged & (found.prompt == prompt)] for prompt in found.prompt[is_judged].unique()]

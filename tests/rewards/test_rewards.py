@@ -297,6 +297,9 @@ def test_a_collection_that_teaches_nothing_is_told_of(caplog: pytest.LogCaptureF
     values = rewards.score(pictures(1).expand(3, -1, -1, -1), ["a"] * 3, [NOTHING] * 3)
     with pytest.raises(ValueError, match="reward broken could not judge one of the 3 samples.*out of paint"):
         rewards.examine(values)
+    looked_at = make_rewards({HERE + "mean_red": 1.0, HERE + "broken": 0.0})
+    values = looked_at.score(pictures(3), ["a"] * 3, [NOTHING] * 3)
+    looked_at.examine(values)  # a reward of weight 0 ends nothing
     assert "reward mean_red is" in caplog.text and "nothing to learn from it (so far in 1 coll" in caplog.text
 
 

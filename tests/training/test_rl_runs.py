@@ -368,13 +368,14 @@ def test_groups_of_which_nothing_was_judged_are_not_told_of_as_equal() -> None:
     found = Collection(
         number=0,
         prompt=torch.tensor([7, 8, 9]).repeat(2),
-        rewards={"red": total, "total": total},
+        rewards={"red": total, "only_looked_at": torch.full_like(total, torch.nan), "total": total},
         advantages=total,
         seconds=2.0,
     )
     told = statistics(found)
     assert (told["reward/std-within-groups"], told["reward/groups-without-variance"]) == (0.5, 0.5)
     assert (told["reward/total"], told["reward/samples-not-judged"]) == (3.0, 2)
+    assert "reward/only_looked_at" not in told
 
 
 DEATHS = {  # what is killed in the middle of: on one of two ranks, all of which go

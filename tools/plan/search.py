@@ -10,8 +10,8 @@ from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.gpus import usable_memory
 from soar_mega.models.common.flops import Tokens, image_tokens
 from soar_mega.models.common.layout import check_layout
-from soar_mega.models.common.memory import Memory, Workload, largest_rank, resting, workload
-from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, points_of, recomputations
+from soar_mega.models.common.memory import Memory, Workload, largest_rank, points_of, resting, workload
+from soar_mega.models.common.micro_batches import asked_at_once, even_sizes, recomputations
 from soar_mega.models.common.sizes import Sizes
 
 TENSOR = (1, 2, 3, 4, 6, 8, 16)

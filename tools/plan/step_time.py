@@ -110,11 +110,9 @@ class StepModel:
             answers = self.recipe.stage.asking(self.sizes.guidance_embeds).forwards().answers
             asked = math.ceil(work.samples * answers / work.rows)
         filling = (self.ranks - 1) / self.chunks
-        group = self.ranks if self.chunks > 1 else 1
-        made = -(-work.micro_batches // group) * group  # an interleaved pipeline fills up whole groups
         return StepTime(
             answers=asked * answer,
-            training=made * each,
+            training=work.micro_batches * each,
             bubble=filling * (each + (answer if asked else 0.0)),
             reduction=self._reduction(work, forward, backward),
             optimizer=self._optimizer(),

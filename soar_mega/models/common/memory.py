@@ -43,7 +43,7 @@ class Workload:
         points: of one training forward, both branches of guidance counted.
         rows: of the largest forward without a gradient, likewise; 0: there is none.
         samples: of the rank's share of the global batch.
-        micro_batches: training forwards of a step.
+        micro_batches: training forwards of a step, those included that fill up an interleaved pipeline.
     """
 
     latent_size: tuple[int, int]
@@ -104,12 +104,19 @@ def workload(
     train, stage = recipe.train, recipe.stage
     samples = train.global_batch_size // data_size
     forwards = stage.asking(is_told).forwards()
-    branches = forwards.point_branches
-    total = samples * forwards.points // branches
+    branches, total = forwards.point_branches, points_of(recipe, data_size)
     size = min(points or train.points_per_micro_batch or train.micro_batch_size, total)
     asked = min(train.micro_batch_size * forwards.query_branches, math.ceil(samples * forwards.answers))
     rows = max(asked, stage.drawn_rows)
-    return Workload(latent_size, text_length, size * branches, rows, samples, -(-total // size))
+    group = recipe.parallel.pipeline_model_parallel_size if chunks_per_rank(recipe.parallel) > 1 else 1
+    micro_batches = -(-total // (size * group)) * group
+    return Workload(latent_size, text_length, size * branches, rows, samples, micro_batches)
+
+
+def points_of(recipe: Recipe, data_size: int) -> int:
+    """Points of a step on one of `data_size` replicas."""
+    forwards = recipe.stage.forwards()
+    return recipe.train.global_batch_size // data_size * forwards.points // forwards.point_branches
 
 
 def rank_memory(sizes: Sizes, recipe: Recipe, work: Workload, data_size: int, rank: int = 0) -> Memory:

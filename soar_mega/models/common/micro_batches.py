@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from soar_mega.config import ModelConfig, Recipe
 from soar_mega.config_checks import check_replicas
 from soar_mega.layer_checks import LINEAR_INPUTS
-from soar_mega.models.common.memory import Memory, largest_rank, workload
+from soar_mega.models.common.memory import Memory, largest_rank, points_of, workload
 from soar_mega.models.common.sizes import Sizes
 
 FEWEST = 4  # points of a forward for which more recomputation is not worth its work
@@ -102,11 +102,6 @@ def asked_at_once(recipe: Recipe, sizes: Sizes, samples: int, points: int) -> in
     branches = recipe.stage.asking(sizes.guidance_embeds).forwards().query_branches
     possible = (n for n in range(samples, 0, -1) if samples % n == 0)
     return next(n for n in possible if n == 1 or branches * n <= points)
-
-
-def points_of(recipe: Recipe, data_size: int) -> int:
-    """Points of a step on one of `data_size` replicas."""
-    return workload(recipe, data_size, (2, 2), 1, points=1).micro_batches
 
 
 def even_sizes(points: int, ranks: int) -> Iterator[int]:

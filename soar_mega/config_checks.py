@@ -120,7 +120,12 @@ READ_WHERE: list[tuple[Callable[[Recipe], object], str, tuple[str, ...]]] = [
     (
         lambda recipe: recipe.lora.rank,
         "is about adapters: set lora.rank",
-        ("lora.alpha", "lora.dropout", "lora.load"),
+        ("lora.alpha", "lora.dropout", "lora.targets", "lora.load"),
+    ),
+    (
+        lambda recipe: recipe.stage.collects,
+        "is for stages that draw their samples: leave it out",
+        ("data.validation_prompts", "data.prompt_cache", "data.resolution", "data.max_sequence_length"),
     ),
     (
         lambda recipe: recipe.optimizer.lr_decay_style != "constant",

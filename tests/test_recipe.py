@@ -113,7 +113,8 @@ def test_a_guidance_scale_is_a_number_or_spread_over_samples(
 
 def test_patterns_need_no_quotes_and_anchors_stay(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
-        recipe_file, ["lora.targets=[*.attn.to_q,*.ff.net.*,*]", "optimizer.frozen=[*.embedder.*]"]
+        recipe_file,
+        ["lora.rank=4", "lora.targets=[*.attn.to_q,*.ff.net.*,*]", "optimizer.frozen=[*.embedder.*]"],
     )
     assert recipe.lora.targets == ["*.attn.to_q", "*.ff.net.*", "*"] and recipe.optimizer.frozen == [
         "*.embedder.*"
@@ -257,6 +258,11 @@ def test_settings_that_do_not_fit_each_other(
         ("lora.alpha=1", "set lora.rank"),
         ("lora.dropout=0.1", "set lora.rank"),
         ("lora.load=adapters", "set lora.rank"),
+        ("lora.targets=[*.ff.net.*]", "set lora.rank"),
+        ("data.validation_prompts=prompts.txt", "stages that draw their samples"),
+        ("data.prompt_cache=prompts", "stages that draw their samples"),
+        ("data.resolution=512", "stages that draw their samples"),
+        ("data.max_sequence_length=128", "stages that draw their samples"),
         ("optimizer.min_lr=1e-6", "optimizer.lr_decay_style=cosine"),
         ("optimizer.lr_decay_iters=10", "optimizer.lr_decay_style=cosine"),
         ("optimizer.lr_decay_start=1", "optimizer.lr_decay_style=cosine"),

@@ -111,7 +111,7 @@ def model_sizes(model: ModelConfig) -> Sizes:
 
     Raises:
         ValueError: a pipeline folder without a transformer of a known family, or with another one than the preset, or
-            an unknown preset.
+            with one whose output is no velocity of its latents, or an unknown preset.
     """
     known = presets()
     if model.preset and model.preset not in known:
@@ -123,6 +123,12 @@ def model_sizes(model: ModelConfig) -> Sizes:
         raise ValueError(
             f"model.pipeline_dir: {model.pipeline_dir} holds another transformer than {model.preset}, which "
             f"model.preset expects: {sizes.layers_in_words} of width {sizes.hidden_size}"
+        )
+    if sizes.in_channels != sizes.out_channels:
+        raise ValueError(
+            f"model.pipeline_dir: the transformer of {model.pipeline_dir} has in_channels {sizes.in_channels} and "
+            f"out_channels {sizes.out_channels}: a model that reads more than the noisy latents, or predicts more than "
+            "their velocity, cannot be trained here"
         )
     return sizes
 

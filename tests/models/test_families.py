@@ -1,11 +1,13 @@
 """Families are found by their folders, and nothing outside one names it."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
 
-from soar_mega.models.family import families, find_sizes, presets, read_sizes
+from soar_mega.config import ModelConfig
+from soar_mega.models.family import families, find_sizes, model_sizes, presets, read_sizes
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "soar_mega" / "models"
@@ -63,3 +65,13 @@ def test_each_folder_is_a_family_with_sizes_of_its_own():
 def test_a_transformer_of_no_family_is_refused_with_those_that_there_are(content):
     with pytest.raises(ValueError, match="describes a .*supported are .*SD3Transformer2DModel"):
         read_sizes(content)
+
+
+def test_a_model_whose_output_is_no_velocity_of_its_latents_is_not_trained(tmp_path):
+    sizes = presets()["sd35_medium"].to_diffusers()
+    for changes in ({"in_channels": 33}, {"out_channels": 32}):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+        with pytest.raises(
+            ValueError, match="in_channels .* and out_channels .*: a model .* cannot be trained"
+        ):
+            model_sizes(ModelConfig(pipeline_dir=str(tmp_path)))

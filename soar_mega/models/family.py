@@ -43,7 +43,7 @@ class Family:
         text_tokens: of a prompt, as our recipes have them prepared.
         embedding_work: of the inputs on their way into the layers, in a forward of one sample.
         layer_work: (number, tokens) of one layer, likewise.
-        layer_bytes: (tokens, number, bytes of an element, what is made again) that autograd keeps of a layer for one
+        layer_bytes: (tokens, number, bytes of an element, parts not kept) that autograd keeps of a layer for one
             point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
         encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.

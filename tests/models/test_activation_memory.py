@@ -10,10 +10,11 @@ from live_bytes import LiveBytes
 from multirank import run_ranks
 from peer import SMALL, make_inputs
 
-from soar_mega.config import ModelConfig, ParallelConfig, Recipe
+from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
 from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.lora import add_adapters
 from soar_mega.models.common.memory import Workload, rank_memory
 from soar_mega.models.common.micro_batches import LIGHT
 from soar_mega.models.flux.sizes import FluxSizes
@@ -33,6 +34,7 @@ FLUX = FluxSizes(
     pooled_projection_dim=10,
     axes_dims_rope=(8, 12, 12),
 )
+NO_LORA = LoraConfig()
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
@@ -46,10 +48,13 @@ def kernels_that_only_allocate():
     return patches
 
 
-def kept_bytes(parallel, model, sizes=SIZES):
+def kept_bytes(parallel, model, sizes=SIZES, lora=NO_LORA):
     """Bytes of this rank's tensors that are alive between forward and backward, weights left out."""
     start_world(parallel)
     chunk = build_model(sizes, model, parallel)
+    if lora.rank:
+        chunk.requires_grad_(False)
+        add_adapters([chunk], lora, seed=0)
     inputs = make_inputs(sizes, SIZE, batch=POINTS, text=TEXT)
     with kernels_that_only_allocate():
         with torch.no_grad():
@@ -78,13 +83,13 @@ def peak_bytes(model, sizes):
             return counted.peak
 
 
-def predicted_memory(parallel, model, sizes=SIZES):
+def predicted_memory(parallel, model, sizes=SIZES, lora=NO_LORA):
     work = Workload(SIZE, TEXT, POINTS, rows=0, samples=1, micro_batches=1)
-    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel), work, 1)
+    return rank_memory(sizes, Recipe(stage=SoarConfig(), model=model, parallel=parallel, lora=lora), work, 1)
 
 
-def predicted_bytes(parallel, model, sizes=SIZES):
-    return predicted_memory(parallel, model, sizes).activations
+def predicted_bytes(parallel, model, sizes=SIZES, lora=NO_LORA):
+    return predicted_memory(parallel, model, sizes, lora).activations
 
 
 def settings(**changes):
@@ -136,6 +141,13 @@ def test_kept_bytes_are_the_predicted_ones(processes, parallel, model, sizes):
         predicted = predicted_bytes(parallel, model, sizes)
         print(f"kept {kept:,}, predicted {predicted:,} ({predicted / kept - 1:+.1%})")
         assert predicted == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, FLUX], ids=["sd3", "flux"])
+def test_linears_without_an_adapter_keep_nothing(sizes):
+    lora = LoraConfig(rank=4)  # in attention, not in the MLPs
+    [kept] = run_ranks(kept_bytes, 1, ParallelConfig(), settings(), sizes, lora)
+    assert predicted_bytes(ParallelConfig(), settings(), sizes, lora) == pytest.approx(kept, rel=0.07)
 
 
 @pytest.mark.parametrize(

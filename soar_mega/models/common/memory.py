@@ -1,7 +1,8 @@
 """How much memory training takes on a rank, from the sizes of a model and the settings of a run.
 
 Weights, gradients and optimizer are what the engines allocate, to the padding. Activations are what autograd keeps with
-the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it is more.
+the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it is more, and where some of a layer's
+linears are frozen a little less.
 """
 
 import math
@@ -17,6 +18,7 @@ from soar_mega.models.common.rank_parameters import (
     buffer_elements,
     chunk_parameters,
     trained,
+    trained_linears,
 )
 from soar_mega.models.common.rank_tokens import RankTokens
 from soar_mega.models.common.sequence_shards import cut_multiple
@@ -247,7 +249,10 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
     for chunk, count in enumerate(flight):
         stage = chunk * ranks + rank
         layers = stages[stage]
-        mine = [sizes.family.layer_bytes(sizes, tokens, number, item, model.made_again) for number in layers]
+        mine = [
+            sizes.family.layer_bytes(sizes, tokens, number, item, not_kept(sizes, recipe, number))
+            for number in layers
+        ]
         recomputed = [is_recomputed(model, number) for number in layers]
         per_point = sum(tokens.inputs(sizes, item) if again else own for own, again in zip(mine, recomputed))
         if stage == 0:
@@ -268,6 +273,21 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
     if has_graphs(recipe):  # each recording keeps its memory
         return round(kept), round(backward + answering)
     return round(kept), round(max(backward, answering - kept))  # nothing is kept while answers are made
+
+
+def not_kept(sizes: Sizes, recipe: Recipe, number: int) -> frozenset[str]:
+    """Parts of a layer that are made again in backward, or read by linears alone of which nothing is trained.
+
+    mlp_layernorm: what is modulated for an MLP, where attention has its own.
+    """
+    linears, parts = trained_linears(sizes, recipe, number), recipe.model.made_again
+    if "linear_fc2" not in linears:
+        parts |= {"mlp_act"}
+    if "linear_fc1" not in linears:
+        parts |= {"mlp_layernorm"}
+    if linears.isdisjoint(("linear_qkv", "linear_fc1")):
+        parts |= {"layernorm"}
+    return parts
 
 
 def has_graphs(recipe: Recipe) -> bool:

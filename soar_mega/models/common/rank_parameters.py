@@ -33,9 +33,9 @@ def chunk_parameters(sizes: Sizes, recipe: Recipe, rank: int) -> list[list[Eleme
     Raises:
         ValueError: a layout that is not possible.
     """
-    parallel, lora = recipe.parallel, recipe.lora
+    parallel = recipe.parallel
     stages, tensor = stage_layers(sizes, parallel), parallel.tensor_model_parallel_size
-    found = _parts(sizes, lora.rank, tuple(lora.targets), tuple(recipe.optimizer.frozen))
+    found = _parts(sizes, *_what_is_trained(recipe))
     chunks = []
     for stage in range(rank, len(stages), parallel.pipeline_model_parallel_size):
         parts = ["embedding"] * (stage == 0) + [str(n) for n in stages[stage]]
@@ -55,6 +55,11 @@ def trained(parameters: Iterable[Elements]) -> int:
     return sum(parameter.size for parameter in parameters if parameter.is_trained)
 
 
+def trained_linears(sizes: Sizes, recipe: Recipe, number: int) -> frozenset[str]:
+    """The names of a layer's linears of which something is trained, an adapter or they themselves: linear_qkv."""
+    return _trained_linears(sizes, *_what_is_trained(recipe)).get(str(number), frozenset())
+
+
 @cache
 def buffer_elements(sizes: Sizes) -> int:
     """Of what is kept with the weights and is no weight; on the first pipeline rank."""
@@ -66,21 +71,51 @@ def _on_rank(parameter: _Whole, tensor: int) -> Elements:
     return Elements(size // tensor if parameter.is_cut else size, is_trained)
 
 
+def _what_is_trained(recipe: Recipe) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """The rank of adapters, their targets, and what is frozen."""
+    return recipe.lora.rank, tuple(recipe.lora.targets), tuple(recipe.optimizer.frozen)
+
+
 @cache
 def _parts(
     sizes: Sizes, lora_rank: int, targets: tuple[str, ...], frozen: tuple[str, ...]
 ) -> dict[str, tuple[_Whole, ...]]:
     """The parameters of each layer by number, of `embedding` and of `output`."""
+    parts: dict[str, list[_Whole]] = {}
+    for name, parameter in _parameters(sizes, lora_rank, targets, frozen).items():
+        parts.setdefault(_part(name), []).append(parameter)
+    return {part: tuple(found) for part, found in parts.items()}
+
+
+@cache
+def _trained_linears(
+    sizes: Sizes, lora_rank: int, targets: tuple[str, ...], frozen: tuple[str, ...]
+) -> dict[str, frozenset[str]]:
+    """Those of each layer by number."""
+    linears: dict[str, set[str]] = {}
+    for name, parameter in _parameters(sizes, lora_rank, targets, frozen).items():
+        if parameter.elements.is_trained:
+            linears.setdefault(_part(name), set()).update(
+                w for w in name.split(".") if w.startswith("linear")
+            )
+    return {part: frozenset(found) for part, found in linears.items()}
+
+
+@cache
+def _parameters(
+    sizes: Sizes, lora_rank: int, targets: tuple[str, ...], frozen: tuple[str, ...]
+) -> dict[str, _Whole]:
+    """The parameters of the whole model by name."""
     model = meta_model(sizes)
     if lora_rank:
         add_adapters([model], LoraConfig(rank=lora_rank, targets=list(targets)), seed=0)
-    parts: dict[str, list[_Whole]] = {}
+    found = {}
     for name, parameter in model.named_parameters():
         is_candidate = is_adapter(name) or not lora_rank
         is_trained = is_candidate and not any(fnmatchcase(name, pattern) for pattern in frozen)
         elements = Elements(full_shape(parameter).numel(), is_trained)
-        parts.setdefault(_part(name), []).append(_Whole(elements, partition_dim(parameter) is not None))
-    return {part: tuple(found) for part, found in parts.items()}
+        found[name] = _Whole(elements, partition_dim(parameter) is not None)
+    return found
 
 
 def _part(name: str) -> str:

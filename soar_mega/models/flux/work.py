@@ -42,16 +42,17 @@ def layer_work(sizes: FluxSizes, number: int, tokens: Tokens) -> Work:
 
 
 def layer_bytes(
-    sizes: FluxSizes, tokens: RankTokens, number: int, item: int, made_again: frozenset[str]
+    sizes: FluxSizes, tokens: RankTokens, number: int, item: int, not_kept: frozenset[str]
 ) -> float:
-    """What autograd keeps of a layer for one point, but what is `made_again` (`ModelConfig.made_again`)."""
+    """What autograd keeps of a layer for one point, but its parts that are `not_kept` (`memory.not_kept`)."""
     whole, cut, attending, copied = (sum(part) for part in vars(tokens).values())
-    norm, activation, qk = (name not in made_again for name in ("layernorm", "mlp_act", "qk_layernorm"))
+    norm, activation, qk = (name not in not_kept for name in ("layernorm", "mlp_act", "qk_layernorm"))
+    mlp_norm = norm and "mlp_layernorm" not in not_kept
     # qkv; q, k and v apart, attention's result and its padded copy; the MLP's 4 before and after GELU
     elements = 3 * cut + (1 + 3 * qk) * attending + copied + (4 + 4 * activation) * cut
     if number < sizes.num_double_layers:
         # the layer's input, what is modulated twice, attention's output, hidden states, the MLP's output
-        elements, parts, norms = elements + (4 + 2 * norm) * whole, 12, 2
+        elements, parts, norms = elements + (4 + norm + mlp_norm) * whole, 12, 2
     else:
         # the joined input, what is modulated, the sum of both branches
         elements, parts, norms = elements + (2 + norm) * whole, 3, 1

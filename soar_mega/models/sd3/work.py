@@ -44,12 +44,13 @@ def layer_work(sizes: SD3Sizes, number: int, tokens: Tokens) -> Work:
 
 
 def layer_bytes(
-    sizes: SD3Sizes, tokens: RankTokens, number: int, item: int, made_again: frozenset[str]
+    sizes: SD3Sizes, tokens: RankTokens, number: int, item: int, not_kept: frozenset[str]
 ) -> float:
-    """What autograd keeps of a layer for one point, but what is `made_again` (`ModelConfig.made_again`)."""
+    """What autograd keeps of a layer for one point, but its parts that are `not_kept` (`memory.not_kept`)."""
     hidden = sizes.hidden_size
     is_last, is_dual = number == sizes.num_layers - 1, number in sizes.dual_attention_layers
-    norm, activation, qk = (name not in made_again for name in ("layernorm", "mlp_act", "qk_layernorm"))
+    norm, activation, qk = (name not in not_kept for name in ("layernorm", "mlp_act", "qk_layernorm"))
+    mlp_norm = norm and "mlp_layernorm" not in not_kept
     elements = 0.0
     for stream in (0, 1):
         whole, cut = tokens.whole[stream], tokens.cut[stream]
@@ -60,7 +61,7 @@ def layer_bytes(
         elements += attentions * goes_on * tokens.copied[stream]
         elements += whole  # the layer's input
         # attention's output, hidden states, what is modulated of them, the MLP's output; GELU's input and output
-        elements += goes_on * ((3 + norm) * whole + (4 + 4 * activation) * cut) + (attentions - 1) * whole
+        elements += goes_on * ((3 + mlp_norm) * whole + (4 + 4 * activation) * cut) + (attentions - 1) * whole
     modulation = (2 if is_last else 6) + (9 if is_dual else 6)
     statistics = 4 * 2 * (2 * sum(tokens.whole) + (tokens.whole[1] if is_dual else 0))
     lengths = sum(tokens.attending) + (tokens.attending[1] if is_dual else 0)

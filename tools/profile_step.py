@@ -47,6 +47,7 @@ from soar_mega.distributed import data_size, gather_on_rank_zero, is_rank_zero
 from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, recomputed_work, step_work
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_work
+from soar_mega.models.common.rank_parameters import trained_shares
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
 from soar_mega.stages import load_recipe
@@ -172,8 +173,8 @@ class Profile:
         tokens = Tokens(image_tokens(sizes, batch.latent_shape[1:]), batch.text_length)
         forwards = self.steps.recipe.stage.asking(sizes.guidance_embeds).forwards()
         answers, points = forwards.answers, forwards.points
-        forward, adapters = forward_work(sizes, tokens), recipe.lora.rank > 0
-        step = step_work(forward, round(samples * answers), samples * points, adapters)
+        forward, shares = forward_work(sizes, tokens), trained_shares(sizes, recipe)
+        step = step_work(forward, round(samples * answers), samples * points, shares)
         model = recipe.model
         again = recomputed_work(sizes, tokens, model)
         seconds = statistics.median(self.seconds["not recorded"]) * dist.get_world_size()

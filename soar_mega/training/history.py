@@ -13,6 +13,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.remote import read_info
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, step_work
+from soar_mega.models.common.rank_parameters import trained_shares
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
 from soar_mega.stages import CollectingConfig, load_recipe
@@ -92,7 +93,7 @@ def _work_of_sample(recipe: Recipe) -> float:
     stage = recipe.stage.asking(sizes.guidance_embeds)
     forward = forward_work(sizes, _tokens(recipe, sizes))
     forwards = stage.forwards()
-    work = float(step_work(forward, forwards.answers, forwards.points, recipe.lora.rank > 0).total)
+    work = float(step_work(forward, forwards.answers, forwards.points, trained_shares(sizes, recipe)).total)
     if isinstance(stage, CollectingConfig):
         work += stage.sampling_forwards() / stage.updates_per_sample * forward.total
     return work

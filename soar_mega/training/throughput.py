@@ -12,6 +12,7 @@ from soar_mega.config import Recipe
 from soar_mega.data.batch import Batch
 from soar_mega.gpus import peak_tflops
 from soar_mega.models.common.flops import Tokens, Work, forward_work, image_tokens, step_work
+from soar_mega.models.common.rank_parameters import trained_shares
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.stages import CollectingConfig
 
@@ -26,7 +27,7 @@ class Throughput:
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
         self._sizes = sizes
         self._samples = recipe.train.global_batch_size
-        self._adapters = recipe.lora.rank > 0
+        self._trained = trained_shares(sizes, recipe)
         self._stage = recipe.stage.asking(sizes.guidance_embeds)
         self._forwards = self._stage.forwards()
         device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -41,7 +42,7 @@ class Throughput:
             answers = round(self._samples * self._forwards.answers)
             points = self._samples * self._forwards.points
             forward = forward_work(self._sizes, tokens)
-            self._steps[tokens] = step_work(forward, answers, points, self._adapters)
+            self._steps[tokens] = step_work(forward, answers, points, self._trained)
         self._work += self._steps[tokens]
         self._seconds += seconds
 

@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from soar_mega.config import LoraConfig, ModelConfig, ParallelConfig, StageConfig
+from soar_mega.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recipe, StageConfig
 from soar_mega.data.batch import Batch
 from soar_mega.layer_checks import RECOMPUTE_MODULES
 from soar_mega.models.common.build import build_model
@@ -24,6 +26,7 @@ from soar_mega.models.common.flops import (
     step_work,
 )
 from soar_mega.models.common.lora import add_adapters
+from soar_mega.models.common.rank_parameters import trained_shares
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.models.sd3.sizes import SD3Sizes
 from soar_mega.models.sd3.work import layer_work
@@ -97,7 +100,19 @@ def test_work_is_what_torch_counts(seed: int) -> None:
         assert (again.total > 0) == bool(settings)
 
 
-def test_adapters_have_no_gradients_of_weights_computed() -> None:
+FROZEN_STREAM, FROZEN_MLPS = ["*.text.*"], ["layers.[0-3].*.mlp.*"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoraConfig(rank=1)},
+        {"optimizer": OptimizerConfig(frozen=FROZEN_STREAM)},
+        {"optimizer": OptimizerConfig(frozen=FROZEN_MLPS)},
+    ],
+    ids=["adapters", "text frozen", "mlps frozen"],
+)
+def test_no_gradients_are_computed_of_weights_that_are_not_trained(changes: dict[str, Any]) -> None:
     sizes = replace(
         random_sizes(random.Random(3)),
         num_layers=8,
@@ -106,16 +121,21 @@ def test_adapters_have_no_gradients_of_weights_computed() -> None:
         caption_projection_dim=768,
         dual_attention_layers=(0,),
     )
+    recipe = Recipe(stage=SoarConfig(), **changes)
     mmdit = build_model(sizes, ModelConfig(dtype="fp32"), ParallelConfig(), meta=True)
-    mmdit.requires_grad_(False)
-    add_adapters([mmdit], LoraConfig(rank=1), seed=0)
-    latent_size, text = (16, 16), 9
+    if recipe.lora.rank:
+        mmdit.requires_grad_(False)
+        add_adapters([mmdit], recipe.lora, seed=0)
+    for name, parameter in mmdit.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in recipe.optimizer.frozen):
+            parameter.requires_grad_(False)
+    latent_size, text = (16, 16), 40
     with counting() as counter:
         mmdit(*inputs_of(sizes, 1, latent_size, text)).sum().backward()
     forward = forward_work(sizes, Tokens(image_tokens(sizes, latent_size), text))
-    found = step_work(forward, 0, 1, adapters=True)
-    assert found.total == pytest.approx(counter.get_total_flops(), rel=0.02)
-    assert found.total < 0.75 * step_work(forward, 0, 1).total
+    found = step_work(forward, 0, 1, trained_shares(sizes, recipe))
+    assert found.total == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert found.total < 0.97 * step_work(forward, 0, 1).total
 
 
 def test_each_kind_is_what_its_modules_do() -> None:

@@ -18,6 +18,16 @@ class Tokens(NamedTuple):
     text: int
 
 
+class Shares(NamedTuple):
+    """How much is trained of the linears over the image's tokens in the layers, and of those over the text's."""
+
+    image: float
+    text: float
+
+
+ADAPTERS_ALONE = Shares(0.0, 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Floating point operations; of different works the sums and multiples."""
@@ -45,13 +55,13 @@ class Work:
         """Of the backward of this forward: the gradients of both factors, but no input's."""
         return Work(**{**vars(2 * self), "embedding": self.embedding})
 
-    @property
-    def backward_to_adapters(self) -> "Work":
-        """Where adapters alone are trained: the gradients of the inputs, and of both factors in attention.
+    def backward_to(self, trained: Shares) -> "Work":
+        """Where not all is trained: the gradients of the inputs, of what is trained, and of both factors in attention.
 
-        What the adapters themselves compute, about a hundredth, is left out.
+        What adapters themselves compute, about a hundredth, is left out, and so are the linears on one vector.
         """
-        return Work(image=self.image, text=self.text, attention=2 * self.attention, output=self.output)
+        image, text = round((1 + trained.image) * self.image), round((1 + trained.text) * self.text)
+        return Work(image=image, text=text, attention=2 * self.attention, output=self.output)
 
     def __add__(self, other: "Work") -> "Work":
         return Work(**{kind: count + getattr(other, kind) for kind, count in vars(self).items()})
@@ -92,11 +102,11 @@ def recomputed_work(sizes: Sizes, tokens: Tokens, model: ModelConfig) -> Work:
     return Work()
 
 
-def step_work(forward: Work, answers: float, points: int, adapters: bool = False) -> Work:
+def step_work(forward: Work, answers: float, points: int, trained: Shares | None = None) -> Work:
     """Of a step: `answers` forwards of one sample without a gradient, `points` forwards with their backward.
 
     Args:
-        adapters: they alone are trained.
+        trained: None: everything.
     """
-    backward = forward.backward_to_adapters if adapters else forward.backward
+    backward = forward.backward if trained is None else forward.backward_to(trained)
     return (answers + points) * forward + points * backward

@@ -6,11 +6,15 @@ from functools import cache
 from typing import NamedTuple
 
 from soar_mega.config import LoraConfig, Recipe
+from soar_mega.models.common.flops import ADAPTERS_ALONE, Shares
 from soar_mega.models.common.gather import full_shape, partition_dim
 from soar_mega.models.common.lora import add_adapters, is_adapter
 from soar_mega.models.common.pipeline_layout import stage_layers
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.summary import meta_model
+
+# the weights that are multiplied with each token in the layers
+TOKEN_LINEARS = tuple(f".{name}.weight" for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
 
 
 class Elements(NamedTuple):
@@ -58,6 +62,25 @@ def trained(parameters: Iterable[Elements]) -> int:
 def trained_linears(sizes: Sizes, recipe: Recipe, number: int) -> frozenset[str]:
     """The names of a layer's linears of which something is trained, an adapter or they themselves: linear_qkv."""
     return _trained_linears(sizes, *_what_is_trained(recipe)).get(str(number), frozenset())
+
+
+def trained_shares(sizes: Sizes, recipe: Recipe) -> Shares | None:
+    """How much of the linears over tokens is trained; None: all of the model is."""
+    if recipe.lora.rank:
+        return ADAPTERS_ALONE
+    if not recipe.optimizer.frozen:
+        return None
+    weights = {
+        name: parameter.elements
+        for name, parameter in _parameters(sizes, *_what_is_trained(recipe)).items()
+        if name.endswith(TOKEN_LINEARS)
+    }
+
+    def share(other: str) -> float:
+        mine = [elements for name, elements in weights.items() if f".{other}." not in name]
+        return trained(mine) / sum(elements.size for elements in mine)
+
+    return Shares(image=share("text"), text=share("image"))
 
 
 @cache

@@ -17,6 +17,7 @@ import fcntl
 import json
 import mmap
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -154,8 +155,8 @@ def check_file(path: str | Path, mark: bytes) -> None:
     if real.exists() and not _holds(real, mark):
         raise ValueError(f"{path} was not written by this program: give another name, or move it away")
     real.parent.mkdir(parents=True, exist_ok=True)
-    trial = _beside(real, f"new-{os.getpid()}")
-    trial.touch(exist_ok=False)
+    trial = _new_file(real)
+    trial.touch()
     trial.unlink()
 
 
@@ -171,7 +172,7 @@ def in_place_of(path: str | Path, mark: bytes) -> Iterator[Path]:
     """Where to write what is to be a file when all is done, with the mark in it; raises what `check_file` does."""
     check_file(path, mark)
     real = _real(path)
-    new = _beside(real, f"new-{os.getpid()}")
+    new = _new_file(real)
     try:
         yield new
         os.replace(new, real)
@@ -207,6 +208,11 @@ def _real(path: str | Path) -> Path:
 
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.soar_mega-{what}")
+
+
+def _new_file(path: Path) -> Path:
+    """What a file is written as. If it is there, a killed process left it: in containers the numbers come again."""
+    return _beside(path, f"new-{socket.gethostname()}-{os.getpid()}")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, list[int]]]:

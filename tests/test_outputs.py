@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from soar_mega import outputs
-from soar_mega.outputs import MARKER, OutputFolder, check_file, refuse_overlap, write_file
+from soar_mega.outputs import MARKER, OutputFolder, check_file, in_place_of, refuse_overlap, write_file
 
 FILES = ("config.json", "deep/er/weights", "deep/link")
 TOUCHING = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlopen")
@@ -174,6 +174,11 @@ def test_overlap(tmp_path: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "new/file.json"
     for number in (1, 2):
+        with in_place_of(file, b"ours") as new:
+            new.write_bytes(b"ours")
+        new.write_bytes(
+            b"half"
+        )  # as a killed process of the same number leaves it, such as a container's first
         write_file(file, b"ours %d" % number, b"ours")
     assert file.read_bytes() == b"ours 2" and os.listdir(file.parent) == ["file.json"]
     file.write_bytes(b"mine")

@@ -70,14 +70,20 @@ def read_yaml(path: Path) -> Any:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with every value written out; `read_recipe` of this text gives an equal recipe."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False)
+
+
+NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5), a key given twice an error, and patterns need no quotes."""
+    """YAML where 2e-5 is a number (YAML 1.1 wants 2.0e-5) and 0100 and 1:30 are none (YAML 1.1: 64 and 90), a key given
+    twice is an error, and patterns need no quotes."""
 
     yaml_implicit_resolvers = {
-        first: [*found] for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items() if first != "*"
+        first: [(tag, pattern) for tag, pattern in found if tag not in NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        if first != "*"
     }
 
     def fetch_alias(self) -> None:
@@ -101,9 +107,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+class _Dumper(yaml.SafeDumper):
+    """Quotes what a reader of YAML 1.1 or `_Loader` would take for something else than text."""
+
+
+_DIGITS = list("-+.0123456789")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), _DIGITS)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _DIGITS)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _DIGITS)
 
 
 def _text(path: Path) -> str:

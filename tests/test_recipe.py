@@ -93,8 +93,9 @@ def test_the_settings_of_a_stage_are_those_of_the_one_that_is_named(
 
 
 def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    names = ["checkpoint.save=1e3", "data.path=0100"]  # that look like numbers
     recipe = load_recipe(
-        recipe_file, ["optimizer.lr=3e-7", "optimizer.lr_multipliers={a: 2}", "model.dtype=fp32"]
+        recipe_file, ["optimizer.lr=3e-7", "optimizer.lr_multipliers={a: 2}", "model.dtype=fp32", *names]
     )
     text = recipe_to_yaml(recipe)
     assert load_text(tmp_path, text) == recipe
@@ -162,6 +163,8 @@ def test_every_rule_names_a_setting_and_the_defaults_obey() -> None:
         ("train.train_iters=", ["a whole number", "None"]),
         ("optimizer.lr=fast", ["optimizer.lr", "a number", "'fast'"]),
         ("optimizer.lr=.nan", ["optimizer.lr", "a number"]),
+        ("train.train_iters=0100", ["a whole number", "'0100'"]),  # YAML 1.1 has it for 64
+        ("train.exit_duration_in_mins=1:30", ["a number", "'1:30'"]),
         ("parallel.sequence_parallel=1", ["true or false"]),
         ("optimizer.frozen=a", ["optimizer.frozen", "a list"]),
         ("optimizer.lr_multipliers=[1]", ["a mapping"]),

@@ -28,7 +28,8 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._file: IO[str] = open(folder / LOCK_FILE, "a")  # noqa: SIM115 open as long as it is held
+        # for reading too: a network file system shares no lock without. Open as long as it is held
+        self._file: IO[str] = open(folder / LOCK_FILE, "a+")  # noqa: SIM115
 
     def take(self) -> None:
         """By the first process alone. ValueError when another `prepare` holds it."""

@@ -189,10 +189,8 @@ class _Preparation:
         plan = self._planned(parts, selection)
         if prepare_folder.is_finished(self._folder):
             self._tidy(plan)
-            if read_dataset_file(self._folder).get("digests") != [shard.digest for shard in plan.of("")]:
-                raise ValueError(
-                    f"{self._folder} was made of other images or captions: remove it or give another folder"
-                )
+            for name in ("", HELD_OUT_FOLDER):
+                self._refuse_other_digests(self._folder / name, [shard.digest for shard in plan.of(name)])
             log.info("%s is finished already", self._folder)
             return 0
         rejects = self._listed_rejects + selection.rejects
@@ -210,6 +208,13 @@ class _Preparation:
         for shard in plan.shards:
             (self._folder / shard.folder).mkdir(exist_ok=True)
         return len(plan.shards)
+
+    def _refuse_other_digests(self, folder: Path, digests: list[str]) -> None:
+        """Of the shards of a finished set; one that was moved away is not looked for."""
+        if prepare_folder.is_finished(folder) and read_dataset_file(folder).get("digests") != digests:
+            raise ValueError(
+                f"{folder} was made of other images or captions: remove it or give another folder"
+            )
 
     def _chosen_buckets(self, parts: int) -> list[str]:
         """Those of the possible buckets that the images are brought to."""

@@ -1,5 +1,7 @@
 """prepare: from captioned images to shards, interrupted or not, and what it refuses."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -282,13 +284,22 @@ def test_several_captions_are_one_sample(images, tmp_path, caplog):
     assert "1 of 5 captions are longer than" in caplog.text
 
 
-def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch):
+def test_two_preparations_do_not_share_a_folder(images, tmp_path, monkeypatch, caplog):
     def second(*args):
         prepare(images, tmp_path / "out", BASE)
 
+    real = fcntl.flock
+
+    def over_a_network(file, kind):  # where a lock is one of a range of bytes: who shares it reads the file
+        if kind & fcntl.LOCK_SH and not file.readable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", over_a_network)
     monkeypatch.setattr(prepare_module._Preparation, "_encode", second)
     with pytest.raises(ValueError, match="another `soar-mega prepare` is writing"):
         prepare(images, tmp_path / "out", BASE)
+    assert "cannot be locked" not in caplog.text
 
 
 def test_nothing_usable_is_an_error(images, tmp_path):
@@ -408,6 +419,10 @@ def test_filters_duplicates_and_the_held_out_set(images, tmp_path, caplog):
     }
     assert result.samples == 2 * (6 - len(names)) and 0 < len(names) < 6
     assert torch.equal(held_out.empty_prompt()[0], open_shards(tmp_path / "out").empty_prompt()[0])
+    changed = (images / min(names)).with_suffix(".txt")
+    changed.write_text("another caption")
+    with pytest.raises(ValueError, match="held_out was made of other images or captions"):
+        prepare(images, tmp_path / "out", BASE, Options(wishes=wishes))
     with pytest.raises(ValueError, match="holds none: give a larger one"):
         prepare(images, tmp_path / "other", BASE, Options(wishes=Wishes(held_out_share=1e-9)))
 

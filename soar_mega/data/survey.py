@@ -23,9 +23,9 @@ PART = 1000  # items
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What was seen of an image: either `problem` or the others."""
+    """What was seen of an image: `problem`, or its size."""
 
-    sha256: str = ""
+    sha256: str = ""  # of the content, where that could be read
     width: int = 0
     height: int = 0
     problem: str = ""
@@ -60,7 +60,11 @@ class Survey:
         state = _state(items, threads)
         if self._known(part, state):
             return
-        seen = in_order(threads, _look, [item.image for item in items])
+        seen = list(in_order(threads, _look, [item.image for item in items]))
+        if not all(one.sha256 for one in seen):
+            state = (
+                ""  # a file that a disk or a network did not give may be read next time, with the same times
+            )
         body = line_bytes([one.sha256, one.width, one.height, one.problem] for one in seen)
         write_bytes(self._seen(part), f"{state} {zlib.crc32(body)}\n".encode() + body)
 
@@ -107,9 +111,13 @@ def _look(picture: Picture) -> Seen:
     try:
         with picture.open() as file:
             content = file.read()
-        width, height = image_size(BytesIO(content))
     except ImageError as error:
         return Seen(problem=str(error))
     except OSError as error:
         return Seen(problem=f"cannot be read: {error.strerror}")
-    return Seen(sha256=hashlib.sha256(content).hexdigest(), width=width, height=height)
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        width, height = image_size(BytesIO(content))
+    except ImageError as error:
+        return Seen(sha256=sha256, problem=str(error))
+    return Seen(sha256=sha256, width=width, height=height)

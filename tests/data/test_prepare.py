@@ -14,6 +14,7 @@ import torch
 from damaged_pictures import damaged_pictures
 from PIL import Image
 
+from soar_mega.data import images as images_module
 from soar_mega.data import prepare as prepare_module
 from soar_mega.data.images import to_model_range
 from soar_mega.data.loaded_encoders import Encoders
@@ -162,6 +163,17 @@ def test_repaired_samples_are_taken_by_the_next_call(images, tmp_path):
     prepare(images, tmp_path / "out", BASE, Options(samples_per_shard=2))
     prepare(images, tmp_path / "fresh", BASE, Options(samples_per_shard=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_picture_that_a_disk_did_not_give_is_read_by_the_next_call(images, tmp_path, monkeypatch):
+    def no_disk(path, *args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(images_module, "open", no_disk, raising=False)
+    with pytest.raises(ValueError, match="7 of 7 samples cannot be used"):
+        prepare(images, tmp_path / "out", BASE)
+    monkeypatch.undo()
+    assert prepare(images, tmp_path / "out", BASE).samples == COUNT
 
 
 def test_an_image_that_was_replaced_by_one_of_the_same_size_is_encoded_anew(images, tmp_path):

@@ -4,12 +4,13 @@ Reading all of a 10 GB encoder at every start would take longer than the start: 
 and blocks of its bytes are taken, which any training of the encoder changes. In which files tensors lie is not seen.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from soar_mega.data.encoder_facts import read_config
 
@@ -48,16 +49,20 @@ def _hash(pieces: Iterator[bytes]) -> str:
 def _encoder(folder: Path, files: list[Path]) -> Iterator[bytes]:
     config = {k: v for k, v in read_config(folder / "config.json").items() if k not in VERSION_KEYS}
     yield json.dumps(config, sort_keys=True).encode()
-    tensors: dict[str, tuple[str, Path, int, int]] = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            tensors.update(_tensors(path))
-        else:
-            yield path.name.encode()
-            yield from _blocks(path, 0, path.stat().st_size, FILE_SAMPLES, FILE_SAMPLE_BYTES)
-    for name, (kind, path, start, end) in sorted(tensors.items()):
-        yield f"{name} {kind}".encode()
-        yield from _blocks(path, start, end, SAMPLES, SAMPLE_BYTES)
+    tensors: dict[str, tuple[str, BinaryIO, int, int]] = {}
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            # once, for all of its tensors: every rank of a run does this, and an encoder has hundreds of them
+            file: BinaryIO = stack.enter_context(open(path, "rb"))
+            if path.suffix == ".safetensors":
+                tensors.update(_tensors(path, file))
+            else:
+                yield path.name.encode()
+                yield from _blocks(file, 0, path.stat().st_size, FILE_SAMPLES, FILE_SAMPLE_BYTES)
+        for name in sorted(tensors):
+            kind, file, start, end = tensors[name]
+            yield f"{name} {kind}".encode()
+            yield from _blocks(file, start, end, SAMPLES, SAMPLE_BYTES)
 
 
 def _tokenizer(folder: Path) -> Iterator[bytes]:
@@ -76,29 +81,27 @@ def _content(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, tuple[str, Path, int, int]]]:
+def _tensors(path: Path, file: BinaryIO) -> Iterator[tuple[str, tuple[str, BinaryIO, int, int]]]:
     """(name, (type and shape, file, first byte, last byte)) of the tensors of a safetensors file."""
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = (8 + length + offset for offset in entry["data_offsets"])
-                yield name, (f"{entry['dtype']} {entry['shape']}", path, start, end)
+                yield name, (f"{entry['dtype']} {entry['shape']}", file, start, end)
     except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _blocks(path: Path, start: int, end: int, count: int, size: int) -> Iterator[bytes]:
+def _blocks(file: BinaryIO, start: int, end: int, count: int, size: int) -> Iterator[bytes]:
     """`count` blocks of the bytes start..end of a file, the first and the last among them, and how many these are."""
     yield str(end - start).encode()
-    with open(path, "rb") as file:
-        for i in range(count):
-            file.seek(start + i * max(0, end - start - size) // (count - 1))
-            yield file.read(min(size, end - start))
+    for i in range(count):
+        file.seek(start + i * max(0, end - start - size) // (count - 1))
+        yield file.read(min(size, end - start))
 
 
 def _weight_files(folder: Path) -> list[Path]:

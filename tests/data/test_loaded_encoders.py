@@ -12,6 +12,7 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from soar_mega.data import fingerprints as fingerprints_module
 from soar_mega.data.encoder_facts import encoder_facts
 from soar_mega.data.fingerprints import fingerprints
 from soar_mega.data.loaded_encoders import Encoders
@@ -147,7 +148,7 @@ def test_a_fingerprint_changes_with_weights_and_config_and_only_then(tmp_path):
     assert changed == {"vae", "text_encoder_2", "tokenizer_3"}
 
 
-def test_the_same_encoder_in_several_files_has_the_same_fingerprint(tmp_path):
+def test_the_same_encoder_in_several_files_has_the_same_fingerprint(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "p")
     folder = tmp_path / "p" / "text_encoder_3"
     model = transformers.T5EncoderModel.from_pretrained(folder)
@@ -155,7 +156,15 @@ def test_the_same_encoder_in_several_files_has_the_same_fingerprint(tmp_path):
     model.save_pretrained(folder, max_shard_size="50KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     shutil.copy(BASE / "text_encoder_3" / "config.json", folder)
+    opened = []
+
+    def opening(path, mode):
+        opened.append(path)
+        return path.open(mode)
+
+    monkeypatch.setattr(fingerprints_module, "open", opening, raising=False)
     assert fingerprints(tmp_path / "p") == fingerprints(BASE)
+    assert len(opened) == len(set(opened))  # as every rank of a run does it
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder_2", "text_encoder_3", "transformer"])

@@ -46,9 +46,10 @@ def open_index(
 
 def _check_shard(folder: Path, shard: Mapping[str, Any]) -> None:
     path = folder / f"{shard['name']}.tar"
-    if not path.is_file():
-        raise ValueError(f"shard {path} is missing: copy it again or prepare again")
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size  # the one question about a shard: all ranks ask it of all
+    except FileNotFoundError as error:
+        raise ValueError(f"shard {path} is missing: copy it again or prepare again") from error
     if size != shard["bytes"]:
         raise ValueError(
             f"shard {path} has {size} bytes, not {shard['bytes']}: copy it again or prepare again"

@@ -38,7 +38,7 @@ class Source(Protocol):
     def read(self, bucket: str, indices: Any, positions: Tensor, seed: int, text: bool) -> Read:
         """The samples as they are on disk; may run in another process."""
 
-    def finish(self, read: Read, indices: Any, positions: Tensor, seed: int, text: bool) -> Read:
+    def finish(self, read: Read, positions: Tensor, seed: int, text: bool) -> Read:
         """What `read` left to do, in this process: latents, and text and pooled where `text`."""
 
     def empty_prompt(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class Loader:
         first = part.position - stretch.position
         mine = {first + row: f"{read.names[row]}: {why}" for row, why in read.failures.items()}
         failed, reasons = agree(mine, self.global_batch_size, fatal)
-        self._place, self._part = place, part
+        self._place, self._indices = place, read.indices
         if reasons:
             self._count_failures(reasons)
         return self._batch(part, read, ~failed[first : first + part.count])
@@ -113,7 +113,7 @@ class Loader:
 
     def indices(self) -> list[int]:
         """Places in the data set of this rank's samples of the last batch; on ranks that read."""
-        return [int(index) for index in self._indices(self._part)]
+        return [int(index) for index in self._indices]
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on behind the last batch; plain numbers, equal on all ranks."""
@@ -165,14 +165,12 @@ class Loader:
             stretch, place = self._order.step(place, self.global_batch_size)
             yield stretch
 
-    def _indices(self, part: Stretch) -> NDArray[Any]:
-        return self._source.members(part.bucket)[self._order.members(part)]
-
     def _read(self, stretch: Stretch) -> Read:
-        """Runs in a reader process."""
+        """Runs in a reader process, which alone makes the permutations of epochs: of many samples they take long."""
         part = stretch.part(self.ranks.data_rank, self.ranks.data_size)
+        indices = self._source.members(part.bucket)[self._order.members(part)]
         return self._source.read(
-            part.bucket, self._indices(part), part.positions(), self.seed, text=self.ranks.first_stage
+            part.bucket, indices, part.positions(), self.seed, text=self.ranks.first_stage
         )
 
     def _take(self, part: Stretch) -> tuple[Read, str | None]:
@@ -183,7 +181,7 @@ class Loader:
         try:
             read = next(self._readers)
             positions, text = part.positions(), self.ranks.first_stage
-            return self._source.finish(read, self._indices(part), positions, self.seed, text), None
+            return self._source.finish(read, positions, self.seed, text), None
         except (ValueError, OSError, RuntimeError) as error:
             return nothing, str(error)
 

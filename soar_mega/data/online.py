@@ -1,6 +1,7 @@
 """Images that are encoded while training: the same samples, order and draws as shards of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +43,12 @@ class OnlineImages:
         facts = encoder_facts(self._pipeline)
         self._items, rejects = list_items(Path(path))
         choice = generate_buckets(facts.default_resolution, facts.size_multiple, facts.largest_side)
-        self._buckets: list[str] = []
+        of_images: list[str] = []  # their buckets
         problems = [f"{reject.name}: {reject.reason}" for reject in rejects]
         for item in self._items:
             try:
                 with item.image.open() as file:
-                    self._buckets.append(item.bucket or nearest_bucket(*image_size(file), choice))
+                    of_images.append(item.bucket or nearest_bucket(*image_size(file), choice))
             except ImageError as error:
                 problems.append(f"{item.name}: {error}")
         if problems:
@@ -57,7 +58,8 @@ class OnlineImages:
             )
         self._text = text
         self._encoders: Encoders | None = None
-        buckets = {bucket: self._buckets.count(bucket) for bucket in dict.fromkeys(self._buckets)}
+        self._members = {b: np.flatnonzero(np.array(of_images) == b) for b in dict.fromkeys(of_images)}
+        buckets = {bucket: len(members) for bucket, members in self._members.items()}
         self.info = facts.dataset_info(buckets, torch.float32, fingerprints(self._pipeline))
 
     def open(self) -> None:
@@ -72,13 +74,14 @@ class OnlineImages:
 
     def members(self, bucket: str) -> NDArray[np.int64]:
         """Indices of the images of a bucket, in source order."""
-        return np.flatnonzero(np.array(self._buckets) == bucket)
+        return self._members[bucket]
 
     def read(self, bucket: str, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
         """Images [B, 3, H, W] uint8 in the bucket's size."""
         width, height = bucket_size(bucket)
         images = torch.zeros(len(indices), 3, height, width, dtype=torch.uint8)
-        result = Read(tensors={"images": images}, names=[self._items[i].name for i in indices])
+        names = [self._items[i].name for i in indices]
+        result = Read(tensors={"images": images}, names=names, indices=indices)
         for row, index in enumerate(indices):
             try:
                 with self._items[index].image.open() as file:
@@ -87,7 +90,7 @@ class OnlineImages:
                 result.failures[row] = str(error)
         return result
 
-    def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
+    def finish(self, read: Read, positions: Tensor, seed: int, text: bool) -> Read:
         """Encode: images to latents drawn at `positions`, and the captions where `text`."""
         assert self._encoders is not None
         mean, std = self._encoders.encode_images(to_model_range(read.tensors["images"]))
@@ -95,11 +98,11 @@ class OnlineImages:
         tensors = {"latents": mean + std * noise}
         if text:
             captions = [
-                self._caption(int(i), positions[row : row + 1], seed) for row, i in enumerate(indices)
+                self._caption(int(i), positions[row : row + 1], seed) for row, i in enumerate(read.indices)
             ]
             tensors["text"], tensors["pooled"] = self._encoders.encode_prompts(captions)
         # A failed image is black; its latents must not be learnt from, and are not.
-        return Read(tensors=tensors, names=read.names, failures=read.failures)
+        return replace(read, tensors=tensors)
 
     def _caption(self, index: int, position: Tensor, seed: int) -> str:
         captions = self._items[index].captions

@@ -39,6 +39,7 @@ class Read:
     tensors: dict[str, Tensor]  # latents or images, text, pooled: [B, ...]
     names: list[str]
     failures: dict[int, str] = field(default_factory=dict)  # row -> why it could not be read
+    indices: Sequence[int] = ()  # in the data set
 
     def pin_memory(self) -> "Read":
         """In memory that a GPU reads from; torch's DataLoader asks for it by this name."""
@@ -111,7 +112,7 @@ class ShardSet:
             dtype = self.info.torch_text_dtype()
             tensors["text"] = batch_memory.empty((count, *self.info.text_shape), dtype)
             tensors["pooled"] = batch_memory.empty((count, self.info.pooled_size), dtype)
-        result = Read(tensors=tensors, names=self.names(indices))
+        result = Read(tensors=tensors, names=self.names(indices), indices=indices)
         distribution = {"mean": torch.empty(shape), "std": torch.empty(shape)}
         for row, index in enumerate(indices):
             rows = {name: values[row] for name, values in tensors.items()}
@@ -129,7 +130,7 @@ class ShardSet:
                     values.zero_()
         return result
 
-    def finish(self, read: Read, indices: Sequence[int], positions: Tensor, seed: int, text: bool) -> Read:
+    def finish(self, read: Read, positions: Tensor, seed: int, text: bool) -> Read:
         """Nothing is left to do after `read`."""
         return read
 

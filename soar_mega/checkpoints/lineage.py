@@ -1,7 +1,8 @@
 """Where a run comes from: the weights it started from, its recipe, and the code of each of its starts.
 
 lineage.json of a run folder:
-    parent   what the first start loaded: its path, its hash, and the lineage.json of the run that wrote it, if any
+    parent   what the first start loaded: its path, its hash (of a checkpoint its manifest's), and the lineage.json of
+             the run that wrote it, if any
     starts   one entry per start: time, iteration, hash of run_config.yaml, code version, processes, job number
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import soar_mega
+from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.resume import find_checkpoint, other_run
 from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.config import Recipe
@@ -62,7 +64,9 @@ def parent(recipe: Recipe) -> Json | None:
     # an export lies in its run folder: runs/x/export/transformer; so does a checkpoint: runs/x/iter_0000500
     ancestors = [above / FILE for above in (folder.parent, folder.parent.parent)]
     written_by = next((read_lineage(file) for file in ancestors if file.exists()), None)
-    return {"path": str(folder), "sha256": content_hash(folder), "lineage": written_by}
+    # of a checkpoint its manifest, which has the hash of each file: with its optimizer it may be hundreds of GB
+    weights = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
+    return {"path": str(folder), "sha256": content_hash(weights), "lineage": written_by}
 
 
 def read_lineage(path: Path) -> Json:

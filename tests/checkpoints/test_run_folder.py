@@ -1,14 +1,17 @@
 """The run folder: its lock and its marker."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from soar_mega.checkpoints.lineage import parent
+from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.recipes import tell_differences, write_recipe
 from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
-from soar_mega.config import Recipe
+from soar_mega.config import CheckpointConfig, Recipe
 from soar_mega.stages import SoarConfig
 
 HOLDER = """
@@ -38,6 +41,17 @@ def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
         holder.wait()
     with RunFolder(tmp_path).lock():  # a killed run does not leave its lock behind
         pass
+
+
+def test_a_run_that_starts_from_a_checkpoint_names_it_by_its_manifest(tmp_path: Path) -> None:
+    """All of it would be read by one process while the others wait; it has just been compared with its manifest."""
+    folder = tmp_path / "iter_0000100"
+    folder.mkdir()
+    for name in (DESCRIPTION, MANIFEST, "__0_0.distcp"):
+        (folder / name).write_text(name)
+    recipe = Recipe(stage=SoarConfig(), checkpoint=CheckpointConfig(load=str(folder), save="runs/x"))
+    found = parent(recipe)
+    assert found is not None and found["sha256"] == hashlib.sha256(MANIFEST.encode()).hexdigest()
 
 
 def test_marker(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import Module
 
@@ -222,12 +222,13 @@ def _write(folder: Path, stored: dict[str, Tensor], pairs: list[Pair], config: L
     }
     more = {"base_model_name_or_path": base or None, "inference_mode": True, "task_type": None}
     (folder / PEFT_CONFIG).write_text(json.dumps(settings | more, indent=2) + "\n")
-    save_file(_below(PEFT_PREFIX, stored), folder / PEFT_FILE, {"format": "pt"})
+    # not save_file: what that writes only its owner can read, whatever the umask
+    (folder / PEFT_FILE).write_bytes(save(_below(PEFT_PREFIX, stored), {"format": "pt"}))
     # diffusers does not put what it loads into evaluation mode: with dropout it would draw without some features
     drawing = settings | {"lora_dropout": 0.0}
     kept = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in drawing.items() if key != "peft_type"}
     metadata = {"format": "pt", METADATA: json.dumps(kept)}
-    save_file(_below(DIFFUSERS_PREFIX, stored), folder / DIFFUSERS_FILE, metadata)
+    (folder / DIFFUSERS_FILE).write_bytes(save(_below(DIFFUSERS_PREFIX, stored), metadata))
 
 
 def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:

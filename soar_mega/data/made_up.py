@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import EMPTY_FILE, EncodedSample, ShardWriter, write_dataset_file
@@ -40,5 +40,6 @@ def write_made_up_shards(
         )
         writer.add(f"{i:06d}", sample)
     writer.close()
-    save_file({"text": text[-1].clone(), "pooled": pooled[-1].clone()}, folder / EMPTY_FILE)
+    empty = save({"text": text[-1].clone(), "pooled": pooled[-1].clone()})
+    (folder / EMPTY_FILE).write_bytes(empty)  # not save_file, which leaves out the umask
     write_dataset_file(folder, info, 1)

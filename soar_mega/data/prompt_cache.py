@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from soar_mega.data.encoder_facts import encoder_facts
@@ -83,7 +83,8 @@ class PromptCache:
         }
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with in_place_of(self._file(first), MARK) as new:
-            save_file(tensors, new, metadata={"about": MARK.decode()})
+            # not save_file: what that writes only its owner can read, whatever the umask
+            new.write_bytes(save(tensors, {"about": MARK.decode()}))
             sync(new)
 
     def _row(self, index: int) -> tuple[Tensor, Tensor]:

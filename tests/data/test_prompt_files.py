@@ -109,6 +109,8 @@ def test_prompts_are_encoded_once_and_read_by_row(tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(cache.empty().text, expected.empty.text, rtol=1e-5, atol=1e-6)
 
     files = sorted((tmp_path / name).iterdir())
+    (tmp_path / "umask").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "umask").stat().st_mode}
     assert [file.name for file in files] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
     files[1].unlink()
     with pytest.raises(

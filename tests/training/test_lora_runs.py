@@ -143,6 +143,8 @@ def test_the_export_is_the_base_with_adapters(
         assert relative_error(model(*given), velocity) < 1e-5
     stored = open_lora(run / "export_lora")
     assert (stored.rank, stored.alpha) == (RANK, ALPHA)
+    files = (run / "run_config.yaml", *(run / "export_lora").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1  # the umask's
     peft = load_file(run / "export_lora/adapter_model.safetensors")
     theirs = load_file(run / "export_lora/pytorch_lora_weights.safetensors")
     assert all(key.startswith("base_model.model.transformer_blocks.") for key in peft)

@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from soar_mega.data.info import bucket_size
 from soar_mega.evaluation.drift import SPANS
 from soar_mega.flow.samplers import SOLVERS
+from soar_mega.recipe import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes" / "evaluation"
 
@@ -108,10 +107,7 @@ def load_suite(name: str, prompts_dir: str | Path | None = None) -> Suite:
     if not file.is_file():
         known = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
         raise ValueError(f"--suite {name}: there is no {file}; give a YAML file, or one of {known}")
-    try:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {error}") from error
+    said = read_yaml(file)
     known_keys = {"size", "weights", "guidance_scale", "steps", "solver", "seed", "sets", "published"}
     _check_keys(said, known_keys, str(file))
     if not said.get("sets"):

@@ -86,6 +86,15 @@ def test_a_suite_that_cannot_be_is_told_by_its_key(
     assert words in str(told.value)
 
 
+def test_a_suite_is_read_as_recipes_are(tmp_path: Path) -> None:
+    file = write_suite(tmp_path, guidance_scale=7.25)
+    file.write_text(file.read_text().replace("7.25", "45e-1"))
+    assert load_suite(str(file)).guidance_scales == (4.5,)
+    file.write_text("guidance_scale: 1\nguidance_scale: 2\n")
+    with pytest.raises(ValueError, match="the key 'guidance_scale' is given twice"):
+        load_suite(str(file))
+
+
 def test_what_others_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()

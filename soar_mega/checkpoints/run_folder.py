@@ -155,10 +155,14 @@ class RunFolder:
             if re.fullmatch(rf"iter_\d{{7,}}({re.escape(TEMPORARY)}|{re.escape(DELETED)})", entry.name):
                 if entry.suffix == TEMPORARY:
                     logger.warning("%s was being written when the run ended: it is lost, and removed", entry)
-                shutil.rmtree(entry)
+                if entry.is_symlink():  # of a checkpoint that was moved elsewhere
+                    entry.unlink()
+                else:
+                    shutil.rmtree(entry)
 
     def prune(self, keep_last: int, retain_interval: int = 0) -> list[Path]:
-        """Takes away all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names.
+        """Takes away all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names, or one
+        that was moved elsewhere, with a link in its place.
 
         Those of each `retain_interval`-th iteration stay as well (0: none for this reason). The others are renamed, so
         that no half-removed folder looks like a whole one, and returned: the caller removes them.
@@ -170,7 +174,7 @@ class RunFolder:
             kept.update(iteration for iteration in self.iterations() if iteration % retain_interval == 0)
         for iteration in self.iterations():
             folder = self.checkpoint(iteration)
-            ours = (folder / DESCRIPTION).is_file()
+            ours = (folder / DESCRIPTION).is_file() and not folder.is_symlink()
             if ours and iteration not in kept and iteration != latest:
                 doomed = folder.with_name(folder.name + DELETED)
                 os.rename(folder, doomed)

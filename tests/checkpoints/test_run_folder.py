@@ -73,6 +73,20 @@ def test_leftovers_of_a_crash_are_not_checkpoints_and_are_cleaned(tmp_path: Path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(kept)
 
 
+def test_a_checkpoint_that_was_moved_elsewhere_stays_there(tmp_path: Path) -> None:
+    """With a link in its place, also where that was renamed to be removed."""
+    run, moved = RunFolder(tmp_path / "run"), tmp_path / "archive" / DESCRIPTION
+    for folder in (moved.parent, run.checkpoint(1), run.checkpoint(3)):
+        folder.mkdir(parents=True)
+        (folder / DESCRIPTION).touch()
+    run.checkpoint(2).symlink_to(moved.parent)
+    run.checkpoint(0).with_suffix(".deleted").symlink_to(moved.parent)
+    run.set_latest(3)
+    assert [folder.name for folder in run.prune(1)] == ["iter_0000001.deleted"]
+    run.clean()
+    assert moved.is_file() and run.iterations() == [2, 3] and len(list(run.path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("name", ["iter_0000500", "iter_0000500.tmp", "run_config.yaml", "complete.json"])
 def test_a_folder_that_only_looks_like_a_run(tmp_path: Path, name: str) -> None:
     """What a run removes or replaces by its name may be another program's, as Megatron-LM's checkpoints are."""

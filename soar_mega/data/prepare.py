@@ -159,7 +159,8 @@ class _Preparation:
         return remote
 
     def _fetch(self) -> None:
-        copied = [source for source in self._sources if is_copied(source)]
+        # each once, for two processes cannot write one copy; a source may be given twice to weigh more
+        copied = list(dict.fromkeys(source for source in self._sources if is_copied(source)))
         for number in self._processes.shares("sources", len(copied)):
             fetch(copied[number], self._local(copied[number]))
 

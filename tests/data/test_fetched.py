@@ -15,6 +15,7 @@ from PIL import Image
 from test_prepare import BASE, contents
 
 from soar_mega.data import fetched
+from soar_mega.data import prepare as prepare_module
 from soar_mega.data.fetched import expand
 from soar_mega.data.prepare import prepare
 from soar_mega.data.prepare_options import Options
@@ -93,6 +94,19 @@ def test_what_was_copied_is_not_copied_again(tmp_path):
         prepare([command, "pipe:exit 1"], tmp_path / "out", BASE)
     fetched.fetch(command, fetched.copy_of(command, tmp_path / "out" / ".fetched"))
     assert (tmp_path / "count").read_text() == "\n"
+
+
+def test_a_source_that_is_given_twice_is_copied_once(tmp_path, monkeypatch):
+    """Two processes would write the same file."""
+    write_tar(tmp_path / "0.tar", 0, 1)
+    url, copied = f"file://{tmp_path}/0.tar", []
+
+    def copy(source, path):
+        copied.append(source)
+        fetched.fetch(source, path)
+
+    monkeypatch.setattr(prepare_module, "fetch", copy)
+    assert prepare([url, url], tmp_path / "out", BASE).samples == 4 and copied == [url]
 
 
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from soar_mega.faults.signals import held_back
+from soar_mega.garbage import garbage_waits, leave_garbage_of_parent
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Background(Generic[T]):
     def __init__(self, function: Callable[[], T]) -> None:
         self._receiver, sender = _FORK.Pipe(duplex=False)
         self._process = _FORK.Process(target=_work, args=(function, sender, os.getpid()), daemon=True)
-        with held_back():
+        with held_back(), garbage_waits():
             self._process.start()
         sender.close()
 
@@ -78,6 +79,7 @@ def die_with_parent(parent: int) -> Callable[[], None]:
 
 def _work(function: Callable[[], T], sender: Connection, parent: int) -> None:
     die_with_parent(parent)()
+    leave_garbage_of_parent()
     # nothing open is kept: when the parent dies its peers see that at once, and its lock is free
     os.closerange(3, sender.fileno())
     os.closerange(sender.fileno() + 1, os.sysconf("SC_OPEN_MAX"))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from soar_mega.data.info import DataError
 from soar_mega.data.order import Stretch
 from soar_mega.data.shards import Read
+from soar_mega.garbage import garbage_waits, leave_garbage_of_parent
 from soar_mega.private_names import end_data_loader, is_data_loader_timeout, processes_of_data_loader
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Readers:
             timeout=POLL_SECONDS if count else 0,
             pin_memory=pin_memory,
         )
-        with _death_is_no_signal():
+        with _death_is_no_signal(), garbage_waits():
             self._iterator: Iterator[Read | str] = iter(loader)
         self.processes = processes_of_data_loader(self._iterator)
 
@@ -113,6 +114,7 @@ class _Reading(Dataset[Read | str]):
 
 def _begin(parent: int, number: int) -> None:
     """The scheduler signals every process of a job; the run decides when its readers end, and they end with it."""
+    leave_garbage_of_parent()
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()

@@ -7,9 +7,7 @@ gathered parameters before a layer and reduces gradients behind one. A pipeline 
 way at once: each of them needs a recording, with memory of its own.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, Parameter
 
+from soar_mega.garbage import garbage_waits
 from soar_mega.models.common.answering import is_answering
 from soar_mega.models.common.open_sum import Tokens, each, tensors_of
 from soar_mega.models.common.precision import cast_weights, run_layer
@@ -56,6 +55,7 @@ class CudaGraphs:
     def record(self, work: Callable[[], None]) -> Replay:
         """Record the work as one graph."""
         graph = torch.cuda.CUDAGraph()
+        # a recording does not survive the end of another model's graphs
         with torch.cuda.stream(self._stream), capturing(), garbage_waits():
             # other threads (readers of data, the watchdog) may go on calling CUDA
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -64,18 +64,6 @@ class CudaGraphs:
             finally:
                 graph.capture_end()
         return graph.replay
-
-
-@contextmanager
-def garbage_waits() -> Iterator[None]:
-    """Nothing in a cycle is collected meanwhile: a recording does not survive the end of another model's graphs."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class RecordedLayer:

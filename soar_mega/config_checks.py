@@ -1,10 +1,9 @@
 """What a recipe may say: the range of each setting, and the settings that must fit each other."""
 
-from collections.abc import Callable
-
 from soar_mega import layer_checks
 from soar_mega.config import ParallelConfig, Recipe
 from soar_mega.rules import Rule, above, at_least, from_below, one_of, within
+from soar_mega.unread_settings import check_what_is_read
 from soar_mega.user_files import is_text
 
 RULES: dict[str, Rule] = {
@@ -76,64 +75,6 @@ RULES: dict[str, Rule] = {
     "logging.sample_guidance_scale": at_least(0),
 }
 
-# settings that something reads only where another one says so, and what they are about
-READ_WHERE: list[tuple[Callable[[Recipe], object], str, tuple[str, ...]]] = [
-    (
-        lambda recipe: recipe.train.ema_decay,
-        "is about the EMA, which is kept with train.ema_decay above 0 (0.999, for example)",
-        ("train.ema_update_interval", "train.ema_warm_up"),
-    ),
-    (
-        lambda recipe: recipe.train.ema_decay or recipe.stage.kept_copies,
-        "is about the EMA and the copies of weights that a stage compares with, and none is kept",
-        ("train.offload_kept_weights",),
-    ),
-    (
-        lambda recipe: recipe.parallel.engine == "deepspeed",
-        "is DeepSpeed's: set parallel.engine=deepspeed",
-        ("parallel.zero_stage", "parallel.offload_optimizer", "parallel.offload_parameters"),
-    ),
-    (
-        lambda recipe: recipe.parallel.engine == "megatron",
-        "is of the megatron engine: leave it out with parallel.engine=deepspeed",
-        (
-            "parallel.use_distributed_optimizer",
-            "parallel.overlap_grad_reduce",
-            "parallel.overlap_param_gather",
-        ),
-    ),
-    (
-        lambda recipe: recipe.model.recompute_granularity == "full",
-        "is about whole layers: set model.recompute_granularity=full",
-        ("model.recompute_every",),
-    ),
-    (
-        lambda recipe: recipe.model.fp8,
-        "is about FP8: set model.fp8=hybrid or e4m3",
-        ("model.fp8_recipe",),
-    ),
-    (
-        lambda recipe: recipe.model.first_last_layers_bf16,
-        "says how many with model.first_last_layers_bf16=true",
-        ("model.num_layers_at_start_in_bf16", "model.num_layers_at_end_in_bf16"),
-    ),
-    (
-        lambda recipe: recipe.lora.rank,
-        "is about adapters: set lora.rank",
-        ("lora.alpha", "lora.dropout", "lora.targets", "lora.load"),
-    ),
-    (
-        lambda recipe: recipe.stage.collects,
-        "is for stages that draw their samples: leave it out",
-        ("data.validation_prompts", "data.prompt_cache", "data.resolution", "data.max_sequence_length"),
-    ),
-    (
-        lambda recipe: recipe.optimizer.lr_decay_style != "constant",
-        "is about a learning rate that decays: set optimizer.lr_decay_style=cosine or linear",
-        ("optimizer.min_lr", "optimizer.lr_decay_iters", "optimizer.lr_decay_start"),
-    ),
-]
-
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise a ValueError that names the setting and what would be right, unless the recipe can be run.
@@ -146,7 +87,7 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(getattr(recipe, group), key)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value!r}: it must be {words}")
-    _check_what_is_read(recipe)
+    check_what_is_read(recipe)
     for check in (
         _check_model,
         _check_data,
@@ -165,15 +106,6 @@ def check_recipe(recipe: Recipe) -> None:
 def _require(holds: object, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-def _check_what_is_read(recipe: Recipe) -> None:
-    for is_read, words, names in READ_WHERE:
-        for name in names if not is_read(recipe) else ():
-            group_name, _, key = name.partition(".")
-            group = getattr(recipe, group_name)
-            value, default = getattr(group, key), getattr(type(group)(), key)
-            _require(value == default, f"{name}={value} {words}")
 
 
 def _check_model(recipe: Recipe) -> None:

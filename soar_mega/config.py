@@ -76,6 +76,11 @@ class StageConfig:
         return 0
 
     @property
+    def drawing_forwards(self) -> float:
+        """Forwards that drawing takes for each time that a sample is learned from."""
+        return 0.0
+
+    @property
     def kept_copies(self) -> tuple[str, ...]:
         """The copies of the weights that the method wants kept."""
         return ()

@@ -106,6 +106,10 @@ class CollectingConfig(StageConfig):
         """Copies of the weights whose answers the loss reads."""
         return ("reference",) if self.kl_beta > 0 else ()
 
+    @property
+    def drawing_forwards(self) -> float:
+        return self.sampling_forwards() / self.updates_per_sample
+
     def sampling_forwards(self) -> int:
         """Forwards that it takes to draw a sample, and to replay its steps, both branches of guidance counted; once for
         all of its updates."""

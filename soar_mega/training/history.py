@@ -16,7 +16,7 @@ from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, st
 from soar_mega.models.common.rank_parameters import trained_shares
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.family import model_sizes
-from soar_mega.stages import CollectingConfig, load_recipe
+from soar_mega.stages import load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,8 @@ def _work_of_sample(recipe: Recipe) -> float:
     stage = recipe.stage.asking(sizes.guidance_embeds)
     forward = forward_work(sizes, _tokens(recipe, sizes))
     forwards = stage.forwards()
-    work = float(step_work(forward, forwards.answers, forwards.points, trained_shares(sizes, recipe)).total)
-    if isinstance(stage, CollectingConfig):
-        work += stage.sampling_forwards() / stage.updates_per_sample * forward.total
-    return work
+    work = step_work(forward, forwards.answers, forwards.points, trained_shares(sizes, recipe))
+    return work.total + stage.drawing_forwards * forward.total
 
 
 def _tokens(recipe: Recipe, sizes: Sizes) -> Tokens:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -18,6 +17,7 @@ from soar_mega.convert.adapter_files import PEFT_CONFIG, PEFT_FILE, open_lora
 from soar_mega.convert.change_form import to_pipeline_folder
 from soar_mega.convert.merging import with_adapters
 from soar_mega.convert.weights import open_weights
+from soar_mega.faults.signals import terminated_as_interrupted
 from soar_mega.training_facts import facts_of_copy
 
 logger = logging.getLogger(__name__)
@@ -81,24 +81,19 @@ def _complete(checkpoint: Path) -> Path | None:
 @contextmanager
 def _running(script: str, repository: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The trainer, which is ended with the context, and so when this process is told to end."""
-
-    def told(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, told)
-    process = subprocess.Popen(["bash", "-c", script], cwd=repository, start_new_session=True)
-    try:
-        yield process
-    finally:
-        for number, seconds in ENDINGS:
-            _tell(process, number)
-            try:
-                process.wait(seconds)
-                break
-            except subprocess.TimeoutExpired:
-                logger.warning("the trainer did not end within %.0f seconds of %s", seconds, number.name)
-        _tell(process, signal.SIGKILL)  # whatever of it is left
-        signal.signal(signal.SIGTERM, before)
+    with terminated_as_interrupted():
+        process = subprocess.Popen(["bash", "-c", script], cwd=repository, start_new_session=True)
+        try:
+            yield process
+        finally:
+            for number, seconds in ENDINGS:
+                _tell(process, number)
+                try:
+                    process.wait(seconds)
+                    break
+                except subprocess.TimeoutExpired:
+                    logger.warning("the trainer did not end within %.0f seconds of %s", seconds, number.name)
+            _tell(process, signal.SIGKILL)  # whatever of it is left
 
 
 def _tell(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

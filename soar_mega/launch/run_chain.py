@@ -2,14 +2,13 @@
 
 import contextlib
 import logging
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 from soar_mega.checkpoints.run_folder import MARKER, TRACKER
+from soar_mega.faults.signals import terminated_as_interrupted
 from soar_mega.launch import run_worker, slurm
 from soar_mega.launch.chain import Chain, Link
 from soar_mega.launch.job_checks import check_data, check_fit
@@ -128,19 +127,13 @@ def _run_command(link: Link, processes: int) -> int:
 @contextlib.contextmanager
 def _told_to_end(process: "subprocess.Popen[str]") -> Iterator[None]:
     """When this process is told to end, so is the one that it runs, which may save first."""
-
-    def told(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, told)
-    try:
-        yield
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with terminated_as_interrupted():
+        try:
+            yield
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _latest(link: Link) -> str:

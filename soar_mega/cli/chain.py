@@ -97,13 +97,14 @@ def _check_words(chain: "Chain") -> None:
     """ValueError where a link has a word that its verb does not know: its turn may come after days."""
     from soar_mega.cli import build_parser
 
+    parser = build_parser()
     for link in chain.links:
         commands = [] if link.kind == "command" else [link.arguments]
         if link.worker is not None:
             commands.append(link.worker.arguments(on_network=False))
         for words in commands:
             try:
-                build_parser().parse_args(words)
+                parser.parse_args(words)
             except SystemExit:  # it has said why
                 raise ValueError(
                     f"{chain.file}: {link.name}: it would run soar-mega {shlex.join(words)}"

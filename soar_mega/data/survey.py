@@ -62,9 +62,8 @@ class Survey:
             return
         seen = list(in_order(threads, _look, [item.image for item in items]))
         if not all(one.sha256 for one in seen):
-            state = (
-                ""  # a file that a disk or a network did not give may be read next time, with the same times
-            )
+            # a file that a disk or a network did not give may be read next time, with the same times
+            state = ""
         body = line_bytes([one.sha256, one.width, one.height, one.problem] for one in seen)
         write_bytes(self._seen(part), f"{state} {zlib.crc32(body)}\n".encode() + body)
 

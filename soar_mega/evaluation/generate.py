@@ -142,7 +142,6 @@ class Generator:
 
 def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:
     """The schedule of a pipeline's scheduler for so many image tokens, or of the shift that is given in its place."""
-
     is_even = read_sizes(pipeline_dir).family.samples_evenly
 
     def schedule(tokens: int) -> Schedule:

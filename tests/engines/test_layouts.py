@@ -1,7 +1,4 @@
-"""Losses, gradient norms and every gradient of SOAR are the same at every layout.
-
-test_layout_grid.py, which is slow, has all layouts; here are combinations and settings.
-"""
+"""Losses, gradient norms and every gradient of SOAR are the same at every layout; test_layout_grid.py has them all."""
 
 import functools
 
@@ -20,7 +17,11 @@ from multirank import run_ranks
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = {  # (TP, PP), processes, further settings
+    "tp2": ((2, 1), 2, {}),
     "tp2-sp": ((2, 1), 2, {"sequence_parallel": True}),
+    "pp2": ((1, 2), 2, {}),
+    "dp2": ((1, 1), 2, {}),
+    "pp4": ((1, 4), 4, {}),
     "pp2-dp2-overlap": ((1, 2), 4, {"overlap_rollout": True, **OVERLAP}),
     "cp2-plain-optimizer": ((1, 1), 2, {"context_parallel_size": 2, "use_distributed_optimizer": False}),
     "cp2-dp2-overlap": ((1, 1), 4, {"context_parallel_size": 2, **OVERLAP}),
@@ -39,6 +40,8 @@ LAYOUTS = {  # (TP, PP), processes, further settings
     "pp2-vpp2-dp2-plain-optimizer": ((1, 2), 4, {"use_distributed_optimizer": False} | VPP2),
 }
 
+PLAIN = ("tp2", "pp2", "dp2", "pp4")  # those with more to them have these in them
+
 
 def layout_recipe(*layout, **settings):
     """Few micro-batches, for they cost time, but more than stages and with a tail that has to be filled up."""
@@ -51,7 +54,9 @@ def single_process():
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name in PLAIN else ()) for name in LAYOUTS]
+)
 def test_training_does_not_depend_on_the_layout(layout):
     sizes, processes, settings = LAYOUTS[layout]
     expected = single_process()

@@ -104,15 +104,17 @@ FROZEN_STREAM, FROZEN_MLPS = ["*.text.*"], ["layers.[0-3].*.mlp.*"]
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, text, at_most",  # of a step in which everything is trained
     [
-        {"lora": LoraConfig(rank=1)},
-        {"optimizer": OptimizerConfig(frozen=FROZEN_STREAM)},
-        {"optimizer": OptimizerConfig(frozen=FROZEN_MLPS)},
+        ({"lora": LoraConfig(rank=1)}, 9, 0.75),
+        ({"optimizer": OptimizerConfig(frozen=FROZEN_STREAM)}, 40, 0.9),
+        ({"optimizer": OptimizerConfig(frozen=FROZEN_MLPS)}, 40, 0.9),
     ],
     ids=["adapters", "text frozen", "mlps frozen"],
 )
-def test_no_gradients_are_computed_of_weights_that_are_not_trained(changes: dict[str, Any]) -> None:
+def test_no_gradients_are_computed_of_weights_that_are_not_trained(
+    changes: dict[str, Any], text: int, at_most: float
+) -> None:
     sizes = replace(
         random_sizes(random.Random(3)),
         num_layers=8,
@@ -129,13 +131,13 @@ def test_no_gradients_are_computed_of_weights_that_are_not_trained(changes: dict
     for name, parameter in mmdit.named_parameters():
         if any(fnmatchcase(name, pattern) for pattern in recipe.optimizer.frozen):
             parameter.requires_grad_(False)
-    latent_size, text = (16, 16), 40
+    latent_size = (16, 16)
     with counting() as counter:
         mmdit(*inputs_of(sizes, 1, latent_size, text)).sum().backward()
     forward = forward_work(sizes, Tokens(image_tokens(sizes, latent_size), text))
     found = step_work(forward, 0, 1, trained_shares(sizes, recipe))
-    assert found.total == pytest.approx(counter.get_total_flops(), rel=0.03)
-    assert found.total < 0.97 * step_work(forward, 0, 1).total
+    assert found.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert found.total < at_most * step_work(forward, 0, 1).total
 
 
 def test_each_kind_is_what_its_modules_do() -> None:

@@ -267,7 +267,7 @@ def _complete(run: RunFolder, save: _Save, files: dict[str, Facts]) -> None:
         files: what the ranks have written, which they have made durable themselves.
     """
     temporary, final, iteration = save.temporary, save.final, save.description["iteration"]
-    assert run.latest() != iteration, "the checkpoint to resume from is never replaced"
+    assert run.candidates()[:1] != [iteration], "the checkpoint to resume from is never replaced"
     write_durably(temporary / DESCRIPTION, json.dumps(save.description, indent=1) + "\n")
     for file in temporary.iterdir():
         if file.name not in files:

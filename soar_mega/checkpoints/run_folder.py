@@ -161,21 +161,19 @@ class RunFolder:
                     shutil.rmtree(entry)
 
     def prune(self, keep_last: int, retain_interval: int = 0) -> list[Path]:
-        """Takes away all but the newest `keep_last` checkpoints (0 keeps all); never the one the tracker names, or one
-        that was moved elsewhere, with a link in its place.
+        """Takes away all but `keep_last` checkpoints (0 keeps all): the one that the tracker names stays, and what
+        `candidates` has next. So newer ones, of a run that was set back, go first.
 
-        Those of each `retain_interval`-th iteration stay as well (0: none for this reason). The others are renamed, so
-        that no half-removed folder looks like a whole one, and returned: the caller removes them.
+        One that was moved elsewhere, with a link in its place, stays, and so do those of each `retain_interval`-th
+        iteration (0: none for this reason). The others are renamed, so that no half-removed folder looks like a whole
+        one, and returned: the caller removes them.
         """
         taken = []
-        latest = self.latest()
-        kept = set(self.iterations()[-keep_last:])
-        if retain_interval:
-            kept.update(iteration for iteration in self.iterations() if iteration % retain_interval == 0)
-        for iteration in self.iterations():
+        ours = [i for i in self.candidates() if (self.checkpoint(i) / DESCRIPTION).is_file()]
+        for iteration in reversed(ours[keep_last:] if keep_last else []):
             folder = self.checkpoint(iteration)
-            ours = (folder / DESCRIPTION).is_file() and not folder.is_symlink()
-            if ours and iteration not in kept and iteration != latest:
+            is_retained = retain_interval and iteration % retain_interval == 0
+            if not is_retained and not folder.is_symlink():
                 doomed = folder.with_name(folder.name + DELETED)
                 os.rename(folder, doomed)
                 taken.append(doomed)

@@ -44,6 +44,34 @@ def test_round_trip_and_keep_last(tmp_path: Path) -> None:
     check_usable(run, {2})
 
 
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_run_that_was_set_back_keeps_its_own_checkpoints(tmp_path: Path, async_save: bool) -> None:
+    """Not those of the history that was given up, from which it would go on where its newest one is damaged."""
+    run = RunFolder(tmp_path)
+    for iteration in (100, 200, 300):
+        save(run, iteration)
+    (tmp_path / "iter_0000105").mkdir()  # somebody else's
+    (tmp_path / "iter_0000105" / "notes").touch()
+    run.set_latest(100)
+    for iteration, left in ((110, [100, 105, 110]), (120, [105, 110, 120]), (130, [105, 120, 130])):
+        save(run, iteration, keep_last=2, async_save=async_save)
+        assert run.iterations() == left
+    assert (tmp_path / "iter_0000105" / "notes").is_file()
+    shutil.rmtree(tmp_path / "iter_0000105")
+    (run.checkpoint(130) / "checkpoint.json").write_text("damaged")
+    check_usable(run, {120})
+
+
+def test_where_the_newest_checkpoint_was_moved_away_the_next_one_is_written(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    for iteration in (1, 2):
+        save(run, iteration)
+    shutil.move(run.checkpoint(2), tmp_path / "archive")
+    save(run, 3, keep_last=1)
+    check_usable(run, {3})
+    assert run.iterations() == [3]
+
+
 class Crash(BaseException):
     """The process ends here: nothing in the program catches it."""
 

@@ -115,8 +115,8 @@ def test_a_checkpoint_that_was_copied_to_a_new_place_makes_it_a_run(tmp_path: Pa
     ("keep", "retain", "left"),
     [
         (0, 0, [1, 2, 3, 4, 5, 6]),
-        (1, 0, [2, 6]),
-        (3, 0, [2, 4, 5, 6]),
+        (1, 0, [2]),
+        (3, 0, [1, 2, 6]),
         (1, 3, [2, 3, 6]),
         (0, 3, [1, 2, 3, 4, 5, 6]),
     ],
@@ -131,7 +131,7 @@ def test_pruning_never_removes_the_one_to_resume_from(
     run.set_latest(2)
     (tmp_path / "iter_0000000").mkdir()  # not written by this program
     taken = run.prune(keep, retain)
-    assert [folder.name for folder in taken] == [
+    assert sorted(folder.name for folder in taken) == [
         f"iter_{i:07d}.deleted" for i in range(1, 7) if i not in left
     ]
     assert run.iterations() == [0, *left]

@@ -25,7 +25,7 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
     Args:
         label: what the names of samples begin with.
     """
-    pictures: dict[str, dict[str, Picture]] = {}
+    pictures: dict[str, list[tuple[str, Picture]]] = {}
     texts: dict[str, dict[str, bytes]] = {}
     links: list[str] = []  # also those that tar makes of a file that is in it by two names
     further: list[tuple[str, str]] = []  # as KEY.mask.png
@@ -40,7 +40,8 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
                         links.append(member.name)
                     continue
                 if suffix in IMAGE_SUFFIXES:
-                    pictures.setdefault(key, {})[suffix] = Picture(path, member.offset_data, member.size)
+                    picture = Picture(path, member.offset_data, member.size)
+                    pictures.setdefault(key, []).append((suffix, picture))
                 elif suffix in CAPTION_SUFFIXES and member.size <= LARGEST_TEXT:
                     file = tar.extractfile(member)
                     assert file is not None
@@ -49,6 +50,7 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
                     passed_over += 1
                     if suffix.endswith(IMAGE_SUFFIXES) and key != member.name:
                         further.append((key, member.name))
+            _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, ValueError) as error:
         yield Reject(name=label, reason=f"cannot be read as an uncompressed tar: {error}", kind="damaged tar")
     if passed_over:
@@ -63,10 +65,10 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
     for key, found in pictures.items():
         name = f"{label}/{key}"
         if len(found) > 1:
-            reason = f"has the pictures {' and '.join(found)}: leave one of them"
+            reason = f"has the pictures {' and '.join(suffix for suffix, _ in found)}: leave one of them"
             yield Reject(name=name, reason=reason, kind="several pictures")
             continue
-        [picture] = found.values()
+        [(_, picture)] = found
         try:
             captions, score = _captions(texts.get(key, {}), score_key)
         except ValueError as error:
@@ -77,6 +79,22 @@ def list_tar(path: Path, label: str, score_key: str) -> Iterator[Item | Reject]:
         yield Reject(
             name=f"{label}/{key}", reason="is a caption without an image", kind="caption without an image"
         )
+
+
+def _check_end(path: Path, end: int) -> None:
+    """ValueError where a tar is not over behind its last member: the library stops at whatever is no member."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise ValueError(f"it breaks off at byte {end}: copy it again")
+        while block:
+            if block.strip(b"\0"):
+                raise ValueError(
+                    f"behind byte {end} there is more, which cannot be read: copy it again, or take tars apart that "
+                    "were joined"
+                )
+            block = file.read(tarfile.RECORDSIZE)
 
 
 def _key(name: str) -> tuple[str, str]:

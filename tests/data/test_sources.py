@@ -332,3 +332,34 @@ def test_damaged_and_compressed_tars_are_named(tmp_path):
         items, rejects = list_items(tmp_path / name)
         assert len(items) == usable
         assert "cannot be read as an uncompressed tar" in rejects[0].reason and rejects[0].name == name
+
+
+def test_a_tar_that_is_over_before_its_end_is_named(tmp_path):
+    """The library takes for the end: a damaged header, half of one, none at all, and where two tars were joined."""
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for key in range(4):
+            add_to_tar(tar, f"{key}.png", b"picture")
+            add_to_tar(tar, f"{key}.txt", b"fine")
+    whole, sample = (tmp_path / "whole.tar").read_bytes(), 4 * tarfile.BLOCKSIZE
+    assert len(list_items(tmp_path / "whole.tar")[0]) == 4
+    harmed = {
+        "header": (2, whole[: 2 * sample + 10] + b"!" + whole[2 * sample + 11 :]),
+        "half a header": (2, whole[: 2 * sample + 100]),
+        "no header": (2, whole[: 2 * sample]),
+        "zeros": (2, whole[: 2 * sample] + bytes(sample) + whole[3 * sample :]),
+        "joined": (4, whole + whole),
+    }
+    for name, (usable, content) in harmed.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        items, [reject] = list_items(tmp_path / f"{name}.tar")
+        assert len(items) == usable and (reject.name, reject.kind) == (f"{name}.tar", "damaged tar")
+        assert f"byte {usable * sample}" in reject.reason and "copy it again" in reject.reason
+
+
+def test_a_picture_that_is_in_a_tar_twice_is_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("1.png", "1.txt", "2.png", "2.txt", "2.PNG"):
+            add_to_tar(tar, name, b"content")
+    items, [reject] = list_items(tmp_path / "0.tar")
+    assert [item.name for item in items] == ["0.tar/1"] and reject.name == "0.tar/2"
+    assert reject.reason == "has the pictures .png and .png: leave one of them"

@@ -19,16 +19,24 @@ def read_object(path: Path, advice: str = "") -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, or it holds something else.
     """
-    ending = f": {advice}" if advice else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}){ending}") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}){_ending(advice)}") from error
+    return object_in(content, path, advice)
+
+
+def object_in(content: bytes, path: Path, advice: str = "") -> dict[str, Any]:
+    """The JSON object that was read from `path`; as `read_object` otherwise."""
+    try:
+        values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({lfs_advice(path) or error}){ending}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {_shown(content)} instead of a JSON object{ending}")
-    return content
+        raise ValueError(
+            f"{path} is not valid JSON ({lfs_advice(path) or error}){_ending(advice)}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {_shown(values)} instead of a JSON object{_ending(advice)}")
+    return values
 
 
 def whole(values: dict[str, Any], key: str, path: Path, least: int = 1, most: int = 2**31) -> int:
@@ -67,6 +75,10 @@ def is_text(words: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _ending(advice: str) -> str:
+    return f": {advice}" if advice else ""
 
 
 def _shown(value: Any) -> str:

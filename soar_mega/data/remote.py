@@ -1,7 +1,6 @@
 """A folder of shards that is not a folder of this machine: behind a url that fsspec reads, or behind a command."""
 
 import errno
-import json
 import logging
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from soar_mega.data.fetched import PIPE, SHELL, is_remote
 from soar_mega.data.info import DatasetInfo
 from soar_mega.data.shard_writer import DATASET_FILE
-from soar_mega.user_files import read_object
+from soar_mega.user_files import object_in, read_object
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +47,7 @@ def remote_folder(path: str) -> RemoteFolder | None:
 def read_info(path: str) -> DatasetInfo:
     """What the shards behind a path are, also of this machine; ValueError where that cannot be read."""
     remote, file = remote_folder(path), Path(path, DATASET_FILE)
-    if remote is None:
-        return DatasetInfo.from_json(read_object(file), file)
-    values = json.loads(remote.read(DATASET_FILE))
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object")
+    values = read_object(file) if remote is None else object_in(remote.read(DATASET_FILE), file)
     return DatasetInfo.from_json(values, file)
 
 

@@ -267,3 +267,7 @@ def test_what_cannot_be_read_from_elsewhere_is_named(shards, cache, tmp_path, mo
     (shards / "index.bin").write_bytes(b"of another set")
     with pytest.raises(ValueError, match=r"index\.bin does not belong to its dataset\.json"):
         reads_of(f"file://{shards}", cache)
+    for content in (b"<html>", b"\xff", b"[" * 100_000, b"[]"):
+        (shards / "dataset.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"there/dataset\.json (is not valid JSON|holds \[\] instead)"):
+            remote.read_info(f"file://{shards}")

@@ -25,7 +25,7 @@ def open_index(
     """Of the shards that `dataset` lists, each of which must be there and whole.
 
     Args:
-        is_remote: the shards are elsewhere, and the index is here.
+        is_remote: the shards are elsewhere; the index is here, and was compared with `dataset` as it came.
         dataset: what dataset.json of the folder holds.
         buckets: name -> samples, as it counts them.
 
@@ -35,7 +35,7 @@ def open_index(
     if not is_remote:
         for shard in dataset["shards"]:
             _check_shard(folder, shard)
-    index = _mapped(folder, dataset)
+    index = _map(folder / INDEX_FILE) if is_remote else _mapped(folder, dataset)
     if index is None:
         content = index_content(_samples(folder, dataset))
         _check_counts(folder, dataset, buckets, SampleIndex(content))
@@ -95,6 +95,10 @@ def _mapped(folder: Path, dataset: Mapping[str, Any]) -> SampleIndex | None:
     path = folder / INDEX_FILE
     if not path.is_file() or checksum_of(path) != dataset.get("index_crc32"):
         return None
+    return _map(path)
+
+
+def _map(path: Path) -> SampleIndex:
     with open(path, "rb") as file:
         return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 

@@ -63,8 +63,8 @@ class ShardCache:
                 (self.path / MARK).write_text(f"copies of {where}\n")
                 write_bytes(self.path / DATASET_FILE, dataset)
                 values = read_dataset_file(self.path)
-                for name, key in ((INDEX_FILE, "index_crc32"), (EMPTY_FILE, "empty_crc32")):
-                    self._bring(name, values.get(key), where)
+            for name, key in ((INDEX_FILE, "index_crc32"), (EMPTY_FILE, "empty_crc32")):
+                self._bring(name, values.get(key), where)
             self._sizes = {f"{shard['name']}.tar": int(shard["bytes"]) for shard in values["shards"]}
             with _locked(root / LOCK):
                 self._make_room(0, needs_idle=False)
@@ -188,12 +188,15 @@ class ShardCache:
             log.warning("%s: for each sample of the rest its command is run, which is slow", share)
 
     def _bring(self, name: str, checksum: Any, where: str) -> None:
-        """Copies a small file of the set, unless it is here."""
+        """Copies a file of the set, unless it is here and whole."""
         path = self.path / name
-        if path.is_file() and checksum_of(path) == checksum:
+        was_here = path.is_file()
+        if was_here and checksum_of(path) == checksum:  # by all processes at once: an index may be large
             return
         with _part(path) as file:
             assert file is not None
+            if path.is_file() and (not was_here or checksum_of(path) == checksum):
+                return  # another process has just brought it
             file.truncate(0)
             self._remote.copy(name, file)
             file.flush()

@@ -257,11 +257,13 @@ class ShardSet:
         shard = self._shard_of(index)
         offset, size, checksum = place
         content = self._shards.read(shard, offset, size)
-        if zlib.crc32(content) != checksum and self._shards.drop_copy(shard):
+        is_whole = zlib.crc32(content) == checksum
+        if not is_whole and self._shards.drop_copy(shard):
             content = self._shards.read(shard, offset, size)
+            is_whole = zlib.crc32(content) == checksum
         if len(content) < size:
             raise ValueError(f"{self._shards.path(shard)} is truncated: prepare this shard again")
-        if zlib.crc32(content) != checksum:
+        if not is_whole:
             raise SampleError(
                 f"the checksum of its {part} is wrong: the shard was damaged after it was written"
             )

@@ -1,6 +1,7 @@
 """Shards that are elsewhere: the same samples, copies of them within a limit, and nothing else is ever removed."""
 
 import errno
+import fcntl
 import http.server
 import json
 import multiprocessing
@@ -10,7 +11,9 @@ import shutil
 import signal
 import threading
 import time
+import zlib
 from functools import partial
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -18,10 +21,11 @@ from data_fixtures import make_sample, make_samples, make_shards
 from test_loader import same
 
 from soar_mega.config import DataConfig
-from soar_mega.data import remote
+from soar_mega.data import open_index, remote, shard_cache
 from soar_mega.data.info import DataError
 from soar_mega.data.loader import Loader
-from soar_mega.data.shard_cache import ShardCache
+from soar_mega.data.open_index import checksum_of
+from soar_mega.data.shard_cache import LOCK, ShardCache
 from soar_mega.data.shards import open_shards
 
 FORK = multiprocessing.get_context("fork")
@@ -203,6 +207,46 @@ def test_a_damaged_copy_is_replaced(shards, cache, caplog):
     assert reads_of(url, cache) == list(range(12))
     assert "shard-000001.tar was damaged in the cache" in caplog.text
     wait_for(lambda: len(copies(cache)) == 3 and copies(cache)[1].read_bytes() == content)
+
+
+def test_a_damaged_index_is_replaced(shards, cache):
+    url = f"file://{shards}"
+    reads_of(url, cache)
+    [index] = cache.glob("*/index.bin")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-1] + b"!")
+    assert reads_of(url, cache) == list(range(12)) and index.read_bytes() == whole
+
+
+def test_an_index_is_read_through_once_and_by_all_processes_at_the_same_time(shards, cache, monkeypatch):
+    """Behind a lock they would take turns, and an index may be of many gigabytes."""
+    url, seen = f"file://{shards}", []
+    reads_of(url, cache)
+
+    def free_and_told(path):
+        seen.append(path.name)
+        with open(path.parent / LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return checksum_of(path)
+
+    for module in (shard_cache, open_index):
+        monkeypatch.setattr(module, "checksum_of", free_and_told)
+    open_shards(url, cache_dir=str(cache), cache_gb=1.0)
+    assert sorted(seen) == ["empty.safetensors", "index.bin"]
+
+
+def test_the_checksum_of_a_sample_is_taken_once(shards, cache, monkeypatch):
+    url, taken = f"file://{shards}", []
+    found = open_shards(url, cache_dir=str(cache), cache_gb=1.0)
+
+    def crc32(content):
+        taken.append(len(content))
+        return zlib.crc32(content)
+
+    monkeypatch.setattr("soar_mega.data.shards.zlib", SimpleNamespace(crc32=crc32))
+    for part in ("latents", "text"):
+        found.stored(part, 5)
+    assert taken == [found._index.place(part, 5)[1] for part in ("latents", "text")]
 
 
 def test_damage_that_is_elsewhere_too_is_a_failure_of_the_sample(shards, cache):

@@ -3,6 +3,7 @@
 They share a folder and a store of counters; nothing but numbers and messages travels between them.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from soar_mega.distributed import START_TIMEOUT
 
 T = TypeVar("T")
+
+_starts = itertools.count()  # in this process, and so in the others: the store of a launcher outlives each
 
 WORK_TIMEOUT = timedelta(days=30)  # a process that is done waits for the slowest; a dead one is seen at once
 GONE = "another process of this prepare has ended: its own message says why. The same command goes on"
@@ -33,7 +36,7 @@ class Processes:
     def _start(self) -> None:
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         store.set_timeout(START_TIMEOUT)
-        self._store = dist.PrefixStore("prepare", store)
+        self._store = dist.PrefixStore(f"prepare {next(_starts)}", store)
         dist.init_process_group(
             "gloo",
             store=dist.PrefixStore("group", self._store),

@@ -147,6 +147,29 @@ def _failing(rank, port, results):
         results.put(str(error))
 
 
+def test_a_second_prepare_of_the_same_processes_begins_with_its_first_share():
+    """In a script that prepares several sets: nothing would be left to do, and what lay in the folder was taken."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = SERVER.Queue()
+    processes = [SERVER.Process(target=_twice, args=(rank, store.port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    shares = [results.get(timeout=PATIENCE) for _ in processes]
+    kill((store, processes))
+    assert [sorted(mine + others) for mine, others in zip(*shares, strict=True)] == [[0, 1, 2, 3]] * 2
+
+
+def _twice(rank, port, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    shares = []
+    for _ in range(2):
+        processes = Processes()
+        shares.append(processes.together(lambda one=processes: list(one.shares("shards", 4))))
+        processes.close()
+    results.put(shares)
+
+
 def test_srun_says_what_torchrun_would(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # put back afterwards

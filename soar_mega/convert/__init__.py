@@ -5,6 +5,7 @@ from soar_mega.convert.load import exact_shards, load_diffusers, load_weights
 from soar_mega.convert.pipeline_folder import (
     is_pipeline,
     pipeline_parts,
+    pipeline_schedule,
     scheduler_shift,
 )
 from soar_mega.convert.save import AS_STORED, WeightFiles
@@ -17,6 +18,7 @@ __all__ = [
     "load_diffusers",
     "load_weights",
     "pipeline_parts",
+    "pipeline_schedule",
     "save_folder",
     "save_original_file",
     "scheduler_shift",

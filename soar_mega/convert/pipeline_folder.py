@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from soar_mega.flow import Schedule
 from soar_mega.user_files import number, read_object
 
 INDEX = "model_index.json"
@@ -29,6 +30,25 @@ DYNAMIC_SHIFT = {  # of diffusers, where the scheduler does not say
 }
 LARGEST_LOGARITHM = 50.0  # of a shift
 SHIFT_ADVICE = "name the shift yourself, with stage.shift in a recipe and --shift in sample and evaluate"
+
+
+def pipeline_schedule(
+    folder: str | Path, tokens: int, *, samples_evenly: bool, shift: float | None = None
+) -> Schedule:
+    """The schedule that a pipeline samples by.
+
+    Args:
+        tokens: of an image, as `scheduler_shift`.
+        samples_evenly: of the transformer's family.
+        shift: a constant one in the place of its scheduler's.
+
+    Raises:
+        ValueError: as `scheduler_shift`, where no shift is given.
+    """
+    is_dynamic = False
+    if shift is None:
+        shift, is_dynamic = scheduler_shift(folder, tokens)
+    return Schedule(shift, spacing="even" if samples_evenly else "dynamic" if is_dynamic else "constant")
 
 
 def scheduler_shift(folder: str | Path, tokens: int) -> tuple[float, bool]:

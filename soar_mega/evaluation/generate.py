@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from soar_mega.convert import load_diffusers, scheduler_shift
+from soar_mega.convert import load_diffusers, pipeline_schedule
 from soar_mega.convert.adapter_files import load_adapted
 from soar_mega.data.encoder_facts import EncoderFacts, encoder_facts
 from soar_mega.data.prompts import EncodedPrompts
@@ -142,13 +142,10 @@ class Generator:
 
 def schedule_of(pipeline_dir: str | Path, shift: float | None = None) -> Callable[[int], Schedule]:
     """The schedule of a pipeline's scheduler for so many image tokens, or of the shift that is given in its place."""
-    is_even = read_sizes(pipeline_dir).family.samples_evenly
+    samples_evenly = read_sizes(pipeline_dir).family.samples_evenly
 
     def schedule(tokens: int) -> Schedule:
-        if shift is not None:
-            return Schedule(shift, is_even=is_even)
-        found, is_dynamic = scheduler_shift(pipeline_dir, tokens)
-        return Schedule(found, is_even=is_even or is_dynamic)
+        return pipeline_schedule(pipeline_dir, tokens, samples_evenly=samples_evenly, shift=shift)
 
     schedule(1)  # says now what cannot be
     return schedule

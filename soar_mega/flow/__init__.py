@@ -10,7 +10,7 @@ from soar_mega.flow.noise import balanced, normal, philox, stream_key, subset, u
 from soar_mega.flow.rollout import ROLLOUT_VARIANTS, mixed_coefficients, rollout_coefficients
 from soar_mega.flow.rows import SOURCES, auxiliary_rows, base_rows, combine, correction_strength, weighted_sum
 from soar_mega.flow.samplers import SOLVERS, guided, sample, solver_steps
-from soar_mega.flow.schedule import TIMESTEPS, Schedule
+from soar_mega.flow.schedule import TIMESTEPS, Schedule, Spacing
 from soar_mega.flow.stochastic import (
     STOCHASTIC_VARIANTS,
     SampledStep,
@@ -33,6 +33,7 @@ __all__ = [
     "WEIGHTINGS",
     "SampledStep",
     "Schedule",
+    "Spacing",
     "auxiliary_latents",
     "auxiliary_rows",
     "balanced",

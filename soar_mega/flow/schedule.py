@@ -1,11 +1,13 @@
 """The noise schedule: unshifted time u in [0, 1] -> sigma -> model timestep."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 TIMESTEPS = 1000  # models are told 1000 sigma; what an architecture makes of it is its own
+Spacing = Literal["constant", "dynamic", "even"]  # of a sampler's steps: see `Schedule.inference_sigmas`
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Schedule:
     shift: float
     num_train_timesteps: int = TIMESTEPS
     grid: bool = False
-    is_even: bool = False  # samplers take steps of equal unshifted time, as FLUX's pipelines do
+    spacing: Spacing = "constant"
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
@@ -85,16 +87,19 @@ class Schedule:
     def inference_sigmas(self, n: int) -> Tensor:
         """Sigmas of an n-step sampler, [n + 1] float64, from 1 down to 0.
 
-        Those of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(n): equal steps from
-        sigma 1 to sigma_min, both already shifted, then shifted once more, then 0. Where `is_even` those of pipelines
-        that give their scheduler equal steps of unshifted time, from 1 to 1/n, which are shifted once.
+        Those that diffusers' pipelines have from FlowMatchEulerDiscreteScheduler: n equally spaced numbers from 1 down
+        to a last one, shifted, then 0. The last one is by `spacing`
+
+            constant  sigma_min: set_timesteps(n) of a constant shift begins with sigmas, and so shifts twice
+            dynamic   1/num_train_timesteps: set_timesteps(n, mu=log(shift)) with use_dynamic_shifting
+            even      1/n: set_timesteps(sigmas=...), as FLUX's pipelines do at any shift
 
         Raises:
             ValueError: n below 1.
         """
         check_sampling_steps(n)
-        last = 1 / n if self.is_even else self.sigma_min
-        steps = self._shifted(torch.linspace(1, last, n, dtype=torch.float64))
+        last = {"constant": self.sigma_min, "dynamic": 1 / self.num_train_timesteps, "even": 1 / n}
+        steps = self._shifted(torch.linspace(1, last[self.spacing], n, dtype=torch.float64))
         return torch.cat([steps, steps.new_zeros(1)])
 
     def linear_sigmas(self, n: int) -> Tensor:

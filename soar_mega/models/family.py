@@ -47,7 +47,7 @@ class Family:
             point.
         embedding_bytes: (latent size, text length, bytes of an element) that it keeps of what comes before the layers.
         encoder_facts: (pipeline folder, T5 tokens or None), no sizes -> what its encoders make; ValueError: damaged.
-        samples_evenly: its pipeline's sampler takes steps of equal unshifted time (`Schedule.is_even`).
+        samples_evenly: its pipeline's sampler takes steps of equal unshifted time (`Spacing`).
         original: the layout of its authors' single files; None where there are none.
     """
 

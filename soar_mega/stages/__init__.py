@@ -10,6 +10,7 @@ from soar_mega.stages.collecting_settings import CollectingConfig, DiffusionNftC
 from soar_mega.stages.settings import SETTINGS, MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig
 
 if TYPE_CHECKING:
+    from soar_mega.flow import Spacing
     from soar_mega.stages.points import Stage
 
 
@@ -18,11 +19,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(path, overrides, SETTINGS)
 
 
-def make_stage(config: StageConfig, shift: float, *, is_even: bool = False) -> "Stage":
+def make_stage(config: StageConfig, shift: float, *, spacing: "Spacing" = "constant") -> "Stage":
     """The stage a recipe names; `shift` is used where the recipe leaves its own open.
 
     Args:
-        is_even: samplers take steps as FLUX's pipelines do (`Schedule`).
+        spacing: of a sampler's steps (`Schedule.inference_sigmas`).
 
     Raises:
         ValueError: there is no stage of that name.
@@ -47,7 +48,7 @@ def make_stage(config: StageConfig, shift: float, *, is_even: bool = False) -> "
     wanted = SETTINGS[config.name]
     assert type(config) is wanted, f"{config.name} has other settings than {type(config).__name__}"
     make, shift = stages[config.name], shift if config.shift is None else config.shift
-    stage: Stage = make(config, shift, is_even)
+    stage: Stage = make(config, shift, spacing)
     return stage
 
 

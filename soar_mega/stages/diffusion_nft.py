@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import SOURCES, spread, subset, uniform
+from soar_mega.flow import SOURCES, Spacing, spread, subset, uniform
 from soar_mega.stages.collecting import Experience, SamplingPlan, Trajectories
 from soar_mega.stages.collecting_settings import DiffusionNftConfig
 from soar_mega.stages.learning_from_samples import LearningFromSamples, known
@@ -33,8 +33,8 @@ class DiffusionNft(LearningFromSamples):
     observed = ("positive", "negative", "old_distance")
     config: DiffusionNftConfig
 
-    def __init__(self, config: DiffusionNftConfig, shift: float, is_even: bool = False) -> None:
-        super().__init__(config, shift, is_even)
+    def __init__(self, config: DiffusionNftConfig, shift: float, spacing: Spacing = "constant") -> None:
+        super().__init__(config, shift, spacing)
         steps = self._last_level()
         if config.levels == "stratified" and config.num_levels > steps:
             raise ValueError(

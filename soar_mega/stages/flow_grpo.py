@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import SOURCES, normal, rollout_coefficients, spread, step_log_probability, step_mean
+from soar_mega.flow import (
+    SOURCES,
+    Spacing,
+    normal,
+    rollout_coefficients,
+    spread,
+    step_log_probability,
+    step_mean,
+)
 from soar_mega.flow.rollout import Coefficients
 from soar_mega.stages.collecting import STEP_NOISE, Experience, SamplingPlan, Trajectories
 from soar_mega.stages.collecting_settings import FlowGrpoConfig
@@ -32,8 +40,8 @@ class FlowGrpo(LearningFromSamples):
     observed = ("ratio", "clipped", "approx_kl")
     config: FlowGrpoConfig
 
-    def __init__(self, config: FlowGrpoConfig, shift: float, is_even: bool = False) -> None:
-        super().__init__(config, shift, is_even)
+    def __init__(self, config: FlowGrpoConfig, shift: float, spacing: Spacing = "constant") -> None:
+        super().__init__(config, shift, spacing)
         self.replayed = config.old_log_probabilities == "replayed"
 
     def plan(self, seed: int, position: Tensor) -> SamplingPlan:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import TIMESTEPS, Schedule
+from soar_mega.flow import TIMESTEPS, Schedule, Spacing
 from soar_mega.stages.advantages import advantages_of_all
 from soar_mega.stages.collecting import SamplingPlan
 from soar_mega.stages.collecting_settings import CollectingConfig
@@ -17,7 +17,7 @@ class LearningFromSamples:
     """The common part of such a stage.
 
     Args:
-        shift, is_even: of the schedule.
+        shift, spacing: of the schedule.
 
     Attributes:
         sigmas: [n + 1] float64 of the sampler.
@@ -33,10 +33,10 @@ class LearningFromSamples:
         self,
         config: CollectingConfig,
         shift: float,
-        is_even: bool = False,
+        spacing: Spacing = "constant",
     ) -> None:
         self.config = config
-        self.schedule = Schedule(shift, is_even=is_even)
+        self.schedule = Schedule(shift, spacing=spacing)
         self.keeps = config.kept_copies
         self.further: Mapping[str, Further] = {name: Further(name, self._states) for name in self.keeps}
         self.observes = (*self.observed, "kl") if "reference" in self.keeps else self.observed

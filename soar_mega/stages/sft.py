@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soar_mega.data.batch import Batch
-from soar_mega.flow import Schedule, base_rows, loss_weight, sample_time, uniform
+from soar_mega.flow import Schedule, Spacing, base_rows, loss_weight, sample_time, uniform
 from soar_mega.stages.points import Further, Points, Queries, squared_error
 from soar_mega.stages.settings import SftConfig
 
@@ -23,9 +23,9 @@ class Sft:
     keeps: tuple[str, ...] = ()
     observes: tuple[str, ...] = ()
 
-    def __init__(self, config: SftConfig, shift: float, is_even: bool = False) -> None:
+    def __init__(self, config: SftConfig, shift: float, spacing: Spacing = "constant") -> None:
         self.config = config
-        self.schedule = Schedule(shift, grid=config.timesteps == "grid", is_even=is_even)
+        self.schedule = Schedule(shift, grid=config.timesteps == "grid", spacing=spacing)
 
     def queries(self, batch: Batch) -> Queries | None:
         """Nothing has to be asked."""

@@ -7,7 +7,7 @@ from soar_mega.checkpoints.adapters import ADAPTERS, describe
 from soar_mega.checkpoints.resume import resume
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
-from soar_mega.convert import scheduler_shift
+from soar_mega.convert import pipeline_schedule
 from soar_mega.data.loader import Loader
 from soar_mega.distributed import is_rank_zero
 from soar_mega.engines import StepResult, make_engine
@@ -77,12 +77,13 @@ class Steps:
         size = latent_shape[1:]
         if size not in self._stages:
             config = self.recipe.stage.asking(sizes.guidance_embeds)
-            shift, is_even = config.shift, sizes.family.samples_evenly
-            if shift is None:
-                tokens = image_tokens(sizes, size)
-                shift, is_dynamic = scheduler_shift(self.recipe.model.pipeline_dir, tokens)
-                is_even |= is_dynamic
-            self._stages[size] = make_stage(config, shift, is_even=is_even)
+            schedule = pipeline_schedule(
+                self.recipe.model.pipeline_dir,
+                image_tokens(sizes, size),
+                samples_evenly=sizes.family.samples_evenly,
+                shift=config.shift,
+            )
+            self._stages[size] = make_stage(config, schedule.shift, spacing=schedule.spacing)
         return self._stages[size]
 
     def _keep_weights(self) -> None:

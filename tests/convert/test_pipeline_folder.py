@@ -8,24 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peer_folder import read_tensors, save_small
 
 from soar_mega.convert import (
     WeightFiles,
     load_diffusers,
     pipeline_parts,
+    pipeline_schedule,
     save_folder,
     scheduler_shift,
 )
 from soar_mega.convert.change_form import to_pipeline_folder
 from soar_mega.convert.weight_files import INDEX, SINGLE
 from soar_mega.convert.weights import open_weights
-from soar_mega.flow import Schedule
 from soar_mega.models.common.names import named_tensors
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import MARKER
 
 BASE = Path(__file__).parents[2] / "recipes/tiny/base"
+# of a scheduler, in the order of calculate_shift
+DYNAMIC = {"base_image_seq_len": 128, "max_image_seq_len": 1024, "base_shift": 0.4, "max_shift": 1.3}
 
 
 def files_below(folder):
@@ -185,20 +189,37 @@ def test_scheduler_shift(tmp_path):
     assert scheduler_shift(tmp_path, 16) == (3.0, False)
 
 
-def test_a_dynamic_shift_is_that_of_diffusers(tmp_path):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-    settings = {"base_image_seq_len": 128, "max_image_seq_len": 1024, "base_shift": 0.4, "max_shift": 1.3}
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **settings)
+@pytest.mark.parametrize("samples_evenly", [False, True])  # SD3's pipelines, FLUX's
+@pytest.mark.parametrize("shift", [1.0, 3.0, None])  # None: dynamic
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 50])
+def test_a_pipeline_s_steps_are_those_of_diffusers(tmp_path, samples_evenly, shift, steps):
+    if shift is None:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **DYNAMIC)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.save_pretrained(tmp_path / "scheduler")
     for tokens in (16, 128, 700, 4096):
-        shift, is_dynamic = scheduler_shift(tmp_path, tokens)
-        mu = calculate_shift(tokens, *settings.values())
-        scheduler.set_timesteps(sigmas=[1 - i / 7 for i in range(7)], mu=mu)
-        assert is_dynamic
-        found = Schedule(shift, is_even=True).inference_sigmas(7)
-        assert torch.allclose(found, scheduler.sigmas.double(), atol=1e-6)
+        mu = {"mu": calculate_shift(tokens, *DYNAMIC.values())} if shift is None else {}
+        if samples_evenly:
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **mu)
+        else:
+            scheduler.set_timesteps(steps, **mu)
+        found = pipeline_schedule(tmp_path, tokens, samples_evenly=samples_evenly).inference_sigmas(steps)
+        torch.testing.assert_close(found, scheduler.sigmas.double(), rtol=5e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("samples_evenly", [False, True])
+def test_a_shift_in_the_place_of_a_dynamic_one_is_constant(tmp_path, samples_evenly):
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(7, sigmas=[1 - i / 7 for i in range(7)] if samples_evenly else None)
+    found = pipeline_schedule(tmp_path, 16, samples_evenly=samples_evenly, shift=3.0).inference_sigmas(7)
+    torch.testing.assert_close(found, scheduler.sigmas.double(), rtol=5e-7, atol=1e-7)
+
+
+def test_a_dynamic_shift_that_cannot_be_is_refused(tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **DYNAMIC)
+    scheduler.save_pretrained(tmp_path / "scheduler")
     config = tmp_path / "scheduler/scheduler_config.json"
     content = json.loads(config.read_text())
     for changes, message in (

@@ -247,8 +247,8 @@ def test_plan_says_how_samples_are_drawn():
     assert torch.equal(
         stage.points(collect(PRESETS["dance_grpo"]).batch).timestep.unique(), whole[:-1].unique()
     )
-    flux = make_stage(PRESETS["flow_grpo_ocr"], 3.0, is_even=True).plan(SEED, torch.arange(1))
-    assert torch.equal(flux.sigmas, Schedule(3.0, is_even=True).inference_sigmas(10))
+    flux = make_stage(PRESETS["flow_grpo_ocr"], 3.0, spacing="even").plan(SEED, torch.arange(1))
+    assert torch.equal(flux.sigmas, Schedule(3.0, spacing="even").inference_sigmas(10))
 
 
 def test_steps_reads_the_row_itself_and_nothing_else():

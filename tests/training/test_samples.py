@@ -1,10 +1,14 @@
 """Sample grids: what they show, and what rank 0 holds for them."""
 
 import gc
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from multirank import run_ranks
 from tiny_runs import ROOT, make_shards, tiny_recipe
 from torch import Tensor
@@ -13,6 +17,8 @@ from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
 from soar_mega.data.prompts import encode_prompts
 from soar_mega.distributed import start_world
+from soar_mega.evaluation.generate import schedule_of
+from soar_mega.models.family import read_sizes
 from soar_mega.training import loop, samples
 from soar_mega.training.run import Trainer
 from soar_mega.training.samples import grid
@@ -46,6 +52,19 @@ def draw(recipe: Recipe) -> tuple[list[str], list[str], Tensor | None]:
     image = trainer.measurements._grid.draw(trainer.engine)  # type: ignore[union-attr]
     trainer.close()
     return events, halves, image
+
+
+@pytest.mark.parametrize("base", ["base", "flux_base"])
+@pytest.mark.parametrize("shift", [None, 3.0])  # None: the scheduler's, which is dynamic
+def test_a_run_samples_as_its_pipeline_does(base: str, shift: float | None, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes/tiny" / base / "transformer", tmp_path / "transformer")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "scheduler")
+    recipe = tiny_recipe(
+        tmp_path, tmp_path, model__pipeline_dir=tmp_path, stage__shift="null" if shift is None else shift
+    )
+    steps: Any = SimpleNamespace(recipe=recipe, _stages={})
+    stage: Any = loop.Steps._stage_of(steps, (4, 8, 16), read_sizes(tmp_path))
+    assert stage.schedule == schedule_of(tmp_path, shift)(32)
 
 
 def test_a_grid_shows_the_prompts_and_no_encoder_stays(tmp_path: Path) -> None:

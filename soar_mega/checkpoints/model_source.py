@@ -52,9 +52,19 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What its images depend on beside how they are sampled; reads all weights."""
-        said: dict[str, Any] = {"kind": self.kind, "shift": self.shift}
+        said = self.surroundings()
         if self.kind == DIFFUSERS:
             return said | {"weights": content_hash(self.path)}
+        if self.kind == CHECKPOINT:
+            return said | {"weights": content_hash(self.path / MANIFEST)}
+        adapters = content_hash(self.adapters) if self.adapters else ""
+        return said | {"weights": content_hash(self.path / "transformer"), "adapters": adapters}
+
+    def surroundings(self) -> dict[str, Any]:
+        """The part of the fingerprint that is not of the weights, and can be told when they are gone."""
+        said: dict[str, Any] = {"kind": self.kind, "shift": self.shift}
+        if self.kind == DIFFUSERS:
+            return said
         said |= {
             "encoders": fingerprints(self.pipeline_dir),
             "max_sequence_length": self._drawn_length(),
@@ -62,9 +72,8 @@ class Source:
         if self.shift is None:
             said["scheduler"] = content_hash(self.pipeline_dir / "scheduler")
         if self.kind == CHECKPOINT:
-            return said | {"weights": content_hash(self.path / MANIFEST), "ema": self.ema}
-        adapters = content_hash(self.adapters) if self.adapters else ""
-        return said | {"weights": content_hash(self.path / "transformer"), "adapters": adapters}
+            said["ema"] = self.ema
+        return said
 
     def text_length(self) -> int:
         """T5 tokens of a prompt. Warns where an export of ours says that it was trained with another number."""

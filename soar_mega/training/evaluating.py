@@ -123,13 +123,20 @@ class Evaluation:
     def _facts(self, model: Model) -> Json:
         """Where a model is, what its images depend on, and the training behind it; kept for when it is gone.
 
-        A run removes its older checkpoints: what was drawn with them stays in the report.
+        A run removes its older checkpoints: what was drawn with them stays in the report, where nothing but the weights
+        is asked for otherwise now. ValueError where something is.
         """
         source = model.source
         name = f"facts/{model.file_name}.json"
         path = str(source.path) + (f"+{source.adapters}" if source.adapters else "")
         known = self.store.read_json(name)
         if known is not None and known["path"] == path and not source.path.exists():
+            for key, now in source.surroundings().items():
+                if (before := known["fingerprint"].get(key)) != now:
+                    raise ValueError(
+                        f"{self.store.path / name}: its images were drawn with {key} {before}, {now} is asked for now, "
+                        f"and {source.path} is gone"
+                    )
             return known
         training = history(source.adapters or source.path)
         facts = {"path": path, "fingerprint": source.fingerprint(), "training": training}

@@ -149,6 +149,7 @@ def test_a_run_is_watched_to_its_end(
     assert main(["convert", str(BASE), str(run)]) == 0
     RunFolder(run).mark_complete(0, 0)
     out = tmp_path / "out"
+    monkeypatch.setattr(model_source, "content_hash", str)  # copies of one checkpoint are others
     words = ("--watch", str(run), "--pipeline-dir", str(BASE), "--guidance-scale", "1")
     assert evaluate(road / "suite.yaml", out, *words) == 0
     # later checkpoints come, and the run removes the first one, and one in between while it is read
@@ -163,7 +164,6 @@ def test_a_run_is_watched_to_its_end(
         return real(source, *more)
 
     monkeypatch.setattr(model_source, "load_model", load)
-    monkeypatch.setattr(model_source.Source, "fingerprint", lambda source: {"path": str(source.path)})
     assert evaluate(road / "suite.yaml", out, *words) == 0
     assert "iteration 3 was removed before it could be evaluated" in caplog.text
     said = json.loads((out / "report.json").read_text())
@@ -174,6 +174,10 @@ def test_a_run_is_watched_to_its_end(
     points = events.Scalars("evaluate/jpeg_incompressibility/guidance 1, 2 steps")
     assert {point.step for point in points} == {0, 5}
     assert [point.value for point in points] == pytest.approx([scores[0]] * len(points))
+    # images of weights that are gone are not reported as if drawn with other settings
+    assert evaluate(road / "suite.yaml", out, *words, "--shift", "3") == 0
+    assert "iter_0000000.json: its images were drawn with shift None, 3.0 is asked for now" in caplog.text
+    assert list(json.loads((out / "report.json").read_text())["models"]) == ["iter_0000005"]
 
 
 @pytest.mark.slow

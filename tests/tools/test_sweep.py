@@ -21,6 +21,7 @@ from sweeping.results import contrasts_of, prompts_errors, results
 from sweeping.runs import chains, job_script, runs_of
 from tiny_runs import make_shards
 
+from soar_mega.evaluation.suite.suite_settings import load_suite
 from soar_mega.recipe import recipe_to_yaml
 from soar_mega.stages import load_recipe
 
@@ -165,6 +166,15 @@ def test_data_and_prompts_of_another_plan_do_not_mix(tmp_path: Path) -> None:
         canvases = Canvases(**{"train": 6, "held_out": 4, "prompts_per_category": 2} | {key: 8})
         with pytest.raises(ValueError, match=rf"{name} holds \d canvases, and canvases.{key} is 8"):
             prepare(out, "recipes/tiny/base", canvases, 1)
+
+
+def test_the_suite_is_read_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("sweeping.runs.load_suite", lambda *asked: read.append("suite") or load_suite(*asked))
+    sweep = sweep_of(tmp_path, base="recipes/tiny/base", evaluate=["--suite", "digits"])
+    left = chains(sweep, runs_of(sweep))
+    asked = {chain[-1].receipt[1].splitlines()[-1] for chain in left}
+    assert len(left) == 5 and len(asked) == 1 and read == ["suite"]
 
 
 def test_chance_is_what_arms_and_seeds_leave() -> None:

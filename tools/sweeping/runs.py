@@ -5,7 +5,6 @@ Nothing is ever removed. A run folder with another recipe than its arm's is refu
 
 import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,12 +117,17 @@ def runs_of(sweep: Sweep) -> list[Run]:
 
 
 def chains(sweep: Sweep, runs: list[Run]) -> list[list[Command]]:
-    """What is left to do: the base's evaluation, and for each run its training and then its evaluation."""
+    """What is left to do: the base's evaluation, and for each run its training and then its evaluation.
+
+    Raises:
+        ValueError: the suite that evaluations ask for, or one of its files of prompts, cannot be read.
+    """
+    asked = _asked(sweep)
     left = []
     if sweep.base:
-        left.append([evaluation(sweep, BASE, [f"{BASE}={sweep.base}"])])
+        left.append([evaluation(sweep, asked, BASE, [f"{BASE}={sweep.base}"])])
     for run in runs:
-        judging = evaluation(sweep, run.name, run.models(), run.has_average)
+        judging = evaluation(sweep, asked, run.name, run.models(), run.has_average)
         if run.is_done():
             left.append([judging])
         else:  # judged anew, also where an earlier run was
@@ -131,26 +135,27 @@ def chains(sweep: Sweep, runs: list[Run]) -> list[list[Command]]:
     return [chain for chain in left if not chain[0].has_receipt()]
 
 
-def evaluation(sweep: Sweep, name: str, models: list[str], has_average: bool = False) -> Command:
-    """Evaluates models in a folder of their own, which goes on where it was.
-
-    Raises:
-        ValueError: the suite that it asks for, or one of its files of prompts, cannot be read.
-    """
+def evaluation(sweep: Sweep, asked: str, name: str, models: list[str], has_average: bool = False) -> Command:
+    """Evaluates models in a folder of their own, which goes on where it was; `asked` as below."""
     folder = evaluation_folder(sweep, name)
-    words = [*models, *sweep.evaluate, *(["--ema"] if has_average else [])]
-    if sweep.canvases is not None:
-        words += ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
+    words = [*models, *sweep.evaluate, *(["--ema"] if has_average else []), *_canvas_words(sweep)]
     command = logged(sweep.folder, f"evaluate-{name}", soar_mega("evaluate", *words, "--out", str(folder)))
-    return replace(command, receipt=(folder / RECEIPT, "\n".join([*words, f"# {_asked(words)}", ""])))
+    return replace(command, receipt=(folder / RECEIPT, "\n".join([*words, f"# {asked}", ""])))
 
 
-def _asked(words: Sequence[str]) -> str:
-    """A hash of the suite that an evaluation asks for, and of all that its files of prompts say."""
+def _canvas_words(sweep: Sweep) -> list[str]:
+    """What an evaluation is told of the sweep's own canvases, where it has such."""
+    if sweep.canvases is None:
+        return []
+    return ["--prompts", f"{sweep.folder}/prompts", "--held-out", f"{sweep.folder}/shards/heldout"]
+
+
+def _asked(sweep: Sweep) -> str:
+    """A hash of the suite that a sweep's evaluations ask for, and of all that its files of prompts say."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--suite")
     parser.add_argument("--prompts")
-    known, _ = parser.parse_known_args(words)
+    known, _ = parser.parse_known_args([*sweep.evaluate, *_canvas_words(sweep)])
     if known.suite is None:
         return "no suite"
     suite = load_suite(known.suite, known.prompts)

@@ -1,4 +1,7 @@
-"""The halves of a pipeline's VAE, each without the other, in float32: images to latents, latents to images."""
+"""The halves of a pipeline's VAE, each without the other, in float32: images to latents, latents to images.
+
+On a GPU convolutions of float32 round their inputs to TF32, which is torch's default and so diffusers' too.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -51,6 +51,11 @@ READ_WHERE: list[tuple[Callable[[Recipe], object], str, tuple[str, ...]]] = [
         ("lora.alpha", "lora.dropout", "lora.targets", "lora.load"),
     ),
     (
+        lambda recipe: recipe.stage.forwards().answers,
+        "is for stages that ask the model before they learn, and this one does not: set it to false",
+        ("parallel.overlap_rollout",),
+    ),
+    (
         lambda recipe: recipe.stage.collects,
         "is for stages that draw their samples: leave it out",
         ("data.validation_prompts", "data.prompt_cache", "data.resolution", "data.max_sequence_length"),

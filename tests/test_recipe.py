@@ -276,6 +276,34 @@ def test_a_setting_that_nothing_reads_is_refused(recipe_file: Path, override: st
         load_recipe(recipe_file, [override])
 
 
+def load_overlapped(name: str, override: str) -> Recipe:
+    recipe = Path(__file__).parents[1] / f"recipes/tiny/{name}.yaml"
+    overlap = ["parallel.pipeline_model_parallel_size=2", "parallel.overlap_rollout=true"]
+    return load_recipe(recipe, [override, *overlap])
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("sft", "stage.logit_mean=0"),
+        ("sft_multi", "stage.num_auxiliary_points=6"),
+        ("soar", "stage.num_auxiliary_points=0"),
+        ("flow_grpo", "stage.kl_beta=0"),
+    ],
+)
+def test_overlap_rollout_is_refused_where_no_answers_travel(name: str, override: str) -> None:
+    words = "parallel.overlap_rollout=True is for stages that ask the model before they learn"
+    with pytest.raises(ValueError, match=words):
+        load_overlapped(name, override)
+
+
+@pytest.mark.parametrize(
+    ("name", "override"), [("soar", "stage.num_auxiliary_points=1"), ("flow_grpo", "stage.kl_beta=0.04")]
+)
+def test_overlap_rollout_is_taken_where_answers_travel(name: str, override: str) -> None:
+    assert load_overlapped(name, override).parallel.overlap_rollout
+
+
 @pytest.mark.parametrize(
     "override", ["use_distributed_optimizer=false", "overlap_grad_reduce=true", "overlap_param_gather=true"]
 )

@@ -45,7 +45,7 @@ def latent_size(text: str) -> tuple[int, int]:
     return positive(height), positive(width)
 
 
-def result_file(given: str | Path | None, name: str) -> Path:
+def result_file(given: str | Path | None, name: str, flag: str = "--out") -> Path:
     """Where a measurement is written: as given, or in benchmarks/results with the date before the name.
 
     Raises:
@@ -53,17 +53,17 @@ def result_file(given: str | Path | None, name: str) -> Path:
     """
     path = Path(given or f"benchmarks/results/{date.today()}-{name}.json")
     was_there = path.exists()
-    result_folder(path.parent)
+    result_folder(path.parent, flag)
     try:
         path.open("ab").close()  # an earlier result stays until there is another
         if not was_there:
             path.unlink()
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, flag) from None
     return path
 
 
-def result_folder(path: Path) -> Path:
+def result_folder(path: Path, flag: str = "--out") -> Path:
     """The folder, which is made where there is none.
 
     Raises:
@@ -74,9 +74,9 @@ def result_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, flag) from None
     return path
 
 
-def cannot_write(path: Path, error: OSError) -> SystemExit:
-    return SystemExit(f"--out: {path} cannot be written: {error.strerror}")
+def cannot_write(path: Path, error: OSError, flag: str) -> SystemExit:
+    return SystemExit(f"{flag}: {path} cannot be written: {error.strerror}")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from arguments import positive, result_file
+from arguments import number, positive, result_file
 from kernel_traffic import modules_that_launch
 from origin import origin
 from torch import Tensor
@@ -36,6 +36,7 @@ from soar_mega.models.common.build import build_model
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import presets, read_sizes
+from soar_mega.rules import at_least
 
 FORMS = ("plain", "fused", "launching")
 Times = dict[str, dict[str, list[float]]]  # form -> forward or both -> seconds of each round
@@ -94,12 +95,12 @@ def measure(sizes: Sizes, rounds: int) -> Times:
     }
     given = inputs(sizes)
     times: Times = {form: {"forward": [], "both": []} for form in FORMS}
-    for number in range(rounds + 2):
+    for turn in range(rounds + 2):
         for form in FORMS:
             model = models[form != "plain"]
             with launches_left_out() if form == "launching" else contextlib.nullcontext():
                 forward, both = process_time(forward_of(model, given)), process_time(step_of(model, given))
-            if number >= 2:
+            if turn >= 2:
                 times[form]["forward"].append(forward)
                 times[form]["both"].append(both)
     return times
@@ -142,10 +143,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=positive, default=24)
-    parser.add_argument("--dual", type=int, default=13, help="layers with the second attention (default: 13)")
+    parser.add_argument(
+        "--dual",
+        type=number(int, at_least(0)),
+        default=13,
+        help="layers with the second attention (default: 13)",
+    )
     parser.add_argument("--rounds", type=positive, default=40)
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/<date>-cpu-host.json)")
     args = parser.parse_args()
+    if args.dual > args.layers:
+        parser.error(f"--dual {args.dual}: there are --layers {args.layers}, and no more can have it")
     path = result_file(args.out, "cpu-host")
     torch.set_num_threads(1)
     found = summary(measure(tiny(args.layers, args.dual), args.rounds))

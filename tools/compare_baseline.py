@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from arguments import positive, result_file
+from arguments import number, positive, result_file
 from baseline.case import Case, make_case, models
 from baseline.measuring import Result, fastest, measure_alone, measure_in_turns
 from baseline.rows import Row, rows_alone, rows_in_turns
@@ -31,6 +31,7 @@ from kernel_traffic import table as traffic_table
 from origin import device_slug, origin
 
 from soar_mega.layer_checks import ATTENTION_BACKENDS
+from soar_mega.rules import above, at_least
 from soar_mega.stages import SoarConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,13 +81,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", choices=models(), help="what is trained (default: tiny)")
     parser.add_argument("--batch-size", type=positive, default=32, help="samples per step (default: 32)")
     parser.add_argument(
-        "--points", type=int, default=6, help="N, auxiliary points per sample (default: 6, as published)"
+        "--points",
+        type=number(int, at_least(0)),
+        default=6,
+        help="N, auxiliary points per sample (default: 6, as published)",
     )
     parser.add_argument(
         "--sampling-steps", type=positive, default=40, help="K of the rollout (default: 40, as published)"
     )
     parser.add_argument(
-        "--shift", type=float, default=3.0, help="shift of the schedule (default: 3, as SD3.5)"
+        "--shift",
+        type=number(float, above(0)),
+        default=3.0,
+        help="shift of the schedule (default: 3, as SD3.5)",
     )
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument(
@@ -120,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     on_gpu.add_argument(
         "--row-seconds",
-        type=float,
+        type=number(float, at_least(0)),
         default=25.0,
         help="an arm makes no further step after this time, when it has made two (default: 25)",
     )

@@ -12,14 +12,15 @@ what is said of several is a prediction.
 import argparse
 from collections import Counter
 
-from arguments import number, positive
+from arguments import number, positive, result_file
 from plan.hardware import HARDWARE
 from plan.search import Case, Plan, search
 
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
+from soar_mega.models.common.sizes import side_rule
 from soar_mega.models.family import find_sizes
-from soar_mega.rules import Rule, at_least, from_below
+from soar_mega.rules import at_least, from_below
 from soar_mega.stages import SoarConfig
 
 SHOWN = 10
@@ -27,8 +28,6 @@ SAMPLES = 4  # of a step for each GPU, where nothing else is asked for
 NOT_MODELLED = (
     "not in the model: FP8, flash-attn 3, Transformer Engine, LoRA, offloading, reading data, stragglers"
 )
-PATCH = 16  # pixels of a token's side: eight of the VAE, of which two make a token
-SIDE: Rule = (lambda value: value >= PATCH and value % PATCH == 0), f"a multiple of {PATCH}"
 
 
 def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | None = None) -> Case:
@@ -43,6 +42,9 @@ def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | No
     )
     side = args.image_size // 8
     sizes = find_sizes(args.model)
+    holds, words = side_rule(sizes, unit=8)
+    if not holds(args.image_size):
+        raise ValueError(f"--image-size {args.image_size}: for this model it must be {words}")
     text_length = args.text_length or sizes.family.text_tokens
     return Case(sizes, recipe, gpus, HARDWARE[args.gpu], (side, side), text_length, args.gpus_per_node)
 
@@ -162,9 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--gpus-per-node", type=positive, default=8, help="that share the fast link (default: %(default)s)"
     )
-    parser.add_argument(
-        "--image-size", type=number(int, SIDE), default=512, help="pixels (default: %(default)s)"
-    )
+    parser.add_argument("--image-size", type=positive, default=512, help="pixels (default: %(default)s)")
     parser.add_argument("--text-length", type=positive, help="tokens (default: 154, of FLUX 512)")
     parser.add_argument(
         "--points",
@@ -191,7 +191,7 @@ def main() -> None:
     elif args.validate is not None:
         from plan.validate import validate
 
-        validate(args.validate)
+        validate(result_file(args.validate, "", "--validate") if args.validate else None)
     else:
         try:
             case = make_case(args)

@@ -21,6 +21,7 @@ import dataclasses
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from arguments import latent_size, positive, result_folder
+from arguments import latent_size, number, positive, result_folder
 from device_weights import drawn_on_device
 from megatron.core import parallel_state
 from origin import origin
@@ -48,8 +49,10 @@ from soar_mega.faults.agreement import on_rank_zero, world
 from soar_mega.models.common.flops import Tokens, forward_work, image_tokens, recomputed_work, step_work
 from soar_mega.models.common.pipeline_layout import chunks_per_rank, stage_work
 from soar_mega.models.common.rank_parameters import trained_shares
+from soar_mega.models.common.sizes import side_rule
 from soar_mega.models.family import model_sizes
 from soar_mega.phases import phases
+from soar_mega.rules import at_least
 from soar_mega.stages import load_recipe
 from soar_mega.training.loop import Steps, make_loader
 from soar_mega.training.throughput import least_seconds, peaks
@@ -349,9 +352,13 @@ def recipe_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) ->
                 )
         overrides.append("data.path=made-up")
     try:
-        return load_recipe(arguments.recipe, overrides)
+        recipe = load_recipe(arguments.recipe, overrides)
+        holds, words = side_rule(model_sizes(recipe.model))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if not all(map(holds, arguments.made_up or ())):
+        parser.error(f"--made-up: each side must be {words} for this model")
+    return recipe
 
 
 def main() -> None:
@@ -364,7 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=positive, default=5, help="recorded steps (5), and as many that are not"
     )
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (3)")
+    parser.add_argument("--warmup", type=number(int, at_least(0)), default=3, help="steps before them (3)")
     parser.add_argument(
         "--made-up", metavar="HxW", type=latent_size, help="noise of this latent size in place of data.path"
     )
@@ -389,4 +396,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"profile_step.py: {error}")

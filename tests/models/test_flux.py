@@ -206,5 +206,5 @@ def test_impossible_sizes(changes, message):
 
 def test_latents_that_cannot_be_cut(folder):
     model = load_diffusers(folder)
-    with pytest.raises(ValueError, match="multiples of the patch size 2"):
+    with pytest.raises(ValueError, match="latents of 8 x 5: each side must be a multiple of 2$"):
         model(*make_inputs(model.sizes, (8, 5)))

@@ -157,7 +157,9 @@ def test_weights_that_were_never_loaded_show():
 def test_impossible_latent_size(size, tmp_path):
     save_peer(tmp_path)
     model = load_diffusers(tmp_path)
-    with pytest.raises(ValueError, match="multiples of the patch size 2 and at most 12"):
+    with pytest.raises(
+        ValueError, match=f"latents of {size[0]} x {size[1]}: .* a multiple of 2 and at most 12"
+    ):
         model(*make_inputs(model.sizes, size))
 
 

@@ -74,6 +74,8 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     "main, words, message",
     [
         (bench_host.main, ["--rounds", "0"], "--rounds: '0': it must be a whole number, at least 1"),
+        (bench_host.main, ["--dual", "-1"], "--dual: '-1': it must be a whole number, at least 0"),
+        (bench_host.main, ["--layers", "2", "--dual", "3"], "--dual 3: there are --layers 2"),
         (bench_kernels.main, ["--only", "nosuch"], "--only 'nosuch' is in none of these names: "),
         (tune_kernels.main, ["--only", "nosuch"], "--only 'nosuch' is in none of these names: adaln, "),
         (bench_checkpoint.main, ["--saves", "1"], "--saves must be 2 or more"),
@@ -91,6 +93,17 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
             compare_baseline.main,
             ["--batch-size", "0"],
             "--batch-size: '0': it must be a whole number, at least 1",
+        ),
+        (
+            compare_baseline.main,
+            ["--points", "-1"],
+            "--points: '-1': it must be a whole number, at least 0",
+        ),
+        (compare_baseline.main, ["--shift", "0"], "--shift: '0': it must be a number, above 0"),
+        (
+            compare_baseline.main,
+            ["--row-seconds", "x"],
+            "--row-seconds: 'x': it must be a number, at least 0",
         ),
         (bench_convert.main, ["folder", "--model", "huge"], "--model: invalid choice: 'huge'"),
         (compare_baseline.main, ["--model", "huge"], "--model: invalid choice: 'huge'"),

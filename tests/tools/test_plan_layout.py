@@ -196,8 +196,9 @@ def test_it_knows_the_gpus_that_doctor_knows_and_says_what_it_leaves_out(planned
         ("--gpus-per-node 0", "it must be a whole number, at least 1"),
         ("--global-batch-size 0", "it must be a whole number, at least 1"),
         ("--points -1", "it must be a whole number, at least 0"),
-        ("--image-size 0", "it must be a whole number, a multiple of 16"),
-        ("--image-size 504", "it must be a whole number, a multiple of 16"),
+        ("--image-size 0", "it must be a whole number, at least 1"),
+        ("--image-size 504", "--image-size 504: for this model it must be a multiple of 16"),
+        ("--model sd35_large --image-size 4096", "it must be a multiple of 16 and at most 3072"),
         ("--text-length -1", "it must be a whole number, at least 1"),
         ("--ema-decay 2", "it must be a number, at least 0 and below 1"),
         ("--ema-decay much", "it must be a number, at least 0 and below 1"),
@@ -209,6 +210,13 @@ def test_a_word_that_cannot_be_is_refused_with_what_would_be_right(words, wanted
         plan_layout.main()
     assert ended.value.code == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_found_before_layouts_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("plan.validate.run", lambda *words: pytest.fail("something is measured"))
+    monkeypatch.setattr("sys.argv", ["plan_layout.py", "--validate", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^--validate: {tmp_path} cannot be written: Is a directory$"):
+        plan_layout.main()
 
 
 def test_order_of_layouts_is_compared_by_rank():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,7 @@ def test_a_collection_is_no_part_of_a_step(stage: str, tmp_path: Path) -> None:
             "--text-length: '0': it must be a whole number, at least 1",
         ),
         (["--steps", "0"], "--steps: '0': it must be a whole number, at least 1"),
+        (["--warmup", "-1"], "--warmup: '-1': it must be a whole number, at least 0"),
         (["train.nosuch=1"], "train.nosuch"),
         (["--made-up", "8x8"], "--made-up: flow_grpo draws its samples"),
     ],
@@ -194,6 +196,28 @@ def test_what_cannot_be_profiled_is_refused(
     with pytest.raises(SystemExit, match="2"):
         profile_step.main()
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["7x8", "8x7", "8x18"])
+def test_latents_that_the_model_cannot_take_are_refused(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(profile_step, "start_process", lambda: pytest.fail("something is measured"))
+    words = ["recipes/tiny/soar.yaml", "--made-up", size, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["profile_step.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        profile_step.main()
+    assert "--made-up: each side must be a multiple of 2 and at most 16 for this" in capsys.readouterr().err
+
+
+def test_what_is_found_wrong_later_is_one_line(tmp_path: Path) -> None:
+    words = ["recipes/tiny/soar.yaml", f"data.path={tmp_path}/absent", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "tools/profile_step.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"profile_step.py: {tmp_path}/absent does not exist: give")
 
 
 def test_a_file_is_no_place_for_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ PROCESSES = 4
 TOOLS = Path(__file__).parents[1]
 
 
-def validate(out: str) -> None:
-    """Prints both times of each layout and the correlation; writes them to `out` unless it is empty."""
+def validate(out: Path | None) -> None:
+    """Prints both times of each layout and the correlation; writes them to `out` where there is one."""
     load = os.getloadavg()[0]  # before anything of this runs: times of a busy machine are noise
     constants = run("plan.calibrate")
     hardware = process_of(constants)
@@ -36,7 +36,7 @@ def validate(out: str) -> None:
     for row in rows:
         print(f"{row['measured']:11.3f} {row['predicted']:12.3f}  {row['layout']}")
     print(f"rank correlation (Spearman): {correlation:.2f}")
-    if out:
+    if out is not None:
         content = {
             **origin("plan_layout"),
             "processes": PROCESSES,
@@ -46,7 +46,7 @@ def validate(out: str) -> None:
             "spearman": correlation,
             "rows": rows,
         }
-        Path(out).write_text(json.dumps(content, indent=1) + "\n")
+        out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def process_of(constants: dict[str, Any]) -> Hardware:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from soar_mega.rules import Rule
+
 if TYPE_CHECKING:
     from soar_mega.models.family import Family
 
@@ -65,8 +67,32 @@ class Sizes(Protocol):
     def pooled_projection_dim(self) -> int:
         """Width of the pooled text."""
 
+    @property
+    def pos_embed_max_size(self) -> int | None:
+        """Side of the table of positions, in patches; None: there is none, and any side has positions."""
+
     def to_diffusers(self) -> dict[str, Any]:
         """The content of diffusers' config.json."""
+
+
+def side_rule(sizes: Sizes, unit: int = 1) -> Rule:
+    """What a side of latents may be: whole patches that have positions.
+
+    Args:
+        unit: 8 for a side in pixels.
+    """
+    patch, largest = unit * sizes.patch_size, sizes.pos_embed_max_size
+    if largest is None:
+        return (lambda side: side % patch == 0), f"a multiple of {patch}"
+    most = patch * largest
+    return (lambda side: side % patch == 0 and side <= most), f"a multiple of {patch} and at most {most}"
+
+
+def check_latent_size(sizes: Sizes, latent_size: tuple[int, int]) -> None:
+    """Raise a ValueError unless latents can be of (H, W)."""
+    holds, words = side_rule(sizes)
+    if not all(map(holds, latent_size)):
+        raise ValueError(f"latents of {' x '.join(map(str, latent_size))}: each side must be {words}")
 
 
 def check_whole(name: str, value: Any) -> None:

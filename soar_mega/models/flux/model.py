@@ -6,6 +6,7 @@ from torch import Tensor
 from soar_mega.kernels import to_tokens
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.sizes import check_latent_size
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.flux.embeddings import ConditioningEmbedding
 from soar_mega.models.flux.layer import DoubleLayer, SingleLayer
@@ -30,13 +31,8 @@ class Flux(Transformer):
 
     def lengths(self, latent_size: tuple[int, int], text_length: int) -> Lengths:
         """The streams of latents of (H, W). ValueError: H or W cannot be cut into patches."""
-        patch = self.sizes.patch_size
-        height, width = latent_size
-        if height % patch or width % patch:
-            raise ValueError(
-                f"latents of {height} x {width}: both sides must be multiples of the patch size {patch}"
-            )
-        rows, columns = height // patch, width // patch
+        check_latent_size(self.sizes, latent_size)
+        rows, columns = (side // self.sizes.patch_size for side in latent_size)
         return Lengths(text_length, rows * columns, (rows, columns))
 
     def embed(

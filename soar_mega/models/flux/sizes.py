@@ -42,6 +42,7 @@ class FluxSizes:
 
     patch_size: ClassVar[int] = PATCH
     qk_norm: ClassVar[str] = "rms_norm"
+    pos_embed_max_size: ClassVar[None] = None  # positions turn queries and keys
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

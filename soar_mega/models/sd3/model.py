@@ -6,6 +6,7 @@ from torch import Tensor
 
 from soar_mega.models.common.conditions import Conditions
 from soar_mega.models.common.lengths import Lengths
+from soar_mega.models.common.sizes import check_latent_size
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.sd3.embeddings import ConditioningEmbedding, PatchEmbedding, position_table
 from soar_mega.models.sd3.layer import MMDiTLayer
@@ -34,14 +35,9 @@ class MMDiT(Transformer):
 
     def lengths(self, latent_size: tuple[int, int], text_length: int) -> Lengths:
         """The streams of latents of (H, W). ValueError: H or W cannot be cut into patches, or exceeds the table."""
-        patch, largest = self.sizes.patch_size, self.sizes.pos_embed_max_size
-        height, width = latent_size
-        if height % patch or width % patch or max(height, width) > patch * largest:
-            raise ValueError(
-                f"latents of {height} x {width}: both sides must be multiples of the patch size {patch} and at most "
-                f"{patch * largest} (pos_embed_max_size {largest})"
-            )
-        return Lengths(text_length, (height // patch) * (width // patch))
+        check_latent_size(self.sizes, latent_size)
+        rows, columns = (side // self.sizes.patch_size for side in latent_size)
+        return Lengths(text_length, rows * columns)
 
     def embed(
         self, latents: Tensor, timesteps: Tensor, conditions: Conditions, latent_size: tuple[int, int]

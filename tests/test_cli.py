@@ -397,7 +397,10 @@ def test_doctor_takes_a_preset_where_the_folder_is_elsewhere(capsys: pytest.Capt
     assert "DOES NOT FIT" not in said
     assert main([*words[:-1], "--image-size", "1024"]) == 0
     assert "which DOES NOT FIT" in capsys.readouterr().out
-    assert said.startswith("sd35_medium: ") and "FP8 keeps in its own form are not counted" in said
+    assert (
+        said.startswith("sd35_medium: ")
+        and "activations are counted as in bf16, of which FP8 keeps less" in said
+    )
 
 
 def test_doctor_describes_a_model(capsys: pytest.CaptureFixture[str]) -> None:

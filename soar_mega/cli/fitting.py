@@ -98,7 +98,7 @@ def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
             f"as the recipe says: {work.micro_batches} training forwards of a step, {memory.words()}{fits}"
         )
     if recipe.model.fp8:
-        lines.append("(the weights that FP8 keeps in its own form are not counted)")
+        lines.append("(activations are counted as in bf16, of which FP8 keeps less)")
     found = recommend(sizes, recipe, data_size, latent_size, text_length, room)
     if found is None:
         lines.append("one point does not fit even with recomputation: use more TP or PP, or more GPUs")

@@ -1,18 +1,24 @@
 """Where FP8 begins and ends, when weights are cast and what cannot run, over a stand-in for Transformer Engine."""
 
+import json
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import te_stand_in
 import torch
 from peer import make_inputs
 
-from soar_mega.config import ModelConfig, ParallelConfig
+from soar_mega.config import ModelConfig, ParallelConfig, Recipe
 from soar_mega.distributed import start_world
 from soar_mega.models.common.build import build_model
+from soar_mega.models.common.memory import Workload, rank_memory
 from soar_mega.models.common.precision import cast_weights
 from soar_mega.models.common.te_layers import VARIABLES, CastOnce
+from soar_mega.models.family import presets
 from soar_mega.models.sd3.sizes import SD3Sizes
+from soar_mega.stages import SoarConfig
 
 SIZES = SD3Sizes(
     sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, num_attention_heads=4,
@@ -92,6 +98,48 @@ def test_weights_can_be_cast_before_a_forward(record):
         assert len(record.casts) == len(linears(model, 1) + linears(model, 2))
     answer(model, inputs)
     assert len(record.casts) == len(linears(model, 1) + linears(model, 2))
+
+
+def fp8_bytes(sizes, parallel=None, rank=0, **settings):
+    """What the memory model adds to the weights of a rank for FP8."""
+    recipe = Recipe(
+        model=ModelConfig(**(FP8 | settings)), parallel=parallel or ParallelConfig(), stage=SoarConfig()
+    )
+    bf16 = replace(recipe, model=replace(recipe.model, fp8=None, first_last_layers_bf16=False))
+    work = Workload((8, 6), 7, points=1, rows=1, samples=1, micro_batches=2)
+    in_fp8, without = (rank_memory(sizes, each, work, 1, rank).weights for each in (recipe, bf16))
+    return in_fp8 - without
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 2}], ids=["all", "one"]
+)
+def test_the_memory_model_counts_two_forms_of_what_is_cast(settings, record):
+    model, inputs = build(**settings)
+    learn(model, inputs)
+    cast = 2 * sum(linear.weight.numel() for linear in record.casts)
+    assert fp8_bytes(SIZES, **settings) == cast > 0
+    pipeline = ParallelConfig(pipeline_model_parallel_size=2)
+    assert sum(fp8_bytes(SIZES, pipeline, rank, **settings) for rank in (0, 1)) == cast
+    assert fp8_bytes(SIZES, ParallelConfig(tensor_model_parallel_size=2), **settings) == cast / 2
+
+
+def test_the_forms_are_what_fp8_took_more_on_an_h100():
+    """Outside of CUDA graphs, whose recordings hold the activations."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    name = "2026-11-27-h100-80gb-hbm3-{}.json"
+    in_fp8, in_bf16 = (
+        json.loads((results / name.format(f"profile{kind}-flash-attn-3")).read_text())["ranks"][0]["memory"]
+        for kind in ("-fp8", "")
+    )
+    compared = json.loads((results / name.format("compare-sd35_medium-no-recompute")).read_text())["rows"]
+    peaks = {row["name"]: row["peak_allocated_without_graphs"] for row in compared}
+    row = "8 points, CUDA graphs"
+    more = [
+        in_fp8["most"] - in_bf16["most"],
+        peaks[f"soar_mega, FP8, {row}"] - peaks[f"soar_mega, {row}"],
+    ]
+    assert more == pytest.approx([fp8_bytes(presets()["sd35_medium"])] * 2, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

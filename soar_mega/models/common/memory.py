@@ -2,7 +2,8 @@
 
 Weights, gradients and optimizer are what the engines allocate, to the padding. Activations are what autograd keeps with
 the fused kernels, tensor by tensor; without them (model.fused_kernels=false) it is more, and where some of a layer's
-linears are frozen a little less.
+linears are frozen a little less. With FP8 they are counted as in bf16: how much less linears then keep of
+their inputs was not measured.
 """
 
 import math
@@ -17,6 +18,7 @@ from soar_mega.models.common.rank_parameters import (
     Elements,
     buffer_elements,
     chunk_parameters,
+    fp8_elements,
     trained,
     trained_linears,
 )
@@ -25,6 +27,7 @@ from soar_mega.models.common.sequence_shards import cut_multiple
 from soar_mega.models.common.sizes import Sizes
 
 ITEM = {"bf16": 2, "fp32": 4}
+FP8_FORMS = 2  # of a weight, with a byte an element: as it is and transposed (te_layers.py)
 BUCKET = 40_000_000  # elements of a gradient bucket of megatron's, at least, where reduction is overlapped
 ZERO_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once
 # H per token that a backward holds beside what was kept: gradients around the MLP
@@ -60,7 +63,7 @@ class Workload:
 class Memory:
     """Bytes on one rank."""
 
-    weights: int
+    weights: int  # and their FP8 forms
     gradients: int
     optimizer: int  # main copies and moments
     kept: int  # EMA, and the copies that the method wants
@@ -145,6 +148,7 @@ def _resting(sizes: Sizes, recipe: Recipe, data_size: int, rank: int) -> Memory:
     chunks = chunk_parameters(sizes, recipe, rank)
     weights, gradients, optimizer, zero_temporary = _state(chunks, model, parallel, data_size)
     weights += ITEM[model.dtype] * (buffer_elements(sizes) if rank == 0 else 0)
+    weights += FP8_FORMS * fp8_elements(sizes, recipe, rank)
     kept = kept_copies(recipe) * _copy_bytes(chunks, parallel, data_size)
     on_host = recipe.train.offload_kept_weights
     return Memory(

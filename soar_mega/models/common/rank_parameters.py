@@ -9,7 +9,7 @@ from soar_mega.config import LoraConfig, Recipe
 from soar_mega.models.common.flops import ADAPTERS_ALONE, Shares
 from soar_mega.models.common.gather import full_shape, partition_dim
 from soar_mega.models.common.lora import add_adapters, is_adapter
-from soar_mega.models.common.pipeline_layout import stage_layers
+from soar_mega.models.common.pipeline_layout import rank_layers, stage_layers
 from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.summary import meta_model
 
@@ -57,6 +57,22 @@ def trained_elements(sizes: Sizes, recipe: Recipe, rank: int) -> int:
 def trained(parameters: Iterable[Elements]) -> int:
     """Elements of those that are trained."""
     return sum(parameter.size for parameter in parameters if parameter.is_trained)
+
+
+def fp8_elements(sizes: Sizes, recipe: Recipe, rank: int) -> int:
+    """Of the weights on one rank of a pipeline rank that are multiplied in FP8; with adapters those under them."""
+    if recipe.model.fp8 is None:
+        return 0
+    model, parallel = recipe.model, recipe.parallel
+    first, end = 0, sizes.num_layers
+    if model.first_last_layers_bf16:
+        first, end = model.num_layers_at_start_in_bf16, end - model.num_layers_at_end_in_bf16
+    mine = {str(n) for layers in rank_layers(sizes, parallel, rank) for n in layers if first <= n < end}
+    return sum(
+        _on_rank(parameter, parallel.tensor_model_parallel_size).size
+        for name, parameter in _parameters(sizes, 0, (), ()).items()
+        if name.endswith(TOKEN_LINEARS) and _part(name) in mine
+    )
 
 
 def trained_linears(sizes: Sizes, recipe: Recipe, number: int) -> frozenset[str]:

@@ -32,7 +32,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--weights", default="", metavar="DIR", help="where published scorers find theirs")
     parser.add_argument("--device", help="of published scorers (default: cuda where there is a GPU)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on, of IPv4 or IPv6 (default: %(default)s)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
     parser.add_argument("--token-file", default="", metavar="PATH", help="a secret that clients must show")
     parser.add_argument("--url-file", default="", metavar="PATH", help="write the address here while serving")

@@ -48,12 +48,15 @@ class RewardServer(ThreadingHTTPServer):
             )
         self.worker, self.token = worker, token
         self.places = threading.BoundedSemaphore(AT_ONCE)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
     @property
     def url(self) -> str:
         host, port = str(self.server_address[0]), self.server_address[1]
-        return f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}"
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.warning("a connection from %s broke", client_address, exc_info=True)

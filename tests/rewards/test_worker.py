@@ -1,6 +1,7 @@
 """A real reward worker and its clients: values, refusals, damage. One process serves the tests of this file."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -326,7 +327,7 @@ def test_a_peer_that_leaves_costs_nothing(served: Served) -> None:
 
 
 def test_a_worker_is_open_to_the_network_only_with_a_token() -> None:
-    for host in ("0.0.0.0", "10.0.0.1", "example.org"):
+    for host in ("0.0.0.0", "10.0.0.1", "::", "example.org"):
         with pytest.raises(ValueError, match="give --token-file, or --host 127.0.0.1"):
             RewardServer(Worker([], Limits()), host)
 
@@ -576,6 +577,29 @@ def test_a_worker_is_found_where_its_file_says(tmp_path: Path) -> None:
     threading.Timer(0.1, place.write_text, [second.url]).start()
     assert scorer.score(pictures(1), ["a"], [{}])["x"].tolist() == [2.0]
     second.close()
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_worker_may_be_on_ipv6() -> None:
+    server = RewardServer(Worker([JpegIncompressibility()], Limits()), "::1")
+    threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+    try:
+        assert server.url == f"http://[::1]:{server.server_address[1]}"
+        asked = pictures(2), ["a", "b"], [{}] * 2
+        there = make_rewards({f"{server.url}/score#jpeg_incompressibility": 1.0}).score(*asked)["total"]
+        assert torch.equal(there, make_rewards({"jpeg_incompressibility": 1.0}).score(*asked)["total"])
+    finally:
+        server.shutdown()
+        server.server_close()
+    everywhere = RewardServer(Worker([], Limits()), "::", token=TOKEN)
+    everywhere.server_close()
+    assert everywhere.url == f"http://{socket.gethostname()}:{everywhere.server_address[1]}"
 
 
 def test_a_worker_that_is_not_there_is_waited_for_and_named() -> None:

@@ -179,9 +179,11 @@ def _set(recipe: Recipe, name: str, value: Any, where: str, stages: Stages) -> N
     if name not in kinds:
         others = [other for other, settings in stages.items() if key in _kinds_of_group(settings)]
         if group == "stage" and others:
+            # by its kind: its name is still the file's where an override is to follow
+            chosen = next(other for other, kind in stages.items() if kind is type(recipe.stage))
             raise ValueError(
                 f"{where}: {name} is a setting of stage.name={' and '.join(others)}, not of "
-                f"{recipe.stage.name}, whose settings are {', '.join(_kinds_of_group(type(recipe.stage)))}"
+                f"{chosen}, whose settings are {', '.join(_kinds_of_group(stages[chosen]))}"
             )
         raise ValueError(f"{where}: unknown key {name!r}: {_advice(name, list(kinds))}")
     setattr(getattr(recipe, group), key, _convert(value, kinds[name], f"{where}: {name}"))

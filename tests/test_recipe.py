@@ -87,9 +87,10 @@ def test_the_settings_of_a_stage_are_those_of_the_one_that_is_named(
     ):
         assert word in str(error.value)
     with pytest.raises(
-        ValueError, match="num_auxiliary_points is a setting of stage.name=soar and sft_multi"
+        ValueError,
+        match="num_auxiliary_points is a setting of stage.name=soar and sft_multi, not of sft, whose",
     ):
-        load_text(tmp_path, SMALLEST + control, "stage.name=sft")
+        load_text(tmp_path, SMALLEST + "stage: {name: sft_multi, num_auxiliary_points: 2}", "stage.name=sft")
 
 
 def test_written_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:

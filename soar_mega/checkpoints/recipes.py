@@ -27,9 +27,17 @@ def write_recipe(run: RunFolder, recipe: Recipe) -> None:
     if before != text:
         kept = next(p for i in count(1) if not (p := path.with_suffix(f".{i}.yaml")).exists())
         write_durably(kept, before)
-        changes = "\n  ".join(differences(_settings(before), _settings(text)))
+        changes = "\n  ".join(changes_since(run, recipe))
         logger.warning("the recipe is not that of the last start, which is kept as %s:\n  %s", kept, changes)
     write_durably(path, text)
+
+
+def changes_since(run: RunFolder, recipe: Recipe) -> list[str]:
+    """In what a recipe differs from that of the run's newest start, if there was one."""
+    path = run.path / RECIPE
+    if not path.is_file():
+        return []
+    return differences(_settings(path.read_text()), _settings(recipe_to_yaml(recipe)))
 
 
 def model_settings(checkpoint: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from soar_mega import distributed
 from soar_mega.checkpoints.checkpoint import Saved, Saver
 from soar_mega.checkpoints.lineage import record_start
-from soar_mega.checkpoints.recipes import tell_differences, write_recipe
+from soar_mega.checkpoints.recipes import changes_since, tell_differences, write_recipe
 from soar_mega.checkpoints.resume import find_checkpoint, other_run
 from soar_mega.checkpoints.run_folder import RunFolder
 from soar_mega.config import Recipe
@@ -75,7 +75,7 @@ def _run(recipe: Recipe, stop: StopRequest) -> int:
         gc.freeze()
         stack.callback(gc.unfreeze)
         started = trainer.progress.iteration
-        on_rank_zero(lambda: record_start(run, recipe, dist.get_world_size(), started))
+        on_rank_zero(lambda: _record(run, recipe, started))
         return trainer.run_steps(stop)
 
 
@@ -106,6 +106,11 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
     exported = said.get("exported", True) or not recipe.checkpoint.export
     if said["iteration"] >= recipe.train.train_iters and exported:
         logger.info("%s is complete (%d iterations): nothing to do", run.path, said["iteration"])
+        if changes := changes_since(run, recipe):
+            logger.warning(
+                "it ran with another recipe; to run this one, give another checkpoint.save:\n  %s",
+                "\n  ".join(changes),
+            )
         return True
     logger.info("%s was complete at iteration %d and goes on", run.path, said["iteration"])
     run.reopen()
@@ -114,10 +119,15 @@ def _is_complete(run: RunFolder, recipe: Recipe) -> bool:
 
 def _prepare_folder(run: RunFolder, recipe: Recipe) -> None:
     run.clean()
-    write_recipe(run, recipe)
     load = other_run(recipe.checkpoint)
     if load and not run.candidates():
         tell_differences(find_checkpoint(load), recipe)
+
+
+def _record(run: RunFolder, recipe: Recipe, started: int) -> None:
+    # not before all checks: what is drawn with, converted or described as trained goes by run_config.yaml
+    write_recipe(run, recipe)
+    record_start(run, recipe, dist.get_world_size(), started)
 
 
 class Trainer(Steps):

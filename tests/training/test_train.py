@@ -174,6 +174,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(
     assert run_ranks(tiny_runs.run, 1, recipe) == [0]
     log = (tmp_path / "train.log").read_text()
     assert "is complete (10 iterations): nothing to do" in log
+    assert "it ran with another recipe" not in log
     assert re.search(r"memory of a rank .* \| [\d.]+ MiB: weights [\d.]+ MiB, gradients .*, kept ", log)
     assert (tmp_path / "iter_0000010").stat().st_mtime_ns == before
 
@@ -256,6 +257,30 @@ def test_what_is_being_written_when_the_data_fails_is_kept(shards: Path, tmp_pat
         run_ranks(run_and_write_slowly, 2, recipe)
     assert "1 samples could not be read" in (folder / "train.log").read_text()
     assert RunFolder(folder).latest() == 1 and not list(folder.glob("*.tmp"))
+
+
+def test_a_complete_run_says_in_what_the_recipe_is_another(
+    shards: Path, reference: Path, tmp_path: Path
+) -> None:
+    folder = copied(reference, tmp_path)
+    settings = {"train__train_iters": 10, "optimizer__lr": 0.25, "checkpoint__save": str(folder)}
+    before = (folder / "run_config.yaml").read_text()
+    assert run_ranks(tiny_runs.run, 1, measured(shards, reference, **settings)) == [0]
+    log = (folder / "train.log").read_text()
+    assert "nothing to do" in log and "to run this one, give another checkpoint.save" in log
+    assert re.search(r"optimizer.lr was \S+ and is 0.25", log)
+    assert (folder / "run_config.yaml").read_text() == before
+
+
+def test_a_start_that_is_refused_leaves_the_recipe_of_the_run(
+    shards: Path, killed: Path, tmp_path: Path
+) -> None:
+    """By it the run's checkpoints are drawn with, converted, and described in their exports."""
+    folder = copied(killed, tmp_path)
+    before = {path.name: path.read_text() for path in folder.glob("run_config*")}
+    other = tiny_recipe(shards, folder, train__train_iters=10, train__ema_decay=0.0)
+    assert "holds ema weights, which this recipe does not keep" in run_ranks(refusal, 1, other)[0]
+    assert {path.name: path.read_text() for path in folder.glob("run_config*")} == before
 
 
 def test_two_runs_cannot_share_a_folder(shards: Path, tmp_path: Path) -> None:

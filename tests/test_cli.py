@@ -543,6 +543,24 @@ def test_sample_writes_a_row_per_prompt(road: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (3 * 16 * 2, 2 * 16 * 2)
 
 
+@pytest.mark.parametrize("command", [["sample", "--prompt", "a 3"], ["evaluate", "--suite", "digits"]])
+def test_a_checkpoint_is_not_drawn_with_the_encoders_of_another_model(
+    command: list[str], road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(pipeline: Path) -> str:
+        assert main([*command, str(road / "run"), "--pipeline-dir", str(pipeline), *out]) == 1
+        return capsys.readouterr().err
+
+    out = ["--out", str(tmp_path / "drawn.png")]
+    assert "is of a pipeline with a FluxTransformer2DModel" in refusal(ROOT / "recipes/tiny/flux_base")
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    config = other / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pooled_projection_dim": 32}))
+    assert f"{other} has the encoders of a transformer with pooled_projection_dim 32" in refusal(other)
+    assert not (tmp_path / "drawn.png").exists()
+
+
 def sample_at_a_layout(run: str, out: str, *layout: str) -> int:
     options = ["--prompt", "a red 3", "--negative-prompt", "a blue 5", "--steps", "3", "--out", out]
     return main(["sample", run, "--solver", "dpm++2m", *options, *layout])

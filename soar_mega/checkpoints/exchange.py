@@ -27,6 +27,7 @@ from soar_mega.convert import (
 )
 from soar_mega.convert.finite_tensors import is_finite
 from soar_mega.convert.load import refuse_broken
+from soar_mega.convert.pipeline_folder import refuse_other_transformer
 from soar_mega.convert.weights import Weights
 from soar_mega.distributed import start_world
 from soar_mega.engines.kept_weights import sharded_copy, sharded_main_copies
@@ -41,6 +42,9 @@ from soar_mega.models.common.tensor_map import Entry, parts
 from soar_mega.models.common.transformer import Transformer
 from soar_mega.models.family import read_sizes
 from soar_mega.outputs import OutputFolder, refuse_overlap
+
+# what a transformer takes of the encoders beside it
+OF_ENCODERS = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 
 
 def checkpoint_to_folder(
@@ -141,13 +145,22 @@ def pipeline_of(source: str | Path, named: str | Path | None) -> Path:
     """The pipeline folder whose encoders belong to a checkpoint: the one that is named, or the run's own.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is of another model.
     """
-    folder = named or model_settings(resume.find_checkpoint(source)).get("pipeline_dir")
+    checkpoint = resume.find_checkpoint(source)
+    folder = named or model_settings(checkpoint).get("pipeline_dir")
     if not folder or not is_pipeline(folder):
         raise ValueError(
             f"{source} came from no diffusers pipeline folder that is there: name one with --pipeline-dir"
         )
+    sizes, other = read_sizes(resume.read_description(checkpoint)["model"]), read_sizes(folder)
+    refuse_other_transformer(folder, sizes.family.class_name)
+    for name in OF_ENCODERS:
+        if (made := getattr(other, name)) != (wanted := getattr(sizes, name)):
+            raise ValueError(
+                f"{folder} has the encoders of a transformer with {name} {made}, and that of {checkpoint} has "
+                f"{wanted}: name the pipeline folder that it was trained with by --pipeline-dir"
+            )
     return Path(folder)
 
 

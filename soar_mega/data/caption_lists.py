@@ -19,8 +19,9 @@ from soar_mega.user_files import is_text
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_KEYS = ("text", "caption", "prompt", "captions")  # the first that a row has
 PUBLISHED_KEY = "caption_en"  # of the published lists, and of what was made of them
+NAME_KEYS = {"file_name", "md5"}  # what says which image a row is of
 KIND = "line of a list"
-SHOWN = 60  # characters of an impossible file name in a message
+SHOWN = 60  # characters in a message of what may be very long
 
 
 def list_rows(path: Path, images: Path, score_key: str) -> Iterator[Item | Reject]:
@@ -73,6 +74,15 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         raise ValueError(f"{path} {error}") from error
     # as lines of a file: splitlines would end a caption at separators that Unicode has beside these
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = reader.fieldnames or ()
+    except csv.Error as error:
+        raise ValueError(f"{path}: its first line is not valid CSV: {error}") from error
+    if columns and NAME_KEYS.isdisjoint(columns):
+        raise ValueError(
+            f"{path}: its first line, {_shortened(','.join(columns))!r}, names no column file_name: name the columns "
+            "there, with commas between them, as in file_name,text"
+        )
     while True:
         try:
             row = next(reader)
@@ -82,8 +92,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             yield reader.reader.line_num, ValueError(f"is not valid CSV: {error}")
             continue
         if any(row.get(None, ())):  # what is behind the last column
-            columns = len(reader.fieldnames or ())
-            why = f"has more than {columns} columns: a text with commas stands in double quotes"
+            why = f"has more than {len(columns)} columns: a text with commas stands in double quotes"
             yield reader.line_num, ValueError(why)
         else:
             yield reader.line_num, row

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 # Text in a PNG, such as the workflow that made it, is not used: it may be as long as Pillow allows for all of them.
@@ -103,5 +103,9 @@ def to_model_range(pixels: Tensor) -> Tensor:
 
 
 def _unreadable(error: Exception) -> ImageError:
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, UnidentifiedImageError):  # its own words name an object in memory
+        return ImageError("cannot be read as an image: its bytes are of no kind that is known")
     own_words = isinstance(error, OSError | SyntaxError | ValueError | Image.DecompressionBombError)
     return ImageError(f"cannot be read as an image: {error if own_words else repr(error)}")

@@ -250,6 +250,18 @@ def test_metadata_as_csv(tmp_path):
     assert "more than 3 columns: a text with commas stands in double quotes" in rejects[1].reason
 
 
+@pytest.mark.parametrize("first", ["file_name;text", "image,text", "x.png,a red fox"])
+def test_a_csv_without_the_names_of_its_columns_is_refused_as_a_whole(tmp_path, first):
+    """Spreadsheets write semicolons; each of a million lines would be listed as a fault of its own."""
+    write_images(tmp_path, "x.png")
+    (tmp_path / "list.csv").write_text(f"{first}\nx.png;a fox, seen twice\n")
+    with pytest.raises(ValueError, match=f"list.csv: its first line, '{first}', names no column"):
+        list_items(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text('file_name,"text\nx.png,a fox\n')
+    with pytest.raises(ValueError, match="list.csv: its first line is not valid CSV"):
+        list_items(tmp_path / "list.csv")
+
+
 def test_a_list_names_nothing_outside_its_folder(tmp_path):
     folder = tmp_path / "set"
     write_images(tmp_path, "secret.png", "set/a.png")

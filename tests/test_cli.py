@@ -179,7 +179,7 @@ def test_other_ranks_let_rank_0_speak_first(
             ["sample", BASE, "--prompt", "x", "--ema"],
             "--ema, --pipeline-dir and sizes of a layout go with a checkpoint",
         ),
-        (["sample", "nowhere", "--prompt", "x"], "nowhere is neither a run folder"),
+        (["sample", "nowhere", "--prompt", "x"], "nowhere is no folder: give a diffusers pipeline folder"),
         (["sample", BASE, "--prompt", "caf\udce9"], "'caf\\udce9' is no text"),
         (
             ["prepare", BASE, "out", "--pipeline-dir", BASE, "--max-sequence-length", "-3"],
@@ -211,6 +211,25 @@ def test_bad_arguments_are_named(
     assert main(argv) == 1
     error = capsys.readouterr().err
     assert error.startswith("soar-mega: error: ") and words in error
+
+
+def test_a_pipeline_that_is_not_there_is_named_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipes name theirs from the repository's root, and the command may be started elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    recipe = str(ROOT / "recipes/tiny/soar.yaml")
+    assert main(["train", recipe, "data.path=shards", f"checkpoint.save={tmp_path}/run"]) == 1
+    assert f"error: {tmp_path}/recipes/tiny/base does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "launch"])
+def test_a_usage_error_asks_for_no_overrides(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb])
+    missing = capsys.readouterr().err.partition("are required: ")[2]
+    assert "recipe" in missing and "group.key=value" not in missing
 
 
 def test_prompts_that_are_no_text_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

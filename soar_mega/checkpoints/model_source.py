@@ -137,6 +137,10 @@ def find_source(
     """
     settings: dict[str, Any] = {"shift": shift, "max_sequence_length": max_sequence_length}
     if not is_pipeline(path):
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{path} is no folder: give a diffusers pipeline folder, a run or an iter_ folder"
+            )
         if adapters:
             raise ValueError(f"{path} is no pipeline folder, and adapters are put on those")
         folder = pipeline_of(path, pipeline_dir)

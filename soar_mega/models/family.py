@@ -153,6 +153,8 @@ def config_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if not path.exists():
+        raise ValueError(f"{path.absolute()} does not exist: a diffusers pipeline folder is expected there")
     raise ValueError(
         f"{path} holds no transformer: expected a diffusers pipeline folder (with transformer/config.json) or its "
         "transformer folder (with config.json)"

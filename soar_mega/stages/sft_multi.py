@@ -31,10 +31,7 @@ class SftMulti(Sft):
 
     def points(self, batch: Batch) -> Points:
         """All base points, then the auxiliary points sample by sample."""
-        base = super().points(batch)
-        if self.config.num_auxiliary_points == 0:
-            return base
-        return concatenate([base, self._auxiliary_points(batch)])
+        return concatenate([super().points(batch), self._auxiliary_points(batch)])
 
     def _auxiliary_points(self, batch: Batch) -> Points:
         per_path, paths = self.config.num_auxiliary_points, self.config.num_rollout_paths

@@ -54,8 +54,6 @@ class Soar(SftMulti):
     def _further_steps(self, batch: Batch) -> Iterator[RolloutStep]:
         """The steps after the first, all equally long in unshifted time; by Euler, which a mean velocity sums up."""
         steps = self.config.rollout_steps
-        if steps == 1:
-            return
         u0, guidance = self._time(batch), self._guidance(batch)
         length = torch.minimum(self._rollout_length(batch), u0)
         sigma0 = self._sigma_at(u0)

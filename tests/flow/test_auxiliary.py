@@ -103,6 +103,10 @@ def test_scale_one_needs_no_unconditional_velocity_and_no_points_is_no_error():
         ({"sigma_aux": torch.full((3, 4), 0.05)}, "sigma_aux"),
         ({"sigma_aux": torch.full((3, 4), 1.01)}, "sigma_aux"),
         ({"eps": None, "variant": "sde"}, "eps"),
+        (
+            {"eps": None, "variant": "sde", "sigma0": torch.tensor([0.1, 0.6, 0.95], dtype=torch.float64)},
+            "eps",
+        ),
         ({"eps": torch.zeros(3, 2, 4, 4, 4)}, "eps"),
         ({"z1_aux": torch.zeros(3, 1)}, "z1_aux"),
         ({"variant": "euler"}, "euler"),

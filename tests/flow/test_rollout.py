@@ -109,10 +109,13 @@ def test_bad_values_are_named():
     for arguments, text in [
         (("euler", 0.8, 0.7, 0.5), "ode, simple, sde, flow_sde, dance, cps"),
         (("ode", 0.7, 0.8, 0.5), "sigma1 <= sigma0"),
+        (("ode", torch.tensor([0.8, 0.7]), torch.tensor([0.7, 0.8]), 0.5), "for every sample"),
         (("ode", 1.1, 0.8, 0.5), "sigma0 <= 1"),
         (("ode", float("nan"), 0.8, 0.5), "sigma0 <= 1"),
         (("simple", 0.8, 0.7, -0.1), "eta"),
+        (("simple", 0.8, 0.7, math.inf), "eta"),
         (("cps", 0.8, 0.7, 1.5), "eta"),
+        (("flow_sde", 1.0, 0.7, 0.5, 0.0), "sigma_max"),
         (("flow_sde", 1.0, 0.7, 0.5, 1.0), "sigma_max"),
     ]:
         with pytest.raises(ValueError, match=text):

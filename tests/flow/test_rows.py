@@ -142,6 +142,18 @@ def test_target_row_is_state_row_minus_z0_over_sigma(sigma0, down, up, guidance)
     torch.testing.assert_close(s[:, None] * target, state - clean, rtol=1e-12, atol=1e-14)
 
 
+def test_rows_of_float32_sigmas_are_computed_in_float64():
+    single = [sigma.float() for sigma in draws(40)]
+    coefficients = rollout_coefficients("ode", *single[:2], 0.0)
+
+    def made(sigmas: list[torch.Tensor]) -> list[torch.Tensor]:
+        rows = [*base_rows(sigmas[2]), *auxiliary_rows(*sigmas, 4.5, coefficients)]
+        return [*rows, correction_strength(*sigmas)]
+
+    for ours, exact in zip(made(single), made([sigma.double() for sigma in single]), strict=True):
+        assert torch.equal(ours, exact)
+
+
 def test_missing_sources_are_skipped_or_refused():
     state, _ = base_rows(torch.tensor([0.25]))
     z0, z1 = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)

@@ -63,10 +63,10 @@ def test_points_with_every_option_follow_the_method_step_by_step():
     torch.testing.assert_close(points.measured["k"], strength)
 
 
-@pytest.mark.parametrize("one", [{"3": 1.0}, [3.0, 3.0], {"3": 1.0, "1": 0.0}])
+@pytest.mark.parametrize("one", [{"3.3": 1.0}, [3.3, 3.3], {"3.3": 1.0, "1": 0.0}])
 def test_a_distribution_with_one_value_is_the_number_to_the_last_bit(one):
     batch = make_batch(16)
-    number, spread = (make_stage(SoarConfig(guidance_scale=g), 3.0) for g in (3.0, one))
+    number, spread = (make_stage(SoarConfig(guidance_scale=g), 3.0) for g in (3.3, one))
     assert_same_points(spread.points(batch), number.points(batch))
     asked, wanted = spread.queries(batch), number.queries(batch)
     assert asked.unconditional is True  # the same forwards
@@ -147,7 +147,13 @@ def test_several_steps_go_where_euler_goes():
         share = step.share[:, None, None, None]
         mean = (1 - share) * mean + share * model(combine(step.rows, mean), step.timestep)
     span = stage._rollout_span(batch)
-    for here, end in zip(times, [*times[1:], 1000 * span.sigma1], strict=True):
+    ends = [*times, 1000 * span.sigma1]
+    # of equal unshifted time, but for those that reach the floor
+    lengths = -torch.stack([stage.schedule.unshift(end / 1000) for end in ends]).diff(dim=0)
+    free = span.sigma1 > stage.schedule.sigma_min
+    assert int(free.sum()) >= 8
+    torch.testing.assert_close(lengths[:, free], lengths[:, free].mean(dim=0).expand(4, -1))
+    for here, end in zip(times, ends[1:], strict=True):
         v_uncond, v_cond = model(z, here)
         z = z + ((end - here) / 1000)[:, None, None, None] * (v_uncond + scale * (v_cond - v_uncond))
 
@@ -160,10 +166,14 @@ def test_several_steps_go_where_euler_goes():
     torch.testing.assert_close(found, state, rtol=1e-10, atol=1e-10)
 
 
-def test_one_step_of_length_zero_and_a_rollout_to_the_floor_are_finite():
+@pytest.mark.parametrize("times", [{"timestep_density": "uniform"}, {"logit_mean": -10.0}])
+def test_steps_of_length_zero_and_a_rollout_to_the_floor_are_finite(times):
+    """Also of rollouts that begin at the floor."""
     batch = make_batch(64)
-    config = SoarConfig(rollout_steps=5, max_rollout_length=1.0, timestep_density="uniform")
-    for step in make_stage(config, shift=1.0).queries(batch).then:
+    config = SoarConfig(rollout_steps=5, max_rollout_length=1.0, **times)
+    queries = make_stage(config, shift=1.0).queries(batch)
+    assert float(queries.rows[:, SOURCES.index("z1")].min()) >= Schedule(1.0).sigma_min
+    for step in queries.then:
         assert bool(step.rows.isfinite().all()) and bool(((step.share >= 0) & (step.share <= 1)).all())
 
 

@@ -132,9 +132,19 @@ def test_stochastic_paths_read_their_own_noise():
 def test_unreadable_samples_count_for_nothing():
     batch = make_batch()
     batch.valid[2] = False
-    points = make_stage(SoarConfig(auxiliary_weight=0.5), 3.0).points(batch)
+    points = make_stage(SoarConfig(auxiliary_weight=0.3, loss_weighting="sigma_sqrt"), 3.0).points(batch)
     assert torch.equal(points.count == 0, points.sample == 2)
-    assert set(points.count[points.of_kind("aux")].tolist()) == {0.0, 0.5}
+    assert torch.equal(points.weight, points.count * points.sigma**-2)
+    assert set(points.count[points.of_kind("aux")].tolist()) == {0.0, 0.3}
+
+
+def test_a_share_of_the_samples_sees_the_empty_prompt():
+    """At all of its points, and where its rollout begins."""
+    batch = make_batch(1000)
+    stage = make_stage(SoarConfig(condition_dropout=0.3), 3.0)
+    dropped, points = stage.queries(batch).dropped, stage.points(batch)
+    assert int(dropped.sum()) == pytest.approx(300, abs=60)
+    assert torch.equal(points.dropped, dropped[points.sample])
 
 
 def test_upper_ratio_bounds_the_auxiliary_sigmas():

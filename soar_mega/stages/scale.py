@@ -29,8 +29,8 @@ def is_scale(value: Scale) -> bool:
 def guided_share(scale: Scale) -> float:
     """The share of samples whose scale is not 1, so that their unconditional velocity is needed: 0 to 1."""
     if isinstance(scale, dict):
-        present = {float(each): share for each, share in scale.items() if share > 0}
-        return 1 - present[1] if 1 in present else 1
+        shares = {float(each): share for each, share in scale.items()}
+        return 1 - shares.get(1.0, 0.0)
     if isinstance(scale, list):
         return int(scale != [1, 1])
     return int(scale != 1)

@@ -46,6 +46,12 @@ def test_decay_begins_after_warm_up() -> None:
     assert rates(config, 6) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
 
 
+@pytest.mark.parametrize("end", [3, 4])
+def test_the_shortest_decay_is_over_after_one_step(end: int) -> None:
+    config = OptimizerConfig(lr=1.0, lr_decay_style="linear", lr_decay_start=3, lr_decay_iters=end)
+    assert rates(config, 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
 def test_unknown_style() -> None:
     with pytest.raises(
         ValueError, match=r"optimizer.lr_decay_style: 'cosin' is unknown; choose constant, cosine"

@@ -31,7 +31,11 @@ def test_each_reward_may_have_advantages_of_its_own():
     found = advantages_of_all(rewards, PROMPT, config)
     theirs = mix_grpo_advantages([REWARDS.numpy(), others.numpy()], [1.0, 4.0], PROMPT.tolist())
     torch.testing.assert_close(found, torch.from_numpy(theirs), rtol=1e-12, atol=1e-13)
-    assert not torch.allclose(found, advantages(rewards[TOTAL], PROMPT, config), atol=0.1)
+    of_total = advantages(rewards[TOTAL], PROMPT, config)
+    assert not torch.allclose(found, of_total, atol=0.1)
+    assert torch.equal(advantages_of_all(rewards, PROMPT, replace(config, advantages_of="total")), of_total)
+    unknown = rewards | {"c": torch.full_like(others, torch.nan)}
+    assert torch.equal(advantages_of_all(unknown, PROMPT, config), found)
 
     known = torch.arange(35) != 6
     missing = rewards | {name: rewards[name].masked_fill(~known, torch.nan) for name in ("b", TOTAL)}
@@ -91,3 +95,5 @@ def test_groups_tell_of_their_rewards():
     found = groups(rewards, torch.tensor([7, 4, 7, 4, 7, 9]))
     assert found.index.tolist() == [1, 0, 1, 0, 1, 2] and bool(found.mean[2].isnan())
     assert found.mean[:2].tolist() == [5.0, 2.0] and found.spread[:2].tolist() == [0.0, 1.0]
+    unbiased = groups(rewards, torch.tensor([7, 4, 7, 4, 7, 9]), unbiased=True)
+    assert unbiased.spread[:2].square().tolist() == pytest.approx([0.0, 2.0])

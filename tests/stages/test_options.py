@@ -73,7 +73,6 @@ def test_a_distribution_with_one_value_is_the_number_to_the_last_bit(one):
     for field in fields(wanted):
         ours, theirs = getattr(asked, field.name), getattr(wanted, field.name)
         assert torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs
-    assert make_stage(SoarConfig(guidance_scale={"1": 1.0}), 3.0).queries(batch).unconditional is False
 
 
 def test_only_samples_with_a_scale_ask_without_their_prompt():
@@ -92,6 +91,12 @@ def test_a_range_of_scales_is_uniform():
     scales = make_stage(SoarConfig(guidance_scale=[1.0, 5.0]), 3.0)._guidance(batch)
     assert ((scales - 1) / 4 * 64).floor().sort().values.tolist() == list(range(64))
     assert guided_share([1.0, 5.0]) == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, [1.0, 1.0], {"1": 1.0}])
+def test_nobody_with_a_scale_of_one_is_asked_twice(scale):
+    assert guided_share(scale) == 0
+    assert make_stage(SoarConfig(guidance_scale=scale), 3.0).queries(make_batch(4)).unconditional is False
 
 
 @pytest.mark.parametrize(

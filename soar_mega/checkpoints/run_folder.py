@@ -59,8 +59,7 @@ class RunFolder:
 
     def is_export(self, path: str | Path) -> bool:
         """Whether a path is, or lies in, an export of this run: export, export_ema, export_500 and so on."""
-        inside = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(self.path)))
-        return inside.parts[:1] != () and inside.parts[0].startswith("export")
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(self.path)).startswith("export")
 
     def iterations(self) -> list[int]:
         """Iterations whose checkpoint folders are complete, oldest first."""

@@ -10,7 +10,7 @@ import pytest
 from soar_mega.checkpoints.lineage import parent
 from soar_mega.checkpoints.manifest import MANIFEST
 from soar_mega.checkpoints.recipes import tell_differences, write_recipe
-from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, RunFolder
+from soar_mega.checkpoints.run_folder import DESCRIPTION, LOCK, MARKER, RunFolder, check_place
 from soar_mega.config import CheckpointConfig, Recipe
 from soar_mega.stages import SoarConfig
 
@@ -41,6 +41,7 @@ def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
         holder.wait()
     with RunFolder(tmp_path).lock():  # a killed run does not leave its lock behind
         pass
+    assert (tmp_path / LOCK).read_text().count("process") == 1  # the one that holds it
 
 
 def test_a_run_that_starts_from_a_checkpoint_names_it_by_its_manifest(tmp_path: Path) -> None:
@@ -61,6 +62,43 @@ def test_marker(tmp_path: Path) -> None:
     assert run.complete() == {"iteration": 10, "consumed_samples": 80}
     run.reopen()
     assert run.complete() is None
+    for damaged in ('{"iteration": -1, "consumed_samples": 80}', '{"iteration": 10}'):
+        (tmp_path / MARKER).write_text(damaged)
+        with pytest.raises(ValueError, match=MARKER):
+            run.complete()
+
+
+def test_the_tracker_names_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.latest() is None and run.candidates() == []
+    run.checkpoint(1).mkdir()
+    run.set_latest(1)
+    assert run.latest() == 1
+    run.set_latest(2)
+    with pytest.raises(ValueError, match=r"names iteration 2, .* complete checkpoints here: \[1\]"):
+        run.latest()
+
+
+def test_damaged_checkpoints_are_set_aside_side_by_side(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name in ("iter_0000007.broken", "iter_0000007.broken-2", "iter_0000007.broken-3"):
+        run.checkpoint(7).mkdir()
+        assert run.set_aside(7) == tmp_path / name
+    assert run.set_aside(7) is None and len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_made_of_a_checkpoint_replaces_nothing_of_its_run_but_an_export(tmp_path: Path) -> None:
+    checkpoint = RunFolder(tmp_path / "run").checkpoint(7)
+    checkpoint.mkdir(parents=True)
+    for out in (checkpoint, checkpoint / "made", tmp_path):
+        with pytest.raises(ValueError, match="the checkpoint"):
+            check_place(out, checkpoint)
+    check_place(tmp_path / "run/samples", checkpoint)  # a checkpoint alone, in a folder of something else
+    (tmp_path / "run" / LOCK).touch()
+    with pytest.raises(ValueError, match="the run"):
+        check_place(tmp_path / "run/samples", checkpoint)
+    for out in ("run/export", "run/export_7/vae", "elsewhere"):
+        check_place(tmp_path / out, checkpoint)
 
 
 def test_leftovers_of_a_crash_are_not_checkpoints_and_are_cleaned(tmp_path: Path) -> None:

@@ -83,8 +83,6 @@ class Order:
         return np.concatenate(parts).astype(np.int64)
 
     def _draw_bucket(self, consumed: int) -> str:
-        if len(self.sizes) == 1:
-            return next(iter(self.sizes))
         draw = uniform(self.seed, "bucket", torch.tensor([consumed])).item() * self._ends[-1]
         return list(self.sizes)[int(np.searchsorted(self._ends, draw, side="right"))]
 

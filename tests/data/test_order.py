@@ -71,6 +71,17 @@ def test_a_batch_may_cross_several_epochs_of_a_small_bucket():
     assert sorted(batch[1:4]) == sorted(batch[4:7]) == [("16x16", i) for i in range(3)]
 
 
+def test_two_epochs_of_each_bucket_are_kept_and_drawn_once():
+    """A batch crosses from one into the next; an epoch of a large data set takes much memory, and time."""
+    order, place = Order(0, {"16x16": 3, "12x20": 4}), Place()
+    for _ in range(30):
+        stretch, place = order.step(place, 3)
+        order.members(stretch)
+    assert Counter(bucket for bucket, _ in order._epochs) == {"16x16": 2, "12x20": 2}
+    for key, members in dict(order._epochs).items():
+        assert order._permutation(*key) is members
+
+
 def test_buckets_come_in_proportion_to_their_sizes():
     order = Order(3, {"16x16": 600, "12x20": 300, "20x12": 100, "empty": 0})
     place, drawn = Place(), Counter()

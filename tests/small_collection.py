@@ -152,7 +152,9 @@ def assert_same_gradient(case: Case, published: Callable[[Tensor], Tensor], leas
     """Loss and gradient are those of a trainer's loss of the weights: to 1e-5, of a loss of at least `least`."""
     kept = {"old": THETA, "reference": REFERENCE}
     ours, theirs = NOW.clone().requires_grad_(), NOW.clone().requires_grad_()
-    loss, _ = case.loss(ours, **{name: kept[name] for name in case.stage.keeps})
+    loss, points = case.loss(ours, **{name: kept[name] for name in case.stage.keeps})
+    for observed in points.observed.values():
+        assert observed.shape == (len(points),) and not observed.requires_grad
     expected = published(theirs)
     loss.backward()
     expected.backward()

@@ -51,10 +51,14 @@ WRONG = {
     "sample": [
         (lambda a: a.update(rows=ROWS[:, 0]), "needed"),
         (lambda a: a.update(rows=ROWS[:, 0], sample=torch.tensor([0, 2])), "0 ... 1"),
+        (lambda a: a.update(rows=ROWS[:, 0], sample=torch.tensor([-1, 1])), "0 ... 1"),
         (lambda a: a.update(rows=ROWS[:, 0], sample=torch.tensor([0.0, 1.0])), "int64"),
         (lambda a: a.update(sample=POSITION), "rows"),
     ],
-    "path": [(lambda a: a.update(rows=ROWS[:, 0], sample=POSITION - 1, path=torch.tensor([0])), "shape")],
+    "path": [
+        (lambda a: a.update(rows=ROWS[:, 0], sample=POSITION - 1, path=torch.tensor([0])), "shape"),
+        (lambda a: a.update(path=POSITION), "rows"),
+    ],
     "draw": [(lambda a: a.update(draw=("noise",), position=POSITION), "noise")],
     "position": [
         (lambda a: a.update(z1=None, draw=("z1",)), "needed"),

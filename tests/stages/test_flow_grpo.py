@@ -112,6 +112,17 @@ def test_ratio_on_policy_is_one_to_the_bit(name):
     assert torch.equal(again.double(), points.extra["old_log_probability"])
 
 
+def test_what_a_loss_observes_is_that_of_the_ratio():
+    case = collect(PRESETS["flow_grpo_ocr"])
+    _, points = case.loss(NOW, reference=REFERENCE)
+    new = case.stage.log_probability(points, case.velocity(points, NOW)).detach()
+    change = new - points.extra["old_log_probability"].float()
+    ratio, clip = points.observed["ratio"], case.config.clip_range
+    torch.testing.assert_close(ratio, change.exp())
+    torch.testing.assert_close(points.observed["approx_kl"], change.square() / 2)
+    assert torch.equal(points.observed["clipped"], ((ratio < 1 - clip) | (ratio > 1 + clip)).float())
+
+
 def test_gradient_goes_through_both_branches_unless_one_is_detached():
     points = collect(PRESETS["flow_grpo_ocr"]).points()
     assert points.guidance_scale == 4.5 and not points.detach_unconditional
@@ -185,10 +196,10 @@ def test_stochastic_steps_are_those_of_the_settings():
     but_last = stochastic_steps(replace(whole, stochastic_steps="all_but_last"), 1, position)
     assert bool(but_last[:, :-1].all()) and not bool(but_last[:, -1].any())
     for kind in ("window", "random"):
-        for drawn_per, key in (
-            ("collection", collection),
-            ("prompt", collection * PROMPTS + prompt),
-            ("sample", position),
+        for drawn_per, key, wider in (
+            ("collection", collection, 0 * collection),
+            ("prompt", collection * PROMPTS + prompt, collection),
+            ("sample", position, collection * PROMPTS + prompt),
         ):
             config = replace(whole, stochastic_steps=kind, drawn_per=drawn_per)
             steps = learned_steps(config, 1, position)
@@ -198,6 +209,8 @@ def test_stochastic_steps_are_those_of_the_settings():
             assert bool((steps.diff(dim=1) == 1).all()) == (kind == "window")
             alike = torch.cat([key[:, None], steps], dim=1).unique(dim=0)
             assert len(alike) == len(key.unique())  # one choice for each
+            apart = torch.cat([wider[:, None], steps], dim=1).unique(dim=0)
+            assert len(apart) > 1.5 * len(wider.unique())  # but not for more
             assert len(steps.unique(dim=0)) == (5 if kind == "window" else 35)  # and all choices come
             assert torch.equal(learned_steps(config, 1, position[7:9]), steps[7:9])
             assert not torch.equal(learned_steps(config, 2, position), steps)

@@ -92,6 +92,9 @@ def test_buckets_come_in_proportion_to_their_sizes():
     assert drawn["16x16"] / 3000 == pytest.approx(0.6, abs=0.03)
     assert drawn["12x20"] / 3000 == pytest.approx(0.3, abs=0.03)
     assert set(drawn) == {"16x16", "12x20", "20x12"}
+    named_otherwise = Order(3, dict(reversed(order.sizes.items())))
+    for consumed in range(20):
+        assert named_otherwise.step(Place(consumed=consumed), 2) == order.step(Place(consumed=consumed), 2)
 
 
 def test_the_order_is_the_one_of_earlier_versions():

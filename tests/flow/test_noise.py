@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soar_mega.flow import normal, philox, stream_key, uniform
-from soar_mega.flow.noise import _unit_interval, balanced
+from soar_mega.flow.noise import _box_muller, _unit_interval, balanced
 
 MASK = np.uint64(0xFFFFFFFF)
 WORD = st.integers(0, 2**32 - 1)
@@ -101,6 +101,15 @@ def test_uniform_stays_strictly_inside_the_unit_interval():
     ends = torch.tensor([0, 2**32 - 1])
     low, high = _unit_interval(ends, ends).tolist()
     assert low == 2.0**-53 and high == 1 - 2.0**-53
+
+
+def test_normal_numbers_of_the_first_and_the_last_word_are_finite():
+    ends = torch.tensor([0, 2**32 - 1])
+    cosine, sine = (lane.double() for lane in _box_muller(ends, ends))
+    radius = torch.tensor([2.0**-33, 1 - 2.0**-33], dtype=torch.float64).log().mul(-2).sqrt()
+    torch.testing.assert_close(cosine, radius, rtol=1e-7, atol=0)  # both angles are nearly none
+    angle = 2 * math.pi * 2.0**-33
+    torch.testing.assert_close(sine, radius * torch.tensor([angle, -angle]), rtol=1e-6, atol=0)
 
 
 def test_numbers_do_not_depend_on_the_batch_they_are_drawn_in():

@@ -67,7 +67,7 @@ TURNS = ["torch", "transformer_engine", "ours", "torch", "ours", "capturable", "
                 ["torch", "capturable", "transformer_engine"],
             ],
         ),
-        ({"use_distributed_optimizer": False}, [TURNS]),
+        pytest.param({"use_distributed_optimizer": False}, [TURNS], marks=pytest.mark.slow),
         ({"use_distributed_optimizer": False, "model": {"dtype": "bf16"}}, [["torch", "ours", "torch"]]),
     ],
     ids=["distributed", "plain", "plain-bf16"],

@@ -70,6 +70,7 @@ def test_weights_gradients_and_optimizer_are_what_engines_allocate(layout):
     assert_predicted(LAYOUTS[layout], run_ranks(compared, 4, LAYOUTS[layout]), LARGEST)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained():
     recipes = [make_recipe(model=BF16, lora=LORA, train={"ema_decay": 0.9})]
     assert_predicted(recipes, run_ranks(compared, 1, recipes), NOISE)

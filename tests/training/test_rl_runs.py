@@ -148,6 +148,7 @@ def continued(recipes: list[Recipe]) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_collection_is_learned_from_at_another_layout(
     finished: Finished, folder: Path, tmp_path: Path
 ) -> None:

@@ -42,10 +42,10 @@ lint: $(READY)
 	$(PYTHON) -m ruff format --check --quiet .
 	$(PYTHON) -m mypy
 
-# Three files at a time, also on two cores: half of the tests' time is waiting for other processes. These tests see no GPU; tests/gpu does, and
+# Two files at a time: half of the tests' time is waiting for other processes. These tests see no GPU; tests/gpu does, and
 # says that it was skipped where there is none.
 test: lint
-	$(TEST) -n 3 --dist loadfile --no-loadscope-reorder
+	$(TEST) -n 2 --dist loadfile --no-loadscope-reorder
 	$(TEST) tests/gpu
 
 # The newest versions that setup.py allows: megatron-core is another one there, and torch a CUDA build of several GB.

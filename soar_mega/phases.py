@@ -60,9 +60,8 @@ class Phases:
         self.entered = time.monotonic()
         self.step_began: float | None = None
         self.steps_begun = 0
-        self._spans = deque(
-            [_Span("start", self.entered)]
-        )  # those that the device has not come past, and this one
+        # those that the device has not come past, and this one
+        self._spans = deque([_Span("start", self.entered)])
         self._seconds: dict[str, float] = {}
 
     @property

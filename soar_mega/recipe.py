@@ -19,9 +19,8 @@ import yaml
 from soar_mega.config import Recipe, StageConfig
 from soar_mega.config_checks import check_recipe
 
-Stages = Mapping[
-    str, type[StageConfig]
-]  # the settings of each training method, by its name; the first is the default
+# the settings of each training method, by its name; the first is the default
+Stages = Mapping[str, type[StageConfig]]
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], stages: Stages) -> Recipe:

@@ -176,9 +176,8 @@ def test_files(tmp_path: Path) -> None:
     for number in (1, 2):
         with in_place_of(file, b"ours") as new:
             new.write_bytes(b"ours")
-        new.write_bytes(
-            b"half"
-        )  # as a killed process of the same number leaves it, such as a container's first
+        # as a killed process of the same number leaves it, such as a container's first
+        new.write_bytes(b"half")
         write_file(file, b"ours %d" % number, b"ours")
     assert file.read_bytes() == b"ours 2" and os.listdir(file.parent) == ["file.json"]
     file.write_bytes(b"mine")

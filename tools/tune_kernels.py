@@ -21,12 +21,8 @@ from kernel_cases import all_cases
 from soar_mega.kernels import adaln, bias_gelu, gated_add, qk_norm_rope
 from soar_mega.kernels.tables import LAUNCHES, Launch
 
-CHECKS = (
-    adaln._checked,
-    bias_gelu._checked,
-    gated_add._checked,
-    qk_norm_rope._checked,
-)  # keep sizes of launches
+# keep sizes of launches
+CHECKS = (adaln._checked, bias_gelu._checked, gated_add._checked, qk_norm_rope._checked)
 MODELS = ("SD3.5-M", "SD3.5-L", "FLUX")
 
 

@@ -111,9 +111,8 @@ def write_weights(
     table = model.sizes.family.entries(model.sizes)
     local = named_tensors(model)
     owners = _owners(local)
-    sent = (
-        torch.float32 if dtype == torch.float32 else model.config.params_dtype
-    )  # rounded by the writer alone
+    # rounded by the writer alone
+    sent = torch.float32 if dtype == torch.float32 else model.config.params_dtype
     failure: OSError | ValueError | None = None
     writer: Writer | None = None
     if dist.get_rank() == 0:

@@ -17,9 +17,8 @@ from soar_mega.user_files import lfs_advice, number, read_object, whole
 LARGEST_T5_LENGTH = 512  # of diffusers' pipelines
 CLIP_LENGTH = 77  # of a CLIP whose config does not say
 
-TextOutput = tuple[
-    Tensor | None, Tensor | None
-]  # of one encoder: tokens [B, length, width] and pooled [B, P]
+# of one encoder: tokens [B, length, width] and pooled [B, P]
+TextOutput = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,9 +83,8 @@ def agree(failures: dict[int, str], count: int, fatal: str | None = None) -> tup
     flags[list(failures)] = 1
     flags[count] = int(fatal is not None)
     if dist.is_initialized():
-        with (
-            phases.waiting()
-        ):  # on the CPU: the host would otherwise stop until the device has done its last step
+        # on the CPU: the host would otherwise stop until the device has done its last step
+        with phases.waiting():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if not flags.any():
         return flags[:count].bool(), []

@@ -50,9 +50,8 @@ def branches_of(queries: Queries, most: int) -> Branches:
     size = min(most, total)
     if isinstance(wanted, bool):
         return _in_two_parts(torch.arange(total), total if wanted else 0, size, size * (1 + wanted), 0)
-    size = min(
-        size, -(-total // 4)
-    )  # small enough that what fills up the last forward of each part is little
+    # small enough that what fills up the last forward of each part is little
+    size = min(size, -(-total // 4))
     order = torch.cat([wanted.nonzero().flatten(), (~wanted).nonzero().flatten()])
     return _in_two_parts(order, int(wanted.sum()), size, 2 * size, size)
 

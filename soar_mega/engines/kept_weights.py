@@ -197,10 +197,8 @@ def _copy_of(flat: Tensor, on_host: bool) -> Tensor:
     return copy.copy_(flat)
 
 
-MAIN_COPIES = (
-    "optimizer.state.param",
-    "optimizer.state.fp32_param",
-)  # in checkpoints: cut over ranks, or whole
+# in checkpoints: cut over ranks, or whole
+MAIN_COPIES = ("optimizer.state.param", "optimizer.state.fp32_param")
 
 
 def sharded_main_copies(model_state: dict[str, Any], held: Collection[str]) -> dict[str, Any]:

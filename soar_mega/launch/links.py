@@ -77,9 +77,8 @@ def begin(chain: Chain, link: Link) -> bool:
         run.reopen()  # there is nothing left to train: it exports again
     (link.folder / COMPLETED).unlink(missing_ok=True)
     if link.kind == "evaluate":
-        link.product.unlink(
-            missing_ok=True
-        )  # of what the parent was before; images and scores are kept apart by hash
+        # of what the parent was before; images and scores are kept apart by hash
+        link.product.unlink(missing_ok=True)
     said = {"link": link.name, "settings": _settings(link), "parent": _parent_hash(chain, link)}
     write_durably(link.folder / BEGUN, json.dumps(said, indent=1) + "\n")
     return True

@@ -157,9 +157,8 @@ class FlowGrpoConfig(CollectingConfig):
     # random | sliding
     stochastic_steps: str = "all"
     num_stochastic_steps: int = 3  # of window, random and sliding
-    stochastic_range: list[int] = field(
-        default_factory=lambda: [0, 5]
-    )  # steps [first, end) to take them from
+    # steps [first, end) to take them from
+    stochastic_range: list[int] = field(default_factory=lambda: [0, 5])
     drawn_per: str = "prompt"  # window and random: collection | prompt | sample
     window_interval: int = 25  # sliding: collections until the window moves
     window_stride: int = 1  # and by how many steps; behind the range it starts again

@@ -21,9 +21,8 @@ class Sources:
     """Six sources of M points, three of them drawn, and the tables that say what each point takes of them."""
 
     z0: Tensor  # [B, C, H, W] float32
-    v_uncond: (
-        Tensor | None
-    )  # [A, C, H, W] float32, whose rows are the tables' answers; None where no row reads it
+    # [A, C, H, W] float32, whose rows are the tables' answers; None where no row reads it
+    v_uncond: Tensor | None
     v_cond: Tensor | None
     states: PointTable | None  # None where no states are made
     targets: PointTable | None

@@ -36,9 +36,8 @@ class Queries:
     rows: Tensor  # [Q, 6] float64; velocities have no coefficients
     then: tuple[RolloutStep, ...] = ()  # whose mean velocity is the answer, where there are any
     dropped: Tensor  # [Q] bool: the conditional branch sees the empty prompt
-    unconditional: (
-        bool | Tensor
-    )  # whether v_uncond is wanted (a guidance scale of 1 does not need it), or [Q] bool
+    # whether v_uncond is wanted (a guidance scale of 1 does not need it), or [Q] bool
+    unconditional: bool | Tensor
     fused: bool = True  # states by a kernel
 
     def __len__(self) -> int:
@@ -149,9 +148,8 @@ class Stage(Protocol):
     answer_weights: str  # which weights answer the queries: current, or a name given to Engine.keep_weights
     further: Mapping[str, Further]  # what its loss reads beside that answer, by name
     keeps: tuple[str, ...]  # the copies of the weights that it wants kept, from the first step on
-    observes: tuple[
-        str, ...
-    ]  # names of what its loss puts into `Points.observed`: averages of a step's statistics
+    # names of what its loss puts into `Points.observed`: averages of a step's statistics
+    observes: tuple[str, ...]
 
     def queries(self, batch: Batch) -> Queries | None: ...
 

@@ -57,9 +57,8 @@ class Steps:
         self.stage = self._stage_of(info.latent_shape(info.largest_bucket), sizes)
         self.engine = make_engine(recipe, sizes)
         self._keep_weights()
-        if (
-            self.engine.base is not None
-        ):  # a checkpoint holds adapters alone, and loading compares what they are
+        # a checkpoint holds adapters alone, and loading compares what they are
+        if self.engine.base is not None:
             self.sizes |= {ADAPTERS: describe(recipe.lora, self.engine.base)}
         self.collector = loader if isinstance(loader, Collector) else None
         self.progress = resume(run, recipe.checkpoint, self.engine, self.sizes, self.collector)

@@ -45,9 +45,8 @@ LAYOUTS = {
 }
 
 
-@patch.object(
-    SoarConfig, "kept_copies", ("old", "reference")
-)  # like a method that learns from its own samples
+# like a method that learns from its own samples
+@patch.object(SoarConfig, "kept_copies", ("old", "reference"))
 def compared(recipes):
     """For each recipe what this rank holds, by kind, and what is predicted."""
     from megatron.core import parallel_state

@@ -9,13 +9,8 @@ from soar_mega.models.sd3.sizes import SD3Sizes
 
 
 @pytest.mark.parametrize(
-    (
-        "tensor",
-        "pipeline",
-        "context",
-        "sequence",
-        "recompute",
-    ),  # with recompute, the embedders are frozen too
+    # with recompute, the embedders are frozen too
+    ("tensor", "pipeline", "context", "sequence", "recompute"),
     [
         (2, 1, 1, False, False),
         (2, 1, 1, True, False),

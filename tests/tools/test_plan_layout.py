@@ -149,9 +149,8 @@ def test_deepspeed_hides_its_reduction_at_stage_3_alone():
     # a step has seven micro-batches of eight points
     assert reduction(8, 2) > 6 * gradients and reduction(8, 1) > gradients
     assert reduction(4, 2) - reduction(8, 2) > 6 * gradients
-    waiting = (
-        2 * 7 * MODULES * 38 * 6 * HARDWARE["h100"].network_latency
-    )  # for a module's weights, of 64 ranks
+    # for a module's weights, of 64 ranks
+    waiting = 2 * 7 * MODULES * 38 * 6 * HARDWARE["h100"].network_latency
     assert reduction(8, 3) == pytest.approx(waiting)
 
 

@@ -127,9 +127,8 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(tmp_path: Path) 
     path, text = judging["evaluate-sft-2"].receipt
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert (
-        len(chains(sweep, list(runs.values()))) == 3
-    )  # what has been evaluated as it would be now is skipped
+    # what has been evaluated as it would be now is skipped
+    assert len(chains(sweep, list(runs.values()))) == 3
     script, missing = job_script(sweep, list(runs.values()))
     assert missing == 3 and "#SBATCH --array=0-2" in script and "runs/sft-2" not in script
 
@@ -343,10 +342,8 @@ def test_a_screening_chooses_by_its_rule() -> None:
     screening = Path("recipes/tiny/screening.yaml")
     best = {"sft": 0.9, "soar": 0.8, "soar_g1": 0.7, "soar_n1": 0.691, "soar_length": 0.65}
     chosen = choice(screened(best, {"soar_n1": 7}), screening)
-    assert (chosen.arm, chosen.control) == (
-        "soar_n1",
-        "control_n1",
-    )  # cheaper, and within an error of the best
+    # cheaper, and within an error of the best
+    assert (chosen.arm, chosen.control) == ("soar_n1", "control_n1")
     assert chosen.overrides == ["stage.guidance_scale=1", "stage.num_auxiliary_points=1"]
     assert chosen.control_overrides == ["stage.num_auxiliary_points=1"]
     assert choice(screened(best | {"soar_n1": 0.689}, {"soar_n1": 7}), screening).arm == "soar_g1"

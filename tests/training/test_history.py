@@ -43,9 +43,8 @@ def test_the_line_of_a_run_and_the_work_of_rl(tmp_path: Path, monkeypatch: pytes
     recipe = load_recipe(ROOT / "recipes/tiny/flow_grpo.yaml", OVERRIDES["flow_grpo.yaml"])
     stage, sizes = recipe.stage, read_sizes(ROOT / "recipes/tiny/base")
     assert isinstance(stage, CollectingConfig)
-    forward = forward_work(
-        sizes, Tokens(image=16, text=20)
-    )  # 16 x 16 pixels are 8 x 8 latents in patches of 2
+    # 16 x 16 pixels are 8 x 8 latents in patches of 2
+    forward = forward_work(sizes, Tokens(image=16, text=20))
     learned = step_work(forward, stage.forwards().answers, stage.forwards().points).total
     drawn = stage.sampling_forwards() / stage.updates_per_sample * forward.total
     assert (rl["iterations"], rl["samples"], rl["flops"]) == (10, 80, 80 * (learned + drawn))

@@ -157,9 +157,8 @@ def test_the_export_is_the_base_with_adapters(
     assert ema.keys() == again.keys() == peft.keys()
     assert all(torch.equal(again[key], ema[key]) for key in ema)
     assert not all(torch.equal(ema[key], peft[key]) for key in ema)
-    shutil.copytree(
-        run / "iter_0000006", tmp_path / "alone"
-    )  # of which nothing but the checkpoint is in the way
+    # of which nothing but the checkpoint is in the way
+    shutil.copytree(run / "iter_0000006", tmp_path / "alone")
     checkpoint_to_adapters(tmp_path / "alone", tmp_path / "beside", ema=True)
     assert load_file(tmp_path / "beside/adapter_model.safetensors").keys() == peft.keys()
     assert checkpoint_to_folder(run, tmp_path / "merged")

@@ -22,9 +22,8 @@ pytestmark = pytest.mark.slow
 
 STEPS, BATCH = 3, 8
 LEVEL, CLIP, SCALE = 0.7, 0.5, 3.0
-Velocity = Callable[
-    [Tensor, float, Tensor], Tensor
-]  # at states [B, C, H, W], what the model is told, samples [B]
+# at states [B, C, H, W], what the model is told, samples [B]
+Velocity = Callable[[Tensor, float, Tensor], Tensor]
 
 
 class ByHand:

@@ -263,9 +263,8 @@ def _activations(sizes: Sizes, recipe: Recipe, work: Workload, rank: int) -> tup
             per_point += sizes.family.embedding_bytes(sizes, work.latent_size, work.text_length, item)
         if stage == len(stages) - 1:
             per_point += 2 * tokens.whole[1] * sizes.hidden_size * item  # its input and what is projected
-            per_point += (
-                3 * 4 * sizes.out_channels * math.prod(work.latent_size)
-            )  # velocity, target, gradient
+            # velocity, target, gradient
+            per_point += 3 * 4 * sizes.out_channels * math.prod(work.latent_size)
         elif len(flight) > 1:  # the interleaved schedule keeps what it has sent
             per_point += tokens.inputs(sizes, item)
         kept += count * per_point

@@ -34,11 +34,8 @@ class FluxSizes:
     joint_attention_dim: int = 4096  # width of the text embeddings
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False  # the model is told a guidance scale: dev, not schnell
-    axes_dims_rope: tuple[int, ...] = (
-        16,
-        56,
-        56,
-    )  # of a head, turned by text index (always 0), row and column
+    # of a head, turned by text index (always 0), row and column
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     patch_size: ClassVar[int] = PATCH
     qk_norm: ClassVar[str] = "rms_norm"

@@ -191,9 +191,8 @@ def test_a_file_of_something_else_is_refused(weights_dir: Path, tmp_path: Path) 
     torch.save({"epoch": 3}, folder / HPS_WEIGHTS.path)
     with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt holds no state dict"):
         make_scorer("hps", folder)
-    (folder / HPS_WEIGHTS.path).write_text(
-        "version https://git-lfs.github.com/spec/v1"
-    )  # a pointer, not the file
+    # a pointer, not the file
+    (folder / HPS_WEIGHTS.path).write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt is no file of weights"):
         make_scorer("hps", folder)
 

@@ -62,9 +62,8 @@ def test_fetch_weights_lists_and_looks(
     assert "ocr: its models are inside the Python package rapidocr" in said
 
     folder = shutil.copytree(weights_dir, tmp_path / "weights")
-    assert (
-        main(["fetch-weights", "--list", "hps", "--weights", str(folder)]) == 0
-    )  # nothing published to compare
+    # nothing published to compare
+    assert main(["fetch-weights", "--list", "hps", "--weights", str(folder)]) == 0
     assert capsys.readouterr().out.count("is there") == 3
     assert main(["fetch-weights", "--list", "image_reward", "--weights", str(folder)]) == 1
     assert "bytes, not 231,508: not the published file" in capsys.readouterr().out

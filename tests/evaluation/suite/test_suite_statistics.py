@@ -129,9 +129,8 @@ def test_a_report_resamples_no_model_twice(tmp_path: Path, monkeypatch: pytest.M
     flat = {f"iter_{i}": {3.0: [0.1 * i] * 40, 1.0: [0.0] * 40} for i in range(4)}
     tables = _tables(tmp_path, flat)
     whole = tables.report()
-    assert len(calls) == 4 * (
-        2 + 2 + 1
-    )  # two points, at both the choosing half, at the best the reporting half
+    # two points, at both the choosing half, at the best the reporting half
+    assert len(calls) == 4 * (2 + 2 + 1)
     replace(tables, models=tables.models[:2]).report()
     assert replace(tables).report() == whole and len(calls) == 4 * 5
 

@@ -378,6 +378,7 @@ def test_doctor_takes_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -
     assert main([*words, "4", "--tensor", "2", "parallel.context_parallel_size=2", "--points", "3"]) == 0
     said = capsys.readouterr().out
     assert "1,361,056 parameters" in said and "TP 2 x PP 1" in said and "as the recipe says" in said
+    assert "at 128 px" in said  # the model has no positions for larger images
     assert main([*words, "3", "--tensor", "2"]) == 1
     assert "--gpus 3 must be a multiple of the layout's TP x PP x CP = 2" in capsys.readouterr().err
     assert main(["doctor", "--model", "sd35_medium", "train.seed=1"]) == 1
@@ -390,7 +391,7 @@ def test_doctor_takes_settings_of_a_recipe(capsys: pytest.CaptureFixture[str]) -
         (["--gpu", "h100"], "Name --model or --recipe"),
         (["--model", "sd35_medium", "--gpus", "0"], "--gpus must be at least 1"),
         (["--model", "sd35_medium", "--points", "-2"], "--points must be at least 1"),
-        (["--model", "sd35_medium", "--image-size", "504"], "multiples of 16 pixels"),
+        (["--model", "sd35_medium", "--image-size", "504"], "it must be a multiple of 16 and at most 6144"),
         (["--model", "sd35_medium", "--gpus", "64"], "must be a multiple of the 64 data-parallel replicas"),
     ],
 )

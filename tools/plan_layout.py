@@ -18,7 +18,7 @@ from plan.search import Case, Plan, search
 
 from soar_mega.cli.process import start_process
 from soar_mega.config import ModelConfig, Recipe, TrainConfig
-from soar_mega.models.common.sizes import side_rule
+from soar_mega.models.common.sizes import PIXELS, image_side
 from soar_mega.models.family import find_sizes
 from soar_mega.rules import at_least, from_below
 from soar_mega.stages import SoarConfig
@@ -40,11 +40,8 @@ def make_case(args: argparse.Namespace, gpus: int | None = None, batch: int | No
             global_batch_size=batch or args.global_batch_size or SAMPLES * gpus, ema_decay=args.ema_decay
         ),
     )
-    side = args.image_size // 8
     sizes = find_sizes(args.model)
-    holds, words = side_rule(sizes, unit=8)
-    if not holds(args.image_size):
-        raise ValueError(f"--image-size {args.image_size}: for this model it must be {words}")
+    side = image_side(sizes, args.image_size) // PIXELS
     text_length = args.text_length or sizes.family.text_tokens
     return Case(sizes, recipe, gpus, HARDWARE[args.gpu], (side, side), text_length, args.gpus_per_node)
 
@@ -164,7 +161,9 @@ def main() -> None:
     parser.add_argument(
         "--gpus-per-node", type=positive, default=8, help="that share the fast link (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=positive, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive, help="pixels (default: 512, or the most that the model takes)"
+    )
     parser.add_argument("--text-length", type=positive, help="tokens (default: 154, of FLUX 512)")
     parser.add_argument(
         "--points",

@@ -69,7 +69,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     take_overrides(parser)
     parser.add_argument("--gpu", type=str.lower, choices=MEMORY, help="what fits in the memory of such a GPU")
     parser.add_argument("--gpus", type=int, default=8, help="of the whole run (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=512, help="pixels (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels (default: 512, or the most that the model takes)"
+    )
     parser.add_argument(
         "--text-length", type=int, help="tokens: of SD3.5 77 and those of T5 (default: 154, of FLUX 512)"
     )

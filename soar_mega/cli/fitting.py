@@ -10,6 +10,7 @@ from soar_mega.config import ModelConfig, ParallelConfig, Recipe, TrainConfig
 from soar_mega.gpus import HOPPER, usable_memory
 from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import recommend
+from soar_mega.models.common.sizes import PIXELS, image_side
 from soar_mega.models.common.summary import summarize
 from soar_mega.models.family import find_sizes
 from soar_mega.stages import SoarConfig, load_recipe
@@ -78,16 +79,12 @@ def what_fits(arguments: argparse.Namespace, model: str, recipe: Recipe) -> str:
     ranks = parallel.replica_size
     if arguments.gpus % ranks:
         raise ValueError(f"--gpus {arguments.gpus} must be a multiple of the layout's TP x PP x CP = {ranks}")
-    multiple = 8 * sizes.patch_size
-    if arguments.image_size % multiple:
-        raise ValueError(
-            f"--image-size {arguments.image_size}: the model takes multiples of {multiple} pixels"
-        )
+    side = image_side(sizes, arguments.image_size)
     text_length = arguments.text_length or sizes.family.text_tokens
-    data_size, latent_size = arguments.gpus // ranks, (arguments.image_size // 8, arguments.image_size // 8)
+    data_size, latent_size = arguments.gpus // ranks, (side // PIXELS, side // PIXELS)
     room = usable_memory(arguments.gpu)
     lines = [
-        f"{arguments.gpus} {arguments.gpu} at {arguments.image_size} px and {text_length} text tokens, by the memory "
+        f"{arguments.gpus} {arguments.gpu} at {side} px and {text_length} text tokens, by the memory "
         f"model, of {room / 2**30:.1f} GiB usable:"
     ]
     if arguments.recipe:

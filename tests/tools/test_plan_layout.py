@@ -211,6 +211,12 @@ def test_a_word_that_cannot_be_is_refused_with_what_would_be_right(words, wanted
     assert wanted in capsys.readouterr().err
 
 
+def test_images_are_as_large_as_the_model_takes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plan_layout.py", "--model", "recipes/tiny/base", "--gpus", "2"])
+    plan_layout.main()
+    assert "64 image and 154 text tokens" in capsys.readouterr().out
+
+
 def test_a_place_that_cannot_be_written_is_found_before_layouts_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("plan.validate.run", lambda *words: pytest.fail("something is measured"))
     monkeypatch.setattr("sys.argv", ["plan_layout.py", "--validate", str(tmp_path)])

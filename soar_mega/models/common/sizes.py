@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from soar_mega.models.family import Family
 
 LARGEST = 2**31  # of sizes
+PIXELS = 8  # of a latent's side
 S = TypeVar("S")
 
 
@@ -79,13 +80,28 @@ def side_rule(sizes: Sizes, unit: int = 1) -> Rule:
     """What a side of latents may be: whole patches that have positions.
 
     Args:
-        unit: 8 for a side in pixels.
+        unit: PIXELS for a side in pixels.
     """
     patch, largest = unit * sizes.patch_size, sizes.pos_embed_max_size
     if largest is None:
         return (lambda side: side % patch == 0), f"a multiple of {patch}"
     most = patch * largest
     return (lambda side: side % patch == 0 and side <= most), f"a multiple of {patch} and at most {most}"
+
+
+def image_side(sizes: Sizes, asked: int | None) -> int:
+    """The side in pixels of the images that a command speaks of: 512, or the most that the model takes, unless asked.
+
+    Raises:
+        ValueError: the model takes no such images.
+    """
+    holds, words = side_rule(sizes, unit=PIXELS)
+    if asked is None:
+        largest = sizes.pos_embed_max_size
+        return 512 if largest is None else min(512, PIXELS * sizes.patch_size * largest)
+    if not holds(asked):
+        raise ValueError(f"--image-size {asked}: for this model it must be {words}")
+    return asked
 
 
 def check_latent_size(sizes: Sizes, latent_size: tuple[int, int]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns
 from typing import Any, cast
@@ -66,9 +66,9 @@ def _write_encoders(narrow: Sizes, folder: Path) -> Sizes:
     }
     source, sizes = next((path, sizes) for path, sizes in of_folder.items() if sizes.family is narrow.family)
     copytree(source, folder, ignore=ignore_patterns("transformer", "scheduler", "training_facts.json"))
-    return replace(
-        cast(Any, narrow), **{name: getattr(sizes, name) for name in OF_ENCODERS if hasattr(narrow, name)}
-    )
+    own = {field.name for field in fields(cast(Any, narrow))}  # others follow from these
+    fitting = {name: getattr(sizes, name) for name in OF_ENCODERS if name in own}
+    return replace(cast(Any, narrow), **fitting)
 
 
 def _write_shards(recipe: Recipe, narrow: Sizes, folder: Path, samples: int) -> None:

@@ -73,6 +73,18 @@ def test_a_method_that_draws_its_samples_keeps_its_settings(name, tmp_path, capl
     assert first == {path: path.read_bytes() for path in Path(small.model.pipeline_dir).rglob("*.json")}
 
 
+def test_the_encoders_are_those_of_the_family(tmp_path):
+    words = [f"checkpoint.save={tmp_path}/run", "model.preset=flux_dev", "model.pipeline_dir=models/flux"]
+    small = scale_down(load_recipe(RECIPES / "sd35_medium/flow_grpo_ocr.yaml", words), 1, writes=True)
+    sizes, facts = model_sizes(small.model), encoder_facts(Path(small.model.pipeline_dir))
+    assert (sizes.layers_in_words, sizes.num_attention_heads) == ("19 double and 38 single layers", 24)
+    assert (facts.latent_channels, *facts.text_shape[1:], facts.pooled_size) == (
+        sizes.in_channels,
+        sizes.joint_attention_dim,
+        sizes.pooled_projection_dim,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["flow_grpo_ocr", "nft_multi_reward"])

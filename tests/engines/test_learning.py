@@ -19,7 +19,7 @@ from point_sources import gather_sources
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
 from soar_mega.flow import SOURCES, normal
 from soar_mega.kernels.point_tables import ANSWER
-from soar_mega.stages import SftConfig, SftMultiConfig, SoarConfig, make_stage
+from soar_mega.stages import MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig, make_stage
 from soar_mega.stages.latent_sources import Sources
 
 
@@ -31,31 +31,43 @@ def learned(recipe, batch=None):
 
 
 def plain_loss(model, stage, batch):
-    """The objective by plain autograd: one forward per branch, one over all points."""
+    """The objective by plain autograd: one forward per branch where the stage asks, one over all points."""
     valid = batch.valid[:, None, None, None]
     batch = replace(batch, latents=torch.where(valid, batch.latents, 0.0))
     z0, z1 = batch.latents, normal(batch.seed, "noise", batch.position, 0, batch.latent_shape)
     asked, points = stage.queries(batch), stage.points(batch)
-    sigma = asked.rows[:, SOURCES.index("z1")].float()[:, None, None, None]
 
     def predict(states, timestep, sample, dropped):
         text = torch.where(dropped[:, None, None], batch.empty_text, batch.text[sample])
         pooled = torch.where(dropped[:, None], batch.empty_pooled, batch.pooled[sample])
         return model(states, timestep.float(), text, pooled)
 
-    everyone = torch.arange(len(batch))
-    with torch.no_grad():
-        state = (1 - sigma) * z0 + sigma * z1
-        v_cond = predict(state, asked.timestep, everyone, asked.dropped)
-        v_uncond = predict(state, asked.timestep, everyone, torch.ones_like(asked.dropped))
+    v_cond = v_uncond = None
+    if asked is not None:
+        everyone, sigma = torch.arange(len(batch)), asked.rows[:, SOURCES.index("z1")].float()
+        sigma = sigma[:, None, None, None]
+        with torch.no_grad():
+            state = (1 - sigma) * z0 + sigma * z1
+            v_cond = predict(state, asked.timestep, everyone, asked.dropped)
+            v_uncond = predict(state, asked.timestep, everyone, torch.ones_like(asked.dropped))
     points.sources = gather_sources(batch, points, v_uncond, v_cond)
     velocity = predict(points.states(), points.timestep, points.sample, points.dropped)
     errors = (velocity - points.targets()).square().mean(dim=(1, 2, 3))
     return (errors.double() * points.weight).sum() / points.count.sum()
 
 
-def test_gradients_are_those_of_plain_autograd():
-    recipe = make_recipe()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SOAR,
+        settings_of_soar(SftConfig),
+        settings_of_soar(SftMultiConfig),
+        MixFlowConfig(condition_dropout=0.3),
+    ],
+    ids=lambda settings: settings.name,
+)
+def test_gradients_are_those_of_plain_autograd(settings):
+    recipe = make_recipe(stage=settings)
     engine, statistics = learned(recipe)
     found = engine.gradients()
     for parameter in engine.parameters.values():

@@ -7,8 +7,9 @@ from peer import SMALL
 from soar_mega.config import ModelConfig, ParallelConfig
 from soar_mega.distributed import start_world
 from soar_mega.models.common.build import build_model
-from soar_mega.models.common.gather import full_tensor, local_shard
+from soar_mega.models.common.gather import full_tensor, local_shard, partition_dim
 from soar_mega.models.common.names import global_parameter_names, named_tensors
+from soar_mega.models.sd3.model import MMDiT
 from soar_mega.models.sd3.sizes import SD3Sizes
 
 
@@ -51,3 +52,16 @@ def test_state_of_tp2_pp2_loads_into_one_process(tmp_path):
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in loaded.items()})
     for name, tensor in named_tensors(model).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_linear_of_torch_is_whole_whatever_it_is_called(monkeypatch):
+    made = MMDiT.make_embedders
+
+    def and_one_more(model):
+        made(model)
+        model.linear = torch.nn.Linear(4, 4)
+
+    monkeypatch.setattr(MMDiT, "make_embedders", and_one_more)
+    model = build_model(SD3Sizes(**SMALL), ModelConfig(dtype="fp32"), ParallelConfig(), meta=True)
+    assert partition_dim(model.linear.weight) is None
+    assert partition_dim(model.norm_out.linear.weight) == 0

@@ -31,7 +31,7 @@ from soar_mega.models.common.sizes import Sizes
 from soar_mega.models.common.stream import LayerSubmodules, Stream
 from soar_mega.models.common.te_layers import CastOnce
 
-# the dimension that TP cuts of the weight of a module of this name, wherever it is
+# the dimension that TP cuts of the weight of a module of this name, wherever it is; torch's own linears are whole
 PARTITIONED = {"linear_qkv": 0, "linear_fc1": 0, "linear": 0, "linear_proj": 1, "linear_fc2": 1}
 
 
@@ -250,6 +250,6 @@ class Transformer(MegatronModule):
 def _mark_partitions(model: Transformer) -> None:
     # megatron marks weights while it initialises them, which is done elsewhere here
     for name, module in model.named_modules():
-        dim = PARTITIONED.get(name.rpartition(".")[2])
+        dim = None if isinstance(module, torch.nn.Linear) else PARTITIONED.get(name.rpartition(".")[2])
         if dim is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)

@@ -36,8 +36,7 @@ def sample_time(
             raise ValueError(
                 f"mode_scale must lie in [-1, 2 / (pi - 2) = 1.75] for u to stay in [0, 1], not {mode_scale}"
             )
-        u = 1 - x - mode_scale * (torch.cos(math.pi * x / 2) ** 2 - 1 + x)
-        return u.clamp(0, 1)  # rounding may leave the interval at its ends
+        return 1 - x - mode_scale * (torch.cos(math.pi * x / 2) ** 2 - 1 + x)
     if density == "beta":
         return 1 - (1 - x).sqrt()
     raise ValueError(f"unknown timestep density {density!r}; choose one of {', '.join(DENSITIES)}")

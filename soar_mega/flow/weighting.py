@@ -8,8 +8,8 @@ from torch import Tensor
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 
 
-def loss_weight(scheme: str, sigma: Tensor | float) -> Tensor:
-    """Loss weights at sigma: same shape, float64.
+def loss_weight(scheme: str, sigma: Tensor) -> Tensor:
+    """Loss weights at sigma [...] float64: likewise.
 
     none: 1; sigma_sqrt: sigma^-2; cosmap: 2 / (pi (1 - 2 sigma + 2 sigma^2)); the schemes of diffusers'
     compute_loss_weighting_for_sd3.
@@ -17,7 +17,6 @@ def loss_weight(scheme: str, sigma: Tensor | float) -> Tensor:
     Raises:
         ValueError: an unknown scheme.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float64)
     if scheme == "none":
         return torch.ones_like(sigma)
     if scheme == "sigma_sqrt":

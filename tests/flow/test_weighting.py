@@ -17,4 +17,4 @@ def test_weights_are_those_of_diffusers(scheme):
 
 def test_unknown_scheme_is_named():
     with pytest.raises(ValueError, match="none, sigma_sqrt, cosmap"):
-        loss_weight("snr", 0.5)
+        loss_weight("snr", torch.ones(1))

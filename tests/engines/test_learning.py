@@ -2,7 +2,9 @@
 
 import weakref
 from dataclasses import replace
+from statistics import mean
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import (
@@ -17,6 +19,7 @@ from engine_cases import (
 from point_sources import gather_sources
 
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
+from soar_mega.engines.statistics import quantiles
 from soar_mega.flow import SOURCES, normal
 from soar_mega.kernels.point_tables import ANSWER
 from soar_mega.stages import MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig, make_stage
@@ -204,6 +207,35 @@ def test_order_and_cut():
     assert len(whole) == 42 and len(fill_up(ordered, 7, 4)) == 56
     assert whole.weight[:40].equal(ordered.weight) and whole.count[:40].equal(ordered.count)
     assert not whole.weight[40:].any() and not whole.count[40:].any()
+
+
+def test_statistics_are_means_over_the_points_that_are_present():
+    recipe = make_recipe()
+    engine, stage, batch = start_engine(recipe), make_stage(recipe.stage, shift=1.0), make_batch(0)
+
+    def points(batch):
+        made = stage.points(batch)
+        made.sigma[0] = 1.0  # the end of the last quartile
+        return made
+
+    found = engine.learn(points, stage.loss, batch, engine.answer(stage.queries, batch))
+    learned, losses = engine.learned
+    columns = zip(
+        losses.tolist(), *(getattr(learned, name).tolist() for name in ("kind", "sigma", "count", "weight"))
+    )
+    by_name, total, normaliser = {}, 0.0, 0.0
+    for loss, kind, sigma, count, weight in columns:
+        if count:
+            for part in ("", f"_q{min(int(4 * sigma) + 1, 4)}"):
+                by_name.setdefault(f"loss/{learned.kinds[kind]}{part}", []).append(loss)
+        total, normaliser = total + weight * loss, normaliser + count
+    expected = {name: mean(each) for name, each in by_name.items()}
+    expected |= {"loss": total / normaliser, "points": len(by_name["loss/base"] + by_name["loss/aux"])}
+    assert dict(found) == pytest.approx(expected, rel=1e-12) and len(found) == len(expected) > 8
+    strength = learned.measured["k"][(learned.count > 0) & (learned.kind == 1)]
+    of_k = {f"k/q{percent:02}": np.percentile(strength, percent) for percent in (5, 50, 95)}
+    assert quantiles(learned) == pytest.approx(of_k, rel=1e-12)
+    assert quantiles(replace(learned, count=torch.zeros_like(learned.count))) == {}  # nothing is present
 
 
 def test_losses_can_read_extra_tensors():

@@ -30,8 +30,10 @@ from soar_mega.faults.limits import (
     ANY_TIME,
     collective_timeout,
     ending_seconds,
+    grace_seconds,
     last_resort_seconds,
     limit,
+    poll_seconds,
 )
 from soar_mega.faults.roll_call import State
 from soar_mega.faults.watchdog import is_lost_connection
@@ -227,10 +229,16 @@ def test_no_collective_loses_patience_before_the_watchdog(
     assert allowed == [
         minutes for minutes in [phase, *2 * [step and 3 * step, phase], *2 * [step, phase]] if minutes
     ]
+    # a poll sees that time is up, or that the roll was called; then ranks answer, and all end
+    poll, grace, ending = (f(world_size) for f in (poll_seconds, grace_seconds, ending_seconds))
+    assert 1.0 <= poll < grace < ending - 1.0 and world_size / poll < 500
+    assert all(last_resort_seconds(60.0 * minutes, world_size) > 60.0 * minutes + poll for minutes in allowed)
     watched = max((last_resort_seconds(60.0 * minutes, world_size) for minutes in allowed), default=0.0)
-    assert waits > watched + ending_seconds(world_size)
+    assert waits > watched + ending
     if len(allowed) < len(limits):
         assert waits == ANY_TIME.total_seconds()
+    else:
+        assert waits <= watched + ending + 60.0
 
 
 def test_a_run_s_world_waits_longer_than_its_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from soar_mega.distributed import device, new_group
 from soar_mega.engines.branches import Branches
 
 WINDOW = 4  # answers in a message of the overlapped channel, or one for each pipeline rank
-TAGS = 2**30  # after which they begin again
 
 
 class RolloutChannel(ABC):
@@ -36,7 +35,6 @@ class RolloutChannel(ABC):
 
     def __init__(self) -> None:
         self._group, self._last, self._first = _last_to_first_group()
-        self._tag = 0  # of the next pass: gloo tells messages apart by it
         self.forgotten: list[tuple[list[list[dist.Work]], Tensor | None]] = []
         self._warm_up()
 
@@ -45,9 +43,7 @@ class RolloutChannel(ABC):
         for messages_of_pass, _ in self.forgotten:
             _finish(messages_of_pass)
         self.forgotten.clear()
-        messages = Messages(self, count, answers, self._tag)
-        self._tag = (self._tag + count) % TAGS
-        return messages
+        return Messages(self, count, answers)
 
     @abstractmethod
     def send(self, messages: "Messages", i: int) -> None:
@@ -66,24 +62,19 @@ class RolloutChannel(ABC):
         """Start the messages that are left: this rank's part of the answer pass is over."""
         messages.move(messages.count)
 
-    def exchange(self, answers: Tensor, tags: Sequence[int]) -> list[dist.Work]:
+    def exchange(self, answers: Tensor) -> list[dist.Work]:
         """One message of `answers` [n, ...]; nothing on the ranks in between."""
         if self._group is None:
             return []
         sends = dist.get_rank() == self._last
         operation = dist.isend if sends else dist.irecv
         peer = self._first if sends else self._last
-        # gloo sends each answer for itself, told apart by its tag; NCCL all of them at once
-        parts = [
-            dist.P2POp(operation, each, peer, self._group, tag=tag)
-            for each, tag in zip(answers, tags, strict=True)
-        ]
-        return dist.batch_isend_irecv(parts)
+        # gloo sends each answer for itself, NCCL all of them at once
+        return dist.batch_isend_irecv([dist.P2POp(operation, each, peer, self._group) for each in answers])
 
     def _warm_up(self) -> None:
         """An answer of one number: at the first message NCCL makes a communicator, and the host waits for both ends."""
         messages = self.open(1, torch.zeros(1, 1, device=device()))
-        messages.send(0)
         messages.end_pass()
         messages.close()
 
@@ -123,16 +114,12 @@ class OverlappedChannel(RolloutChannel):
 
 
 class Messages:
-    """The messages of one answer pass. An answer is there behind `wait`, at both ends.
+    """The messages of one answer pass. An answer is there behind `wait`, at both ends."""
 
-    Args:
-        tag: of the first answer.
-    """
-
-    def __init__(self, channel: RolloutChannel, count: int, answers: Tensor | None, tag: int) -> None:
+    def __init__(self, channel: RolloutChannel, count: int, answers: Tensor | None) -> None:
         self.count = count
         self.moved = 0  # answers that are in a message by now
-        self._channel, self._answers, self._tag = channel, answers, tag
+        self._channel, self._answers = channel, answers
         self._works: dict[int, list[dist.Work]] = {}  # by answer; those of one message share it
 
     def send(self, i: int) -> None:
@@ -153,8 +140,7 @@ class Messages:
         if self._answers is None or not answers:
             return
         self.moved = until
-        tags = [(self._tag + i) % TAGS for i in answers]
-        works = self._channel.exchange(self._answers[answers.start : until], tags)
+        works = self._channel.exchange(self._answers[answers.start : until])
         self._works |= dict.fromkeys(answers, works)
 
     def wait(self, i: int) -> None:
@@ -288,7 +274,8 @@ def _last_to_first_group() -> tuple[dist.ProcessGroup | None, int, int]:
     dist.all_gather_object(everyone, mine)
     own = None
     for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        group = new_group([ranks[0], ranks[-1]])  # every rank takes part in making every group
-        if list(ranks) == mine and dist.get_rank() in (ranks[0], ranks[-1]):
+        ends = [ranks[0], ranks[-1]]
+        group = new_group(ends)  # every rank takes part in making every group
+        if dist.get_rank() in ends:
             own = group
     return own, mine[-1], mine[0]

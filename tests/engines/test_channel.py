@@ -137,7 +137,7 @@ class EarlyReceives(OverlappedChannel):
         pass
 
     def open(self, count, answers):
-        messages = EarlyMessages(self, count, answers, 0)
+        messages = EarlyMessages(self, count, answers)
         messages.post(4)
         return messages
 

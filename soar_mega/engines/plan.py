@@ -33,7 +33,7 @@ class PlacedBatch:
         given: the batch as it came.
         batch: its latents are zero where a sample could not be read.
         conditions: one of each prompt as the model reads it, the empty prompt last; None where the model does not
-            begin, and without that one where the batch has no empty prompt.
+            begin.
     """
 
     given: Batch
@@ -48,7 +48,7 @@ class PlacedBatch:
     def condition_rows(self, sample: Tensor, dropped: Tensor) -> Tensor:
         """[M] int64: where the conditions of samples are, the empty prompt where `dropped` [M]."""
         batch = self.batch
-        assert batch.text is not None and (batch.empty_text is not None or not bool(dropped.any()))
+        assert batch.text is not None
         prompt = sample if batch.prompt is None else batch.prompt[sample]
         return torch.where(dropped, len(batch.text), prompt)
 
@@ -59,14 +59,15 @@ def place(batch: Batch, dtype: torch.dtype, guidance_scale: float | None = None)
     prompt = None if batch.prompt is None else batch.prompt.cpu()
     batch = replace(batch, position=batch.position.cpu(), valid=batch.valid.cpu(), prompt=prompt)
     if batch.latents is not None:
-        latents = pinned(batch.latents, device()).to(torch.float32)
+        latents = pinned(batch.latents, device())
         if not bool(batch.valid.all()):
             latents = latents.clone()
             for row in (~batch.valid).nonzero().flatten().tolist():
                 latents[row].zero_()  # weight zero times a latent that is not a number would still be one
         batch = replace(batch, latents=latents)
     conditions = None
-    if batch.text is not None and batch.pooled is not None:
+    if batch.text is not None:
+        assert batch.pooled is not None and batch.empty_text is not None and batch.empty_pooled is not None
         text = _with_last(batch.text, batch.empty_text, dtype)
         conditions = Conditions(text, _with_last(batch.pooled, batch.empty_pooled, dtype))
         if guidance_scale is not None:
@@ -74,11 +75,8 @@ def place(batch: Batch, dtype: torch.dtype, guidance_scale: float | None = None)
     return PlacedBatch(given=given, batch=batch, conditions=conditions)
 
 
-def _with_last(rows: Tensor, last: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if last is None:
-        return pinned(rows, device()).to(dtype)
-    last = pinned(last, device()).to(rows.dtype)[None]
-    return torch.cat([pinned(rows, device()).to(dtype), last.to(dtype)])
+def _with_last(rows: Tensor, last: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat([pinned(part, device()).to(dtype) for part in (rows, last[None])])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from engine_cases import (
 )
 from point_sources import gather_sources
 
+from soar_mega.distributed import start_world
 from soar_mega.engines.plan import fill_up, in_order, needs_answer
-from soar_mega.engines.statistics import quantiles
+from soar_mega.engines.statistics import StepStatistics, loss_names, quantiles
 from soar_mega.flow import SOURCES, normal
 from soar_mega.kernels.point_tables import ANSWER
 from soar_mega.stages import MixFlowConfig, SftConfig, SftMultiConfig, SoarConfig, make_stage
@@ -197,6 +198,7 @@ def test_states_and_targets_are_exact_whatever_the_model_computes_in(dtype):
 
 def test_order_and_cut():
     recipe = make_recipe()
+    start_world(recipe.parallel)
     stage, batch = make_stage(recipe.stage, shift=1.0), make_batch(0)
     whole = stage.points(batch)
     shuffled = whole.take(torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)))
@@ -207,6 +209,17 @@ def test_order_and_cut():
     assert len(whole) == 42 and len(fill_up(ordered, 7, 4)) == 56
     assert whole.weight[:40].equal(ordered.weight) and whole.count[:40].equal(ordered.count)
     assert not whole.weight[40:].any() and not whole.count[40:].any()
+
+
+def test_a_velocity_in_the_state_or_the_target_needs_an_answer():
+    recipe = make_recipe()
+    start_world(recipe.parallel)
+    points = make_stage(recipe.stage, shift=1.0).points(make_batch(0)).take(slice(len(SOURCES)))
+    each = torch.eye(len(SOURCES), dtype=torch.float64)
+    none, reads = torch.zeros_like(each), torch.tensor([source.startswith("v_") for source in SOURCES])
+    assert reads.sum() == 2
+    for state_rows, target_rows in ((each, none), (none, each)):
+        assert needs_answer(replace(points, state_rows=state_rows, target_rows=target_rows)).equal(reads)
 
 
 def test_statistics_are_means_over_the_points_that_are_present():
@@ -235,7 +248,11 @@ def test_statistics_are_means_over_the_points_that_are_present():
     strength = learned.measured["k"][(learned.count > 0) & (learned.kind == 1)]
     of_k = {f"k/q{percent:02}": np.percentile(strength, percent) for percent in (5, 50, 95)}
     assert quantiles(learned) == pytest.approx(of_k, rel=1e-12)
-    assert quantiles(replace(learned, count=torch.zeros_like(learned.count))) == {}  # nothing is present
+    # and where nothing is present
+    assert quantiles(replace(learned, count=torch.zeros_like(learned.count))) == {}
+    nothing = torch.zeros(2 + 2 * len(loss_names(learned.kinds)) + 1, dtype=torch.float64)
+    nothing[0] = 1.0
+    assert dict(StepStatistics(learned.kinds, nothing, ("ratio",))) == {"loss": 0.0, "points": 0.0}
 
 
 def test_losses_can_read_extra_tensors():

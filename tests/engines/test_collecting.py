@@ -167,7 +167,9 @@ def test_what_is_measured_is_what_learning_sees():
 
     measured = engine.measure(points, stage.loss, batch, engine.answer(stage.queries, batch))
     engine.learn(points, stage.loss, batch, engine.answer(stage.queries, batch))
-    assert torch.equal(measured[order_of(points(batch))], engine.learned[1])
+    losses = engine.learned[1]
+    assert torch.equal(measured[order_of(points(batch))], losses)
+    assert not measured.requires_grad and not losses.requires_grad  # no graph is kept
 
 
 @pytest.mark.parametrize("recorded", [False, True])

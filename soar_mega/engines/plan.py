@@ -132,7 +132,7 @@ class PointPiece:
     def with_sources(self, placed: PlacedBatch) -> Points:
         """The points with their sources: the first pipeline rank makes states of them, the last one losses.
 
-        Waits for the answers that they read, and closes those that no later points read.
+        Waits for the answers that they read, and closes them behind the last points.
         """
         assert placed.batch.latents is not None
         v_uncond, v_cond = (None, None) if self.answers is None else self.answers.velocities()
@@ -155,7 +155,7 @@ class Reading:
     answers: Answers
     wanted: list[int]  # micro-batches of queries
     rows: Tensor | None  # [M] int64 on the device, for what a loss reads
-    is_last: bool  # no later points read any
+    is_last: bool  # no points come behind these
 
     def velocities(self) -> tuple[Tensor | None, Tensor | None]:
         """(v_uncond, v_cond) of all queries, when the wanted ones have arrived."""
@@ -184,10 +184,9 @@ def readings(
         rows: [P] int64 on the device, for what a loss reads.
     """
     read = answers.read_by(query.split(size), wanted.split(size))
-    last = max((j for j, each in enumerate(read) if each), default=-1)
     parts = [None] * len(read) if rows is None else rows.split(size)
     return [
-        Reading(answers=answers, wanted=each, rows=part, is_last=j == last)
+        Reading(answers=answers, wanted=each, rows=part, is_last=j == len(read) - 1)
         for j, (each, part) in enumerate(zip(read, parts, strict=True))
     ]
 

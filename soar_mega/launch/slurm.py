@@ -171,8 +171,10 @@ def render(job: Job, wanted: Resources) -> str:
 
 
 def _directive(text: str) -> str:
-    """A value of an #SBATCH line as sbatch reads it: it ends at a space unless that has a backslash before it."""
-    return re.sub(r"[^\w./%:=@,+-]", r"\\\g<0>", text)
+    """A value of an #SBATCH line: for sbatch quotes keep a space in it, and a backslash before the space does not."""
+    if re.fullmatch(r"[\w./%:=@,+-]*", text):
+        return text
+    return '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
 
 
 def _sweep(elements: Sequence[tuple[list[str], Path]]) -> str:

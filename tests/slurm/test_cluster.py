@@ -275,7 +275,7 @@ def test_container_and_gpus(reference: Launched, cluster: Cluster, work: Path) -
     run = Launched(
         cluster,
         work,
-        "container",
+        "folder #1",  # sbatch reads no further than to a space or a #, unless it is told to
         *size,
         "--template",
         "container",

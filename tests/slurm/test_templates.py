@@ -1,6 +1,7 @@
 """Job scripts without a cluster: what is rendered, and what until_complete.sh decides, with stand-ins for SLURM."""
 
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -436,12 +437,14 @@ def test_a_run_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for folder in ("my runs/50% #1", 'it\'s (a) "run"', "plain"):
         text = render(Job(name="x", arguments=[], marker=Path(folder, "complete.json")), Resources())
         (line,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
-        [value] = shlex.split(line.removeprefix("#SBATCH --output="))  # sbatch knows the same backslashes
+        said = line.removeprefix("#SBATCH --output=")
+        assert re.fullmatch(r'"(\\.|[^"\\])*"|[^ #"\\]+', said), "only quotes keep a space"
+        [value] = shlex.split(said)
         assert (
             value.replace("%%", "\0").replace("%j", "7").replace("\0", "%")
             == f"{tmp_path}/{folder}/slurm/7.log"
         )
-    assert line.endswith(f"{tmp_path}/plain/slurm/%j.log"), "no backslashes without need"
+    assert line.endswith(f"{tmp_path}/plain/slurm/%j.log"), "no quotes without need"
 
 
 def test_a_job_script_of_the_users_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

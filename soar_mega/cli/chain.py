@@ -35,7 +35,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     where.add_argument("--status", action="store_true", help="say how far the chain is")
     # what the jobs of a chain call
     where.add_argument("--link", metavar="NAME", help=argparse.SUPPRESS)
-    where.add_argument("--begin", metavar="NAME", help=argparse.SUPPRESS)
+    where.add_argument("--begin", nargs=argparse.REMAINDER, metavar="NAME ARGUMENTS", help=argparse.SUPPRESS)
     where.add_argument("--end", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument(
         "--processes", type=int, default=1, help="of a train link run here (default: %(default)s)"
@@ -58,10 +58,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.link:
         return run_chain.run_link(chain, chain.link(arguments.link))
-    if arguments.begin or arguments.end:
-        link = chain.link(arguments.begin or arguments.end)
+    if arguments.begin:
+        name, *submitted = arguments.begin
+        link = chain.link(name)
         with links.failure_noted(link):
-            links.begin(chain, link) if arguments.begin else links.end(link)
+            links.check_submitted(link, submitted)
+            links.begin(chain, link)
+        return 0
+    if arguments.end:
+        link = chain.link(arguments.end)
+        with links.failure_noted(link):
+            links.end(link)
         return 0
     if arguments.status:
         for name, state in run_chain.status(chain, _queued):

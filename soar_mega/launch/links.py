@@ -20,6 +20,7 @@ from soar_mega.checkpoints.lineage import code_version, content_hash
 from soar_mega.checkpoints.recipes import by_name, differences
 from soar_mega.checkpoints.run_folder import RunFolder, write_durably
 from soar_mega.launch.chain import Chain, Link
+from soar_mega.stages import load_recipe
 from soar_mega.user_files import read_object
 
 BEGUN, COMPLETED, FAILURE = "link.json", "completed.json", "failure.txt"
@@ -82,6 +83,17 @@ def begin(chain: Chain, link: Link) -> bool:
     said = {"link": link.name, "settings": _settings(link), "parent": _parent_hash(chain, link)}
     write_durably(link.folder / BEGUN, json.dumps(said, indent=1) + "\n")
     return True
+
+
+def check_submitted(link: Link, arguments: list[str]) -> None:
+    """ValueError where a job that was submitted with these arguments would not do what the chain file says by now."""
+    recipe = None if link.recipe is None else load_recipe(arguments[1], arguments[2:])
+    submitted = dataclasses.replace(link, arguments=arguments, recipe=recipe)
+    changed = sorted(differences(_settings(submitted), _settings(link)))
+    if changed:
+        raise ValueError(
+            f"link {link.name} was changed after its job was submitted: {'; '.join(changed)}. Submit the chain again"
+        )
 
 
 def end(link: Link) -> None:

@@ -159,7 +159,7 @@ def job(chain: Chain, link: Link) -> slurm.Job:
             arguments=link.arguments,
             marker=link.folder / MARKER if link.kind == "train" else link.product,
             num_workers=link.recipe.data.num_workers if link.recipe else 0,
-            before=[*here, "--begin", link.name],
+            before=[*here, "--begin", link.name, *link.arguments],
             after=[*here, "--end", link.name],
         )
     return slurm.Job(name=name, arguments=[*here, "--link", link.name], marker=link.folder / COMPLETED)

@@ -337,6 +337,27 @@ def test_nothing_goes_on_from_another_parent_or_with_other_settings(tmp_path: Pa
         assert why_not_done(other, other.link("a")) is None, f"{how} makes no difference to the weights"
 
 
+def test_a_link_that_was_changed_after_its_job_was_submitted_does_not_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its job would do what the file said then, and its marker would tell what it says now."""
+    suite = {"name": "s", "evaluate": ["--suite", "tiny"]}
+    chain = load_chain(write(tmp_path, [train("a"), suite]))
+    jobs = [job(chain, link) for link in chain.links]
+    write(tmp_path, [train("a", "optimizer.lr=1.0"), suite])
+    assert main(jobs[0].before) == 1
+    why = "a was changed after its job was submitted: optimizer.lr was 0.0005 and is 1.0"
+    assert why in capsys.readouterr().err and why in (tmp_path / "chain" / "a" / "failure.txt").read_text()
+    assert not (tmp_path / "chain" / "a" / "link.json").exists()
+    write(tmp_path, [train("a", "logging.log_interval=7"), suite])  # makes no difference to the weights
+    assert main(jobs[0].before) == 0
+    make_run(chain, "a")
+    assert main(jobs[1].before) == 0
+    write(tmp_path, [train("a"), suite | {"evaluate": ["--suite", "digits"]}])
+    assert main(jobs[1].before) == 1
+    assert "s was changed after its job was submitted: arguments was " in capsys.readouterr().err
+
+
 def test_the_marker_holds_the_lineage(tmp_path: Path) -> None:
     chain = load_chain(write(tmp_path, [train("a"), train("b")]))
     make_run(chain, "a")

@@ -85,7 +85,8 @@ class OwnReward:
     def words_of_link(self, folder: Path) -> list[str]:
         """The overrides of a chain's link that is judged by it."""
         judged = {"stage.rewards": f"{{'{self.key}': 1.0}}", "checkpoint.export": "true"}
-        return [word for word in rl_words(folder, **judged) if not word.startswith("checkpoint.save=")]
+        own = ("checkpoint.save=", "model.pipeline_dir=")  # the chain's
+        return [word for word in rl_words(folder, **judged) if not word.startswith(own)]
 
 
 def rl_recipe(folder: Path, stage: str, **overrides: Any) -> Recipe:

@@ -82,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     recipes = []
     for where, words in read_sweep(arguments.sweep):
         folder = save / str(len(sweep))
+        if any(word.startswith("checkpoint.save=") for word in words):
+            raise ValueError(
+                f"{where}: checkpoint.save: each run of a sweep has its own folder, this one {folder}"
+            )
         words = [*words, f"checkpoint.save={folder}"]
         try:
             recipes.append(load_recipe(arguments.recipe, [*arguments.overrides, *words]))

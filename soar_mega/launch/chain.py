@@ -186,7 +186,15 @@ class _Builder:
             overrides += [f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
         else:
             overrides += [f"model.pipeline_dir={self._pipeline}"]
-        overrides = ["checkpoint.export_dtype=fp32", *map(str, settings.get("overrides", [])), *overrides]
+        said = list(map(str, settings.get("overrides", [])))
+        own = {word.split("=", 1)[0] for word in overrides}
+        for key in (word.split("=", 1)[0] for word in said):
+            if key in own:
+                raise ValueError(
+                    f"{where}: overrides: {key} would go unheard: the chain's folder and pipeline_dir, and "
+                    "a link's start and from, say where a run is and what it starts from"
+                )
+        overrides = ["checkpoint.export_dtype=fp32", *said, *overrides]
         worker = self._worker(settings, folder, where)
         try:
             recipe = load_recipe(settings["train"], overrides)

@@ -173,6 +173,8 @@ def test_a_chain_may_branch(tmp_path: Path) -> None:
         ([train("a", start="checkpoint")], "needs a train link before"),
         ([train("a", "train.ema_decay=0"), train("b", start="export_ema")], "keeps no EMA"),
         ([train("a", "checkpoint.export=false")], "a link is done by its export"),
+        ([train("a", "checkpoint.save=x")], "a: overrides: checkpoint.save would go unheard"),
+        ([train("a", "model.pipeline_dir=x")], "a: overrides: model.pipeline_dir would go unheard"),
         ([{"name": "e", "export": []}], "needs a train link before"),
         ([{"name": "h", "handoff": ["--to", "unirl"]}], "repository with --run-in"),
         (

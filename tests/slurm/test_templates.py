@@ -372,6 +372,9 @@ def test_sweep_elements_have_folders_of_their_own(tmp_path: Path, capsys: pytest
     assert main([*LAUNCH, *words]) == 1
     said = capsys.readouterr().err
     assert f"{sweep}: line 1: " in said and "did you mean optimizer.lr" in said
+    sweep.write_text("checkpoint.save=runs/mine\n")
+    assert main([*LAUNCH, *words]) == 1
+    assert f"{sweep}: line 1: checkpoint.save: " in capsys.readouterr().err
     sweep.write_text("train.seed=1\ntrain.seed='2\n")
     assert main([*LAUNCH, *words]) == 1
     assert f"{sweep}: line 2: No closing quotation" in capsys.readouterr().err

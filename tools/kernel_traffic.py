@@ -172,7 +172,9 @@ def meta_batch(latent_shape: tuple[int, int, int], size: int) -> Batch:
         text_length=1,
         latents=torch.empty(size, *latent_shape, device=GPU),
         text=torch.empty(size, 1, 1, device=GPU),
+        pooled=torch.empty(size, 1, device=GPU),
         empty_text=torch.empty(1, 1, device=GPU),
+        empty_pooled=torch.empty(1, device=GPU),
     )
 
 

@@ -49,8 +49,8 @@ def marked(recorder: Recorder, engine: Engine, micro_batches: dict[str, int]) ->
             if hasattr(chunk, "backward"):  # DeepSpeed's, which reduces gradients within it
                 mark(chunk, "backward", "backward")
             if hasattr(chunk, "start_param_sync"):  # megatron's
-                mark(chunk, "start_param_sync", "parameter gather")
                 for group in chunk.bucket_groups:
+                    mark(group, "start_param_sync", "parameter gather")
                     gathered = _where_it_waits(recorder, group)
                     stack.enter_context(patch.object(group, "finish_param_sync", gathered))
         yield

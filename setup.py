@@ -40,7 +40,7 @@ setup(
         "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "deepspeed==0.19.8",
         "psutil",  # megatron-core needs it to save a checkpoint and does not say so
-        "diffusers>=0.36",
+        "diffusers>=0.36,<1",  # 0.42 announces that 1.0 takes no torch_dtype
         "peft>=0.17",  # diffusers loads adapters with it
         "transformers>=5.0",
         "accelerate>=1.0",

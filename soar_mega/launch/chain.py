@@ -173,28 +173,15 @@ class _Builder:
             raise ValueError(
                 f"{where}: start: {start} needs a train link before, and no other that makes weights between"
             )
-        overrides = [f"checkpoint.save={folder}"]
-        if start == "checkpoint":
-            assert self._run is not None and self._run.recipe is not None
-            overrides += [
-                f"model.pipeline_dir={self._run.recipe.model.pipeline_dir}",
-                f"checkpoint.load={self._run.folder}",
-            ]
-            overrides += ["checkpoint.finetune=true"]
-        elif start == "export_ema":
-            assert self._run is not None
-            overrides += [f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
-        else:
-            overrides += [f"model.pipeline_dir={self._pipeline}"]
+        own = self._own_overrides(start, folder)
         said = list(map(str, settings.get("overrides", [])))
-        own = {word.split("=", 1)[0] for word in overrides}
-        for key in (word.split("=", 1)[0] for word in said):
-            if key in own:
+        for key in (word.split("=", 1)[0] for word in own):
+            if _gives(said, key):
                 raise ValueError(
                     f"{where}: overrides: {key} would go unheard: the chain's folder and pipeline_dir, and "
                     "a link's start and from, say where a run is and what it starts from"
                 )
-        overrides = ["checkpoint.export_dtype=fp32", *said, *overrides]
+        overrides = ["checkpoint.export_dtype=fp32", *said, *own]
         worker = self._worker(settings, folder, where)
         try:
             recipe = load_recipe(settings["train"], overrides)
@@ -220,6 +207,21 @@ class _Builder:
         )
         self._pipeline, self._made_by, self._run = str(folder / "export"), link.name, link
         return link
+
+    def _own_overrides(self, start: str, folder: Path) -> list[str]:
+        """Where a train link's run is, and what it starts from."""
+        save = f"checkpoint.save={folder}"
+        if start == "export":
+            return [save, f"model.pipeline_dir={self._pipeline}"]
+        assert self._run is not None and self._run.recipe is not None
+        if start == "export_ema":
+            return [save, f"model.pipeline_dir={self._run.folder / 'export_ema'}"]
+        return [
+            save,
+            f"model.pipeline_dir={self._run.recipe.model.pipeline_dir}",
+            f"checkpoint.load={self._run.folder}",
+            "checkpoint.finetune=true",
+        ]
 
     def _worker(self, settings: Any, folder: Path, where: str) -> RewardWorker | None:
         """What judges beside a link, where it names such a thing."""
@@ -300,7 +302,7 @@ class _Builder:
 
 
 def _gives(words: list[str], option: str) -> bool:
-    """Whether an option is among the words of a command, as --option X or --option=X."""
+    """Whether an option or a setting is among the words of a command, as --option X, --option=X or setting=X."""
     return any(word.split("=", 1)[0] == option for word in words)
 
 

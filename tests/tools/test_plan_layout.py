@@ -24,6 +24,7 @@ from soar_mega.models.common.flops import Tokens
 from soar_mega.models.common.layout import check_layout
 from soar_mega.models.common.memory import largest_rank, workload
 from soar_mega.models.common.micro_batches import even_sizes
+from soar_mega.models.common.sizes import image_side
 from soar_mega.models.sd3.presets import PRESETS
 from soar_mega.stages import SoarConfig, load_recipe
 
@@ -215,6 +216,8 @@ def test_images_are_as_large_as_the_model_takes(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan_layout.py", "--model", "recipes/tiny/base", "--gpus", "2"])
     plan_layout.main()
     assert "64 image and 154 text tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--image-size 512: for this model it must be a multiple of 24"):
+        image_side(replace(PRESETS["sd35_large"], patch_size=3), None)
 
 
 def test_a_place_that_cannot_be_written_is_found_before_layouts_are_measured(tmp_path, monkeypatch):

@@ -85,11 +85,12 @@ def test_adapters_need_no_reference(shards, tmp_path, monkeypatch, caplog):
         assert set(run.engine.weights) == {"ema", "old"}
         assert pieces(run, "old").keys() == set(run.engine.adapters.names)
         elements = sum(run.engine.parameters[name].numel() for name in run.engine.adapters.names)
-        caplog.clear()
         with caplog.at_level(logging.INFO, logger="soar_mega"):
             log_memory(run.recipe, run.engine.model.sizes, run.loader.info)
     told = f"kept on the host {2 * 4 * elements / 2**20:.1f} MiB"
-    assert caplog.messages == [each for each in caplog.messages if each.endswith(told)] != []
+    # megatron-core 0.19 warns as well
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("soar_mega")]
+    assert messages == [each for each in messages if each.endswith(told)] != []
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,12 @@ def image_side(sizes: Sizes, asked: int | None) -> int:
         ValueError: the model takes no such images.
     """
     holds, words = side_rule(sizes, unit=PIXELS)
-    if asked is None:
-        largest = sizes.pos_embed_max_size
-        return 512 if largest is None else min(512, PIXELS * sizes.patch_size * largest)
-    if not holds(asked):
-        raise ValueError(f"--image-size {asked}: for this model it must be {words}")
-    return asked
+    largest = sizes.pos_embed_max_size
+    usual = 512 if largest is None else min(512, PIXELS * sizes.patch_size * largest)
+    side = usual if asked is None else asked
+    if not holds(side):
+        raise ValueError(f"--image-size {side}: for this model it must be {words}")
+    return side
 
 
 def check_latent_size(sizes: Sizes, latent_size: tuple[int, int]) -> None:
